@@ -1,0 +1,1 @@
+"""The command line: one file per noun. The only package that may import both roles, lazily."""

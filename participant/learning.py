@@ -1,0 +1,78 @@
+"""The ``Learner`` port: what the participant's handlers need of whatever trains.
+
+The real one (``participant/torch_learner.py``) holds a quantised language model; tests use a
+numpy one. A learner keeps nothing between two calls but the frozen base: the adapter comes in as a
+file and the delta goes out as a file, so several sites may share one learner's base in one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shared.events import RoundStarted, RunAnnounced
+    from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics
+
+DELTA_FILE = "delta.safetensors"
+STATE_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """What a site tells of itself when it is ready for a run."""
+
+    manifest: Manifest
+    fingerprint: str
+    numerics: Numerics
+    examples: int
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One local training. The files lie in the folder that was given to ``learn``."""
+
+    examples: int
+    tokens: int
+    metrics: LocalMetrics
+    state: Literal["fresh", "kept"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a piece of work stands. ``activity``: load, evaluate or train."""
+
+    activity: Literal["load", "evaluate", "train"]
+    done: int
+    total: int
+    loss: float | None = None
+
+
+class Learner(Protocol):
+    """Trains and evaluates for one site. Raises DataError, ModelError, ConfigError."""
+
+    def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
+        """Load data and base model for this run; repeatable and cheap the second time."""
+
+    def learn(
+        self,
+        task: RoundStarted,
+        source: Path,
+        state: Path | None,
+        folder: Path,
+        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None],
+    ) -> Learned:
+        """Evaluate ``source`` on held-out text, train from it, write the encoded delta.
+
+        Writes ``DELTA_FILE`` into ``folder``, and ``STATE_FILE`` too where the run keeps optimiser
+        state (``state`` is last counted round's file, None to start fresh). The bytes are a
+        function of task, site name, data, base, numerics and state alone. Raises
+        InterruptedRunError when ``should_stop()`` turns true, checked between micro-batches.
+        """
+
+    def evaluate(self, source: Path, report: Callable[[Progress], None]) -> HeldOut | None:
+        """Held-out loss of an adapter file; None where the site holds no held-out text."""

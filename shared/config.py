@@ -1,0 +1,304 @@
+"""``federation.toml`` (the run, written once for all) and ``site.toml`` (one site's own affairs).
+
+Read from a file that is named, never at import and never from the environment. All mistakes are
+reported at once, each with its field, what was expected and what came. The resolved federation
+config and its digest are stored with the run; a run is resumed only under an equal digest.
+
+The paper's settings (arXiv:2506.19164, section IV) are the defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+NAME_PATTERN = r"^[a-z0-9-]{1,40}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(ge=1)]
+RESERVED_NAMES = frozenset({"any", "coordinator"})
+
+
+class Section(BaseModel):
+    """One table of a TOML file: frozen, an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Which run, how long, who takes part."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    rounds: Positive = 15
+    participants: Annotated[tuple[Name, ...], Field(min_length=1)]
+    min_participants: Positive | None = None
+    start_timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0
+    versions: Literal["equal", "any"] = "equal"
+
+
+class BaseSection(Section):
+    """The frozen base model. The coordinator never opens it; participants do."""
+
+    model: Annotated[str, Field(min_length=1)]
+    quantisation: Literal["nf4", "int8", "none"] = "nf4"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    fingerprint: Sha256 | None = None
+
+
+class LoraSection(Section):
+    """The adapter. Defaults are the paper's: r=64, alpha=16, dropout 0.1, all linear layers."""
+
+    rank: Positive = 64
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "all-linear"
+    )
+
+
+class TrainingSection(Section):
+    """Local training in each round: AdamW and one learning-rate schedule over the whole run."""
+
+    local_steps: Positive | None = None
+    local_epochs: Positive | None = None
+    batch_size: Positive = 4
+    gradient_accumulation: Positive = 1
+    gradient_checkpointing: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.001
+    max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    max_prompt_tokens: Positive = 512
+    max_answer_tokens: Positive = 512
+    cpu_threads: Positive = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_unless_said(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            given = [k for k in ("local_steps", "local_epochs") if values.get(k) is not None]
+            if len(given) == 2:
+                raise ValueError("local_steps and local_epochs are both given; give exactly one")
+            if not given:
+                return {**values, "local_epochs": 1}
+        return values
+
+
+class SelectionSection(Section):
+    """Who trains in a round: all members (the paper), or a random part of them by the run's seed."""
+
+    method: Literal["all", "random"] = "all"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _fraction_needs_random(self) -> Self:
+        if self.method == "all" and self.fraction != 1.0:
+            raise ValueError('fraction needs method = "random"')
+        return self
+
+
+class PolicySection(Section):
+    """When a round closes. ``all``: every selected participant's delta is in, or it is excluded."""
+
+    kind: Literal["all"] = "all"
+    on_failure: Literal["wait", "exclude"] = "wait"
+    max_attempts: Positive = 3
+
+
+class AggregationSection(Section):
+    """How deltas are weighted. ``equal``: 1/K each, Algorithm 2 of the paper."""
+
+    weights: Literal["equal", "examples", "tokens"] = "equal"
+    max_delta_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+class CodecSection(Section):
+    """How a delta travels."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,20}$")] = "fp32"
+
+
+class ConvergenceSection(Section):
+    """Stop early: held-out loss not better by ``min_delta`` nats for ``patience`` rounds."""
+
+    patience: Positive | None = None
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+
+
+class StoreSection(Section):
+    """Where the ledger lives: a directory, relative to the TOML file."""
+
+    directory: str = "store"
+
+
+class SimulationSection(Section):
+    """For ``gradualdiff simulate`` only: the sites' own files, relative to the TOML file."""
+
+    sites: tuple[str, ...] = ()
+
+
+class FederationConfig(Section):
+    """A whole ``federation.toml``."""
+
+    run: RunSection
+    base: BaseSection
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    selection: SelectionSection = SelectionSection()
+    policy: PolicySection = PolicySection()
+    aggregation: AggregationSection = AggregationSection()
+    codec: CodecSection = CodecSection()
+    convergence: ConvergenceSection = ConvergenceSection()
+    store: StoreSection = StoreSection()
+    simulation: SimulationSection = SimulationSection()
+
+    @model_validator(mode="after")
+    def _participants_fit(self) -> Self:
+        names = self.run.participants
+        if len(set(names)) != len(names):
+            raise ValueError("run.participants names a participant twice")
+        reserved = sorted(RESERVED_NAMES.intersection(names))
+        if reserved:
+            raise ValueError(f"run.participants: {', '.join(reserved)} is a reserved name")
+        if (self.run.min_participants or 1) > len(names):
+            raise ValueError(
+                f"run.min_participants is {self.run.min_participants}, "
+                f"but run.participants lists {len(names)}"
+            )
+        return self
+
+    def recorded(self) -> dict[str, Any]:
+        """What goes into the ledger: all that can change the result, nothing about this machine."""
+        return self.model_dump(mode="json", exclude={"store", "simulation"})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of :meth:`recorded`."""
+        return hashlib.sha256(canonical_json(self.recorded())).hexdigest()
+
+
+class SiteSection(Section):
+    """Who this site is and where it keeps the round in hand."""
+
+    name: Name
+    workspace: str = "workspace"
+
+
+class DataSection(Section):
+    """The site's private text and how to read it.
+
+    Exactly one mapping: ``messages`` (a column holding a list of ``{role, content}``), ``prompt``
+    and ``answer``, or ``text``. ``group`` names the column that must not be split between train
+    and held-out.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Literal["auto", "jsonl", "csv", "parquet", "datasets"] = "auto"
+    messages: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    text: str | None = None
+    group: str | None = None
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    max_held_out: Positive | None = None
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> Self:
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer go together; give both column names")
+        kinds = [k for k in ("messages", "prompt", "text") if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise ValueError(
+                "give exactly one of: messages; prompt and answer; text "
+                f"(got {', '.join(kinds) or 'none'})"
+            )
+        return self
+
+
+class DeviceSection(Section):
+    """Where this site trains. ``auto``: the GPU when there is one."""
+
+    kind: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class SiteConfig(Section):
+    """A whole ``site.toml``."""
+
+    site: SiteSection
+    data: DataSection
+    device: DeviceSection = DeviceSection()
+
+
+AnyConfig = TypeVar("AnyConfig", FederationConfig, SiteConfig)
+
+
+def load_federation(path: Path) -> FederationConfig:
+    """Read a ``federation.toml``. Raises ConfigError naming every mistake in it."""
+    return _load(path, FederationConfig)
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read a ``site.toml``. Raises ConfigError naming every mistake in it."""
+    return _load(path, SiteConfig)
+
+
+def parse(kind: type[AnyConfig], values: dict[str, Any], source: str) -> AnyConfig:
+    """Check plain values against ``kind``. ``source`` is named in the error."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_describe(detail)}" for detail in error.errors(include_url=False)]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise ConfigError(f"{source}: {count}\n" + "\n".join(lines)) from None
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, UTF-8. Refuses NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; give the path of a TOML file") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}; mend that line") from None
+    return parse(kind, values, str(path))
+
+
+def _describe(detail: ErrorDetails) -> str:
+    field = ".".join(str(part) for part in detail["loc"]) or "(the file)"
+    if detail["type"] == "extra_forbidden":
+        return f"{field}: expected a known setting, got an unknown name; check the spelling"
+    if detail["type"] == "missing":
+        return f"{field}: expected a value, got nothing; add it"
+    if detail["type"] == "value_error":
+        return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
+    if detail["type"] == "string_pattern_mismatch" and "context" not in detail:
+        pattern = detail.get("ctx", {}).get("pattern", "")
+        return f"{field}: expected text matching {pattern}, got {detail['input']!r}"
+    return f"{field}: expected: {detail['msg']}, got {_short(detail['input'])}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,214 @@
+"""Every error this project raises on purpose, in one tree.
+
+    GradualDiffError            1   anything of ours that has no class of its own
+    |- ConfigError             10   federation.toml, site.toml or a command's argument
+    |- DataError               11   a site's text: file, columns, too few examples
+    |- ModelError              12   the base model: path, quantisation, fingerprint
+    |- MissingPackageError     13   an optional package is not installed
+    |- LedgerError             20   the run's records
+    |  |- LedgerDamagedError   21   an object of the ledger is missing, torn or altered
+    |  |- RunExistsError       22   the run is there already (or with another config)
+    |  |- RunNotFoundError     23   no such run or round in this store
+    |  `- FencedError          24   another coordinator wrote the record first
+    |- StoreError              30   the object store
+    |  |- StoreUnavailableError 31  cannot be reached, full or read-only (retryable)
+    |  |- ObjectMissingError   32   no object at this key
+    |  |- ObjectExistsError    33   a conditional create met an existing object
+    |  |- ObjectChangedError   34   an object is not the one that was read before
+    |  |- IntegrityError       35   bytes do not have the sha256 or size they should
+    |  `- GrantError           36   a signed URL is expired, altered or for something else
+    |- BrokerError             40   the message broker
+    |  |- BrokerUnavailableError 41 the connection is gone (retryable)
+    |  |- UnroutableError      42   no queue took the message
+    |  |- AccessRefusedError   43   this identity may not read or write there
+    |  `- StaleDeliveryError   44   the delivery belongs to a closed connection
+    |- DecodeError             50   bytes that are no event of ours (it keeps the bytes)
+    |- ProtocolError           51   a well-formed event that may not be: sender, run, order
+    |- DeltaRefusedError       52   a delta that fails its checks
+    |- RunFailedError          60   the run ended without a result
+    |- RunStuckError           61   nothing can move until somebody acts
+    `- InterruptedRunError    130   stopped by a person; nothing is lost
+
+``exit_code`` is what the process ends with. ``retryable`` says that the same call may go through
+later without anybody mending anything here. Messages name the field or object, what was expected,
+what came, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GradualDiffError(Exception):
+    """Root of the tree."""
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+
+class ConfigError(GradualDiffError):
+    """A setting is missing, misspelt or out of range."""
+
+    exit_code = 10
+
+
+class DataError(GradualDiffError):
+    """A site's training text cannot be used. Never carries the text itself."""
+
+    exit_code = 11
+
+
+class ModelError(GradualDiffError):
+    """The base model cannot be loaded or is not the one the run asks for."""
+
+    exit_code = 12
+
+
+class MissingPackageError(GradualDiffError):
+    """An optional package is needed for this and is not installed."""
+
+    exit_code = 13
+
+
+class LedgerError(GradualDiffError):
+    """The run's records do not allow this."""
+
+    exit_code = 20
+
+
+class LedgerDamagedError(LedgerError):
+    """An object of the ledger is missing, torn or altered."""
+
+    exit_code = 21
+
+
+class RunExistsError(LedgerError):
+    """The run is there already."""
+
+    exit_code = 22
+
+
+class RunNotFoundError(LedgerError):
+    """No such run or round in this store."""
+
+    exit_code = 23
+
+
+class FencedError(LedgerError):
+    """Another coordinator wrote this record first: drop the state and rebuild it."""
+
+    exit_code = 24
+
+
+class StoreError(GradualDiffError):
+    """The object store refused or failed."""
+
+    exit_code = 30
+
+
+class StoreUnavailableError(StoreError):
+    """The store cannot be reached, is full or read-only."""
+
+    exit_code = 31
+    retryable = True
+
+
+class ObjectMissingError(StoreError):
+    """There is no object at this key."""
+
+    exit_code = 32
+
+
+class ObjectExistsError(StoreError):
+    """A conditional create met an existing object."""
+
+    exit_code = 33
+
+
+class ObjectChangedError(StoreError):
+    """The object is no longer the one whose etag was read."""
+
+    exit_code = 34
+
+
+class IntegrityError(StoreError):
+    """The bytes do not have the sha256 or the size they should."""
+
+    exit_code = 35
+
+
+class GrantError(StoreError):
+    """A signed URL is expired, altered, or for another object or method."""
+
+    exit_code = 36
+
+
+class BrokerError(GradualDiffError):
+    """The message broker refused or failed."""
+
+    exit_code = 40
+
+
+class BrokerUnavailableError(BrokerError):
+    """The connection to the broker is gone."""
+
+    exit_code = 41
+    retryable = True
+
+
+class UnroutableError(BrokerError):
+    """No queue took the message."""
+
+    exit_code = 42
+
+
+class AccessRefusedError(BrokerError):
+    """This identity may not read or write there."""
+
+    exit_code = 43
+
+
+class StaleDeliveryError(BrokerError):
+    """The delivery belongs to a connection that is closed; the broker will deliver it again."""
+
+    exit_code = 44
+
+
+class DecodeError(GradualDiffError):
+    """Bytes from outside that are no event of ours. ``data`` keeps them for whoever looks."""
+
+    exit_code = 50
+
+    def __init__(self, message: str, data: bytes = b"") -> None:
+        super().__init__(message)
+        self.data = data
+
+
+class ProtocolError(GradualDiffError):
+    """A well-formed event that may not be: wrong sender, run or order."""
+
+    exit_code = 51
+
+
+class DeltaRefusedError(GradualDiffError):
+    """A delta fails its checks: digest, names, shapes, dtypes, finite values, norm."""
+
+    exit_code = 52
+
+
+class RunFailedError(GradualDiffError):
+    """The run ended without a result."""
+
+    exit_code = 60
+
+
+class RunStuckError(GradualDiffError):
+    """Nothing can move until somebody acts; the message names who waits for what."""
+
+    exit_code = 61
+
+
+class InterruptedRunError(GradualDiffError):
+    """Stopped by a person. Everything finished is in the ledger."""
+
+    exit_code = 130

@@ -1,0 +1,242 @@
+"""Every event on the bus: frozen, versioned, in the past tense. The sender is never in the body.
+
+A reader of version n takes any message of version n: unknown fields are ignored, missing and
+mistyped ones are a DecodeError (``shared/wire.py``). A change that old readers cannot ignore gets
+a new version number. ``word`` is the last part of the routing key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, Strict
+
+from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+
+RoundNumber = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0)]
+
+
+class WireBase(BaseSection):
+    """The base section as a site reads it: settings of a newer release are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class WireLora(LoraSection):
+    """The lora section as a site reads it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class WireTraining(TrainingSection):
+    """The training section as a site reads it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Event(Fact):
+    """Base of all events."""
+
+    word: ClassVar[str]
+    version: ClassVar[int] = 1
+
+
+# coordinator -> site -------------------------------------------------------------------------
+
+
+class RunAnnounced(Event):
+    """Coordinator -> each listed site, when it comes online: here is a run, get ready."""
+
+    word = "announced"
+    run: Name
+    config_digest: Sha256
+    base: WireBase
+    lora: WireLora
+    cpu_threads: Annotated[int, Field(ge=1)]
+
+
+class RoundStarted(Event):
+    """Coordinator -> each selected site, when a round opens (and again whenever it asks)."""
+
+    word = "started"
+    run: Name
+    round: RoundNumber
+    source_sha: Sha256
+    get_url: str
+    expires_at: float
+    training: WireTraining
+    progress_from: float
+    progress_to: float
+    seed: int
+    codec: str
+    last_counted: Sha256 | None = None
+
+
+class UploadGranted(Event):
+    """Coordinator -> site, on UploadRequested: one signed PUT per chunk not yet present."""
+
+    word = "granted"
+    run: Name
+    round: RoundNumber
+    sha: Sha256
+    chunk_size: Annotated[int, Field(ge=1)]
+    urls: dict[int, str]
+    expires_at: float
+
+
+class DeltaAnswered(Event):
+    """Coordinator -> site, after its delta was checked (and again whenever it asks)."""
+
+    word = "answered"
+    run: Name
+    round: RoundNumber
+    sha: Sha256
+    verdict: Literal["accepted", "refused", "late"]
+    reason: str = ""
+
+
+class RoundClosed(Event):
+    """Coordinator -> every member, when a round's result is on record."""
+
+    word = "closed"
+    run: Name
+    round: RoundNumber
+    result_sha: Sha256
+
+
+class RunFinished(Event):
+    """Coordinator -> every member, at the end. With a URL when the site still owes an evaluation."""
+
+    word = "finished"
+    run: Name
+    round: RoundNumber
+    sha: Sha256 | None
+    reason: str
+    get_url: str | None = None
+    expires_at: float | None = None
+
+
+# site -> coordinator -------------------------------------------------------------------------
+
+
+class SiteOnline(Event):
+    """Site -> every coordinator, at start and after each reconnect: what do you owe me?"""
+
+    word = "online"
+    run: Name | None = None
+    round: RoundNumber | None = None
+    sha: Sha256 | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class ParticipantReady(Event):
+    """Site -> coordinator, on RunAnnounced: the base model is loaded, this is the adapter's shape."""
+
+    word = "ready"
+    run: Name
+    config_digest: Sha256
+    manifest: Manifest
+    fingerprint: Sha256
+    numerics: Numerics
+    examples: Annotated[int, Field(ge=1)]
+
+
+class RunDeclined(Event):
+    """Site -> coordinator, on RunAnnounced: I cannot or may not take part, and why."""
+
+    word = "declined"
+    run: Name
+    reason: str
+
+
+class UploadRequested(Event):
+    """Site -> coordinator, after training: I hold a delta of this sha and size, where to put it?"""
+
+    word = "requested"
+    run: Name
+    round: RoundNumber
+    sha: Sha256
+    size: Annotated[int, Field(ge=1)]
+
+
+class DeltaSubmitted(Event):
+    """Site -> coordinator, after the last chunk is up: check and count it."""
+
+    word = "submitted"
+    run: Name
+    round: RoundNumber
+    source_sha: Sha256
+    sha: Sha256
+    size: Annotated[int, Field(ge=1)]
+    examples: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    metrics: LocalMetrics
+    state: Literal["fresh", "kept"] = "fresh"
+
+
+class TrainingFailed(Event):
+    """Site -> coordinator: the local training of a round ended without a delta, and why."""
+
+    word = "failed"
+    run: Name
+    round: RoundNumber
+    attempt: Annotated[int, Field(ge=1)]
+    reason: str
+    retryable: bool = False
+
+
+class AdapterEvaluated(Event):
+    """Site -> coordinator, on RunFinished: the held-out loss of the final adapter."""
+
+    word = "evaluated"
+    run: Name
+    round: RoundNumber
+    sha: Sha256
+    held_out: HeldOut
+
+
+class MessageRefused(Event):
+    """Whoever could not use a message -> the refused queue: its bytes, its sender and why."""
+
+    word = "refused"
+    run: Name | None = None
+    queue: str
+    sender: str | None
+    reason: str
+    data: Annotated[bytes, Strict(True)]
+
+
+# coordinator -> itself -----------------------------------------------------------------------
+
+
+class CoordinatorTick(Event):
+    """Coordinator -> its own queue, every few seconds: time passed. Old ticks expire."""
+
+    word = "tick"
+    run: Name
+    writer: str
+    now: float
+
+
+EVENTS: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        RunAnnounced,
+        RoundStarted,
+        UploadGranted,
+        DeltaAnswered,
+        RoundClosed,
+        RunFinished,
+        SiteOnline,
+        ParticipantReady,
+        RunDeclined,
+        UploadRequested,
+        DeltaSubmitted,
+        TrainingFailed,
+        AdapterEvaluated,
+        MessageRefused,
+        CoordinatorTick,
+    )
+}

@@ -1,0 +1,90 @@
+"""What an adapter is made of, as told by the participants: named tensors and how each begins.
+
+The coordinator has no base model. From this list and the run's seed it draws the first adapter,
+and against it it checks every delta. Nothing here knows what LoRA is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from shared.config import canonical_json
+
+Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False), Field(min_length=1)]
+
+
+class Fact(BaseModel):
+    """Base of what travels or is stored: frozen, strict types, unknown fields ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TensorSpec(Fact):
+    """One trainable tensor. ``init``: how round 1 begins (PEFT's choice for LoRA)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    shape: Shape
+    dtype: Literal["float32"] = "float32"
+    init: Literal["kaiming_uniform", "zeros"]
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+class Manifest(Fact):
+    """All trainable tensors in name order, and the modules they belong to (for PEFT's config)."""
+
+    tensors: Annotated[tuple[TensorSpec, ...], Strict(False), Field(min_length=1)]
+    target_modules: Annotated[tuple[str, ...], Strict(False)]
+
+    @model_validator(mode="after")
+    def _names_sorted(self) -> Self:
+        names = [spec.name for spec in self.tensors]
+        if names != sorted(set(names)):
+            raise ValueError("tensors must be sorted by name, each name once")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+class Numerics(Fact):
+    """What the bytes of a local training depend on beside config and data."""
+
+    versions: dict[str, str]
+    device: str
+    cpu_capability: str
+    cpu_threads: int
+    compute_dtype: str
+
+
+class HeldOut(Fact):
+    """Loss on text that no participant trained on: nats per answer token, weighted by token."""
+
+    nll: float
+    tokens: Annotated[int, Field(ge=1)]
+    examples: Annotated[int, Field(ge=1)]
+
+
+class LocalMetrics(Fact):
+    """What a site tells of its local training beside the delta. No text, no per-example values."""
+
+    steps: Annotated[int, Field(ge=1)]
+    train_nll: float
+    first_step_nll: float
+    last_step_nll: float
+    mean_grad_norm: float
+    truncated_examples: Annotated[int, Field(ge=0)] = 0
+    dropped_examples: Annotated[int, Field(ge=0)] = 0
+    held_out: HeldOut | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)

@@ -1,0 +1,82 @@
+"""The ``ObjectStore`` port (the coordinator's and the tools' view) and ``Transfer`` (a site's view).
+
+What any adapter must do is written as tests in ``tests/contracts/store_contract.py``. In short:
+
+- Keys are ``/``-separated, made of ``[A-Za-z0-9._-]``; no part is empty, ``.`` or ``..``.
+- A write is seen whole or not at all, and survives a crash once the call returned.
+- ``create`` is conditional: of many at once, one wins and the others get ObjectExistsError.
+- ``compose`` joins objects on the store's side, only if each still has the etag that was read.
+- A site has no store key: it holds signed URLs, good for one method, one object and a time.
+- Full or read-only is StoreUnavailableError, and nothing half-written stays visible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says of an object. ``etag`` changes whenever the bytes are written anew."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class ObjectStore(Protocol):
+    """Objects by key. All sizes in bytes, all times in seconds since the epoch."""
+
+    def put(self, key: str, data: bytes) -> ObjectInfo:
+        """Write, replacing what was there."""
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        """Write only if nothing is there. Raises ObjectExistsError."""
+
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        """Write a local file's bytes; the file must not be altered afterwards (it may be linked)."""
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises ObjectMissingError."""
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
+
+    def fetch_file(self, key: str, path: Path) -> ObjectInfo:
+        """Copy (or link) the object to a new local file, replacing it whole."""
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Size and etag. Raises ObjectMissingError."""
+
+    def sha256(self, key: str) -> str:
+        """Hex digest of the object's bytes, read now. Raises ObjectMissingError."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with ``prefix``, in key order."""
+
+    def compose(self, key: str, parts: Sequence[ObjectInfo]) -> ObjectInfo:
+        """Join ``parts`` in order into ``key``. Raises ObjectChangedError, ObjectMissingError."""
+
+    def delete(self, key: str) -> None:
+        """Remove; nothing there is no error."""
+
+    def sign_get(self, key: str, expires_at: float) -> str:
+        """A URL that reads this object until ``expires_at``."""
+
+    def sign_put(self, key: str, expires_at: float) -> str:
+        """A URL that writes this object until ``expires_at``."""
+
+
+class Transfer(Protocol):
+    """What a site can do with signed URLs. Raises GrantError, StoreUnavailableError."""
+
+    def download(self, url: str, path: Path, sha256: str) -> int:
+        """Fetch to a new local file, checked against ``sha256``; its size. Raises IntegrityError."""
+
+    def upload(self, url: str, path: Path, start: int, length: int) -> None:
+        """Send ``length`` bytes of a local file from ``start``."""

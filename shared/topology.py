@@ -1,0 +1,201 @@
+"""Every exchange, queue, routing key and object key, in one place, as data.
+
+Nothing here talks to a broker or a store; adapters carry a :class:`Topology` out, and the command
+line and the tests read the same names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SITES_EXCHANGE = "gradualdiff.sites"
+EVENTS_EXCHANGE = "gradualdiff.events"
+REFUSED_EXCHANGE = "gradualdiff.refused"
+REFUSED_QUEUE = "gradualdiff.refused"
+COORDINATOR = "coordinator"
+ANY_RUN = "any"
+
+SITE_QUEUE_LENGTH = 1_000
+REFUSED_QUEUE_LENGTH = 10_000
+DELIVERY_LIMIT = 20
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """``kind`` is ``direct`` or ``topic``; both durable."""
+
+    name: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Queue:
+    """A durable queue. ``max_length``: beyond it the oldest message is dropped (None: no limit)."""
+
+    name: str
+    max_length: int | None = None
+    single_active_consumer: bool = False
+    delivery_limit: int = DELIVERY_LIMIT
+
+
+@dataclass(frozen=True)
+class Binding:
+    """``routing_key`` may hold ``*`` (one word) on a topic exchange."""
+
+    exchange: str
+    queue: str
+    routing_key: str
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All that a run needs on the broker."""
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+    bindings: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What one account may do, as patterns for whole names (RabbitMQ's four permissions)."""
+
+    configure: re.Pattern[str]
+    write: re.Pattern[str]
+    read: re.Pattern[str]
+    topic_write: re.Pattern[str]
+
+
+def run_topology(run: str, sites: tuple[str, ...]) -> Topology:
+    """What the coordinator of ``run`` declares when it connects; repeatable."""
+    queues = [
+        Queue(coordinator_queue(run), single_active_consumer=True),
+        Queue(REFUSED_QUEUE, max_length=REFUSED_QUEUE_LENGTH),
+        *(Queue(site_queue(site), max_length=SITE_QUEUE_LENGTH) for site in sites),
+    ]
+    bindings = [
+        Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{run}.*.*"),
+        Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{ANY_RUN}.*.online"),
+        Binding(REFUSED_EXCHANGE, REFUSED_QUEUE, "refused"),
+        *(Binding(SITES_EXCHANGE, site_queue(site), site) for site in sites),
+    ]
+    return Topology(
+        exchanges=(
+            Exchange(SITES_EXCHANGE, "direct"),
+            Exchange(EVENTS_EXCHANGE, "topic"),
+            Exchange(REFUSED_EXCHANGE, "direct"),
+        ),
+        queues=tuple(queues),
+        bindings=tuple(bindings),
+    )
+
+
+def site_rights(site: str) -> Rights:
+    """A site reads its own queue and publishes as itself; it declares nothing."""
+    name = re.escape(site)
+    return Rights(
+        configure=re.compile(r"^$"),
+        write=re.compile(rf"^{re.escape(EVENTS_EXCHANGE)}$"),
+        read=re.compile(rf"^{re.escape(site_queue(site))}$"),
+        topic_write=re.compile(rf"^[a-z0-9-]+\.{name}\.[a-z_]+$"),
+    )
+
+
+def coordinator_rights() -> Rights:
+    """The coordinator's account may do everything on its broker."""
+    return Rights(*(re.compile(r"^.*$") for _ in range(4)))
+
+
+def site_queue(site: str) -> str:
+    """The queue a site reads."""
+    return f"gradualdiff.site.{site}"
+
+
+def coordinator_queue(run: str) -> str:
+    """The queue a run's coordinator reads."""
+    return f"gradualdiff.coordinator.{run}"
+
+
+def event_key(run: str, site: str, word: str) -> str:
+    """The routing key of a site's (or, with ``coordinator`` as site, the coordinator's) event."""
+    return f"{run}.{site}.{word}"
+
+
+def site_of_key(routing_key: str) -> str:
+    """The site that a routing key on the events exchange speaks for; '' when it has none."""
+    parts = routing_key.split(".")
+    return parts[1] if len(parts) == 3 else ""
+
+
+# Object keys ---------------------------------------------------------------------------------
+
+
+def run_prefix(run: str) -> str:
+    """Everything of one run."""
+    return f"runs/{run}/"
+
+
+def federation_key(run: str) -> str:
+    """The resolved config."""
+    return f"runs/{run}/federation.json"
+
+
+def member_key(run: str, site: str) -> str:
+    """A site that is part of the run."""
+    return f"runs/{run}/members/{site}.json"
+
+
+def declined_key(run: str, site: str) -> str:
+    """A site that will not take part, and why."""
+    return f"runs/{run}/declined/{site}.json"
+
+
+def adapter_key(run: str, sha256: str, file: str = "adapter_model.safetensors") -> str:
+    """A file of a PEFT adapter directory named by its tensors' sha256."""
+    return f"runs/{run}/adapters/{sha256}/{file}"
+
+
+def delta_key(run: str, round_number: int, site: str, sha256: str) -> str:
+    """A delta that passed its checks."""
+    return f"runs/{run}/deltas/{round_number:05d}/{site}-{sha256}.safetensors"
+
+
+def round_prefix(run: str, round_number: int) -> str:
+    """The records of one round."""
+    return f"runs/{run}/rounds/{round_number:05d}/"
+
+
+def round_key(run: str, round_number: int, record: str) -> str:
+    """``opened``, ``closing`` or ``closed`` of one round."""
+    return f"{round_prefix(run, round_number)}{record}.json"
+
+
+def accepted_key(run: str, round_number: int, site: str) -> str:
+    """A valid delta of a site in a round."""
+    return f"{round_prefix(run, round_number)}accepted/{site}.json"
+
+
+def refused_key(run: str, round_number: int, site: str, sha256: str) -> str:
+    """A delta that failed its checks, and why."""
+    return f"{round_prefix(run, round_number)}refused/{site}-{sha256}.json"
+
+
+def failed_key(run: str, round_number: int, site: str, attempt: int) -> str:
+    """A local training that failed, and why."""
+    return f"{round_prefix(run, round_number)}failed/{site}-{attempt:03d}.json"
+
+
+def evaluated_key(run: str, round_number: int, site: str) -> str:
+    """A site's held-out loss of the adapter that a round produced."""
+    return f"{round_prefix(run, round_number)}evaluated/{site}.json"
+
+
+def finished_key(run: str) -> str:
+    """The end of the run."""
+    return f"runs/{run}/finished.json"
+
+
+def inbox_key(run: str, round_number: int, site: str, sha256: str, chunk: int) -> str:
+    """Where a site uploads one chunk; outside the run, nothing is committed by it."""
+    return f"inbox/{run}/{round_number:05d}/{site}/{sha256}/{chunk:05d}"

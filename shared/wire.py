@@ -1,0 +1,76 @@
+"""Events as bytes: a msgpack map ``{v, type, id, time, body}``. Decoding is the border control.
+
+Whatever does not decode is a DecodeError that keeps the bytes; nothing else escapes from here.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+import msgpack
+from pydantic import ValidationError
+
+from shared.broker import MAX_MESSAGE_BYTES
+from shared.errors import DecodeError
+from shared.events import EVENTS, Event
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A decoded message. ``time``: seconds since the epoch when it was packed."""
+
+    id: str
+    time: float
+    event: Event
+
+
+def encode(event: Event, now: float, event_id: str | None = None) -> bytes:
+    """The bytes of an event. Raises DecodeError if they would exceed the message limit."""
+    data: bytes = msgpack.packb(
+        {
+            "v": event.version,
+            "type": type(event).__name__,
+            "id": event_id or uuid.uuid4().hex,
+            "time": now,
+            "body": event.model_dump(mode="python"),
+        },
+        use_bin_type=True,
+    )
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise DecodeError(
+            f"{type(event).__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}; "
+            "large data belongs into the store"
+        )
+    return data
+
+
+def decode(data: bytes) -> Envelope:
+    """The event in ``data``. Raises DecodeError, keeping the bytes, for anything else."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise DecodeError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}", data)
+    try:
+        outer = msgpack.unpackb(data, strict_map_key=False, raw=False)
+    except Exception as error:  # msgpack raises ValueError, its own and UnicodeDecodeError alike
+        raise DecodeError(f"expected one msgpack map, got: {error}", data) from None
+    if not isinstance(outer, dict):
+        raise DecodeError(f"expected a msgpack map, got {type(outer).__name__}", data)
+    name, version, body = outer.get("type"), outer.get("v"), outer.get("body")
+    event_id, time = outer.get("id"), outer.get("time")
+    kind = EVENTS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise DecodeError(f"type: expected a known event, got {name!r}", data)
+    if type(version) is not int or version != kind.version:
+        raise DecodeError(
+            f"{name}: expected version {kind.version}, got {version!r}; "
+            "update the older of the two programs",
+            data,
+        )
+    if not isinstance(event_id, str) or type(time) not in (int, float):
+        raise DecodeError(f"{name}: expected text in id and a number in time", data)
+    try:
+        return Envelope(event_id, float(time), kind.model_validate(body))
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in detail["loc"]) or "body"
+        raise DecodeError(f"{name}.{field}: {detail['msg']}", data) from None
