@@ -54,7 +54,7 @@ class RunAnnounced(Event):
     config_digest: Sha256
     base: WireBase
     lora: WireLora
-    cpu_threads: Annotated[int, Field(ge=1)]
+    training: WireTraining
 
 
 class RoundStarted(Event):
@@ -71,6 +71,7 @@ class RoundStarted(Event):
     progress_to: float
     seed: int
     codec: str
+    attempt: Annotated[int, Field(ge=1)] = 1
     last_counted: Sha256 | None = None
 
 

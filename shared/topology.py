@@ -13,6 +13,8 @@ SITES_EXCHANGE = "gradualdiff.sites"
 EVENTS_EXCHANGE = "gradualdiff.events"
 REFUSED_EXCHANGE = "gradualdiff.refused"
 REFUSED_QUEUE = "gradualdiff.refused"
+REFUSED_KEY = "refused"
+REFUSED_BYTES = 983_040  # of a refused message's bytes are kept: a refusal is a message itself
 COORDINATOR = "coordinator"
 ANY_RUN = "any"
 
@@ -76,8 +78,8 @@ def run_topology(run: str, sites: tuple[str, ...]) -> Topology:
     ]
     bindings = [
         Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{run}.*.*"),
-        Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{ANY_RUN}.*.online"),
-        Binding(REFUSED_EXCHANGE, REFUSED_QUEUE, "refused"),
+        Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{ANY_RUN}.*.*"),
+        Binding(REFUSED_EXCHANGE, REFUSED_QUEUE, REFUSED_KEY),
         *(Binding(SITES_EXCHANGE, site_queue(site), site) for site in sites),
     ]
     return Topology(

@@ -1,0 +1,117 @@
+"""The embedded federation: every role in this process over the embedded broker and a directory.
+
+One thread, one loop: all queues are drained, then one participant does one piece of work, so that
+participants train in turn on the one device and share the one frozen base. The roles are the very
+ones that run apart; nothing of them is known here but ``drain``, ``work`` and ``state``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.bootstrap import build_coordinator
+from participant.bootstrap import build_participant
+from participant.handlers import Site
+from participant.workspace import Workspace
+from shared.directory_store import DirectoryTransfer
+from shared.embedded_broker import EmbeddedBroker
+from shared.errors import RunFailedError, RunStuckError
+from shared.topology import COORDINATOR, coordinator_rights, site_rights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from coordinator.rounds import RunState
+    from participant.learning import Learner, Progress
+    from shared.config import FederationConfig
+    from shared.directory_store import DirectoryStore
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Where an embedded federation lives and who watches.
+
+    ``should_stop`` is asked between a training's micro-batches; ``report(site, round, progress)``
+    feeds a display; ``moved(state)`` is called whenever the coordinator may have learnt something.
+    """
+
+    store: DirectoryStore
+    folder: Path
+    report: Callable[[str, int | None, Progress], None]
+    moved: Callable[[RunState], None]
+    should_stop: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.time
+
+
+def run_embedded(
+    config: FederationConfig, learners: Mapping[str, Learner], embedding: Embedding
+) -> RunState:
+    """Start or resume the run and bring it to its end; the final state.
+
+    Raises RunStuckError when nothing can move any more (it names who waits for what),
+    RunFailedError when the run ended without a result, InterruptedRunError when stopped.
+    """
+    server = EmbeddedBroker()
+    role = build_coordinator(
+        config,
+        embedding.store,
+        server.connect(COORDINATOR, coordinator_rights()),
+        embedding.folder / "spool",
+        embedding.clock,
+    )
+    sites = [
+        build_participant(
+            Site(
+                name=name,
+                broker=server.connect(name, site_rights(name)),
+                transfer=DirectoryTransfer(embedding.store),
+                workspace=Workspace(embedding.folder / "sites" / name),
+                learner=learner,
+                clock=embedding.clock,
+                should_stop=embedding.should_stop,
+                report=embedding.report,
+            )
+        )
+        for name, learner in sorted(learners.items())
+    ]
+    for site in sites:
+        site.participant.start(config.run.name)
+    ticked = False
+    while True:
+        moved = role.dispatcher.drain() + sum(site.dispatcher.drain() for site in sites)
+        embedding.moved(role.coordinator.state)
+        if moved > ticked:
+            ticked = False
+            continue
+        worker = next((site for site in sites if site.participant.has_work), None)
+        if worker is not None:
+            worker.participant.work()
+            ticked = False
+        elif role.coordinator.state.finished is not None:
+            return _result(role.coordinator.state)
+        elif ticked:
+            raise RunStuckError(_why_stuck(role.coordinator.state))
+        else:
+            role.tick()  # nobody has anything to do: perhaps time decides
+            ticked = True
+
+
+def _result(state: RunState) -> RunState:
+    if state.finished is not None and state.finished.failed:
+        raise RunFailedError(f"run {state.config.run.name} ended without a result: {state.finished.reason}")
+    return state
+
+
+def _why_stuck(state: RunState) -> str:
+    run = state.config.run.name
+    where = f"round {state.opened.round}" if state.opened else "the start"
+    known = {**state.declined, **{site: t.reason for site, t in state.troubles.items()}}
+    waiting = [f"{site} ({known.get(site, 'no word from it')})" for site in state.waiting_for]
+    waiting += [f"{s} ({why})" for s, why in state.declined.items() if s not in state.waiting_for]
+    return (
+        f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}. "
+        "Mend the cause, then resume; everything finished is in the ledger"
+    )

@@ -1,0 +1,205 @@
+"""Close a round's numbers: A(t+1) = A(t) + sum_i w_i D_i(t) (Algorithm 2 of arXiv:2506.19164).
+
+Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
+are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
+(no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Memory is a few
+tensors, however many the deltas; each delta holds one file open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from shared.delta_file import DeltaFile
+from shared.deltas import blocks, inner_product, is_finite, significant, squared_norm
+from shared.errors import ConfigError, LedgerError
+from shared.tensors import (
+    ADAPTER_METADATA,
+    FileDigest,
+    Stopwatch,
+    TensorFile,
+    TensorLayout,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.manifest import Manifest, TensorSpec
+
+WEIGHT_TOLERANCE = 1e-9
+
+
+class Counts(NamedTuple):
+    """What a site trained on in a round."""
+
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """One input of a round: a checked delta file and its share."""
+
+    site: str
+    path: Path
+    weight: float
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
+
+    ``mean_norm``: of the weighted mean of the deltas. ``cosines``: of each site's delta with that
+    mean, 0 where either is all zeros.
+    """
+
+    digest: FileDigest
+    mean_norm: float
+    delta_norms: dict[str, float]
+    cosines: dict[str, float]
+
+
+def weights(
+    mode: Literal["equal", "examples", "tokens"], counts: Mapping[str, Counts]
+) -> dict[str, float]:
+    """Each site's share, in name order. ``equal``: 1/K, else in proportion to what it trained on.
+
+    Raises ConfigError where there is nothing to share by.
+    """
+    sites = sorted(counts)
+    parts = {site: 1 if mode == "equal" else getattr(counts[site], mode) for site in sites}
+    total = sum(parts.values())
+    if total <= 0 or min(parts.values()) < 0:
+        raise ConfigError(
+            f'aggregation.weights = "{mode}": expected {mode} from at least one site, '
+            f'got {total} from {len(sites)} sites; set it to "equal"'
+        )
+    return {site: part / total for site, part in parts.items()}
+
+
+def aggregate(
+    source: Path,
+    deltas: Sequence[WeightedDelta],
+    manifest: Manifest,
+    target: Path,
+    watch: Stopwatch | None = None,
+) -> Aggregated:
+    """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
+
+    ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
+    ``accumulate``, ``measure``, ``hash`` and ``write``. Raises LedgerError for a site that is
+    listed twice, weights that do not sum to 1 or a result that is not finite, DeltaRefusedError
+    for a delta that does not fit the manifest, DecodeError for a source that is torn.
+    """
+    ordered = sorted(deltas, key=lambda delta: delta.site)
+    _check_inputs(ordered)
+    with contextlib.ExitStack() as stack:
+        adapter = stack.enter_context(TensorFile(source))
+        files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
+        closing = _Closing(adapter, ordered, files, watch or Stopwatch())
+        layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
+        digest = write_tensors(
+            target, layouts, map(closing.tensor, manifest.tensors), ADAPTER_METADATA, closing.watch
+        )
+    return closing.aggregated(digest)
+
+
+class _Closing:
+    """One aggregation under way: the open files and the sums over the tensors done so far."""
+
+    def __init__(
+        self,
+        adapter: TensorFile,
+        deltas: Sequence[WeightedDelta],
+        files: Sequence[DeltaFile],
+        watch: Stopwatch,
+    ) -> None:
+        self._adapter = adapter
+        self._deltas = deltas
+        self._files = files
+        self.watch = watch
+        self._mean_squares: list[float] = []
+        self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+        self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+
+    def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
+        """The next adapter's values of one tensor: fp32 of ``spec.shape``."""
+        mean = np.zeros(spec.elements, np.float64)
+        for delta, file in zip(self._deltas, self._files, strict=True):
+            with self.watch.phase("read"):
+                values = file.read(spec).reshape(-1)
+            with self.watch.phase("accumulate"):
+                _accumulate(mean, values, delta.weight)
+        with self.watch.phase("measure"):
+            self._measure(spec, mean)
+        with self.watch.phase("read"):
+            values = self._adapter.read(spec.name).reshape(-1)
+        with self.watch.phase("accumulate"):
+            _accumulate(mean, values, 1.0)
+            result = _cast(mean, spec)
+        return result.reshape(spec.shape)
+
+    def aggregated(self, digest: FileDigest) -> Aggregated:
+        """The numbers of the whole adapter, once every tensor is done."""
+        mean_norm = math.sqrt(math.fsum(self._mean_squares))
+        norms = {site: math.sqrt(math.fsum(squares)) for site, squares in self._squares.items()}
+        cosines = {}
+        for site, products in self._products.items():
+            length = norms[site] * mean_norm
+            cosines[site] = significant(math.fsum(products) / length) if length else 0.0
+        return Aggregated(
+            digest,
+            significant(mean_norm),
+            {site: significant(norm) for site, norm in norms.items()},
+            cosines,
+        )
+
+    def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
+        """Second pass: decoding each delta once more costs less than keeping K of them."""
+        self._mean_squares.append(squared_norm(mean))
+        for delta, file in zip(self._deltas, self._files, strict=True):
+            values = file.read(spec).reshape(-1)
+            self._squares[delta.site].append(squared_norm(values))
+            self._products[delta.site].append(inner_product(values, mean))
+
+
+def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:
+    sites = [delta.site for delta in ordered]
+    twice = sorted({site for site in sites if sites.count(site) > 1})
+    if twice:
+        raise LedgerError(f"deltas: expected each site once, got {', '.join(twice)} twice")
+    shares = [delta.weight for delta in ordered]
+    # Written so that NaN fails too.
+    if not all(0 <= share < math.inf for share in shares):
+        raise LedgerError(f"weights: expected numbers from 0 to 1, got {shares}")
+    if abs(math.fsum(shares) - 1) > WEIGHT_TOLERANCE:
+        raise LedgerError(f"weights: expected a sum of 1, got {math.fsum(shares)!r}")
+
+
+def _accumulate(total: NDArray[np.float64], values: NDArray[np.float32], weight: float) -> None:
+    """``total += weight * fp64(values)`` in place, both flat, block by block within the cache."""
+    for at in blocks(total.size):
+        scaled = values[at].astype(np.float64)
+        np.multiply(scaled, weight, out=scaled)
+        np.add(total[at], scaled, out=total[at])
+
+
+def _cast(total: NDArray[np.float64], spec: TensorSpec) -> NDArray[np.float32]:
+    """The one rounding to fp32. Raises LedgerError where it leaves fp32's range."""
+    with np.errstate(over="ignore"):
+        result = total.astype(np.float32)
+    if not is_finite(result):
+        raise LedgerError(
+            f"tensor {spec.name!r}: expected finite values, got a sum beyond fp32; "
+            "a delta is too large: set aggregation.max_delta_norm"
+        )
+    return result

@@ -1,0 +1,74 @@
+"""The coordinator's composition root: from config, store and broker to a running role."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.effects import Effects
+from coordinator.handlers import Coordinator, sender_of
+from coordinator.intake import Intake
+from shared import topology, wire
+from shared.broker import Message
+from shared.dispatch import Dispatcher
+from shared.events import CoordinatorTick, MessageRefused
+from shared.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shared.broker import Broker, Delivery
+    from shared.config import FederationConfig
+    from shared.store import ObjectStore
+
+TICK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class CoordinatorRole:
+    """A coordinator connected to its queue."""
+
+    coordinator: Coordinator
+    dispatcher: Dispatcher
+    tick: Callable[[], None]
+
+
+def build_coordinator(
+    config: FederationConfig,
+    store: ObjectStore,
+    broker: Broker,
+    spool: Path,
+    clock: Callable[[], float],
+) -> CoordinatorRole:
+    """Declare the run's queues, start or resume the run, subscribe. Raises RunExistsError."""
+    run = config.run.name
+    writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
+    ledger = Ledger(store, run, writer, clock)
+    intake = Intake(store, spool / run)
+    effects = Effects(config, ledger, broker, intake, clock)
+    coordinator = Coordinator(config, ledger, intake, effects, clock)
+    broker.declare(topology.run_topology(run, config.run.participants))
+    coordinator.start()
+
+    def tick() -> None:
+        now = clock()
+        key = topology.event_key(run, topology.COORDINATOR, CoordinatorTick.word)
+        body = wire.encode(CoordinatorTick(run=run, writer=writer, now=now), now)
+        broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
+
+    def refuse(delivery: Delivery, reason: str) -> None:
+        event = MessageRefused(
+            run=run,
+            queue=delivery.queue,
+            sender=delivery.sender,
+            reason=reason,
+            data=delivery.body[: topology.REFUSED_BYTES],
+        )
+        body = wire.encode(event, clock())
+        broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
+
+    consumer = broker.consume(topology.coordinator_queue(run))
+    dispatcher = Dispatcher(consumer, coordinator.handlers, sender_of, refuse)
+    return CoordinatorRole(coordinator, dispatcher, tick)

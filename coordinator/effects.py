@@ -1,0 +1,251 @@
+"""Carries out what the state machine asks for: records, adapters, announcements.
+
+Durable steps return the record that came of them, to be folded in. Each may be repeated: objects
+are content-addressed and records conditional, so the second time meets the first one's result.
+Bells are published and forgotten; the ledger would ring them again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.genesis import adapter_config, draw_adapter
+from coordinator.rounds import (
+    Aggregate,
+    AnnounceClosed,
+    AnnounceFinished,
+    AnnounceRound,
+    AnnounceRun,
+    AnswerDelta,
+    MakeGenesis,
+    WriteRecord,
+)
+from shared import topology, wire
+from shared.broker import Message
+from shared.errors import RunFailedError, UnroutableError
+from shared.events import (
+    DeltaAnswered,
+    Event,
+    RoundClosed,
+    RoundStarted,
+    RunAnnounced,
+    RunFinished,
+    WireBase,
+    WireLora,
+    WireTraining,
+)
+from shared.log import get_logger
+from shared.manifest import HeldOut
+from shared.records import AcceptedRecord, ClosedRecord, GenesisRecord, RefusedRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from coordinator.intake import Intake
+    from coordinator.rounds import Bell, RunState, Step
+    from shared.broker import Broker
+    from shared.config import FederationConfig
+    from shared.ledger import Ledger
+    from shared.records import ClosingRecord, Record
+
+URL_SECONDS = 6 * 3600.0
+
+
+class Effects:
+    """The coordinator's hands: store, broker and spool of one run."""
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        ledger: Ledger,
+        broker: Broker,
+        intake: Intake,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._broker = broker
+        self._intake = intake
+        self._clock = clock
+
+    # Durable steps -----------------------------------------------------------------------------
+
+    def perform(self, step: Step, state: RunState) -> Record:
+        """Do one durable step; the record to fold in. Raises StoreError, LedgerError."""
+        match step:
+            case MakeGenesis():
+                return self._make_genesis(step, state)
+            case WriteRecord(record):
+                written = self._ledger.write(record)
+                get_logger().info(
+                    f"{type(written).__name__.removesuffix('Record').lower()}.recorded",
+                    run=self._config.run.name,
+                    round=written.round,
+                )
+                return written
+            case Aggregate(closing):
+                return self._aggregate(closing, state)
+
+    def _make_genesis(self, step: MakeGenesis, state: RunState) -> GenesisRecord:
+        first = state.members[step.members[0]]
+        path = self._intake.scratch("genesis.safetensors")
+        digest = draw_adapter(first.manifest, self._config.run.seed, path)
+        self._store_adapter(digest.sha256, path, state)
+        path.unlink()
+        record = GenesisRecord(
+            members=step.members,
+            manifest=first.manifest,
+            fingerprint=first.fingerprint,
+            adapter_sha=digest.sha256,
+            adapter_size=digest.size,
+        )
+        get_logger().info("run.began", members=list(step.members), adapter=digest.sha256)
+        return self._ledger.write(record)
+
+    def _aggregate(self, closing: ClosingRecord, state: RunState) -> ClosedRecord:
+        assert state.genesis is not None  # a round cannot be closing before genesis
+        run = self._config.run.name
+        source = self._intake.local_adapter(run, closing.source_sha)
+        deltas = [
+            WeightedDelta(
+                item.site,
+                self._intake.local_delta(run, item.from_round, item.site, item.sha),
+                item.weight,
+            )
+            for item in closing.inputs
+        ]
+        target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
+        result = aggregate(source, deltas, state.genesis.manifest, target)
+        self._store_adapter(result.digest.sha256, target, state)
+        target.unlink()
+        counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
+        record = ClosedRecord(
+            round=closing.round,
+            adapter_sha=result.digest.sha256,
+            adapter_size=result.digest.size,
+            mean_norm=result.mean_norm,
+            delta_norms=result.delta_norms,
+            cosines=result.cosines,
+            source_held_out=pool_held_out(r.metrics.held_out for r in counted),
+        )
+        closed = self._ledger.write(record)
+        self._intake.clear_round(keep_adapter=closed.adapter_sha)
+        get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
+        return closed
+
+    def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
+        """Both files of a PEFT directory; the tensors last, since their presence means complete."""
+        run = self._config.run.name
+        manifest = state.genesis.manifest if state.genesis else next(iter(state.members.values())).manifest
+        config = adapter_config(self._config.base, self._config.lora, manifest)
+        self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
+        self._ledger.store.put_file(topology.adapter_key(run, sha), path)
+
+    # Bells ---------------------------------------------------------------------------------------
+
+    def ring(self, bell: Bell, state: RunState) -> None:
+        """Publish one announcement to all it concerns, confirmed as one batch."""
+        events = self._events(bell, state)
+        if events:
+            self.tell(events)
+
+    def tell(self, events: Mapping[str, Event]) -> None:
+        """Publish one event to each site. Raises RunFailedError naming a site without a queue."""
+        now = self._clock()
+        messages = [
+            Message(topology.SITES_EXCHANGE, site, wire.encode(event, now))
+            for site, event in events.items()
+        ]
+        try:
+            self._broker.publish(messages)
+        except UnroutableError as error:
+            raise RunFailedError(f"a participant has no queue: {error}") from error
+
+    def _events(self, bell: Bell, state: RunState) -> dict[str, Event]:
+        run = self._config.run.name
+        match bell:
+            case AnnounceRun(sites):
+                return dict.fromkeys(sites, self._announcement())
+            case AnnounceRound(sites):
+                return {site: self._round_for(site, state) for site in sites}
+            case AnswerDelta(record):
+                return {record.site: answer_of(run, record)}
+            case AnnounceClosed(closed, sites):
+                event = RoundClosed(run=run, round=closed.round, result_sha=closed.adapter_sha)
+                return dict.fromkeys(sites, event)
+            case AnnounceFinished(sites):
+                return {site: self._finish_for(site, state) for site in sites}
+
+    def _announcement(self) -> RunAnnounced:
+        config = self._config
+        return RunAnnounced(
+            run=config.run.name,
+            config_digest=config.digest,
+            base=WireBase(**config.base.model_dump()),
+            lora=WireLora(**config.lora.model_dump()),
+            training=WireTraining(**config.training.model_dump(exclude_none=True)),
+        )
+
+    def _round_for(self, site: str, state: RunState) -> RoundStarted:
+        opened = state.opened
+        assert opened is not None  # this bell is only rung while a round is open
+        url, expires_at = self._sign_adapter(opened.source_sha)
+        trouble = state.troubles.get(site)
+        return RoundStarted(
+            run=self._config.run.name,
+            round=opened.round,
+            source_sha=opened.source_sha,
+            get_url=url,
+            expires_at=expires_at,
+            training=WireTraining(**self._config.training.model_dump(exclude_none=True)),
+            progress_from=opened.progress_from,
+            progress_to=opened.progress_to,
+            seed=opened.seed,
+            codec=self._config.codec.name,
+            attempt=trouble.attempts + 1 if trouble else 1,
+            last_counted=state.last_counted.get(site),
+        )
+
+    def _finish_for(self, site: str, state: RunState) -> RunFinished:
+        finished = state.finished
+        assert finished is not None  # this bell is only rung at the end
+        url, expires_at = None, None
+        if finished.sha is not None and site not in state.evaluated:
+            url, expires_at = self._sign_adapter(finished.sha)
+        return RunFinished(
+            run=self._config.run.name,
+            round=finished.round,
+            sha=finished.sha,
+            reason=finished.reason,
+            get_url=url,
+            expires_at=expires_at,
+        )
+
+    def _sign_adapter(self, sha: str) -> tuple[str, float]:
+        expires_at = self._clock() + URL_SECONDS
+        key = topology.adapter_key(self._config.run.name, sha)
+        return self._ledger.store.sign_get(key, expires_at), expires_at
+
+
+def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:
+    """The answer to a site about its delta."""
+    accepted = isinstance(record, AcceptedRecord)
+    return DeltaAnswered(
+        run=run,
+        round=record.round,
+        sha=record.sha,
+        verdict="accepted" if accepted else record.verdict,
+        reason="" if accepted else record.reason,
+    )
+
+
+def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
+    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return None
+    tokens = sum(loss.tokens for loss in known)
+    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
+    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

@@ -1,0 +1,342 @@
+"""The coordinator: one handler per event; what it learns goes through the ledger into the state.
+
+Every handler follows one order: check the sender's claim, make it durable (a record), fold the
+record in, and let the effects ring. All are idempotent: a record that exists is adopted, a fact
+that is known changes nothing, an answer may be given twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.effects import answer_of
+from coordinator.intake import CHUNK_BYTES, Upload
+from coordinator.rounds import (
+    Aggregate,
+    MakeGenesis,
+    Ticked,
+    WriteRecord,
+    apply,
+    debts,
+    replay,
+    resume,
+)
+from shared.codecs import get_codec
+from shared.delta_file import DeltaHeader
+from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
+from shared.events import (
+    AdapterEvaluated,
+    CoordinatorTick,
+    DeltaSubmitted,
+    Event,
+    MessageRefused,
+    ParticipantReady,
+    RunDeclined,
+    SiteOnline,
+    TrainingFailed,
+    UploadGranted,
+    UploadRequested,
+)
+from shared.log import get_logger
+from shared.records import (
+    AcceptedRecord,
+    DeclinedRecord,
+    EvaluatedRecord,
+    FailedRecord,
+    GenesisRecord,
+    MemberRecord,
+    OpenedRecord,
+    RefusedRecord,
+)
+from shared.topology import COORDINATOR, accepted_key, site_of_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from coordinator.effects import Effects
+    from coordinator.intake import Intake
+    from coordinator.rounds import Effect, Fact, RunState
+    from shared.broker import Delivery
+    from shared.config import FederationConfig
+    from shared.dispatch import Handler
+    from shared.ledger import Ledger
+
+GRANT_SECONDS = 3600.0
+
+
+class Coordinator:
+    """One run's coordinator. It holds nothing that ``reload()`` could not rebuild."""
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        ledger: Ledger,
+        intake: Intake,
+        effects: Effects,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._intake = intake
+        self._effects = effects
+        self._clock = clock
+        self.state = replay(config, ())
+        self.handlers: Mapping[type[Event], Handler] = {
+            SiteOnline: self.on_site_online,
+            ParticipantReady: self.on_participant_ready,
+            RunDeclined: self.on_run_declined,
+            UploadRequested: self.on_upload_requested,
+            DeltaSubmitted: self.on_delta_submitted,
+            TrainingFailed: self.on_training_failed,
+            AdapterEvaluated: self.on_adapter_evaluated,
+            MessageRefused: self.on_message_refused,
+            CoordinatorTick: self.on_tick,
+        }
+
+    def start(self) -> None:
+        """Record or find the run, rebuild the state, ring every bell that may have been lost.
+
+        Raises RunExistsError when the run is on record with another config.
+        """
+        self._ledger.begin(self._config)
+        self.reload()
+        self._carry_out(resume(self.state))
+
+    def reload(self) -> None:
+        """Rebuild the state from the ledger."""
+        self.state = replay(self._config, self._ledger.history())
+
+    # Handlers --------------------------------------------------------------------------------------
+
+    def on_site_online(self, event: SiteOnline, sender: str) -> None:
+        """Answer with what the ledger owes the site. Idempotent: writes nothing."""
+        get_logger().info("site.online", site=sender, holds_round=event.round)
+        for bell in debts(self.state, sender):
+            self._effects.ring(bell, self.state)
+
+    def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
+        """Record the member. Idempotent: the record is adopted if it says the same."""
+        if event.config_digest != self._config.digest:
+            raise ProtocolError(
+                f"config_digest: {sender} is ready for {event.config_digest[:12]}, this run is "
+                f"{self._config.digest[:12]}; start the site again"
+            )
+        known = self.state.members.get(sender)
+        if known is not None:
+            self._check_same_member(known, event, sender)
+            return
+        if self.state.genesis is not None:
+            raise ProtocolError(f"{sender} came after the run began with {self._members()}")
+        self._record(
+            MemberRecord(
+                site=sender,
+                manifest=event.manifest,
+                fingerprint=event.fingerprint,
+                numerics=event.numerics,
+                examples=event.examples,
+            )
+        )
+
+    def on_run_declined(self, event: RunDeclined, sender: str) -> None:
+        """Record that the site stays out. Idempotent: one record per site."""
+        get_logger().warning("run.declined", site=sender, reason=event.reason)
+        self._record(DeclinedRecord(site=sender, reason=event.reason))
+
+    def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
+        """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
+        upload = Upload(self._config.run.name, event.round, sender, event.sha, event.size)
+        if self._open_round_for(event.round, sender) is None:
+            self._answer_closed(upload)
+            return
+        limit = self._size_limit()
+        if event.size > limit:
+            self._refuse(upload, f"size: expected at most {limit} bytes, got {event.size}")
+            return
+        expires_at = self._clock() + GRANT_SECONDS
+        urls = {
+            number: self._ledger.store.sign_put(upload.chunk_key(number), expires_at)
+            for number in self._intake.missing_chunks(upload)
+        }
+        grant = UploadGranted(
+            run=upload.run,
+            round=upload.round,
+            sha=upload.sha,
+            chunk_size=CHUNK_BYTES,
+            urls=urls,
+            expires_at=expires_at,
+        )
+        self._effects.tell({sender: grant})
+
+    def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
+        """Check the delta and record the verdict. Idempotent: same bytes, same record, one count."""
+        upload = Upload(self._config.run.name, event.round, sender, event.sha, event.size)
+        opened = self._open_round_for(event.round, sender)
+        if opened is None or (sender, event.round) in self.state.uncounted:
+            self._answer_closed(upload)
+            return
+        codec = get_codec(self._config.codec.name)
+        expected = DeltaHeader(
+            run=upload.run,
+            round=upload.round,
+            site=sender,
+            source_sha=opened.source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+        if event.source_sha != opened.source_sha:
+            self._refuse(
+                upload,
+                f"source_sha: expected {opened.source_sha[:12]}, got {event.source_sha[:12]}; "
+                "the delta was trained from another adapter",
+            )
+            return
+        limit = self._config.aggregation.max_delta_norm
+        try:
+            norm = self._intake.take(upload, self._genesis().manifest, expected, limit)
+        except DeltaRefusedError as error:
+            self._intake.discard(upload)
+            self._refuse(upload, str(error))
+            return
+        self._record(
+            AcceptedRecord(
+                round=event.round,
+                site=sender,
+                sha=event.sha,
+                size=event.size,
+                examples=event.examples,
+                tokens=event.tokens,
+                norm=norm,
+                metrics=event.metrics,
+                state=event.state,
+            )
+        )
+        get_logger().info("delta.accepted", site=sender, round=event.round, norm=norm)
+
+    def on_training_failed(self, event: TrainingFailed, sender: str) -> None:
+        """Record the failed attempt. Idempotent: one record per attempt, named by its number."""
+        if self._open_round_for(event.round, sender) is None:
+            return
+        get_logger().warning("training.failed", site=sender, reason=event.reason)
+        self._record(
+            FailedRecord(
+                round=event.round,
+                site=sender,
+                attempt=event.attempt,
+                reason=event.reason,
+                retryable=event.retryable,
+            )
+        )
+
+    def on_adapter_evaluated(self, event: AdapterEvaluated, sender: str) -> None:
+        """Record a held-out loss of the final adapter. Idempotent: one record per site."""
+        finished = self.state.finished
+        if finished is None or event.sha != finished.sha or sender not in self.state.members:
+            raise ProtocolError(f"sha: {sender} evaluated {event.sha[:12]}, which is not the result")
+        self._record(
+            EvaluatedRecord(
+                round=finished.round, site=sender, sha=event.sha, held_out=event.held_out
+            )
+        )
+
+    def on_message_refused(self, event: MessageRefused, sender: str) -> None:
+        """Log that a site could not use a message. Idempotent: writes nothing."""
+        get_logger().warning("message.refused", site=sender, reason=event.reason)
+
+    def on_tick(self, event: CoordinatorTick, sender: str) -> None:
+        """Fold the time in; another writer's tick means that one was active: rebuild first."""
+        del sender  # a tick comes from a coordinator's own account, checked by the dispatcher
+        if event.writer != self._ledger.writer:
+            self.reload()
+        self.feed(Ticked(event.now))
+
+    # Facts and effects -------------------------------------------------------------------------------
+
+    def feed(self, fact: Fact) -> None:
+        """Fold a fact in and carry out what follows from it."""
+        self.state, effects = apply(self.state, fact)
+        self._carry_out(effects)
+
+    def _carry_out(self, effects: tuple[Effect, ...]) -> None:
+        for effect in effects:
+            if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
+                self.feed(self._effects.perform(effect, self.state))
+            else:
+                self._effects.ring(effect, self.state)
+
+    def _record(self, record: Fact) -> None:
+        self.feed(self._ledger.write(record))
+
+    def _refuse(self, upload: Upload, reason: str) -> None:
+        get_logger().warning("delta.refused", site=upload.site, round=upload.round, reason=reason)
+        self._record(
+            RefusedRecord(round=upload.round, site=upload.site, sha=upload.sha, reason=reason)
+        )
+
+    def _answer_closed(self, upload: Upload) -> None:
+        """Answer a delta that the open round does not wait for: counted already, or too late."""
+        key = accepted_key(upload.run, upload.round, upload.site)
+        try:
+            accepted = self._ledger.read(AcceptedRecord, key)
+        except ObjectMissingError:
+            accepted = None
+        if accepted is not None and accepted.sha == upload.sha:
+            self._effects.tell({upload.site: answer_of(upload.run, accepted)})
+            return
+        self._intake.discard(upload)
+        reason = (
+            f"round {upload.round} holds this site's delta {accepted.sha[:12]} already"
+            if accepted
+            else f"round {upload.round} is not open for this site"
+        )
+        late = RefusedRecord(
+            round=upload.round, site=upload.site, sha=upload.sha, verdict="late", reason=reason
+        )
+        self._effects.tell({upload.site: answer_of(upload.run, self._ledger.write(late))})
+
+    # What is known -----------------------------------------------------------------------------------
+
+    def _open_round_for(self, number: int, site: str) -> OpenedRecord | None:
+        opened = self.state.open_round
+        if opened is None or opened.round != number or site not in opened.selected:
+            return None
+        return opened
+
+    def _genesis(self) -> GenesisRecord:
+        if self.state.genesis is None:
+            raise ProtocolError("the run has not begun yet")
+        return self.state.genesis
+
+    def _members(self) -> str:
+        return ", ".join(sorted(self.state.members))
+
+    def _size_limit(self) -> int:
+        """No codec here needs more than fp32 does; the rest is room for the file's header."""
+        tensors = self._genesis().manifest.tensors
+        return sum(4 * spec.elements for spec in tensors) + 1_000 * len(tensors) + 65_536
+
+    def _check_same_member(
+        self, known: MemberRecord, event: ParticipantReady, sender: str
+    ) -> None:
+        for name in ("fingerprint", "manifest", "numerics"):
+            if getattr(known, name) != getattr(event, name):
+                raise ProtocolError(
+                    f"{name}: {sender} came back with another one than it joined with; give it "
+                    "the base model and the versions it began the run with"
+                )
+
+
+def sender_of(delivery: Delivery, event: Event) -> str:
+    """The site (or the coordinator itself) behind a delivery. Raises ProtocolError.
+
+    The routing key is free text to the broker; what counts is that it names the account which
+    the broker checked.
+    """
+    claimed = site_of_key(delivery.routing_key)
+    if delivery.sender is None or delivery.sender != claimed:
+        raise ProtocolError(
+            f"sender: expected the account {claimed!r} of the routing key, "
+            f"got {delivery.sender or 'none'}"
+        )
+    if isinstance(event, CoordinatorTick) != (claimed == COORDINATOR):
+        raise ProtocolError(f"sender: {claimed} may not send a {type(event).__name__}")
+    return claimed

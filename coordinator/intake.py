@@ -1,0 +1,192 @@
+"""A delta's way in: from uploaded chunks to checked bytes under their own name.
+
+Chunks are spooled to local disk, so that the checks and later the aggregation read local files,
+tensor by tensor. Only then does the store join the very chunks that were read (by etag) into the
+content-addressed object: nobody who still holds an upload URL can change what was checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shared import topology
+from shared.delta_file import check_delta
+from shared.errors import (
+    DeltaRefusedError,
+    LedgerDamagedError,
+    ObjectChangedError,
+    ObjectMissingError,
+)
+from shared.files import READ_BYTES, digest_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shared.delta_file import DeltaHeader
+    from shared.manifest import Manifest
+    from shared.store import ObjectInfo, ObjectStore
+
+CHUNK_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a site says it sends in a round: sha256 and size in bytes."""
+
+    run: str
+    round: int
+    site: str
+    sha: str
+    size: int
+
+    @property
+    def chunks(self) -> int:
+        """How many inbox objects it takes."""
+        return -(-self.size // CHUNK_BYTES)
+
+    def chunk_key(self, number: int) -> str:
+        """Where chunk ``number`` goes."""
+        return topology.inbox_key(self.run, self.round, self.site, self.sha, number)
+
+    def chunk_size(self, number: int) -> int:
+        """Bytes of chunk ``number``: all are full but the last."""
+        return min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
+
+
+class Intake:
+    """Takes deltas in. ``spool``: a local folder that may be deleted at any time but now."""
+
+    def __init__(self, store: ObjectStore, spool: Path) -> None:
+        self._store = store
+        self._spool = spool
+        # Files this process hashed itself; a file left by an earlier one is hashed before use.
+        self._hashed: set[Path] = set()
+
+    def missing_chunks(self, upload: Upload) -> list[int]:
+        """The chunks that are not in the inbox yet, or have the wrong size."""
+        prefix = upload.chunk_key(0).rsplit("/", 1)[0] + "/"
+        present = {info.key: info.size for info in self._store.list(prefix)}
+        return [
+            number
+            for number in range(upload.chunks)
+            if present.get(upload.chunk_key(number)) != upload.chunk_size(number)
+        ]
+
+    def take(
+        self,
+        upload: Upload,
+        manifest: Manifest,
+        expected: DeltaHeader,
+        max_norm: float | None,
+    ) -> float:
+        """Check the uploaded delta and store it under its name; its norm.
+
+        Raises DeltaRefusedError with the reason. Repeatable: a delta that is stored already is
+        checked again from there.
+        """
+        parts = self._collect(upload)
+        path = self._path(upload.round, upload.site, upload.sha)
+        if digest_file(path)[0] != upload.sha:
+            self.discard(upload)
+            raise DeltaRefusedError(
+                f"sha256: expected {upload.sha[:12]} as announced, got other bytes; "
+                "the upload was damaged: start the site again, it sends the delta anew"
+            )
+        self._hashed.add(path)
+        norm = check_delta(path, manifest, expected, max_norm).norm
+        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
+        if parts:
+            try:
+                self._store.compose(key, parts)
+            except (ObjectChangedError, ObjectMissingError) as error:
+                raise DeltaRefusedError(
+                    f"the upload changed while it was checked ({error}); submit it again"
+                ) from None
+            self._clear_inbox(upload)
+        return norm
+
+    def local_delta(self, run: str, round_number: int, site: str, sha: str) -> Path:
+        """The spooled file of an accepted delta, fetched again if it is gone.
+
+        Raises LedgerDamagedError when the stored object is missing or altered.
+        """
+        key = topology.delta_key(run, round_number, site, sha)
+        return self._local(key, self._path(round_number, site, sha), sha)
+
+    def local_adapter(self, run: str, sha: str) -> Path:
+        """A local copy of a global adapter's tensors. Raises LedgerDamagedError."""
+        return self._local(topology.adapter_key(run, sha), self._spool / f"adapter-{sha}", sha)
+
+    def discard(self, upload: Upload) -> None:
+        """Forget a refused upload: spool and inbox."""
+        self._path(upload.round, upload.site, upload.sha).unlink(missing_ok=True)
+        self._clear_inbox(upload)
+
+    def clear_round(self, keep_adapter: str) -> None:
+        """Empty the spool after a round closed, but for the newest adapter."""
+        self._hashed = {p for p in self._hashed if p.name == f"adapter-{keep_adapter}"}
+        for path in self._spool.iterdir():
+            if path.name != f"adapter-{keep_adapter}":
+                path.unlink(missing_ok=True)
+
+    def scratch(self, name: str) -> Path:
+        """A path in the spool for a file being made."""
+        self._spool.mkdir(parents=True, exist_ok=True)
+        return self._spool / name
+
+    def _collect(self, upload: Upload) -> list[ObjectInfo]:
+        """Spool the chunks; what was read. Empty when the delta is in the store already."""
+        self._spool.mkdir(parents=True, exist_ok=True)
+        target = self._path(upload.round, upload.site, upload.sha)
+        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
+        try:
+            self._store.fetch_file(key, target)
+        except ObjectMissingError:
+            pass
+        else:
+            return []
+        absent = self.missing_chunks(upload)
+        if absent:
+            raise DeltaRefusedError(
+                f"size: expected {upload.size} bytes in {upload.chunks} chunks, but chunk "
+                f"{absent[0]} is absent or has another size; upload it, then submit again"
+            )
+        parts = [self._store.stat(upload.chunk_key(n)) for n in range(upload.chunks)]
+        if len(parts) == 1:
+            self._store.fetch_file(parts[0].key, target)
+            return parts
+        temporary = target.with_suffix(".part")
+        with temporary.open("wb") as out:
+            for part in parts:
+                for start in range(0, part.size, READ_BYTES):
+                    out.write(self._store.get_range(part.key, start, READ_BYTES))
+        temporary.replace(target)
+        return parts
+
+    def _clear_inbox(self, upload: Upload) -> None:
+        for number in range(upload.chunks):
+            self._store.delete(upload.chunk_key(number))
+
+    def _local(self, key: str, path: Path, sha: str) -> Path:
+        if path.exists() and (path in self._hashed or digest_file(path)[0] == sha):
+            self._hashed.add(path)
+            return path
+        self._spool.mkdir(parents=True, exist_ok=True)
+        try:
+            self._store.fetch_file(key, path)
+        except ObjectMissingError:
+            raise LedgerDamagedError(
+                f"{key}: is missing; restore this object from a copy of the store"
+            ) from None
+        if digest_file(path)[0] != sha:
+            raise LedgerDamagedError(
+                f"{key}: its bytes do not have the sha256 of its name; "
+                "restore this object from a copy of the store"
+            )
+        self._hashed.add(path)
+        return path
+
+    def _path(self, round_number: int, site: str, sha: str) -> Path:
+        return self._spool / f"{round_number:05d}-{site}-{sha}.safetensors"
+

@@ -1,0 +1,403 @@
+"""The run as a pure state machine: ``apply(state, fact) -> (state, effects)``.
+
+Facts are the ledger's records and ticks of the clock; there is no other input. State is the fold
+of the facts, so a restart is: fold the ledger's history, then carry out ``resume(state)``. Every
+effect may be carried out twice without harm. No driver, clock, logger or file is known here.
+
+What must happen next is at most one durable step and is derived from the state alone
+(``next_step``); the rest of the effects ring bells: announcements that may be lost or repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation import Counts, weights
+from coordinator.members import disagreement
+from coordinator.policies import POLICIES, Trouble, given_up
+from coordinator.selection import select
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    DeclinedRecord,
+    EvaluatedRecord,
+    FailedRecord,
+    FederationRecord,
+    FinishedRecord,
+    GenesisRecord,
+    Input,
+    MemberRecord,
+    OpenedRecord,
+    RefusedRecord,
+)
+from shared.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from shared.config import FederationConfig
+    from shared.records import Record
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time passed: seconds since the epoch."""
+
+    now: float
+
+
+# Effects: durable steps ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MakeGenesis:
+    """Draw the first adapter, store it, record round 0 with these members."""
+
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WriteRecord:
+    """Write this decision."""
+
+    record: OpenedRecord | ClosingRecord | FinishedRecord
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Carry out the decision: compute, store and record the round's result."""
+
+    closing: ClosingRecord
+
+
+# Effects: bells ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnnounceRun:
+    """Tell sites that the run is there."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceRound:
+    """Tell sites to train in the open round."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """Tell a site what became of its delta."""
+
+    record: AcceptedRecord | RefusedRecord
+
+
+@dataclass(frozen=True)
+class AnnounceClosed:
+    """Tell members a round's result."""
+
+    closed: ClosedRecord
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceFinished:
+    """Tell members the end."""
+
+    sites: tuple[str, ...]
+
+
+Step = MakeGenesis | WriteRecord | Aggregate
+Bell = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
+Effect = Step | Bell
+Fact = (
+    Ticked
+    | FederationRecord
+    | MemberRecord
+    | DeclinedRecord
+    | GenesisRecord
+    | OpenedRecord
+    | AcceptedRecord
+    | RefusedRecord
+    | FailedRecord
+    | ClosingRecord
+    | ClosedRecord
+    | EvaluatedRecord
+    | FinishedRecord
+)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that is known of a run. ``held_out``: loss of A(1), A(2), ... in nats, None if unknown."""
+
+    config: FederationConfig
+    began: float = 0.0
+    now: float = 0.0
+    members: Mapping[str, MemberRecord] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
+    genesis: GenesisRecord | None = None
+    opened: OpenedRecord | None = None
+    closing: ClosingRecord | None = None
+    closed: ClosedRecord | None = None
+    held_out: tuple[float | None, ...] = ()
+    uncounted: Mapping[tuple[str, int], AcceptedRecord] = field(default_factory=dict)
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    last_counted: Mapping[str, str] = field(default_factory=dict)
+    finished: FinishedRecord | None = None
+    evaluated: frozenset[str] = frozenset()
+
+    @property
+    def last_round(self) -> int:
+        """The last closed round; 0 after genesis; -1 before."""
+        return self.closed.round if self.closed else 0 if self.genesis else -1
+
+    @property
+    def adapter_sha(self) -> str | None:
+        """The newest global adapter."""
+        if self.closed:
+            return self.closed.adapter_sha
+        return self.genesis.adapter_sha if self.genesis else None
+
+    @property
+    def open_round(self) -> OpenedRecord | None:
+        """The round that sites may submit to; None once its decision is on record."""
+        return self.opened if self.closing is None and self.finished is None else None
+
+    @property
+    def waiting_for(self) -> tuple[str, ...]:
+        """Sites whose word is missing: to join, or for the open round."""
+        if self.finished is not None:
+            return ()
+        if self.genesis is None:
+            known = {*self.members, *self.declined}
+            return tuple(s for s in sorted(self.config.run.participants) if s not in known)
+        opened = self.open_round
+        if opened is None:
+            return ()
+        return tuple(s for s in opened.selected if (s, opened.round) not in self.uncounted)
+
+
+def apply(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:
+    """Fold one fact in. Facts that are known already or came too late change nothing."""
+    after, bells = _fold(state, fact)
+    step = next_step(after)
+    return after, (*bells, *((step,) if step else ()))
+
+
+def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
+    """The state after the ledger's history; nothing is carried out."""
+    state = RunState(config)
+    for record in history:
+        if isinstance(record, Fact):
+            state, _ = _fold(state, record)
+    return state
+
+
+def resume(state: RunState) -> tuple[Effect, ...]:
+    """What to do after a restart: ring every bell that may have been lost, then the next step."""
+    bells: list[Effect] = []
+    if state.genesis is None and state.finished is None:
+        bells.append(AnnounceRun(state.waiting_for))
+    if state.open_round is not None:
+        bells.append(AnnounceRound(state.waiting_for))
+    if state.finished is not None:
+        bells.append(AnnounceFinished(tuple(sorted(state.members))))
+    step = next_step(state)
+    return (*bells, *((step,) if step else ()))
+
+
+def debts(state: RunState, site: str) -> tuple[Bell, ...]:
+    """What the ledger owes a site that came online, in the order it needs it."""
+    if site not in state.config.run.participants:
+        return ()
+    if state.finished is not None:
+        return (AnnounceRun((site,)), AnnounceFinished((site,))) if site in state.members else ()
+    if state.genesis is not None and site not in state.genesis.members:
+        return ()
+    bells: list[Bell] = [AnnounceRun((site,))]
+    opened = state.open_round
+    if opened is not None and site in opened.selected:
+        mine = state.uncounted.get((site, opened.round))
+        bells.append(AnswerDelta(mine) if mine else AnnounceRound((site,)))
+    return tuple(bells)
+
+
+def next_step(state: RunState) -> Step | None:
+    """The one durable step that the state calls for, or None while it waits for facts."""
+    if state.finished is not None:
+        return None
+    if state.genesis is None:
+        return _toward_genesis(state)
+    if state.closing is not None:
+        return Aggregate(state.closing)
+    if state.opened is not None:
+        return _toward_closing(state, state.opened)
+    if state.last_round >= state.config.run.rounds:
+        return _finish(state, f"all {state.config.run.rounds} rounds are closed")
+    if has_converged(state):
+        return _finish(state, f"converged: held-out loss stopped falling at round {state.last_round}")
+    return _open_next(state)
+
+
+def has_converged(state: RunState) -> bool:
+    """No fall of ``min_delta`` nats in the last ``patience`` known held-out losses.
+
+    The loss of A(t) is measured by the sites at the start of round t, so this looks one round
+    behind: it is a function of what the accepted records hold, hence the same after a restart.
+    """
+    section = state.config.convergence
+    losses = [loss for loss in state.held_out if loss is not None]
+    if section.patience is None or len(losses) <= section.patience:
+        return False
+    before, since = losses[: -section.patience], losses[-section.patience :]
+    return min(since) > min(before) - section.min_delta
+
+
+def _fold(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:  # noqa: PLR0911
+    match fact:
+        case Ticked():
+            return replace(state, now=max(state.now, fact.now)), ()
+        case FederationRecord():
+            return replace(state, began=fact.time, now=fact.time), ()
+        case MemberRecord() if state.genesis is None:
+            declined = {s: r for s, r in state.declined.items() if s != fact.site}
+            members = {**state.members, fact.site: fact}
+            return replace(state, members=members, declined=declined), ()
+        case DeclinedRecord() if state.genesis is None and fact.site not in state.members:
+            return replace(state, declined={**state.declined, fact.site: fact.reason}), ()
+        case GenesisRecord():
+            return replace(state, genesis=fact), ()
+        case OpenedRecord() if fact.round == state.last_round + 1:
+            return replace(state, opened=fact, troubles={}), (AnnounceRound(fact.selected),)
+        case AcceptedRecord() | RefusedRecord():
+            return _fold_delta(state, fact)
+        case FailedRecord():
+            return _fold_failure(state, fact)
+        case ClosingRecord() if state.opened and fact.round == state.opened.round:
+            return replace(state, closing=fact), ()
+        case ClosedRecord() if state.closing and fact.round == state.closing.round:
+            return _fold_closed(state, state.closing, fact)
+        case EvaluatedRecord() if fact.sha == state.adapter_sha:
+            return replace(state, evaluated=state.evaluated | {fact.site}), ()
+        case FinishedRecord():
+            members = tuple(sorted(state.members))
+            return replace(state, finished=fact), (AnnounceFinished(members),)
+        case _:
+            return state, ()
+
+
+def _fold_delta(
+    state: RunState, fact: AcceptedRecord | RefusedRecord
+) -> tuple[RunState, tuple[Effect, ...]]:
+    opened, key = state.open_round, (fact.site, fact.round)
+    if opened is None or fact.round != opened.round or fact.site not in opened.selected:
+        return state, (AnswerDelta(fact),)
+    if isinstance(fact, AcceptedRecord):
+        if key in state.uncounted or fact.round in state.counted_rounds.get(fact.site, ()):
+            return state, (AnswerDelta(fact),)
+        return replace(state, uncounted={**state.uncounted, key: fact}), (AnswerDelta(fact),)
+    if fact.verdict == "late" or key in state.uncounted:
+        return state, (AnswerDelta(fact),)
+    # The same text and seed give the same bytes again, so asking again by itself is no use.
+    before = state.troubles.get(fact.site)
+    trouble = Trouble((before.attempts if before else 0) + 1, final=True, reason=fact.reason)
+    return replace(state, troubles={**state.troubles, fact.site: trouble}), (AnswerDelta(fact),)
+
+
+def _fold_failure(state: RunState, fact: FailedRecord) -> tuple[RunState, tuple[Effect, ...]]:
+    opened = state.open_round
+    before = state.troubles.get(fact.site)
+    known = before is not None and before.attempts >= fact.attempt
+    if opened is None or fact.round != opened.round or known:
+        return state, ()
+    if fact.site not in opened.selected or (fact.site, fact.round) in state.uncounted:
+        return state, ()
+    trouble = Trouble(fact.attempt, final=not fact.retryable, reason=fact.reason)
+    after = replace(state, troubles={**state.troubles, fact.site: trouble})
+    again = not given_up(state.config.policy, trouble)
+    return after, (AnnounceRound((fact.site,)),) if again else ()
+
+
+def _fold_closed(
+    state: RunState, closing: ClosingRecord, fact: ClosedRecord
+) -> tuple[RunState, tuple[Effect, ...]]:
+    counted = {(item.site, item.from_round): item.sha for item in closing.inputs}
+    uncounted = {key: record for key, record in state.uncounted.items() if key not in counted}
+    rounds = {**state.counted_rounds}
+    for site, number in counted:
+        rounds[site] = (*rounds.get(site, ()), number)
+    held_out = fact.source_held_out.nll if fact.source_held_out else None
+    after = replace(
+        state,
+        closed=fact,
+        closing=None,
+        opened=None,
+        troubles={},
+        held_out=(*state.held_out, held_out),
+        uncounted=uncounted,
+        counted_rounds=rounds,
+        last_counted={**state.last_counted, **{site: sha for (site, _), sha in counted.items()}},
+    )
+    return after, (AnnounceClosed(fact, tuple(sorted(state.members))),)
+
+
+def _toward_genesis(state: RunState) -> Step | None:
+    section = state.config.run
+    problem = disagreement(state.members, state.config)
+    if problem is not None:
+        return _finish(state, problem, failed=True)
+    # Too few because a site declined is no end: its operator mends the cause and starts it again.
+    enough = section.min_participants or len(section.participants)
+    timed_out = state.now - state.began >= section.start_timeout_seconds
+    if len(state.members) >= enough and (not state.waiting_for or timed_out):
+        return MakeGenesis(tuple(sorted(state.members)))
+    return None
+
+
+def _open_next(state: RunState) -> Step:
+    section, number = state.config.run, state.last_round + 1
+    assert state.genesis is not None and state.adapter_sha is not None  # noqa: PT018
+    return WriteRecord(
+        OpenedRecord(
+            round=number,
+            selected=select(state.config.selection, state.genesis.members, section.seed, number),
+            source_sha=state.adapter_sha,
+            seed=derive_seed(section.seed, "round", number),
+            progress_from=(number - 1) / section.rounds,
+            progress_to=number / section.rounds,
+        )
+    )
+
+
+def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
+    policy = POLICIES[state.config.policy.kind]
+    decision = policy(state.config.policy, opened, state.uncounted, state.troubles, state.now)
+    if decision is None:
+        return None
+    counts = {record.site: Counts(record.examples, record.tokens) for record in decision.counted}
+    share = weights(state.config.aggregation.weights, counts)
+    inputs = tuple(
+        Input(site=r.site, from_round=r.round, sha=r.sha, weight=share[r.site])
+        for r in decision.counted
+    )
+    return WriteRecord(
+        ClosingRecord(
+            round=opened.round,
+            source_sha=opened.source_sha,
+            inputs=inputs,
+            excluded=dict(decision.excluded),
+        )
+    )
+
+
+def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:
+    record = FinishedRecord(
+        round=max(state.last_round, 0), sha=state.adapter_sha, reason=reason, failed=failed
+    )
+    return WriteRecord(record)

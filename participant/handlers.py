@@ -1,0 +1,305 @@
+"""The participant: messages say what to do, ``work()`` does it, one thing at a time.
+
+Handlers only note an intention and return, so that messages are acknowledged long before a
+training ends; what a kill makes them forget, the coordinator tells again when the site comes
+online. Done work is committed to the workspace first and announced after, and announcing repeats.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from participant.learning import DELTA_FILE, Progress
+from participant.workspace import Submission, Workspace
+from shared import topology, wire
+from shared.broker import Message
+from shared.errors import (
+    GradualDiffError,
+    GrantError,
+    InterruptedRunError,
+    ProtocolError,
+)
+from shared.events import (
+    AdapterEvaluated,
+    DeltaAnswered,
+    DeltaSubmitted,
+    Event,
+    ParticipantReady,
+    RoundClosed,
+    RoundStarted,
+    RunAnnounced,
+    RunDeclined,
+    RunFinished,
+    SiteOnline,
+    TrainingFailed,
+    UploadGranted,
+    UploadRequested,
+)
+from shared.files import digest_file
+from shared.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from participant.learning import Learned, Learner
+    from shared.broker import Broker, Delivery
+    from shared.dispatch import Handler
+    from shared.store import Transfer
+
+Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
+
+
+def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
+    """The default for ``report``: nobody watches."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Who this is and what it works with. ``report(site, round, progress)`` feeds a display."""
+
+    name: str
+    broker: Broker
+    transfer: Transfer
+    workspace: Workspace
+    learner: Learner
+    clock: Callable[[], float]
+    should_stop: Callable[[], bool] = lambda: False
+    report: Callable[[str, int | None, Progress], None] = _ignore
+
+
+class Participant:
+    """One site's side of the protocol."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        # What is to be done, newest word per kind of work; volatile on purpose.
+        self._agenda: dict[tuple[type[Event], str], Task] = {}
+        self.finished: RunFinished | None = None
+        self.handlers: Mapping[type[Event], Handler] = {
+            RunAnnounced: self.on_run_announced,
+            RoundStarted: self.on_round_started,
+            UploadGranted: self.on_upload_granted,
+            DeltaAnswered: self.on_delta_answered,
+            RoundClosed: self.on_round_closed,
+            RunFinished: self.on_run_finished,
+        }
+
+    def start(self, run: str | None = None) -> None:
+        """Come online: ask what is owed."""
+        last = self._site.workspace.last_submission(run) if run else None
+        self._publish(
+            SiteOnline(run=run, round=last.round if last else None, sha=last.sha if last else None)
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``work()`` would do something."""
+        return bool(self._agenda)
+
+    # Handlers: note and return -----------------------------------------------------------------------
+
+    def on_run_announced(self, event: RunAnnounced, sender: str) -> None:
+        """Note to get ready. Idempotent: preparing twice is cheap and answers the same."""
+        del sender
+        self._note(event)
+
+    def on_round_started(self, event: RoundStarted, sender: str) -> None:
+        """Note to train, unless it is trained already. Idempotent: the same bytes are announced."""
+        del sender
+        if event.expires_at <= self._site.clock():
+            self.start(event.run)
+            return
+        done = self._site.workspace.submission(event.run, event.round, event.source_sha)
+        if done is not None:
+            self._request_upload(done)
+            return
+        self._note(event)
+
+    def on_upload_granted(self, event: UploadGranted, sender: str) -> None:
+        """Note to upload. Idempotent: chunks are named by content, the last word wins."""
+        del sender
+        self._note(event)
+
+    def on_delta_answered(self, event: DeltaAnswered, sender: str) -> None:
+        """Drop a refused delta. Idempotent: dropping twice is dropping once."""
+        del sender
+        self._agenda.pop((UploadGranted, event.run), None)
+        if event.verdict == "accepted":
+            get_logger().debug("delta.answered", verdict=event.verdict, sha=event.sha)
+            return
+        get_logger().warning("delta.answered", verdict=event.verdict, reason=event.reason)
+        self._site.workspace.forget(event.run, event.round, event.sha)
+
+    def on_round_closed(self, event: RoundClosed, sender: str) -> None:
+        """Sweep what the closed round made needless. Idempotent: sweeping repeats."""
+        del sender
+        waiting = self._agenda.get((RoundStarted, event.run))
+        if isinstance(waiting, RoundStarted) and waiting.round <= event.round:
+            del self._agenda[RoundStarted, event.run]
+        self._site.workspace.sweep(event.run, event.round, event.result_sha)
+
+    def on_run_finished(self, event: RunFinished, sender: str) -> None:
+        """Note to evaluate the result. Idempotent: the same loss is told again."""
+        del sender
+        self.finished = event
+        self._agenda.pop((RoundStarted, event.run), None)
+        if event.get_url is not None:
+            self._note(event)
+
+    # Work --------------------------------------------------------------------------------------------
+
+    def work(self) -> None:
+        """Do the first thing on the agenda. Retryable errors leave it there and go on up."""
+        if not self._agenda:
+            return
+        key, task = next(iter(self._agenda.items()))
+        match task:
+            case RunAnnounced():
+                self._prepare(task)
+            case RoundStarted():
+                self._train(task)
+            case UploadGranted():
+                self._upload(task)
+            case RunFinished():
+                self._evaluate(task)
+        if self._agenda.get(key) is task:
+            del self._agenda[key]
+
+    def _prepare(self, task: RunAnnounced) -> None:
+        try:
+            ready = self._site.learner.prepare(task, self._reporter(None))
+        except GradualDiffError as error:
+            if error.retryable or isinstance(error, InterruptedRunError):
+                raise
+            self._publish(RunDeclined(run=task.run, reason=str(error)))
+            return
+        self._publish(
+            ParticipantReady(
+                run=task.run,
+                config_digest=task.config_digest,
+                manifest=ready.manifest,
+                fingerprint=ready.fingerprint,
+                numerics=ready.numerics,
+                examples=ready.examples,
+            )
+        )
+
+    def _train(self, task: RoundStarted) -> None:
+        try:
+            submission = self._trained(task)
+        except GrantError:
+            self.start(task.run)  # the URL is stale; a fresh one comes with the next RoundStarted
+            return
+        except GradualDiffError as error:
+            if error.retryable or isinstance(error, InterruptedRunError):
+                raise
+            failure = TrainingFailed(
+                run=task.run, round=task.round, attempt=task.attempt, reason=str(error)
+            )
+            self._publish(failure)
+            return
+        self._request_upload(submission)
+
+    def _trained(self, task: RoundStarted) -> Submission:
+        site, workspace = self._site, self._site.workspace
+        started = time.monotonic()
+        source = self._fetch(task.run, task.source_sha, task.get_url)
+        fetched = time.monotonic()
+        making = workspace.new_round(task.run)
+        state = workspace.state_path(task.run, task.last_counted)
+        learned = site.learner.learn(
+            task, source, state, making, site.should_stop, self._reporter(task.round)
+        )
+        submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
+        submission.metrics.seconds["fetch"] = round(fetched - started, 3)
+        workspace.commit(making, submission)
+        get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
+        return submission
+
+    def _upload(self, task: UploadGranted) -> None:
+        submission = self._site.workspace.last_submission(task.run)
+        if submission is None or (submission.round, submission.sha) != (task.round, task.sha):
+            raise ProtocolError(f"sha: granted for {task.sha[:12]}, which is not held here")
+        path = self._site.workspace.delta_path(submission)
+        try:
+            for number, url in sorted(task.urls.items()):
+                start = number * task.chunk_size
+                length = min(task.chunk_size, submission.size - start)
+                self._site.transfer.upload(url, path, start, length)
+        except GrantError:
+            self._request_upload(submission)  # expired: the chunks still missing are granted anew
+            return
+        self._publish(DeltaSubmitted(**submission.model_dump()))
+
+    def _evaluate(self, task: RunFinished) -> None:
+        if task.sha is None or task.get_url is None:
+            return
+        try:
+            source = self._fetch(task.run, task.sha, task.get_url)
+        except GrantError:
+            self.start(task.run)
+            return
+        held_out = self._site.learner.evaluate(source, self._reporter(None))
+        if held_out is not None:
+            self._publish(
+                AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
+            )
+
+    # Parts -------------------------------------------------------------------------------------------
+
+    def _note(self, task: Task) -> None:
+        self._agenda[type(task), task.run] = task
+
+    def _request_upload(self, submission: Submission) -> None:
+        self._publish(
+            UploadRequested(
+                run=submission.run,
+                round=submission.round,
+                sha=submission.sha,
+                size=submission.size,
+            )
+        )
+
+    def _fetch(self, run: str, sha: str, url: str) -> Path:
+        path = self._site.workspace.adapter_path(run, sha)
+        if not path.exists():
+            self._site.transfer.download(url, path, sha)
+        return path
+
+    def _publish(self, event: Event) -> None:
+        run = getattr(event, "run", None)
+        key = topology.event_key(
+            topology.ANY_RUN if isinstance(event, SiteOnline) else run, self._site.name, event.word
+        )
+        body = wire.encode(event, self._site.clock())
+        self._site.broker.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+
+    def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
+        return lambda progress: self._site.report(self._site.name, round_number, progress)
+
+
+def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Submission:
+    return Submission(
+        run=task.run,
+        round=task.round,
+        source_sha=task.source_sha,
+        sha=sha,
+        size=size,
+        examples=learned.examples,
+        tokens=learned.tokens,
+        metrics=learned.metrics,
+        state=learned.state,
+    )
+
+
+def sender_of(delivery: Delivery, event: Event) -> str:
+    """Only the coordinator's account speaks to a site. Raises ProtocolError."""
+    if delivery.sender != topology.COORDINATOR:
+        raise ProtocolError(
+            f"sender: expected {topology.COORDINATOR} for {type(event).__name__}, "
+            f"got {delivery.sender or 'none'}"
+        )
+    return delivery.sender

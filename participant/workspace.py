@@ -1,0 +1,129 @@
+"""A site's own disk: what it trained and what became of it.
+
+One folder rename commits a round's delta together with the next optimiser state, so a kill leaves
+either all of it or nothing. Folders without a commit are swept at the next start. Nothing here is
+needed for ever: what is lost is asked for again or trained again, to the same bytes.
+
+    <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
+    <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...
+    <root>/<run>/making/                         the round in hand, not committed
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from participant.learning import DELTA_FILE, STATE_FILE
+from shared.config import Name, Sha256, canonical_json
+from shared.errors import StoreUnavailableError
+from shared.files import sync_path
+from shared.manifest import Fact, LocalMetrics
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SUBMISSION_FILE = "submission.json"
+
+
+class Submission(Fact):
+    """A committed local training: what will be, or was, submitted."""
+
+    run: Name
+    round: Annotated[int, Field(ge=1)]
+    source_sha: Sha256
+    sha: Sha256
+    size: Annotated[int, Field(ge=1)]
+    examples: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    metrics: LocalMetrics
+    state: Literal["fresh", "kept"]
+
+
+class Workspace:
+    """One site's folder. Raises StoreUnavailableError where the disk is full or read-only."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def adapter_path(self, run: str, sha: str) -> Path:
+        """Where a global adapter lies or is to be put."""
+        return self._folder(run, "adapters") / f"{sha}.safetensors"
+
+    def new_round(self, run: str) -> Path:
+        """An empty folder for the round in hand; what an earlier attempt left is removed."""
+        folder = self._root / run / "making"
+        shutil.rmtree(folder, ignore_errors=True)
+        return self._folder(run, "making")
+
+    def commit(self, making: Path, submission: Submission) -> None:
+        """Commit delta and state of the round in hand by one rename, durably."""
+        (making / SUBMISSION_FILE).write_bytes(canonical_json(submission.model_dump(mode="json")))
+        target = self._trained(submission.run, submission.round, submission.sha)
+        shutil.rmtree(target, ignore_errors=True)
+        for path in (*making.iterdir(), making):
+            sync_path(path)
+        making.rename(target)
+        sync_path(target.parent)
+
+    def submission(self, run: str, round_number: int, source_sha: str) -> Submission | None:
+        """What this site trained in a round from this source, if it is committed."""
+        for folder in self._folder(run, "trained").glob(f"{round_number:05d}-*"):
+            found = self._read(folder)
+            if found is not None and found.source_sha == source_sha:
+                return found
+        return None
+
+    def last_submission(self, run: str) -> Submission | None:
+        """The newest committed round of a run."""
+        folders = sorted(self._folder(run, "trained").iterdir(), reverse=True)
+        return next((found for f in folders if (found := self._read(f)) is not None), None)
+
+    def delta_path(self, submission: Submission) -> Path:
+        """The delta's file."""
+        return self._trained(submission.run, submission.round, submission.sha) / DELTA_FILE
+
+    def state_path(self, run: str, sha: str | None) -> Path | None:
+        """The optimiser state that was committed with the delta ``sha``; None when there is none."""
+        if sha is None:
+            return None
+        for folder in self._folder(run, "trained").glob(f"*-{sha}"):
+            path = folder / STATE_FILE
+            if path.exists():
+                return path
+        return None
+
+    def forget(self, run: str, round_number: int, sha: str) -> None:
+        """Remove a delta that was refused, so that the round is trained anew when asked for."""
+        shutil.rmtree(self._trained(run, round_number, sha), ignore_errors=True)
+
+    def sweep(self, run: str, closed_round: int, adapter_sha: str) -> None:
+        """After a round closed: keep its own folder (the state may be counted) and the new adapter."""
+        for folder in self._folder(run, "trained").iterdir():
+            if int(folder.name.partition("-")[0]) < closed_round:
+                shutil.rmtree(folder, ignore_errors=True)
+        for path in self._folder(run, "adapters").iterdir():
+            if path.name != f"{adapter_sha}.safetensors":
+                path.unlink(missing_ok=True)
+
+    def _folder(self, run: str, name: str) -> Path:
+        folder = self._root / run / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"{folder}: cannot be made ({error.strerror}); free space or mend its rights"
+            ) from None
+        return folder
+
+    def _trained(self, run: str, round_number: int, sha: str) -> Path:
+        return self._folder(run, "trained") / f"{round_number:05d}-{sha}"
+
+    def _read(self, folder: Path) -> Submission | None:
+        try:
+            return Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return None
+

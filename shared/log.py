@@ -1,0 +1,94 @@
+"""Log set-up: one line per event, ``noun.verb-past``, fields instead of prose.
+
+Whatever is bound by ``structlog.contextvars`` (run, round, participant) is in every line of that
+thread. Invariant: no signed URL leaves through a log line, in whatever field, exception text or
+object it hides; :func:`redact` stands last before the renderer, on rendered values only.
+
+structlog takes a tenth of a second to import (it pulls rich and asyncio), so it is imported when
+the first line is written and not with this module.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+    from structlog.typing import FilteringBoundLogger, Processor
+
+REDACTED = "redacted"
+LEVELS = ("debug", "info", "warning", "error", "critical")
+
+_URL_FIELDS = frozenset({"get_url", "put_url", "signed_url", "url", "urls", "signature"})
+# The whole word around the parameter goes: key and expiry beside a signature help to guess it.
+_SIGNED = re.compile(
+    r"\S*(?:signature=|X-Amz-(?:Signature|Credential|Security-Token))\S*", re.IGNORECASE
+)
+
+
+def configure(stream: TextIO | None = None, json: bool | None = None, level: str = "info") -> None:
+    """Send log lines of ``level`` and above to ``stream`` (standard error if None).
+
+    ``json`` None means JSON unless ``stream`` is a terminal. May be called again; loggers already
+    handed out follow. Raises ConfigError for a level that is not in ``LEVELS``.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"log level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    import structlog  # noqa: PLC0415 - see the module's docstring
+
+    out = sys.stderr if stream is None else stream
+    as_json = not out.isatty() if json is None else json
+    renderer: Processor
+    if as_json:
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+    else:
+        # rich's traceback prints local variables, and with them URLs and training text
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            redact,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger() -> FilteringBoundLogger:
+    """A logger under the current configuration."""
+    import structlog  # noqa: PLC0415 - see the module's docstring
+
+    logger: FilteringBoundLogger = structlog.get_logger()
+    return logger
+
+
+def redact(
+    _logger: object, _method: str, event_dict: MutableMapping[str, object]
+) -> Mapping[str, object]:
+    """The structlog processor that replaces anything like a signed URL by ``redacted``."""
+    return {key: _clean(key, value) for key, value in event_dict.items()}
+
+
+def _clean(key: object, value: object) -> object:
+    if isinstance(key, str) and key.lower() in _URL_FIELDS and value is not None:
+        return REDACTED
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(inner): _clean(inner, item) for inner, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_clean(None, item) for item in value]
+    # Objects become text here, since a renderer would call repr() on them behind our back.
+    return _SIGNED.sub(REDACTED, value if isinstance(value, str) else str(value))

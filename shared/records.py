@@ -1,0 +1,221 @@
+"""The ledger's records: what each JSON object of a run says. Immutable facts, one type each.
+
+``writer`` and ``time`` are stamped when a record is written; nothing that changes a result may
+depend on them. ``GenesisRecord`` and ``ClosedRecord`` carry neither: they are pure functions of the
+records before them, so whoever computes them writes the same bytes.
+
+``decides``: only one coordinator may write it; meeting another writer's means to be fenced.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, Strict
+
+from shared import topology
+from shared.config import Name, Sha256
+from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+
+RoundNumber = Annotated[int, Field(ge=0)]
+Names = Annotated[tuple[Name, ...], Strict(False)]
+
+
+class Record(Fact):
+    """Base of all records."""
+
+    decides: ClassVar[bool] = False
+
+    def key(self, run: str) -> str:
+        """Where it lies in the store."""
+        raise TypeError(f"{type(self).__name__} has no key")
+
+
+class StampedRecord(Record):
+    """A record that says who wrote it and when (seconds since the epoch)."""
+
+    writer: str = ""
+    time: float = 0.0
+
+
+class FederationRecord(StampedRecord):
+    """The resolved config: all that can change the result."""
+
+    config: dict[str, Any]
+    digest: Sha256
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.federation_key(run)
+
+
+class MemberRecord(StampedRecord):
+    """A site that is ready: what its adapter looks like and what it computes with."""
+
+    decides = True
+    site: Name
+    manifest: Manifest
+    fingerprint: Sha256
+    numerics: Numerics
+    examples: Annotated[int, Field(ge=1)]
+    from_round: RoundNumber = 0
+
+    def key(self, run: str) -> str:
+        """One per site."""
+        return topology.member_key(run, self.site)
+
+
+class DeclinedRecord(StampedRecord):
+    """A site that does not take part, and why."""
+
+    site: Name
+    reason: str
+
+    def key(self, run: str) -> str:
+        """One per site."""
+        return topology.declined_key(run, self.site)
+
+
+class GenesisRecord(Record):
+    """Round 0: who is in, and the adapter drawn from the run's seed."""
+
+    round: Literal[0] = 0
+    members: Names
+    manifest: Manifest
+    fingerprint: Sha256
+    adapter_sha: Sha256
+    adapter_size: Annotated[int, Field(ge=1)]
+
+    def key(self, run: str) -> str:
+        """The result of round 0."""
+        return topology.round_key(run, 0, "closed")
+
+
+class OpenedRecord(StampedRecord):
+    """A round begins: who trains from what, with which seed, on which span of the schedule."""
+
+    decides = True
+    round: Annotated[int, Field(ge=1)]
+    selected: Names
+    source_sha: Sha256
+    seed: int
+    progress_from: float
+    progress_to: float
+    deadline: float | None = None
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "opened")
+
+
+class AcceptedRecord(StampedRecord):
+    """A VALID delta (not yet a counted one): it lies in the store and passed its checks."""
+
+    decides = True
+    round: Annotated[int, Field(ge=1)]
+    site: Name
+    sha: Sha256
+    size: Annotated[int, Field(ge=1)]
+    examples: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    norm: float
+    metrics: LocalMetrics
+    state: Literal["fresh", "kept"]
+
+    def key(self, run: str) -> str:
+        """One per site and round."""
+        return topology.accepted_key(run, self.round, self.site)
+
+
+class RefusedRecord(StampedRecord):
+    """A delta that was not taken, and why."""
+
+    round: RoundNumber
+    site: Name
+    sha: Sha256
+    verdict: Literal["refused", "late"] = "refused"
+    reason: str
+
+    def key(self, run: str) -> str:
+        """One per site, round and sha."""
+        return topology.refused_key(run, self.round, self.site, self.sha)
+
+
+class FailedRecord(StampedRecord):
+    """A local training that ended without a delta, and why."""
+
+    round: Annotated[int, Field(ge=1)]
+    site: Name
+    attempt: Annotated[int, Field(ge=1)]
+    reason: str
+    retryable: bool
+
+    def key(self, run: str) -> str:
+        """One per site, round and attempt."""
+        return topology.failed_key(run, self.round, self.site, self.attempt)
+
+
+class Input(Fact):
+    """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1."""
+
+    site: Name
+    from_round: Annotated[int, Field(ge=1)]
+    sha: Sha256
+    weight: float
+
+
+class ClosingRecord(StampedRecord):
+    """THE DECISION, durable before any arithmetic: which deltas count, with which weight."""
+
+    decides = True
+    round: Annotated[int, Field(ge=1)]
+    source_sha: Sha256
+    inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
+    excluded: dict[str, str] = Field(default_factory=dict)
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "closing")
+
+
+class ClosedRecord(Record):
+    """THE RESULT: a pure function of closing.json and the objects that it names."""
+
+    round: Annotated[int, Field(ge=1)]
+    adapter_sha: Sha256
+    adapter_size: Annotated[int, Field(ge=1)]
+    mean_norm: float
+    delta_norms: dict[str, float]
+    cosines: dict[str, float]
+    source_held_out: HeldOut | None
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "closed")
+
+
+class EvaluatedRecord(StampedRecord):
+    """A site's held-out loss of the adapter that round ``round`` produced."""
+
+    round: RoundNumber
+    site: Name
+    sha: Sha256
+    held_out: HeldOut
+
+    def key(self, run: str) -> str:
+        """One per site and round."""
+        return topology.evaluated_key(run, self.round, self.site)
+
+
+class FinishedRecord(StampedRecord):
+    """The end. ``sha`` is the run's result; None when it failed before there was one."""
+
+    decides = True
+    round: RoundNumber
+    sha: Sha256 | None
+    reason: str
+    failed: bool = False
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.finished_key(run)

@@ -1,0 +1,312 @@
+"""Named tensors in a safetensors file: a strict reader over a memory map and a streaming writer.
+
+Must not know what the tensors mean. Invariants:
+
+- The reader trusts nothing: whatever is not a whole, gapless safetensors file is a DecodeError.
+- The writer's bytes are a function of its arguments alone. The safetensors library is not used
+  for writing because it orders several metadata keys at random and wants every tensor at once.
+- Neither side holds more than one tensor in anonymous memory, so a 640 MB adapter costs no more
+  than its largest tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import ml_dtypes
+import numpy as np
+
+from shared.errors import DecodeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
+METADATA_KEY: Final = "__metadata__"
+# What PEFT writes into an adapter; several loaders refuse a file without it.
+ADAPTER_METADATA: Final[dict[str, str]] = {"format": "pt"}
+
+_ENTRY_KEYS: Final = {"dtype", "shape", "data_offsets"}
+_MAX_DIMENSIONS: Final = 32
+_MAX_ELEMENTS: Final = 2**60
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype("<u1"),
+    "I8": np.dtype("<i1"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor's form. ``dtype`` is safetensors' word for it: ``F32``, ``BF16``, ``I8``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The same dtype for numpy. Raises KeyError for a word that safetensors does not have."""
+        return _DTYPES[self.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What a written file is. ``sha256``: hex digest of all its bytes, ``size`` of them."""
+
+    sha256: str
+    size: int
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase, for benchmarks; whoever takes one runs the same without it."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the block to ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class TensorFile:
+    """A safetensors file, checked whole at opening and read tensor by tensor.
+
+    ``layouts``: by name, in the order of their bytes. ``metadata``: the text that came along.
+    The file must not shrink while it is open. Raises DecodeError for bytes that are no such file
+    (the messages name no path: they may travel to whoever sent the bytes) and OSError where the
+    file itself cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise DecodeError(f"expected at least 8 bytes of safetensors, got {size}")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        length = int.from_bytes(mapped[:8], "little")
+        if length > MAX_HEADER_BYTES:
+            raise DecodeError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {length}")
+        start = 8 + length
+        if start > len(mapped):
+            raise DecodeError(
+                f"header: expected {length} bytes, got {len(mapped) - 8}; the file is truncated"
+            )
+        entries = _decode_json(mapped[8:start])
+        self.metadata: dict[str, str] = _decode_metadata(entries.pop(METADATA_KEY, {}))
+        spans = [_decode_entry(name, entry) for name, entry in entries.items()]
+        spans.sort(key=lambda span: span[1:])
+        _check_gapless(spans, len(mapped) - start)
+        self.layouts: dict[str, TensorLayout] = {layout.name: layout for layout, _, _ in spans}
+        self._starts = {layout.name: start + begin for layout, begin, _ in spans}
+        self._mapped: mmap.mmap | None = mapped
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; arrays that were read keep it mapped until they are gone."""
+        self._mapped = None
+
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of the file's pages, in its own dtype and shape.
+
+        Raises KeyError for a name that is not in ``layouts``, ValueError after ``close``.
+        """
+        layout = self.layouts[name]
+        if self._mapped is None:
+            raise ValueError(f"{name}: the file is closed")
+        flat: NDArray[Any] = np.frombuffer(
+            self._mapped, layout.numpy_dtype, math.prod(layout.shape), self._starts[name]
+        )
+        return flat.reshape(layout.shape)
+
+
+def write_tensors(
+    path: Path,
+    layouts: Sequence[TensorLayout],
+    values: Iterable[NDArray[Any]],
+    metadata: Mapping[str, str] | None = None,
+    watch: Stopwatch | None = None,
+) -> FileDigest:
+    """Write ``values``, one for each of ``layouts`` in that order, and say what was written.
+
+    The file appears at ``path`` whole and synced to disk, or not at all. Each array is done with
+    before the next is asked for, so the source may fill one buffer again and again. Raises
+    ValueError if names are not sorted or come twice, for more than one metadata key, and for an
+    array of another shape, dtype or number than its layout. ``watch`` gets ``hash`` and ``write``.
+    """
+    header = _encode_header(layouts, metadata)
+    watch = watch or Stopwatch()
+    sha256 = hashlib.sha256()
+    size = 0
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            for data in _chunks(header, layouts, values):
+                with watch.phase("hash"):
+                    sha256.update(data)
+                with watch.phase("write"):
+                    file.write(data)
+                size += len(data)
+            with watch.phase("write"):
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync_directory(path.parent)
+    return FileDigest(sha256.hexdigest(), size)
+
+
+def _chunks(
+    header: bytes, layouts: Sequence[TensorLayout], values: Iterable[NDArray[Any]]
+) -> Iterator[memoryview]:
+    yield memoryview(header)
+    for layout, tensor in zip(layouts, values, strict=True):
+        if tensor.shape != layout.shape or tensor.dtype != layout.numpy_dtype:
+            raise ValueError(
+                f"{layout.name}: expected {layout.dtype} {layout.shape}, "
+                f"got {tensor.dtype} {tensor.shape}"
+            )
+        # Seen as bytes: ml_dtypes' types have no buffer of their own.
+        yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+
+def _encode_header(layouts: Sequence[TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
+    for before, after in pairwise(layout.name for layout in layouts):
+        if before >= after:
+            raise ValueError(f"expected names sorted, each once, got {before!r} then {after!r}")
+    if metadata is not None and len(metadata) > 1:
+        raise ValueError(f"expected at most one metadata key, got {sorted(metadata)}")
+    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    offset = 0
+    for layout in layouts:
+        if layout.name == METADATA_KEY:
+            raise ValueError(f"{METADATA_KEY} is no name for a tensor")
+        end = offset + layout.size_bytes
+        entries[layout.name] = {
+            "dtype": layout.dtype,
+            "shape": list(layout.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {len(text)}")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _decode_json(data: bytes) -> dict[str, Any]:
+    """The header's JSON object. Names come out as text that can be encoded again."""
+    if not data.startswith(b"{"):
+        raise DecodeError(f"header: expected a JSON object, got {data[:16]!r}")
+    try:
+        entries: dict[str, Any] = json.loads(data.decode(), object_pairs_hook=_unique)
+        for name in entries:
+            name.encode()  # a lone surrogate passes JSON and would fail wherever it is printed
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(f"header: expected JSON in UTF-8, got {str(error)[:200]}") from None
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name that stands twice")
+    return entries
+
+
+def _decode_metadata(values: object) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise DecodeError(f"{METADATA_KEY}: expected an object of texts")
+    return values
+
+
+def _decode_entry(name: str, entry: object) -> tuple[TensorLayout, int, int]:
+    """Layout, first byte and end of one tensor, offsets from the end of the header."""
+    field_name = f"tensor {name[:100]!r}"
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise DecodeError(f"{field_name}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        got = repr(dtype[:20]) if isinstance(dtype, str) else type(dtype).__name__
+        raise DecodeError(f"{field_name}: expected a dtype such as F32, got {got}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise DecodeError(f"{field_name}: expected a shape of at most {_MAX_DIMENSIONS} lengths")
+    # Zeros count as one: numpy cannot shape (0, 2**70) either.
+    if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
+        raise DecodeError(f"{field_name}: expected at most {_MAX_ELEMENTS} values")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise DecodeError(f"{field_name}: expected two data_offsets")
+    return TensorLayout(name, dtype, tuple(shape)), offsets[0], offsets[1]
+
+
+def _are_sizes(values: object) -> bool:
+    """Whether this is a list of whole numbers, 0 to 2**63 - 1 (JSON's true is an int too)."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _check_gapless(spans: list[tuple[TensorLayout, int, int]], data_bytes: int) -> None:
+    """Tensors must cover the data exactly: no overlap, no gap, nothing after the last."""
+    offset = 0
+    for layout, begin, end in spans:
+        if begin != offset:
+            raise DecodeError(
+                f"tensor {layout.name[:100]!r}: expected to begin at byte {offset}, got {begin}"
+            )
+        if end - begin != layout.size_bytes:
+            raise DecodeError(
+                f"tensor {layout.name[:100]!r}: expected {layout.size_bytes} bytes for "
+                f"{layout.dtype} {layout.shape}, got {end - begin}"
+            )
+        offset = end
+    if offset != data_bytes:
+        raise DecodeError(f"expected {offset} bytes of data, got {data_bytes}")
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename in this directory survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
