@@ -79,24 +79,22 @@ def run_embedded(
     ]
     for site in sites:
         site.participant.start(config.run.name)
-    ticked = False
+    dispatchers = [role.dispatcher, *(site.dispatcher for site in sites)]
+    idle_ticks = 0
     while True:
-        moved = role.dispatcher.drain() + sum(site.dispatcher.drain() for site in sites)
-        embedding.moved(role.coordinator.state)
-        if moved > ticked:
-            ticked = False
-            continue
+        while sum(dispatcher.drain() for dispatcher in dispatchers):
+            embedding.moved(role.coordinator.state)
         worker = next((site for site in sites if site.participant.has_work), None)
         if worker is not None:
             worker.participant.work()
-            ticked = False
+            idle_ticks = 0
         elif role.coordinator.state.finished is not None:
             return _result(role.coordinator.state)
-        elif ticked:
+        elif idle_ticks:
             raise RunStuckError(_why_stuck(role.coordinator.state))
         else:
             role.tick()  # nobody has anything to do: perhaps time decides
-            ticked = True
+            idle_ticks += 1
 
 
 def _result(state: RunState) -> RunState:

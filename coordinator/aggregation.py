@@ -2,21 +2,32 @@
 
 Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
 are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
-(no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Memory is a few
-tensors, however many the deltas; each delta holds one file open.
+(no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Threads take whole
+tensors, and what is summed over tensors is summed exactly (``math.fsum``). Memory is a few tensors
+per thread, however many the deltas; each delta holds one file open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
 from shared.delta_file import DeltaFile
-from shared.deltas import blocks, inner_product, is_finite, significant, squared_norm
+from shared.deltas import (
+    BLOCK,
+    blocks,
+    is_finite,
+    significant,
+    square_and_product,
+    squared_norm,
+)
 from shared.errors import ConfigError, LedgerError
 from shared.tensors import (
     ADAPTER_METADATA,
@@ -28,14 +39,15 @@ from shared.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shared.manifest import Manifest, TensorSpec
 
-WEIGHT_TOLERANCE = 1e-9
+WEIGHT_TOLERANCE: Final = 1e-9
+MAX_THREADS: Final = 4
 
 
 class Counts(NamedTuple):
@@ -92,11 +104,13 @@ def aggregate(
     manifest: Manifest,
     target: Path,
     watch: Stopwatch | None = None,
+    threads: int | None = None,
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
 
     ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
-    ``accumulate``, ``measure``, ``hash`` and ``write``. Raises LedgerError for a site that is
+    ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
+    None: as many as there are processors, at most 4. Raises LedgerError for a site that is
     listed twice, weights that do not sum to 1 or a result that is not finite, DeltaRefusedError
     for a delta that does not fit the manifest, DecodeError for a source that is torn.
     """
@@ -107,9 +121,8 @@ def aggregate(
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
         closing = _Closing(adapter, ordered, files, watch or Stopwatch())
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
-        digest = write_tensors(
-            target, layouts, map(closing.tensor, manifest.tensors), ADAPTER_METADATA, closing.watch
-        )
+        values = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
+        digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
     return closing.aggregated(digest)
 
 
@@ -130,6 +143,16 @@ class _Closing:
         self._mean_squares: list[float] = []
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+
+    def tensors(self, manifest: Manifest, threads: int) -> Iterator[NDArray[np.float32]]:
+        """The next adapter's tensors in order, at most ``threads + 1`` ahead of who takes them."""
+        with ThreadPoolExecutor(threads, "aggregation") as pool:
+            coming = deque(pool.submit(self.tensor, s) for s in manifest.tensors[: threads + 1])
+            for spec in manifest.tensors[threads + 1 :]:
+                yield coming.popleft().result()
+                coming.append(pool.submit(self.tensor, spec))
+            while coming:
+                yield coming.popleft().result()
 
     def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The next adapter's values of one tensor: fp32 of ``spec.shape``."""
@@ -168,8 +191,9 @@ class _Closing:
         self._mean_squares.append(squared_norm(mean))
         for delta, file in zip(self._deltas, self._files, strict=True):
             values = file.read(spec).reshape(-1)
-            self._squares[delta.site].append(squared_norm(values))
-            self._products[delta.site].append(inner_product(values, mean))
+            square, product = square_and_product(values, mean)
+            self._squares[delta.site].append(square)
+            self._products[delta.site].append(product)
 
 
 def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:
@@ -187,8 +211,10 @@ def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:
 
 def _accumulate(total: NDArray[np.float64], values: NDArray[np.float32], weight: float) -> None:
     """``total += weight * fp64(values)`` in place, both flat, block by block within the cache."""
+    scratch = np.empty(min(BLOCK, total.size), np.float64)
     for at in blocks(total.size):
-        scaled = values[at].astype(np.float64)
+        scaled = scratch[: at.stop - at.start]
+        np.copyto(scaled, values[at])
         np.multiply(scaled, weight, out=scaled)
         np.add(total[at], scaled, out=total[at])
 

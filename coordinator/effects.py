@@ -36,11 +36,16 @@ from shared.events import (
     WireTraining,
 )
 from shared.log import get_logger
-from shared.manifest import HeldOut
-from shared.records import AcceptedRecord, ClosedRecord, GenesisRecord, RefusedRecord
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    GenesisRecord,
+    RefusedRecord,
+    pool_held_out,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from coordinator.intake import Intake
@@ -138,7 +143,7 @@ class Effects:
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
         run = self._config.run.name
-        manifest = state.genesis.manifest if state.genesis else next(iter(state.members.values())).manifest
+        manifest = next(iter(state.members.values())).manifest  # all members' are equal
         config = adapter_config(self._config.base, self._config.lora, manifest)
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
         self._ledger.store.put_file(topology.adapter_key(run, sha), path)
@@ -231,21 +236,12 @@ class Effects:
 
 def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:
     """The answer to a site about its delta."""
-    accepted = isinstance(record, AcceptedRecord)
+    if isinstance(record, AcceptedRecord):
+        return DeltaAnswered(run=run, round=record.round, sha=record.sha, verdict="accepted")
     return DeltaAnswered(
         run=run,
         round=record.round,
         sha=record.sha,
-        verdict="accepted" if accepted else record.verdict,
-        reason="" if accepted else record.reason,
+        verdict=record.verdict,
+        reason=record.reason,
     )
-
-
-def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
-    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
-    known = [loss for loss in losses if loss is not None]
-    if not known:
-        return None
-    tokens = sum(loss.tokens for loss in known)
-    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
-    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

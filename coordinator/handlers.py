@@ -46,6 +46,7 @@ from shared.records import (
     GenesisRecord,
     MemberRecord,
     OpenedRecord,
+    Record,
     RefusedRecord,
 )
 from shared.topology import COORDINATOR, accepted_key, site_of_key
@@ -110,7 +111,7 @@ class Coordinator:
 
     def on_site_online(self, event: SiteOnline, sender: str) -> None:
         """Answer with what the ledger owes the site. Idempotent: writes nothing."""
-        get_logger().info("site.online", site=sender, holds_round=event.round)
+        get_logger().info("site.online", holds_round=event.round)
         for bell in debts(self.state, sender):
             self._effects.ring(bell, self.state)
 
@@ -139,7 +140,7 @@ class Coordinator:
 
     def on_run_declined(self, event: RunDeclined, sender: str) -> None:
         """Record that the site stays out. Idempotent: one record per site."""
-        get_logger().warning("run.declined", site=sender, reason=event.reason)
+        get_logger().warning("run.declined", reason=event.reason)
         self._record(DeclinedRecord(site=sender, reason=event.reason))
 
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
@@ -197,6 +198,7 @@ class Coordinator:
             self._intake.discard(upload)
             self._refuse(upload, str(error))
             return
+        get_logger().info("delta.accepted", norm=norm)
         self._record(
             AcceptedRecord(
                 round=event.round,
@@ -210,13 +212,12 @@ class Coordinator:
                 state=event.state,
             )
         )
-        get_logger().info("delta.accepted", site=sender, round=event.round, norm=norm)
 
     def on_training_failed(self, event: TrainingFailed, sender: str) -> None:
         """Record the failed attempt. Idempotent: one record per attempt, named by its number."""
         if self._open_round_for(event.round, sender) is None:
             return
-        get_logger().warning("training.failed", site=sender, reason=event.reason)
+        get_logger().warning("training.failed", reason=event.reason)
         self._record(
             FailedRecord(
                 round=event.round,
@@ -240,7 +241,7 @@ class Coordinator:
 
     def on_message_refused(self, event: MessageRefused, sender: str) -> None:
         """Log that a site could not use a message. Idempotent: writes nothing."""
-        get_logger().warning("message.refused", site=sender, reason=event.reason)
+        get_logger().warning("message.refused", reason=event.reason)
 
     def on_tick(self, event: CoordinatorTick, sender: str) -> None:
         """Fold the time in; another writer's tick means that one was active: rebuild first."""
@@ -263,11 +264,11 @@ class Coordinator:
             else:
                 self._effects.ring(effect, self.state)
 
-    def _record(self, record: Fact) -> None:
+    def _record(self, record: Record) -> None:
         self.feed(self._ledger.write(record))
 
     def _refuse(self, upload: Upload, reason: str) -> None:
-        get_logger().warning("delta.refused", site=upload.site, round=upload.round, reason=reason)
+        get_logger().warning("delta.refused", reason=reason)
         self._record(
             RefusedRecord(round=upload.round, site=upload.site, sha=upload.sha, reason=reason)
         )

@@ -30,6 +30,7 @@ from shared.records import (
     Input,
     MemberRecord,
     OpenedRecord,
+    Record,
     RefusedRecord,
 )
 from shared.seeds import derive_seed
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from shared.config import FederationConfig
-    from shared.records import Record
 
 
 @dataclass(frozen=True)
@@ -114,21 +114,7 @@ class AnnounceFinished:
 Step = MakeGenesis | WriteRecord | Aggregate
 Bell = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
 Effect = Step | Bell
-Fact = (
-    Ticked
-    | FederationRecord
-    | MemberRecord
-    | DeclinedRecord
-    | GenesisRecord
-    | OpenedRecord
-    | AcceptedRecord
-    | RefusedRecord
-    | FailedRecord
-    | ClosingRecord
-    | ClosedRecord
-    | EvaluatedRecord
-    | FinishedRecord
-)
+Fact = Record | Ticked
 
 
 @dataclass(frozen=True)
@@ -194,8 +180,7 @@ def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
     """The state after the ledger's history; nothing is carried out."""
     state = RunState(config)
     for record in history:
-        if isinstance(record, Fact):
-            state, _ = _fold(state, record)
+        state, _ = _fold(state, record)
     return state
 
 
@@ -286,8 +271,8 @@ def _fold(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:  
         case EvaluatedRecord() if fact.sha == state.adapter_sha:
             return replace(state, evaluated=state.evaluated | {fact.site}), ()
         case FinishedRecord():
-            members = tuple(sorted(state.members))
-            return replace(state, finished=fact), (AnnounceFinished(members),)
+            everybody = AnnounceFinished(tuple(sorted(state.members)))
+            return replace(state, finished=fact), (everybody,)
         case _:
             return state, ()
 

@@ -37,18 +37,41 @@ def inner_product(first: NDArray[Any], second: NDArray[Any]) -> float:
 
     Raises ValueError for two shapes.
     """
-    if first.shape != second.shape:
-        raise ValueError(f"expected two tensors of one shape, got {first.shape}, {second.shape}")
-    left, right = first.reshape(-1), second.reshape(-1)
-    return math.fsum(
-        float(np.sum(_as_fp64(left[at]) * _as_fp64(right[at]))) for at in blocks(left.size)
-    )
+    return square_and_product(first, second)[1]
 
 
 def squared_norm(values: NDArray[Any]) -> float:
     """Sum of the squares of a tensor, in fp64."""
     flat = values.reshape(-1)
-    return math.fsum(float(np.sum(np.square(_as_fp64(flat[at])))) for at in blocks(flat.size))
+    scratch = np.empty(min(BLOCK, flat.size), np.float64)
+    sums = []
+    for at in blocks(flat.size):
+        block = scratch[: at.stop - at.start]
+        np.copyto(block, flat[at])
+        np.square(block, out=block)
+        sums.append(float(np.sum(block)))
+    return math.fsum(sums)
+
+
+def square_and_product(values: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
+    """``squared_norm(values)`` and ``inner_product(values, other)``, reading ``values`` once.
+
+    Raises ValueError for two shapes.
+    """
+    if values.shape != other.shape:
+        raise ValueError(f"expected two tensors of one shape, got {values.shape}, {other.shape}")
+    left, right = values.reshape(-1), other.reshape(-1)
+    wide, product = np.empty((2, min(BLOCK, left.size)), np.float64)
+    squares, products = [], []
+    for at in blocks(left.size):
+        block, scratch = wide[: at.stop - at.start], product[: at.stop - at.start]
+        np.copyto(block, left[at])
+        np.copyto(scratch, right[at])
+        np.multiply(block, scratch, out=scratch)
+        products.append(float(np.sum(scratch)))
+        np.square(block, out=block)
+        squares.append(float(np.sum(block)))
+    return math.fsum(squares), math.fsum(products)
 
 
 def is_finite(values: NDArray[Any]) -> bool:
@@ -65,7 +88,3 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``count`` values in order."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
-
-
-def _as_fp64(values: NDArray[Any]) -> NDArray[np.float64]:
-    return values.astype(np.float64, copy=False)

@@ -2,31 +2,34 @@
 
 ``<root>/<key>`` is the object, ``<root>/.tmp`` holds what is being written. Invariants:
 
-- An object is an immutable inode, mode 0444. Every write makes another inode and moves it into
-  place, so that hard links stand in for copies (``put_file``, ``fetch_file``, ``compose`` of one
-  part) and an open reader never sees a change.
-- A file is on disk before its name is, and its name before the call returns (both fsynced).
+- An object is an immutable inode. Every write makes another inode and moves it into place, so that
+  hard links stand in for copies and an open reader never sees a change.
+- A file is on disk before its name is, and its name before the call returns.
 - ``create`` is link(2): the file system lets one win, between threads and processes alike.
-- The etag is inode, mtime and size. Each write stamps its mtime in nanoseconds, since the kernel's
-  own stamp is a few milliseconds coarse and a freed inode is soon used again.
+- The etag is inode, mtime in nanoseconds and size; each write has its own.
 
 Stricter than the port: no key begins with ``.tmp/``, and where ``a`` is an object there can be no
-``a/b``. Signed URLs are good only within the process that signed them.
+``a/b``. Signed URLs are good only in the process that signed them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import time
-import uuid
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO
 
-from shared.directory_grant import Grants
+from shared.directory_grants import Grants, Method
+from shared.durable_files import (
+    file_errors,
+    link_or_copy,
+    make_directories,
+    read_chunks,
+    temporary,
+    write_new,
+)
 from shared.errors import (
     IntegrityError,
     ObjectChangedError,
@@ -35,20 +38,300 @@ from shared.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from shared.files import sync_path
 from shared.store import ObjectInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
-BUFFER_BYTES = 1_048_576
 STALE_SECONDS = 3600.0
 TEMPORARY = ".tmp"
 
 _PART = re.compile(r"[A-Za-z0-9._-]+")
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free space there and start again",
-    errno.EDQUOT: "the disk quota is used up; free space there or have it raised, and start again",
-    errno.EROFS: "the file system is read-only; mount it writable and start again",
-    errno.EACCES: "no permission; give this user the right to write there and start again",
-    errno.EPERM: "not permitted; use a file system with hard links that this user may write to",
-}
+
+
+class DirectoryStore:
+    """Objects under ``root``. ``clock``: seconds since the epoch, for URLs and stale files.
+
+    Opening makes a missing root (or, with ``create=False``, raises StoreError), tries whether it
+    can be written, and removes what dead processes left. Raises StoreUnavailableError.
+    """
+
+    def __init__(
+        self, root: Path, clock: Callable[[], float] = time.time, *, create: bool = True
+    ) -> None:
+        self._root = root.absolute()
+        self._temporary = self._root / TEMPORARY
+        self._clock = clock
+        self._grants = Grants(clock)
+        with file_errors(self._root):
+            if self._root.exists() and not self._root.is_dir():
+                raise StoreUnavailableError(f"{root}: expected a directory, got a file")
+            if not self._root.exists() and not create:
+                raise StoreError(f"no store at {root}, check --store")
+            make_directories(self._temporary)
+            self._sweep()
+            with temporary(self._temporary) as probe, temporary(self._temporary) as second:
+                write_new(probe, ())
+                os.link(probe, second)
+
+    def put(self, key: str, data: bytes) -> ObjectInfo:
+        """Write, replacing what was there."""
+        return self.write(key, (data,))
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        """Write only if nothing is there. Raises ObjectExistsError."""
+        target = self._path(key)
+        with file_errors(target), temporary(self._temporary) as temp:
+            written = write_new(temp, (data,))
+            make_directories(target.parent)
+            try:
+                os.link(temp, target)
+            except FileExistsError:
+                raise ObjectExistsError(f"{key}: is there already; read it and adopt it") from None
+            sync_path(target.parent)
+        return _info(key, written)
+
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        """Write a local file's bytes. The file may become a read-only link to the object.
+
+        See :func:`shared.durable_files.link_or_copy`. Raises StoreError if there is no such file.
+        """
+        return self._link(key, path)
+
+    def write(self, key: str, chunks: Iterable[bytes]) -> ObjectInfo:
+        """Write from a stream, replacing what was there; if the stream raises, nothing is."""
+        target = self._path(key)
+        with file_errors(target), temporary(self._temporary) as temp:
+            written = write_new(temp, chunks)
+            _move(temp, target)
+        return _info(key, written)
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises ObjectMissingError."""
+        with self.open(key) as file, file_errors(self._path(key)):
+            return file.read()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
+        if start < 0 or length < 0:
+            raise StoreError(f"{key}: expected start and length >= 0, got {start} and {length}")
+        with self.open(key) as file, file_errors(self._path(key)):
+            file.seek(start)
+            return file.read(length)
+
+    def open(self, key: str) -> BinaryIO:
+        """The object as an open file; later writes do not show in it. Raises ObjectMissingError."""
+        path = self._path(key)
+        with file_errors(path):
+            try:
+                return path.open("rb")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise ObjectMissingError(f"{key}: no such object in {self._root}") from None
+
+    def fetch_file(self, key: str, path: Path) -> ObjectInfo:
+        """Link (or copy) the object to a local file, replacing it whole. Never write into it."""
+        self.stat(key)
+        with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
+            fetched = link_or_copy(self._path(key), temp)
+            _move(temp, path)
+        return _info(key, fetched)
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Size and etag. Raises ObjectMissingError."""
+        with self.open(key) as file:
+            return _info(key, os.fstat(file.fileno()))
+
+    def sha256(self, key: str) -> str:
+        """Hex digest of the object's bytes, read now. Raises ObjectMissingError."""
+        with self.open(key) as file, file_errors(self._path(key)):
+            digest = hashlib.sha256()
+            for chunk in read_chunks(file):
+                digest.update(chunk)
+            return digest.hexdigest()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Every object whose key starts with ``prefix``, in key order."""
+        return self._walk("", prefix)
+
+    def compose(self, key: str, parts: Sequence[ObjectInfo]) -> ObjectInfo:
+        """Join ``parts`` in order into ``key``. Raises ObjectChangedError, ObjectMissingError.
+
+        A single part is linked: no byte is read.
+        """
+        if not parts:
+            raise StoreError(f"{key}: expected at least one part to compose, got none")
+        if len(parts) == 1:
+            with self._open_part(parts[0]):
+                return self._link(key, self._path(parts[0].key), parts[0])
+        return self.write(key, self._joined(parts))
+
+    def delete(self, key: str) -> None:
+        """Remove; nothing there is no error."""
+        path = self._path(key)
+        gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        with file_errors(path), contextlib.suppress(*gone):
+            path.unlink()
+            sync_path(path.parent)
+
+    def sign_get(self, key: str, expires_at: float) -> str:
+        """A URL that reads this object until ``expires_at``."""
+        self._path(key)
+        return self._grants.sign(key, "GET", expires_at)
+
+    def sign_put(self, key: str, expires_at: float) -> str:
+        """A URL that writes this object until ``expires_at``."""
+        self._path(key)
+        return self._grants.sign(key, "PUT", expires_at)
+
+    def granted_key(self, url: str, method: Method) -> str:
+        """The key that a signed URL of this store is good for. Raises GrantError."""
+        return self._grants.key_of(url, method)
+
+    def _path(self, key: str) -> Path:
+        parts = key.split("/")
+        if parts[0] == TEMPORARY or not all(
+            _PART.fullmatch(part) and part not in (".", "..") for part in parts
+        ):
+            raise StoreError(
+                f"key {key!r}: expected parts of A-Z a-z 0-9 . _ - joined by /, none of them "
+                f"empty, '.' or '..', the first not {TEMPORARY!r}"
+            )
+        return self._root.joinpath(*parts)
+
+    def _link(self, key: str, source: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
+        target = self._path(key)
+        with file_errors(target), temporary(self._temporary) as temp:
+            try:
+                linked = link_or_copy(source, temp)
+            except FileNotFoundError:
+                raise StoreError(f"{source}: no such file; give the path of a file") from None
+            if expected is not None and _etag(linked) != expected.etag:
+                raise _changed(expected)
+            _move(temp, target)
+        return _info(key, linked)
+
+    def _open_part(self, part: ObjectInfo) -> BinaryIO:
+        file = self.open(part.key)
+        if _etag(os.fstat(file.fileno())) != part.etag:
+            file.close()
+            raise _changed(part)
+        return file
+
+    def _joined(self, parts: Sequence[ObjectInfo]) -> Iterator[bytes]:
+        for part in parts:
+            with self._open_part(part) as file:
+                yield from read_chunks(file)
+
+    def _walk(self, stem: str, prefix: str) -> Iterator[ObjectInfo]:
+        """In key order: a directory sorts by its name with the slash, as its keys do."""
+        directory = self._root / stem
+        try:
+            with file_errors(directory), os.scandir(directory) as entries:
+                names = sorted(
+                    f"{entry.name}/" if entry.is_dir() else entry.name
+                    for entry in entries
+                    if _PART.fullmatch(entry.name)
+                )
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return
+            raise
+        for name in names:
+            key = stem + name
+            if key == f"{TEMPORARY}/":
+                continue
+            if name.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key, prefix)
+            elif key.startswith(prefix):
+                with contextlib.suppress(ObjectMissingError):
+                    yield self.stat(key)
+
+    def _sweep(self) -> None:
+        """Remove the old temporary files of dead processes.
+
+        Old ones only, since a process on another host looks dead from here. By ctime, since a
+        link keeps its source's mtime.
+        """
+        for path in self._temporary.iterdir():
+            process = path.name.partition("-")[0]
+            with contextlib.suppress(FileNotFoundError):
+                age = self._clock() - path.stat().st_ctime
+                if age > STALE_SECONDS and not (process.isdigit() and _is_running(int(process))):
+                    path.unlink()
+
+
+class DirectoryTransfer:
+    """A site's view of a :class:`DirectoryStore` in the same process: signed URLs only."""
+
+    def __init__(self, store: DirectoryStore) -> None:
+        self._store = store
+
+    def download(self, url: str, path: Path, sha256: str) -> int:
+        """Copy to a new local file, checked against ``sha256``; its size in bytes.
+
+        A copy and not a link: a site never holds an inode of the ledger. Raises IntegrityError,
+        GrantError, ObjectMissingError, StoreUnavailableError.
+        """
+        key = self._store.granted_key(url, "GET")
+        digest = hashlib.sha256()
+        with (
+            self._store.open(key) as file,
+            file_errors(path),
+            temporary(path.parent, f".{path.name}.") as temp,
+        ):
+            written = write_new(temp, _hashed(read_chunks(file), digest.update))
+            if digest.hexdigest() != sha256:
+                raise IntegrityError(
+                    f"{key}: expected sha256 {sha256}, got {digest.hexdigest()}; fetch it again"
+                )
+            _move(temp, path)
+        return written.st_size
+
+    def upload(self, url: str, path: Path, start: int, length: int) -> None:
+        """Send ``length`` bytes of a local file from ``start``; IntegrityError if it is shorter."""
+        key = self._store.granted_key(url, "PUT")
+        with file_errors(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if start < 0 or length < 0 or start + length > size:
+                raise IntegrityError(
+                    f"{path}: expected {length} bytes from {start}, but the file has {size}"
+                )
+            file.seek(start)
+            self._store.write(key, read_chunks(file, length))
+
+
+def _hashed(chunks: Iterable[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:
+    for chunk in chunks:
+        update(chunk)
+        yield chunk
+
+
+def _move(temp: Path, target: Path) -> None:
+    make_directories(target.parent)
+    temp.replace(target)
+    sync_path(target.parent)
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, found.st_size, _etag(found))
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _changed(part: ObjectInfo) -> ObjectChangedError:
+    return ObjectChangedError(f"{part.key}: is not the object that was read; check it again")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

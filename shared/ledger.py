@@ -91,7 +91,7 @@ class Ledger:
         """
         if isinstance(record, StampedRecord):
             stamp = {"writer": self.writer, "time": self._clock()}
-            record = record.model_copy(update=stamp)  # type: ignore[assignment]
+            record = record.model_copy(update=stamp)
         key = record.key(self.run)
         data = canonical_json(record.model_dump(mode="json"))
         try:
@@ -167,9 +167,9 @@ class Ledger:
         prefix = f"{topology.run_prefix(self.run)}rounds/"
         keys: dict[int, list[str]] = {}
         for info in self.store.list(prefix):
-            number, _, rest = info.key.removeprefix(prefix).partition("/")
-            if number.isdigit() and rest:
-                keys.setdefault(int(number), []).append(info.key)
+            folder, _, rest = info.key.removeprefix(prefix).partition("/")
+            if folder.isdigit() and rest:
+                keys.setdefault(int(folder), []).append(info.key)
         for number in sorted(keys):
             yield number, self._records(number, keys[number])
 

@@ -9,13 +9,16 @@ records before them, so whoever computes them writes the same bytes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Strict
 
 from shared import topology
 from shared.config import Name, Sha256
 from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 RoundNumber = Annotated[int, Field(ge=0)]
 Names = Annotated[tuple[Name, ...], Strict(False)]
@@ -219,3 +222,13 @@ class FinishedRecord(StampedRecord):
     def key(self, run: str) -> str:
         """One per run."""
         return topology.finished_key(run)
+
+
+def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
+    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return None
+    tokens = sum(loss.tokens for loss in known)
+    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
+    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

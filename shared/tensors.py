@@ -17,6 +17,7 @@ import json
 import math
 import mmap
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,9 +90,13 @@ class FileDigest:
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase, for benchmarks; whoever takes one runs the same without it."""
+    """Seconds by phase, for benchmarks; whoever takes one runs the same without it.
+
+    Several threads may share one: their seconds add up.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -100,7 +105,9 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 class TensorFile:

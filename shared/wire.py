@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from math import isfinite
 
 import msgpack
 from pydantic import ValidationError
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 from shared.broker import MAX_MESSAGE_BYTES
 from shared.errors import DecodeError
 from shared.events import EVENTS, Event
+
+_SHORT = 80
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def decode(data: bytes) -> Envelope:
         raise DecodeError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}", data)
     try:
         outer = msgpack.unpackb(data, strict_map_key=False, raw=False)
-    except Exception as error:  # msgpack raises ValueError, its own and UnicodeDecodeError alike
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise DecodeError(f"expected one msgpack map, got: {error}", data) from None
     if not isinstance(outer, dict):
         raise DecodeError(f"expected a msgpack map, got {type(outer).__name__}", data)
@@ -59,18 +62,23 @@ def decode(data: bytes) -> Envelope:
     event_id, time = outer.get("id"), outer.get("time")
     kind = EVENTS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise DecodeError(f"type: expected a known event, got {name!r}", data)
+        raise DecodeError(f"type: expected a known event, got {_short(name)}", data)
     if type(version) is not int or version != kind.version:
         raise DecodeError(
-            f"{name}: expected version {kind.version}, got {version!r}; "
+            f"{name}: expected version {kind.version}, got {_short(version)}; "
             "update the older of the two programs",
             data,
         )
-    if not isinstance(event_id, str) or type(time) not in (int, float):
-        raise DecodeError(f"{name}: expected text in id and a number in time", data)
+    if not isinstance(event_id, str) or not isinstance(time, int | float) or not isfinite(time):
+        raise DecodeError(f"{name}: expected text in id and a finite number in time", data)
     try:
         return Envelope(event_id, float(time), kind.model_validate(body))
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in detail["loc"]) or "body"
-        raise DecodeError(f"{name}.{field}: {detail['msg']}", data) from None
+        raise DecodeError(f"{name}.{field[:_SHORT]}: {detail['msg']}", data) from None
+
+
+def _short(value: object) -> str:
+    """Safe to print: a stranger's nesting overflows repr(), and its length floods the log."""
+    return repr(value)[:_SHORT] if isinstance(value, str | int) else type(value).__name__

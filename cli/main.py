@@ -1,0 +1,56 @@
+"""The ``gradualdiff`` command. Commands import what they need when they run, not before."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cli import demo, rounds, runs, simulate
+from cli.output import complain
+from shared.errors import GradualDiffError
+
+app = typer.Typer(
+    name="gradualdiff",
+    help="Fine-tune one language model at many sites that share no text (GradualDiff-Fed).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
+app.add_typer(runs.app, name="runs")
+app.add_typer(rounds.app, name="rounds")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gradualdiff-fed {version('gradualdiff-fed')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[  # noqa: ARG001 - handled by its callback
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune one language model at many sites that share no text (GradualDiff-Fed)."""
+
+
+def main() -> None:
+    """The console script: errors of our tree become one line and their exit code."""
+    try:
+        app()
+    except GradualDiffError as error:
+        sys.exit(complain(error))
+
+
+if __name__ == "__main__":
+    main()

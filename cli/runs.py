@@ -1,0 +1,130 @@
+"""``gradualdiff runs``: list, show, verify and export runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    console,
+    open_store,
+    print_json,
+    print_table,
+)
+
+app = typer.Typer(help="Runs in a store: list, show, verify, export.", no_args_is_help=True)
+RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
+
+
+@app.command("list")
+def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """Every run in the store, one line each."""
+    from coordinator.inspection import summarise_runs
+
+    summaries = summarise_runs(open_store(store))
+    if as_json:
+        print_json(summaries)
+        return
+    rows = [
+        (s.run, s.state, f"{s.rounds_closed}/{s.rounds}", s.participants, s.held_out_nll)
+        for s in summaries
+    ]
+    print_table("Runs", ("run", "state", "rounds", "participants", "held-out loss"), rows)
+
+
+@app.command()
+def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """One run: its state, members and settings."""
+    from coordinator.inspection import History, summarise_run
+
+    history = History(open_store(store), run)
+    summary = summarise_run(history)
+    members = [
+        {
+            "site": site,
+            "examples": member.examples,
+            "fingerprint": member.fingerprint,
+            "numerics": member.numerics,
+        }
+        for site, member in sorted(history.members.items())
+    ]
+    if as_json:
+        print_json({"summary": summary, "members": members, "config": history.config.recorded()})
+        return
+    facts = [
+        ("state", summary.state),
+        ("reason", summary.reason or None),
+        ("rounds closed", f"{summary.rounds_closed} of {summary.rounds}"),
+        ("held-out loss", summary.held_out_nll),
+        ("adapter", summary.adapter_sha),
+        ("config digest", history.federation.digest),
+        ("base model", history.config.base.model),
+    ]
+    print_table(f"Run {run}", ("fact", "value"), facts)
+    rows = [
+        (site, m.examples, m.fingerprint[:12], m.numerics.device, m.numerics.compute_dtype)
+        for site, m in sorted(history.members.items())
+    ]
+    print_table("Members", ("site", "examples", "base", "device", "computes in"), rows)
+
+
+@app.command()
+def verify(
+    run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+) -> None:
+    """Recompute every round from its stored deltas and compare digests. Exit code 21 on a finding."""
+    import tempfile
+
+    from coordinator.verification import verify_run
+    from shared.errors import LedgerDamagedError
+    from shared.ledger import Ledger
+
+    ledger = Ledger(open_store(store), run, "verifier", lambda: 0.0)
+    with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
+        quiet = (lambda _: None) if as_json else _announce
+        found = verify_run(ledger, Path(scratch), quiet)
+    if as_json:
+        print_json(found)
+    elif not found.findings:
+        console().print(
+            f"[green]run {run} is what it says[/green]: {found.rounds} rounds recomputed from "
+            f"{found.deltas} deltas, adapter sha256 {found.adapter_sha}"
+        )
+    if found.findings:
+        lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
+        raise LedgerDamagedError(
+            f"run {run} is not what it says:\n" + "\n".join(lines) + "\n"
+            "Restore these objects from a copy of the store; other rounds are unharmed"
+        )
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Path, typer.Option("--to", help="The new directory to write.")],
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="Which round's adapter (default: the last).")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a PEFT adapter directory with a model card; PeftModel.from_pretrained loads it."""
+    from coordinator.export import export_adapter
+    from coordinator.inspection import History
+
+    objects = open_store(store)
+    exported = export_adapter(History(objects, run), objects, to, round_number)
+    if as_json:
+        print_json(exported)
+        return
+    console().print(f"Wrote {to}: the adapter of round {exported.round}, sha256 {exported.sha}")
+    console().print(f"Load it with PeftModel.from_pretrained(base_model, {str(to)!r})")
+
+
+def _announce(round_number: int) -> None:
+    console().print(f"checking round {round_number}")

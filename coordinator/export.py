@@ -1,0 +1,100 @@
+"""Write an adapter out of the ledger as a PEFT directory with a model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.inspection import perplexity
+from shared import topology
+from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
+from shared.files import digest_file
+from shared.records import ClosedRecord, GenesisRecord, pool_held_out
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coordinator.inspection import History
+    from shared.store import ObjectStore
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    round: int
+    sha: str
+    path: Path
+
+
+def export_adapter(
+    history: History, store: ObjectStore, target: Path, round_number: int | None
+) -> Exported:
+    """Write the adapter that a round produced into the new or empty folder ``target``.
+
+    Raises RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
+    LedgerDamagedError when the stored adapter is missing or altered.
+    """
+    number = history.last_closed if round_number is None else round_number
+    record = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
+    if not isinstance(record, ClosedRecord | GenesisRecord):
+        raise RunNotFoundError(f"run {history.run} has no result of round {number} to export")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--to {target}: cannot be made ({error.strerror})") from None
+    if any(target.iterdir()):
+        raise ConfigError(f"--to {target}: is not empty; name a new directory")
+    for file in FILES:
+        key = topology.adapter_key(history.run, record.adapter_sha, file)
+        try:
+            store.fetch_file(key, target / file)
+        except ObjectMissingError:
+            raise LedgerDamagedError(f"{key}: is missing; see: gradualdiff runs verify") from None
+    if digest_file(target / FILES[1])[0] != record.adapter_sha:
+        raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
+    (target / "README.md").write_text(_card(history, number, record), encoding="utf-8")
+    return Exported(number, record.adapter_sha, target)
+
+
+def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -> str:
+    config = history.config
+    losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
+    lines = [
+        f"| {n} | {loss.nll:.4f} | {perplexity(loss):.2f} | {loss.tokens} |"
+        for n, loss in losses.items()
+        if loss is not None
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            f"base_model: {config.base.model}",
+            "tags: [lora, federated-learning, gradualdiff-fed]",
+            "---",
+            "",
+            f"# {history.run}, round {number}",
+            "",
+            f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
+            f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). No "
+            "text left its site; each round's global adapter is the one before plus the weighted "
+            "mean of the participants' deltas.",
+            "",
+            f"- Adapter sha256: `{record.adapter_sha}`",
+            f"- Config digest: `{history.federation.digest}`",
+            f"- Base model: `{config.base.model}` ({config.base.quantisation} while training), "
+            f"fingerprint `{next(iter(history.members.values())).fingerprint}`",
+            f"- Rounds: {number} of {config.run.rounds}; weights: {config.aggregation.weights}; "
+            f"codec: {config.codec.name}; seed: {config.run.seed}",
+            "",
+            "Held-out loss of the global adapter, nats per answer token over all participants' "
+            "held-out text (round 0 is the base model):",
+            "",
+            "| round | loss | perplexity | tokens |",
+            "|---:|---:|---:|---:|",
+            *lines,
+            "",
+        ]
+    )

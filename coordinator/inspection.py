@@ -1,0 +1,272 @@
+"""Read-only views of the ledger for people and for ``--json``. Needs neither torch nor numpy.
+
+All figures come from records; nothing is computed that a record does not say, but sums and
+token-weighted means. Seconds are wall-clock at the sites, bytes are what the store took.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shared.errors import RunNotFoundError
+from shared.ledger import Ledger, list_runs
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    EvaluatedRecord,
+    FailedRecord,
+    FederationRecord,
+    FinishedRecord,
+    GenesisRecord,
+    MemberRecord,
+    OpenedRecord,
+    Record,
+    RefusedRecord,
+    pool_held_out,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shared.manifest import HeldOut
+    from shared.store import ObjectStore
+
+READER = "reader"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line on a run. ``state``: waiting, round n open, finished or failed."""
+
+    run: str
+    state: str
+    rounds_closed: int
+    rounds: int
+    participants: int
+    began: float
+    adapter_sha: str | None
+    held_out_nll: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """One line on a round. ``held_out``: of the adapter that this round produced."""
+
+    round: int
+    state: str
+    selected: int
+    counted: int
+    excluded: int
+    adapter_sha: str | None
+    mean_norm: float | None
+    held_out_nll: float | None
+    perplexity: float | None
+    tokens: int
+    bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site in one round. Held-out values are of the adapter the round began from."""
+
+    site: str
+    state: str
+    reason: str
+    held_out_nll: float | None = None
+    perplexity: float | None = None
+    first_step_nll: float | None = None
+    last_step_nll: float | None = None
+    examples: int | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+    norm: float | None = None
+    cosine: float | None = None
+    weight: float | None = None
+
+
+class History:
+    """A run's records, grouped once. Raises RunNotFoundError, LedgerDamagedError."""
+
+    def __init__(self, store: ObjectStore, run: str) -> None:
+        self.run = run
+        self.by_round: dict[int, list[Record]] = defaultdict(list)
+        self.members: dict[str, MemberRecord] = {}
+        self.finished: FinishedRecord | None = None
+        ledger = Ledger(store, run, READER, lambda: 0.0)
+        self.config = ledger.config()
+        for record in ledger.history():
+            match record:
+                case FederationRecord():
+                    self.federation = record
+                case MemberRecord():
+                    self.members[record.site] = record
+                case FinishedRecord():
+                    self.finished = record
+                case _:
+                    number = getattr(record, "round", None)
+                    if number is not None:
+                        self.by_round[number].append(record)
+
+    def one(self, number: int, kind: type[Record]) -> Record | None:
+        """The round's record of a kind there is only one of."""
+        return next((r for r in self.by_round.get(number, ()) if isinstance(r, kind)), None)
+
+    def accepted(self, number: int) -> dict[str, AcceptedRecord]:
+        """A round's valid deltas by site."""
+        records = self.by_round.get(number, ())
+        return {r.site: r for r in records if isinstance(r, AcceptedRecord)}
+
+    def held_out(self, number: int) -> dict[str, HeldOut]:
+        """Each site's loss of the adapter that round ``number`` produced, as far as it is known.
+
+        Sites measure it when the next round starts, and once more for the last adapter.
+        """
+        found: dict[str, HeldOut] = {}
+        for record in self.accepted(number + 1).values():
+            if record.metrics.held_out is not None:
+                found[record.site] = record.metrics.held_out
+        for other in self.by_round.get(number, ()):
+            if isinstance(other, EvaluatedRecord):
+                found[other.site] = other.held_out
+        return found
+
+    @property
+    def last_closed(self) -> int:
+        """The last round with a result; 0 is genesis; -1 before it."""
+        closed = [
+            number
+            for number, records in self.by_round.items()
+            if any(isinstance(r, ClosedRecord | GenesisRecord) for r in records)
+        ]
+        return max(closed, default=-1)
+
+
+def summarise_runs(store: ObjectStore) -> list[RunSummary]:
+    """Every run in the store, in name order."""
+    return [summarise_run(History(store, run)) for run in list_runs(store)]
+
+
+def summarise_run(history: History) -> RunSummary:
+    """One run's summary."""
+    last = history.last_closed
+    result = history.one(last, ClosedRecord) or history.one(last, GenesisRecord)
+    pooled = pool_held_out(history.held_out(last).values())
+    finished = history.finished
+    if finished is not None:
+        state = "failed" if finished.failed else "finished"
+    elif history.one(last + 1, OpenedRecord):
+        state = f"round {last + 1} open"
+    else:
+        state = "waiting for sites" if last < 0 else f"round {last} closed"
+    return RunSummary(
+        run=history.run,
+        state=state,
+        rounds_closed=max(last, 0),
+        rounds=history.config.run.rounds,
+        participants=len(history.members),
+        began=history.federation.time,
+        adapter_sha=getattr(result, "adapter_sha", None),
+        held_out_nll=pooled.nll if pooled else None,
+        reason=finished.reason if finished else "",
+    )
+
+
+def summarise_rounds(history: History) -> list[RoundSummary]:
+    """Every round of a run, genesis (0) first."""
+    return [summarise_round(history, number) for number in sorted(history.by_round)]
+
+
+def summarise_round(history: History, number: int) -> RoundSummary:
+    """One round's summary. Raises RunNotFoundError when there is no such round."""
+    if number not in history.by_round:
+        raise RunNotFoundError(
+            f"run {history.run} has no round {number}; see: gradualdiff rounds list {history.run}"
+        )
+    opened = history.one(number, OpenedRecord)
+    closing = history.one(number, ClosingRecord)
+    closed = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
+    accepted = history.accepted(number).values()
+    pooled = pool_held_out(history.held_out(number).values())
+    state = "closed" if closed else "closing" if closing else "open"
+    return RoundSummary(
+        round=number,
+        state=state,
+        selected=len(opened.selected) if isinstance(opened, OpenedRecord) else 0,
+        counted=len(closing.inputs) if isinstance(closing, ClosingRecord) else len(accepted),
+        excluded=len(closing.excluded) if isinstance(closing, ClosingRecord) else 0,
+        adapter_sha=getattr(closed, "adapter_sha", None),
+        mean_norm=getattr(closed, "mean_norm", None),
+        held_out_nll=pooled.nll if pooled else None,
+        perplexity=perplexity(pooled),
+        tokens=sum(r.tokens for r in accepted),
+        bytes=sum(r.size for r in accepted),
+        seconds=_span(opened, closing),
+    )
+
+
+def show_round(history: History, number: int) -> list[SiteRow]:
+    """Each selected site of one round, in name order. Raises RunNotFoundError."""
+    summarise_round(history, number)
+    opened = history.one(number, OpenedRecord)
+    sites = opened.selected if isinstance(opened, OpenedRecord) else tuple(history.members)
+    return [_row(history, number, site) for site in sorted(sites)]
+
+
+def perplexity(held_out: HeldOut | None) -> float | None:
+    """exp(NLL), capped where it would overflow."""
+    return None if held_out is None else math.exp(min(held_out.nll, 700.0))
+
+
+def _row(history: History, number: int, site: str) -> SiteRow:
+    accepted = history.accepted(number).get(site)
+    if accepted is None:
+        return SiteRow(site, *_trouble(history.by_round[number], site))
+    closing = history.one(number, ClosingRecord)
+    closed = history.one(number, ClosedRecord)
+    inputs = closing.inputs if isinstance(closing, ClosingRecord) else ()
+    weight = next((i.weight for i in inputs if i.site == site and i.from_round == number), None)
+    metrics = accepted.metrics
+    return SiteRow(
+        site=site,
+        state="counted" if weight is not None else "accepted",
+        reason="",
+        held_out_nll=metrics.held_out.nll if metrics.held_out else None,
+        perplexity=perplexity(metrics.held_out),
+        first_step_nll=metrics.first_step_nll,
+        last_step_nll=metrics.last_step_nll,
+        examples=accepted.examples,
+        tokens=accepted.tokens,
+        bytes=accepted.size,
+        seconds=round(sum(metrics.seconds.values()), 3),
+        norm=accepted.norm,
+        cosine=closed.cosines.get(site) if isinstance(closed, ClosedRecord) else None,
+        weight=weight,
+    )
+
+
+def _trouble(records: Iterable[Record], site: str) -> tuple[str, str]:
+    """State and reason of a site without a valid delta."""
+    state, reason = "pending", ""
+    for record in records:
+        if isinstance(record, RefusedRecord) and record.site == site:
+            state, reason = record.verdict, record.reason
+        elif isinstance(record, FailedRecord) and record.site == site:
+            state, reason = f"failed (attempt {record.attempt})", record.reason
+        elif isinstance(record, ClosingRecord) and site in record.excluded:
+            state, reason = "excluded", record.excluded[site]
+        elif isinstance(record, GenesisRecord):
+            state = "member" if site in record.members else "left out"
+    return state, reason
+
+
+def _span(opened: Record | None, closing: Record | None) -> float | None:
+    if isinstance(opened, OpenedRecord) and isinstance(closing, ClosingRecord):
+        return round(closing.time - opened.time, 3)
+    return None

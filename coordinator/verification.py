@@ -1,0 +1,253 @@
+"""Recompute a run from its objects: anybody with the ledger can tell whether it is what it says.
+
+Reads everything and writes nothing into the store. A finding names the round and the object; one
+damaged object does not hide the findings of the rounds after it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation import Counts, WeightedDelta, aggregate, weights
+from coordinator.genesis import adapter_config, draw_adapter
+from coordinator.selection import select
+from shared import topology
+from shared.delta_file import DeltaHeader, check_delta
+from shared.errors import DeltaRefusedError, ObjectMissingError
+from shared.files import digest_file
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    FinishedRecord,
+    GenesisRecord,
+    OpenedRecord,
+    Record,
+    pool_held_out,
+)
+from shared.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shared.ledger import Ledger
+
+NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    round: int
+    key: str
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What was recomputed, and what was found."""
+
+    run: str
+    rounds: int = 0
+    deltas: int = 0
+    adapter_sha: str | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+
+def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> Verification:
+    """Check the whole chain of a run. ``scratch``: an empty local folder; ``report(round)``.
+
+    Raises RunNotFoundError, LedgerDamagedError (a record that cannot be read names its key).
+    """
+    return _Verifier(ledger, scratch).verify(report)
+
+
+class _Verifier:
+    def __init__(self, ledger: Ledger, scratch: Path) -> None:
+        self._ledger = ledger
+        self._scratch = scratch
+        self._config = ledger.config()
+        self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
+        self._counted: set[tuple[str, int]] = set()
+        self._members: dict[str, object] = {}
+        self._genesis: GenesisRecord | None = None
+        self.result = Verification(ledger.run)
+
+    def verify(self, report: Callable[[int], None]) -> Verification:
+        for number, records in self._ledger.rounds():
+            report(number)
+            for record in records:
+                self._check(number, record, records)
+        self._check_end()
+        return self.result
+
+    def _check(self, number: int, record: Record, records: list[Record]) -> None:
+        match record:
+            case GenesisRecord():
+                self._check_genesis(record)
+            case OpenedRecord():
+                self._check_opened(record)
+            case AcceptedRecord():
+                self._accepted[record.site, record.round] = record
+            case ClosedRecord():
+                closing = next((r for r in records if isinstance(r, ClosingRecord)), None)
+                if closing is None:
+                    key = topology.round_key(self._ledger.run, number, "closing")
+                    self._find(number, key, "is missing, but the round has a result")
+                else:
+                    self._check_closed(closing, record)
+
+    def _check_genesis(self, record: GenesisRecord) -> None:
+        self._genesis = record
+        drawn = self._scratch / "genesis"
+        digest = draw_adapter(record.manifest, self._config.run.seed, drawn)
+        drawn.unlink()
+        key = record.key(self._ledger.run)
+        self._expect(0, key, "adapter_sha", digest.sha256, record.adapter_sha)
+        self._check_adapter(0, record.adapter_sha)
+        self.result.adapter_sha = record.adapter_sha
+
+    def _check_opened(self, record: OpenedRecord) -> None:
+        run, number = self._config.run, record.round
+        key = record.key(self._ledger.run)
+        members = self._genesis.members if self._genesis else ()
+        self._expect(number, key, "source_sha", self.result.adapter_sha, record.source_sha)
+        self._expect(number, key, "seed", derive_seed(run.seed, "round", number), record.seed)
+        chosen = select(self._config.selection, members, run.seed, number)
+        self._expect(number, key, "selected", chosen, record.selected)
+        span = ((number - 1) / run.rounds, number / run.rounds)
+        self._expect(
+            number, key, "progress", span, (record.progress_from, record.progress_to)
+        )
+
+    def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
+        number, key = closing.round, closing.key(self._ledger.run)
+        self.result.rounds += 1
+        self._expect(number, key, "source_sha", self.result.adapter_sha, closing.source_sha)
+        self._check_weights(closing)
+        source = self._adapter_file(number, closing.source_sha)
+        deltas = [self._delta(closing, index) for index in range(len(closing.inputs))]
+        self._check_adapter(number, closed.adapter_sha)
+        self.result.adapter_sha = closed.adapter_sha
+        whole = [delta for delta in deltas if delta is not None]
+        if source is not None and len(whole) == len(deltas) and self._genesis is not None:
+            self._recompute(closing, closed, source, whole)
+        for path in self._scratch.iterdir():
+            path.unlink()
+
+    def _recompute(
+        self,
+        closing: ClosingRecord,
+        closed: ClosedRecord,
+        source: Path,
+        deltas: list[WeightedDelta],
+    ) -> None:
+        assert self._genesis is not None  # checked by the caller
+        number, key = closed.round, closed.key(self._ledger.run)
+        again = aggregate(source, deltas, self._genesis.manifest, self._scratch / "again")
+        self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
+        self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
+        norms = {"": again.mean_norm, **again.delta_norms}
+        on_record = {"": closed.mean_norm, **closed.delta_norms}
+        for name in sorted({*norms, *on_record}):
+            mine, theirs = norms.get(name, math.nan), on_record.get(name, math.nan)
+            if not math.isclose(mine, theirs, rel_tol=NORM_TOLERANCE):
+                self._expect(number, key, f"norm of {name or 'the mean'}", mine, theirs)
+        accepted = [self._accepted.get((i.site, i.from_round)) for i in closing.inputs]
+        pooled = pool_held_out(r.metrics.held_out for r in accepted if r is not None)
+        self._expect(number, key, "source_held_out", pooled, closed.source_held_out)
+
+    def _check_weights(self, closing: ClosingRecord) -> None:
+        number, key = closing.round, closing.key(self._ledger.run)
+        counts: dict[str, Counts] = {}
+        for item in closing.inputs:
+            pair = (item.site, item.from_round)
+            record = self._accepted.get(pair)
+            if pair in self._counted:
+                self._find(number, key, f"counts {item.site} of round {item.from_round} again")
+            if record is None or record.sha != item.sha:
+                self._find(number, key, f"counts {item.site} {item.sha[:12]}, never accepted")
+                continue
+            self._counted.add(pair)
+            counts[item.site] = Counts(record.examples, record.tokens)
+        if len(counts) == len(closing.inputs):
+            share = weights(self._config.aggregation.weights, counts)
+            on_record = {item.site: item.weight for item in closing.inputs}
+            self._expect(number, key, "weights", share, on_record)
+
+    def _delta(self, closing: ClosingRecord, index: int) -> WeightedDelta | None:
+        item = closing.inputs[index]
+        key = topology.delta_key(self._ledger.run, item.from_round, item.site, item.sha)
+        path = self._fetch(closing.round, key, item.sha, f"delta-{index}")
+        if path is None or self._genesis is None:
+            return None
+        self.result.deltas += 1
+        try:
+            check_delta(path, self._genesis.manifest, self._header(closing, index), None)
+        except DeltaRefusedError as error:
+            self._find(closing.round, key, str(error))
+            return None
+        return WeightedDelta(item.site, path, item.weight)
+
+    def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
+        from shared.codecs import get_codec  # noqa: PLC0415 - codecs load on use
+
+        item, codec = closing.inputs[index], get_codec(self._config.codec.name)
+        return DeltaHeader(
+            run=self._ledger.run,
+            round=item.from_round,
+            site=item.site,
+            source_sha=closing.source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+
+    def _adapter_file(self, number: int, sha: str) -> Path | None:
+        return self._fetch(number, topology.adapter_key(self._ledger.run, sha), sha, "source")
+
+    def _check_adapter(self, number: int, sha: str) -> None:
+        """Both files of the PEFT directory that a round produced."""
+        run = self._ledger.run
+        key = topology.adapter_key(run, sha)
+        try:
+            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
+            config_key = topology.adapter_key(run, sha, "adapter_config.json")
+            stored = self._ledger.store.get(config_key)
+        except ObjectMissingError as error:
+            self._find(number, key, f"is missing: {error}")
+            return
+        if self._genesis is not None:
+            made = adapter_config(self._config.base, self._config.lora, self._genesis.manifest)
+            if made != stored:
+                self._find(number, config_key, "is not the config that the run's record gives")
+
+    def _check_end(self) -> None:
+        key = topology.finished_key(self._ledger.run)
+        try:
+            finished = self._ledger.read(FinishedRecord, key)
+        except ObjectMissingError:
+            return
+        if not finished.failed:
+            self._expect(finished.round, key, "sha", self.result.adapter_sha, finished.sha)
+
+    def _fetch(self, number: int, key: str, sha: str, name: str) -> Path | None:
+        path = self._scratch / name
+        try:
+            self._ledger.store.fetch_file(key, path)
+        except ObjectMissingError:
+            self._find(number, key, "is missing")
+            return None
+        found, _ = digest_file(path)
+        self._expect(number, key, "sha256", sha, found)
+        return path if found == sha else None
+
+    def _expect(self, number: int, key: str, name: str, expected: object, got: object) -> None:
+        if expected != got:
+            self._find(number, key, f"{name}: expected {expected}, got {got}")
+
+    def _find(self, number: int, key: str, problem: str) -> None:
+        self.result.findings.append(Finding(number, key, problem))

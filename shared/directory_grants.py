@@ -1,0 +1,60 @@
+"""Signed URLs of the directory store: one method, one key, until one moment.
+
+The secret is random and lives in memory only: a URL dies with the process that signed it, and a
+site asks for a new one, as it does for an expired one. No error repeats a URL or its signature.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from typing import TYPE_CHECKING, Literal
+
+from shared.errors import GrantError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Method = Literal["GET", "PUT"]
+
+_URL = re.compile(
+    r"gradualdiff-dir:///(?P<key>[A-Za-z0-9._/-]+)"
+    r"\?method=(?P<method>GET|PUT)&expires=(?P<expires>-?[0-9]+\.[0-9]{3})"
+    r"&signature=[0-9a-f]{64}"
+)
+
+
+class Grants:
+    """Signs and checks. ``clock``: seconds since the epoch."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._secret = secrets.token_bytes(32)
+
+    def sign(self, key: str, method: Method, expires_at: float) -> str:
+        """A URL good for ``method`` on ``key`` before ``expires_at``, to the millisecond."""
+        return self._url(key, method, f"{expires_at:.3f}")
+
+    def key_of(self, url: str, method: Method) -> str:
+        """The key that ``url`` is good for. Raises GrantError."""
+        match = _URL.fullmatch(url)
+        # The whole URL is made anew and compared: there is one spelling, and no part is unsigned.
+        if match is None or not hmac.compare_digest(
+            self._url(match["key"], match["method"], match["expires"]), url
+        ):
+            raise GrantError("signed URL: altered, or from another store; ask for a new one")
+        if match["method"] != method:
+            raise GrantError(
+                f"signed URL: expected one for {method}, got one for {match['method']}; "
+                "use each for what it was signed for"
+            )
+        late = self._clock() - float(match["expires"])
+        if late >= 0:
+            raise GrantError(f"signed URL: expired {late:.0f} s ago; ask for a new one")
+        return match["key"]
+
+    def _url(self, key: str, method: str, expires: str) -> str:
+        text = f"{method}\n{key}\n{expires}".encode()
+        signature = hmac.digest(self._secret, text, "sha256").hex()
+        return f"gradualdiff-dir:///{key}?method={method}&expires={expires}&signature={signature}"

@@ -1,0 +1,45 @@
+"""Small whole federations for tests: numpy learners, embedded broker, a directory store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cli.federation import Embedding, run_embedded
+from shared.config import FederationConfig, parse
+from shared.directory_store import DirectoryStore
+from tests.numpy_learner import NumpyLearner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def config(sites=("a", "b", "c"), rounds=3, name="test", **sections) -> FederationConfig:
+    """A federation's config; keyword arguments are further sections."""
+    values = {
+        "run": {"name": name, "rounds": rounds, "participants": list(sites)},
+        "base": {"model": "none"},
+        "training": {"local_steps": 1},
+        **sections,
+    }
+    values["run"] = {**values["run"], **sections.get("run", {})}
+    return parse(FederationConfig, values, "test")
+
+
+def learners(config: FederationConfig) -> dict[str, NumpyLearner]:
+    """One learner for each participant."""
+    return {site: NumpyLearner(site) for site in config.run.participants}
+
+
+def run(config: FederationConfig, folder: Path, sites=None, **embedding):
+    """Run to the end; the final state."""
+    return run_embedded(
+        config,
+        sites or learners(config),
+        Embedding(
+            store=embedding.pop("store", None) or DirectoryStore(folder / "store"),
+            folder=folder,
+            report=lambda *_: None,
+            moved=embedding.pop("moved", lambda _: None),
+            **embedding,
+        ),
+    )

@@ -1,0 +1,100 @@
+"""A learner without torch: two small tensors pulled toward a number that is the site's own.
+
+Deterministic, exact and fast; the protocol cannot tell it from the real one. ``fault`` is asked
+before each training and may raise or return a function that spoils the delta's values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from participant.learning import DELTA_FILE, Learned, Progress, Readiness
+from shared.codecs import get_codec
+from shared.delta_file import DeltaHeader, write_delta
+from shared.errors import InterruptedRunError
+from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.seeds import derive_seed
+from shared.tensors import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MANIFEST = Manifest(
+    tensors=(
+        TensorSpec(name="layer.lora_A.weight", shape=(4, 8), init="kaiming_uniform"),
+        TensorSpec(name="layer.lora_B.weight", shape=(8, 4), init="zeros"),
+    ),
+    target_modules=("layer",),
+)
+NUMERICS = Numerics(
+    versions={"numpy": "any"},
+    device="cpu",
+    cpu_capability="any",
+    cpu_threads=1,
+    compute_dtype="float32",
+)
+
+
+@dataclass
+class NumpyLearner:
+    """Implements the ``Learner`` port. ``trained``: the rounds it trained, in order."""
+
+    site: str
+    examples: int = 10
+    fingerprint: str = "f" * 64
+    numerics: Numerics = NUMERICS
+    manifest: Manifest = MANIFEST
+    fault: Callable[[object], object] = lambda task: None
+    trained: list[int] = field(default_factory=list)
+
+    def prepare(self, announced, report):
+        report(Progress("load", 1, 1))
+        return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
+
+    def learn(self, task, source, state, folder, should_stop, report):
+        spoil = self.fault(task)
+        if should_stop():
+            raise InterruptedRunError("stopped")
+        codec = get_codec(task.codec)
+        header = DeltaHeader(
+            run=task.run,
+            round=task.round,
+            site=self.site,
+            source_sha=task.source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+        target = np.float32(derive_seed("target", self.site) % 1000 / 1000)
+        with TensorFile(source) as adapter:
+
+            def values(spec):
+                noise = np.random.Generator(
+                    np.random.Philox(derive_seed(task.seed, self.site, spec.name))
+                ).standard_normal(spec.shape, dtype=np.float32)
+                delta = (target - adapter.read(spec.name)) * np.float32(0.5) + noise / 64
+                return spoil(spec, delta) if spoil else delta
+
+            write_delta(
+                folder / DELTA_FILE, self.manifest, task.codec, header, values, task.seed
+            )
+        report(Progress("train", 1, 1, 1.0))
+        self.trained.append(task.round)
+        metrics = LocalMetrics(
+            steps=1,
+            train_nll=1.0,
+            first_step_nll=1.0,
+            last_step_nll=1.0,
+            mean_grad_norm=1.0,
+            held_out=self.evaluate(source, report),
+            seconds={"train": 0.0},
+        )
+        return Learned(self.examples, self.examples * 7, metrics, "fresh")
+
+    def evaluate(self, source, report):
+        target = derive_seed("target", self.site) % 1000 / 1000
+        with TensorFile(source) as adapter:
+            gaps = [np.mean((adapter.read(s.name) - target) ** 2) for s in self.manifest.tensors]
+        return HeldOut(nll=float(np.mean(gaps)), tokens=self.examples, examples=1)
