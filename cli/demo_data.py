@@ -76,24 +76,23 @@ def prepare_chitchat(
     totals = Counter(pair.sender for pair in pairs)
     chosen = sorted(totals, key=lambda sender: (-totals[sender], sender))[:participants]
     owned = _owned(pairs, chosen)
-    files: list[SiteFile] = []
-    for number, sender in enumerate(chosen, start=1):
-        kept = _draw(owned[sender], max_pairs)
-        rows = [
-            {"prompt": p.prompt, "answer": p.answer, "conversation": p.conversation} for p in kept
-        ]
-        conversations = len({p.conversation for p in kept})
-        if conversations < FEWEST_CONVERSATIONS:
-            break
-        path = folder / f"site-{number}.jsonl"
-        files.append(SiteFile(f"site-{number}", path, len(rows), conversations))
-        _write(path, rows)
-    if len(files) < participants:
+    kept = [_draw(owned[sender], max_pairs) for sender in chosen]
+    talks = [len({pair.conversation for pair in pairs}) for pairs in kept]
+    enough = sum(n >= FEWEST_CONVERSATIONS for n in talks)
+    if enough < participants:
         raise DataError(
             f"{source}: participants = {participants}: expected as many people with "
-            f"{FEWEST_CONVERSATIONS} conversations, got {len(files)}; "
+            f"{FEWEST_CONVERSATIONS} conversations, got {enough}; "
             "ask for fewer participants or more pairs"
         )
+    files: list[SiteFile] = []
+    for number, (own, count) in enumerate(zip(kept, talks, strict=True), start=1):
+        path = folder / f"site-{number}.jsonl"
+        _write(
+            path,
+            ({"prompt": p.prompt, "answer": p.answer, "conversation": p.conversation} for p in own),
+        )
+        files.append(SiteFile(path.stem, path, len(own), count))
     return files
 
 

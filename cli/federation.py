@@ -17,7 +17,7 @@ from participant.handlers import Site
 from participant.workspace import Workspace
 from shared.directory_store import DirectoryTransfer
 from shared.embedded_broker import EmbeddedBroker
-from shared.errors import RunFailedError, RunStuckError
+from shared.errors import InterruptedRunError, RunFailedError, RunStuckError
 from shared.topology import COORDINATOR, coordinator_rights, site_rights
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def run_embedded(
         while sum(dispatcher.drain() for dispatcher in dispatchers):
             embedding.moved(role.coordinator.state)
         worker = next((site for site in sites if site.participant.has_work), None)
+        if embedding.should_stop():
+            raise InterruptedRunError(f"run {config.run.name} was stopped; nothing finished is lost")
         if worker is not None:
             worker.participant.work()
             idle_ticks = 0

@@ -39,7 +39,7 @@ def plot_held_out(history: History, path: Path) -> None:
         xlabel="round (0: the base model)",
         ylabel="nats per answer token",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(sorted(losses))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     try:

@@ -1,0 +1,237 @@
+"""``gradualdiff demo``: a real model, real text, five participants, one command, no server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.output import JsonOption, console, megabytes, print_json, print_table
+from shared.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cli.demo_data import SiteFile
+    from cli.progress import Display
+    from coordinator.inspection import History
+    from participant.torch_learner import TorchLearner
+    from shared.directory_store import DirectoryStore
+
+PROMPTS = (
+    "What do you like to do on a rainy day?",
+    "Can you recommend something for dinner?",
+    "How was your week?",
+)
+REPLY_TOKENS = 40
+
+
+def demo(
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where everything of the demo is kept.")
+    ] = Path("gradualdiff-demo"),
+    model: Annotated[
+        str | None, typer.Option(help="A base model of your own: a path or a hub id.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text of your own: JSONL, CSV or Parquet.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="With --data: the column that tells sites apart.")
+    ] = None,
+    participants: Annotated[int, typer.Option(help="How many participants (K).")] = 5,
+    rounds: Annotated[int, typer.Option(help="How many rounds (T).")] = 5,
+    local_steps: Annotated[int, typer.Option(help="Optimiser steps a round and site.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="The run's one seed.")] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A complete federation on this machine: five participants fine-tune one real model.
+
+    An interrupted demo goes on where it was when it is started again.
+    """
+    from cli.demo_files import write_demo
+    from cli.progress import make_display
+    from cli.simulate import load_learners, run_here
+    from coordinator.inspection import History
+    from shared.config import load_federation
+    from shared.directory_store import DirectoryStore
+
+    _configure_log(folder)
+    with make_display(rounds, quiet=as_json) as display:
+        base = model or str(_packaged_model(display))
+        sites = _site_files(folder, data, group, participants)
+        store = DirectoryStore(folder / "store")
+        name = _run_name(store, fresh=fresh)
+        settings = {
+            "rounds": rounds,
+            "local_steps": local_steps,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }
+        path = write_demo(folder, name, base, sites, settings)
+        config = load_federation(path)
+        learners = load_learners(config, folder.resolve())
+        run_here(config, store, folder, learners, display, f"gradualdiff demo --dir {folder}")
+        history = History(store, name)
+        replies = _replies(history, store, folder, next(iter(learners.values())))
+    if as_json:
+        from coordinator.inspection import summarise_rounds, summarise_run
+
+        print_json({"run": summarise_run(history), "rounds": summarise_rounds(history)})
+        return
+    _show(history, folder, replies, sites)
+
+
+def _configure_log(folder: Path) -> None:
+    from shared.log import configure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    configure((folder / "demo.log").open("a", encoding="utf-8"), json=True)
+
+
+def _packaged_model(display: Display) -> Path:
+    from cli.demo_packages import SMOLLM2, find_packaged
+
+    gguf = find_packaged(SMOLLM2)
+    try:
+        from participant.model.packaged import convert_gguf
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the demo trains, which needs the package {error.name}; "
+            "run: pip install 'gradualdiff-fed[participant]'"
+        ) from None
+    return convert_gguf(gguf, SMOLLM2.sha256, cache_folder(), display.converted)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept between runs: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "gradualdiff-fed"
+
+
+def _site_files(
+    folder: Path, data: Path | None, group: str | None, participants: int
+) -> Sequence[SiteFile]:
+    from cli.demo_data import prepare_chitchat, split_own_data
+    from cli.demo_packages import CHITCHAT, find_packaged
+
+    if data is not None:
+        return split_own_data(data, folder / "data", participants, group=group).sites
+    return prepare_chitchat(find_packaged(CHITCHAT), folder / "data", participants, None)
+
+
+def _run_name(store: DirectoryStore, *, fresh: bool) -> str:
+    """The unfinished run of an earlier demo, or the next free name."""
+    from coordinator.inspection import summarise_runs
+
+    runs = {s.run: s.state for s in summarise_runs(store) if s.run.startswith("demo-")}
+    unfinished = [run for run, state in runs.items() if state not in ("finished", "failed")]
+    if unfinished and not fresh:
+        return max(unfinished, key=_number)
+    return f"demo-{max(map(_number, runs), default=0) + 1}"
+
+
+def _number(run: str) -> int:
+    tail = run.removeprefix("demo-")
+    return int(tail) if tail.isdigit() else 0
+
+
+def _replies(
+    history: History, store: DirectoryStore, folder: Path, learner: TorchLearner
+) -> list[tuple[str, str, str]]:
+    """Each fixed prompt with the base's and the final model's reply."""
+    from shared import topology
+    from shared.records import ClosedRecord, GenesisRecord
+
+    answers: list[list[str]] = []
+    for number, kind in ((0, GenesisRecord), (history.last_closed, ClosedRecord)):
+        record = history.one(number, kind)
+        sha = getattr(record, "adapter_sha", "")
+        path = folder / f"round-{number}.safetensors"
+        store.fetch_file(topology.adapter_key(history.run, sha), path)
+        answers.append(learner.replies(path, PROMPTS, REPLY_TOKENS))
+        path.unlink()
+    return list(zip(PROMPTS, *answers, strict=True))
+
+
+def _show(
+    history: History,
+    folder: Path,
+    replies: Sequence[tuple[str, str, str]],
+    sites: Sequence[SiteFile],
+) -> None:
+    from cli.plot import plot_held_out
+
+    _show_rounds(history)
+    _show_sites(history, {site.name: site.pairs for site in sites})
+    print_table("Replies to three fixed prompts", ("prompt", "base", "after the run"), replies)
+    plot = folder / f"{history.run}.png"
+    plot_held_out(history, plot)
+    store = f"--store {folder / 'store'}"
+    for line in (
+        f"plot      {plot}",
+        f"ledger    {folder / 'store' / 'runs' / history.run}",
+        f"settings  {folder / 'federation.toml'} and {folder / 'sites'}",
+        f"log       {folder / 'demo.log'}",
+        "",
+        "What to try next:",
+        f"  gradualdiff runs verify {history.run} {store}",
+        f"  gradualdiff rounds show {history.run} 1 {store}",
+        f"  gradualdiff runs export {history.run} --to my-adapter {store}",
+        f"  kill it in the middle and start it again: gradualdiff demo --dir {folder}",
+        "  gradualdiff demo --data FILE --model PATH_OR_HUB_ID   (your own text and model)",
+    ):
+        console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _show_rounds(history: History) -> None:
+    from coordinator.inspection import summarise_rounds
+
+    names = sorted(history.members)
+    rows = []
+    for s in summarise_rounds(history):
+        losses = history.held_out(s.round)
+        by_site = [losses[name].nll if name in losses else None for name in names]
+        size = megabytes(s.bytes)
+        seconds = None if s.seconds is None else round(s.seconds)
+        rows.append((s.round, s.held_out_nll, s.perplexity, *by_site, s.tokens, seconds, size))
+    print_table(
+        f"{history.run}: held-out loss of the global adapter by round (0 is the base model)",
+        ("round", "loss", "perplexity", *names, "tokens", "seconds", "uploaded"),
+        rows,
+    )
+    first, last = rows[0][1], rows[-1][1]
+    if isinstance(first, float) and isinstance(last, float):
+        console().print(
+            f"held-out loss {first:.4f} -> {last:.4f} (fell by {first - last:.4f} nats), "
+            "on conversations no participant trained on"
+        )
+
+
+def _show_sites(history: History, pairs: dict[str, int]) -> None:
+    from coordinator.inspection import show_round
+
+    numbers = range(1, history.last_closed + 1)
+    rows = []
+    for name in sorted(history.members):
+        turns = [row for n in numbers for row in show_round(history, n) if row.site == name]
+        before, after = history.held_out(0).get(name), history.held_out(numbers[-1]).get(name)
+        rows.append(
+            (
+                name,
+                pairs.get(name),
+                before.nll if before else None,
+                after.nll if after else None,
+                sum(row.tokens or 0 for row in turns),
+                round(sum(row.seconds or 0.0 for row in turns)),
+                megabytes(sum(row.bytes or 0 for row in turns)),
+            )
+        )
+    columns = ("site", "pairs", "loss before", "loss after", "tokens", "seconds", "uploaded")
+    print_table("By site, over the whole run", columns, rows)

@@ -1,0 +1,133 @@
+"""What a person sees while a federation runs: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+if TYPE_CHECKING:
+    from coordinator.rounds import RunState
+    from participant.learning import Progress as Step
+
+WORDS = {"load": "loading the model", "evaluate": "measuring held-out loss", "train": "training"}
+
+
+class Display(Protocol):
+    """Watches an embedded federation."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """A participant moved on in one piece of work."""
+
+    def moved(self, state: RunState) -> None:
+        """The coordinator may have learnt something."""
+
+    def converted(self, done: int, total: int) -> None:
+        """The base model's conversion moved on."""
+
+
+def make_display(rounds: int, *, quiet: bool = False) -> Display:
+    """Bars when stderr is a terminal, else lines; nothing at all with ``quiet``."""
+    console = Console(stderr=True, quiet=quiet)
+    return Bars(console, rounds) if console.is_terminal else Lines(console, rounds)
+
+
+class Bars:
+    """One bar for the run, one for the round, one for each participant at work."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._rounds = rounds
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """Move the participant's bar."""
+        del round_number
+        note = WORDS[step.activity] if step.loss is None else f"loss {step.loss:.3f}"
+        self._set(site, f"  {site}", step.done, step.total, note)
+
+    def moved(self, state: RunState) -> None:
+        """Move the run's and the round's bar."""
+        closed = max(state.last_round, 0)
+        loss = state.held_out[-1] if state.held_out else None
+        note = "" if loss is None else f"held-out loss {loss:.3f} before this round"
+        self._set("run", "rounds", closed, self._rounds, note)
+        if state.opened is not None:
+            done = len(state.opened.selected) - len(state.waiting_for)
+            total = len(state.opened.selected)
+            self._set("round", f" round {state.opened.round}", done, total, "deltas")
+
+    def converted(self, done: int, total: int) -> None:
+        """Move the conversion's bar."""
+        self._set("convert", "converting the base model (once)", done, total, "")
+
+    def _set(self, key: str, description: str, done: int, total: int, note: str) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(description, total=total, note=note)
+        self._bars.update(
+            self._tasks[key], description=description, completed=done, total=total, note=note
+        )
+
+
+class Lines:
+    """One line whenever a participant is done with something or a round closes."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self._console = console
+        self._rounds = rounds
+        self._closed = -1
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return
+
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """Say what a participant finished."""
+        if step.done < step.total:
+            return
+        where = "" if round_number is None else f"round {round_number}: "
+        loss = "" if step.loss is None else f", loss {step.loss:.3f}"
+        self._say(f"{where}{site} is done {WORDS[step.activity]} ({step.total}{loss})")
+
+    def moved(self, state: RunState) -> None:
+        """Say which round closed."""
+        if state.last_round > self._closed:
+            self._closed = state.last_round
+            sha = (state.adapter_sha or "")[:12]
+            self._say(f"round {self._closed} of {self._rounds} is closed: adapter {sha}")
+
+    def converted(self, done: int, total: int) -> None:
+        """Say that the conversion is done."""
+        if done == total:
+            self._say("the base model is converted")
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {text}", markup=False)

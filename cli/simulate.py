@@ -1,0 +1,169 @@
+"""``gradualdiff simulate``: a whole federation in this process, from its TOML files."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.output import JsonOption, console, print_json
+from shared.errors import (
+    ConfigError,
+    InterruptedRunError,
+    MissingPackageError,
+    RunExistsError,
+    RunNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cli.progress import Display
+    from coordinator.rounds import RunState
+    from participant.torch_learner import TorchLearner
+    from shared.config import FederationConfig
+    from shared.directory_store import DirectoryStore
+
+
+def simulate(
+    federation: Annotated[Path, typer.Argument(help="The run's federation.toml.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that the store holds already.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole federation in this process: all roles, one base model, no server.
+
+    The sites are the files that [simulation] sites names. Ctrl-C or a kill loses at most the local
+    training in hand; --resume goes on.
+    """
+    from cli.progress import make_display
+    from shared.config import load_federation
+    from shared.directory_store import DirectoryStore
+
+    config = load_federation(federation)
+    folder = federation.resolve().parent
+    store = DirectoryStore(folder / config.store.directory)
+    check_resume(store, config, resume=resume)
+    learners = load_learners(config, folder)
+    again = f"gradualdiff simulate {federation} --resume"
+    with make_display(config.run.rounds, quiet=as_json) as display:
+        state = run_here(config, store, folder, learners, display, again)
+    if as_json:
+        from coordinator.inspection import History, summarise_run
+
+        print_json(summarise_run(History(store, config.run.name)))
+        return
+    console().print(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")
+    option = f"--store {folder / config.store.directory}"
+    console().print(f"next: gradualdiff rounds list {config.run.name} {option}", soft_wrap=True)
+    console().print(f"      gradualdiff runs verify {config.run.name} {option}", soft_wrap=True)
+
+
+def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: bool) -> None:
+    """Raises RunExistsError for a run that is there without --resume, RunNotFoundError for one
+    that is not there with it.
+    """
+    from shared.ledger import list_runs
+
+    run = config.run.name
+    exists = run in list_runs(store)
+    if exists and not resume:
+        raise RunExistsError(
+            f"run {run} is in this store already; go on with it by --resume, or choose another "
+            "run.name"
+        )
+    if resume and not exists:
+        raise RunNotFoundError(f"no run {run} in this store to resume; leave --resume out")
+
+
+def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLearner]:
+    """One learner per participant over one shared base model, from the sites' files.
+
+    Raises ConfigError when the files are not those of the run's participants.
+    """
+    from shared.config import load_site
+
+    paths = [folder / name for name in config.simulation.sites]
+    if not paths:
+        raise ConfigError("simulation.sites: expected the sites' files, got none; list them")
+    sites = [(load_site(path), path.resolve().parent) for path in paths]
+    names = [site.site.name for site, _ in sites]
+    wanted = sorted(config.run.participants)
+    if sorted(names) != wanted:
+        raise ConfigError(
+            f"simulation.sites: expected the files of {', '.join(wanted)} (run.participants), "
+            f"got those of {', '.join(sorted(names))}"
+        )
+    devices = {site.device.kind for site, _ in sites}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"device.kind: expected one for all sites of a simulation, got {sorted(devices)}: "
+            "they share one base model"
+        )
+    try:
+        from participant.model_shelf import ModelShelf
+        from participant.torch_learner import TorchLearner
+    except ImportError as error:
+        raise MissingPackageError(
+            f"training needs the package {error.name}; "
+            "run: pip install 'gradualdiff-fed[participant]'"
+        ) from None
+    shelf = ModelShelf(devices.pop())
+    return {
+        site.site.name: TorchLearner(site.site.name, site.data, base, shelf)
+        for site, base in sites
+    }
+
+
+def run_here(
+    config: FederationConfig,
+    store: DirectoryStore,
+    folder: Path,
+    learners: dict[str, TorchLearner],
+    display: Display,
+    again: str,
+) -> RunState:
+    """Run the federation to its end; ``again`` is the command that resumes it.
+
+    Raises InterruptedRunError (naming ``again``) on Ctrl-C or SIGTERM, and what the run raises.
+    """
+    from cli.federation import Embedding, run_embedded
+
+    with _stop_on_signal() as should_stop:
+        embedding = Embedding(
+            store=store,
+            folder=folder,
+            report=display.report,
+            moved=display.moved,
+            should_stop=should_stop,
+        )
+        try:
+            return run_embedded(config, learners, embedding)
+        except InterruptedRunError:
+            raise InterruptedRunError(
+                f"run {config.run.name} was stopped; everything finished is on record. "
+                f"Go on with: {again}"
+            ) from None
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Ask to stop on the first SIGINT or SIGTERM; the second one ends the process at once."""
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        del frame
+        nonlocal stopped
+        stopped = True
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
