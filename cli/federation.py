@@ -86,7 +86,9 @@ def run_embedded(
             embedding.moved(role.coordinator.state)
         worker = next((site for site in sites if site.participant.has_work), None)
         if embedding.should_stop():
-            raise InterruptedRunError(f"run {config.run.name} was stopped; nothing finished is lost")
+            raise InterruptedRunError(
+                f"run {config.run.name} was stopped; nothing finished is lost"
+            )
         if worker is not None:
             worker.participant.work()
             idle_ticks = 0
@@ -101,7 +103,9 @@ def run_embedded(
 
 def _result(state: RunState) -> RunState:
     if state.finished is not None and state.finished.failed:
-        raise RunFailedError(f"run {state.config.run.name} ended without a result: {state.finished.reason}")
+        raise RunFailedError(
+            f"run {state.config.run.name} ended without a result: {state.finished.reason}"
+        )
     return state
 
 

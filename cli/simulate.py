@@ -114,8 +114,7 @@ def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLear
         ) from None
     shelf = ModelShelf(devices.pop())
     return {
-        site.site.name: TorchLearner(site.site.name, site.data, base, shelf)
-        for site, base in sites
+        site.site.name: TorchLearner(site.site.name, site.data, base, shelf) for site, base in sites
     }
 
 

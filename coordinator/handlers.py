@@ -232,7 +232,9 @@ class Coordinator:
         """Record a held-out loss of the final adapter. Idempotent: one record per site."""
         finished = self.state.finished
         if finished is None or event.sha != finished.sha or sender not in self.state.members:
-            raise ProtocolError(f"sha: {sender} evaluated {event.sha[:12]}, which is not the result")
+            raise ProtocolError(
+                f"sha: {sender} evaluated {event.sha[:12]}, which is not the result"
+            )
         self._record(
             EvaluatedRecord(
                 round=finished.round, site=sender, sha=event.sha, held_out=event.held_out
@@ -315,9 +317,7 @@ class Coordinator:
         tensors = self._genesis().manifest.tensors
         return sum(4 * spec.elements for spec in tensors) + 1_000 * len(tensors) + 65_536
 
-    def _check_same_member(
-        self, known: MemberRecord, event: ParticipantReady, sender: str
-    ) -> None:
+    def _check_same_member(self, known: MemberRecord, event: ParticipantReady, sender: str) -> None:
         for name in ("fingerprint", "manifest", "numerics"):
             if getattr(known, name) != getattr(event, name):
                 raise ProtocolError(

@@ -189,4 +189,3 @@ class Intake:
 
     def _path(self, round_number: int, site: str, sha: str) -> Path:
         return self._spool / f"{round_number:05d}-{site}-{sha}.safetensors"
-

@@ -202,7 +202,11 @@ def debts(state: RunState, site: str) -> tuple[Bell, ...]:
     if site not in state.config.run.participants:
         return ()
     if state.finished is not None:
-        return (AnnounceRun((site,)), AnnounceFinished((site,))) if site in state.members else ()
+        if site not in state.members:
+            return ()
+        nothing_to_do = state.finished.sha is None or site in state.evaluated
+        end = AnnounceFinished((site,))
+        return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
     if state.genesis is not None and site not in state.genesis.members:
         return ()
     bells: list[Bell] = [AnnounceRun((site,))]
@@ -226,7 +230,9 @@ def next_step(state: RunState) -> Step | None:
     if state.last_round >= state.config.run.rounds:
         return _finish(state, f"all {state.config.run.rounds} rounds are closed")
     if has_converged(state):
-        return _finish(state, f"converged: held-out loss stopped falling at round {state.last_round}")
+        return _finish(
+            state, f"converged: held-out loss stopped falling at round {state.last_round}"
+        )
     return _open_next(state)
 
 

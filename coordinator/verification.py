@@ -120,9 +120,7 @@ class _Verifier:
         chosen = select(self._config.selection, members, run.seed, number)
         self._expect(number, key, "selected", chosen, record.selected)
         span = ((number - 1) / run.rounds, number / run.rounds)
-        self._expect(
-            number, key, "progress", span, (record.progress_from, record.progress_to)
-        )
+        self._expect(number, key, "progress", span, (record.progress_from, record.progress_to))
 
     def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
         number, key = closing.round, closing.key(self._ledger.run)

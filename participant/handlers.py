@@ -77,6 +77,8 @@ class Participant:
         self._site = site
         # What is to be done, newest word per kind of work; volatile on purpose.
         self._agenda: dict[tuple[type[Event], str], Task] = {}
+        # Runs whose base model is loaded; work for another run waits for its announcement.
+        self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
         self.handlers: Mapping[type[Event], Handler] = {
             RunAnnounced: self.on_run_announced,
@@ -97,7 +99,7 @@ class Participant:
     @property
     def has_work(self) -> bool:
         """Whether ``work()`` would do something."""
-        return bool(self._agenda)
+        return self._next_task() is not None
 
     # Handlers: note and return -----------------------------------------------------------------------
 
@@ -153,10 +155,10 @@ class Participant:
 
     def work(self) -> None:
         """Do the first thing on the agenda. Retryable errors leave it there and go on up."""
-        if not self._agenda:
-            return
-        key, task = next(iter(self._agenda.items()))
+        task = self._next_task()
         match task:
+            case None:
+                return
             case RunAnnounced():
                 self._prepare(task)
             case RoundStarted():
@@ -165,8 +167,15 @@ class Participant:
                 self._upload(task)
             case RunFinished():
                 self._evaluate(task)
-        if self._agenda.get(key) is task:
-            del self._agenda[key]
+        if self._agenda.get((type(task), task.run)) is task:
+            del self._agenda[type(task), task.run]
+
+    def _next_task(self) -> Task | None:
+        """Getting ready comes first: the queue may hold a round's bell from before a restart."""
+        tasks = self._agenda.values()
+        ready = (t for t in tasks if isinstance(t, RunAnnounced))
+        later = (t for t in tasks if t.run in self._prepared)
+        return next(ready, None) or next(later, None)
 
     def _prepare(self, task: RunAnnounced) -> None:
         try:
@@ -176,6 +185,7 @@ class Participant:
                 raise
             self._publish(RunDeclined(run=task.run, reason=str(error)))
             return
+        self._prepared.add(task.run)
         self._publish(
             ParticipantReady(
                 run=task.run,
@@ -270,10 +280,10 @@ class Participant:
         return path
 
     def _publish(self, event: Event) -> None:
-        run = getattr(event, "run", None)
-        key = topology.event_key(
-            topology.ANY_RUN if isinstance(event, SiteOnline) else run, self._site.name, event.word
-        )
+        # A site that comes online speaks to every run; all else is about one.
+        to_all = isinstance(event, SiteOnline)
+        run: str = topology.ANY_RUN if to_all else getattr(event, "run", topology.ANY_RUN)
+        key = topology.event_key(run, self._site.name, event.word)
         body = wire.encode(event, self._site.clock())
         self._site.broker.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
 

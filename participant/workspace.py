@@ -126,4 +126,3 @@ class Workspace:
             return Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
         except (OSError, ValidationError):
             return None
-

@@ -15,9 +15,17 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from shared.errors import ConfigError
+from shared.topology import ANY_RUN, COORDINATOR
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -26,7 +34,7 @@ NAME_PATTERN = r"^[a-z0-9-]{1,40}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1)]
-RESERVED_NAMES = frozenset({"any", "coordinator"})
+RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
 
 class Section(BaseModel):
@@ -172,7 +180,11 @@ class FederationConfig(Section):
             raise ValueError("run.participants names a participant twice")
         reserved = sorted(RESERVED_NAMES.intersection(names))
         if reserved:
-            raise ValueError(f"run.participants: {', '.join(reserved)} is a reserved name")
+            raise ValueError(
+                f"run.participants: {', '.join(reserved)} is a reserved name; choose another"
+            )
+        if self.run.name == ANY_RUN:
+            raise ValueError(f"run.name: {ANY_RUN} is a reserved name; choose another")
         if (self.run.min_participants or 1) > len(names):
             raise ValueError(
                 f"run.min_participants is {self.run.min_participants}, "
@@ -277,7 +289,9 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; give the path of a TOML file") from None
+        raise ConfigError(
+            f"{path}: cannot be read: {error}; give the path of a TOML file"
+        ) from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -293,7 +307,7 @@ def _describe(detail: ErrorDetails) -> str:
         return f"{field}: expected a value, got nothing; add it"
     if detail["type"] == "value_error":
         return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
-    if detail["type"] == "string_pattern_mismatch" and "context" not in detail:
+    if detail["type"] == "string_pattern_mismatch":
         pattern = detail.get("ctx", {}).get("pattern", "")
         return f"{field}: expected text matching {pattern}, got {detail['input']!r}"
     return f"{field}: expected: {detail['msg']}, got {_short(detail['input'])}"

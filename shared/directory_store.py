@@ -98,7 +98,13 @@ class DirectoryStore:
 
         See :func:`shared.durable_files.link_or_copy`. Raises StoreError if there is no such file.
         """
-        return self._link(key, path)
+        target = self._path(key)
+        if not path.is_file():
+            raise StoreError(f"{path}: expected a file, got none; give the path of a file")
+        with file_errors(target), temporary(self._temporary) as temp:
+            written = link_or_copy(path, temp)
+            _move(temp, target)
+        return _info(key, written)
 
     def write(self, key: str, chunks: Iterable[bytes]) -> ObjectInfo:
         """Write from a stream, replacing what was there; if the stream raises, nothing is."""
@@ -162,10 +168,14 @@ class DirectoryStore:
         """
         if not parts:
             raise StoreError(f"{key}: expected at least one part to compose, got none")
-        if len(parts) == 1:
-            with self._open_part(parts[0]):
-                return self._link(key, self._path(parts[0].key), parts[0])
-        return self.write(key, self._joined(parts))
+        if len(parts) > 1:
+            return self.write(key, self._joined(parts))
+        target, source, part = self._path(key), self._path(parts[0].key), parts[0]
+        self.stat(part.key)
+        with file_errors(target), temporary(self._temporary) as temp:
+            written = link_or_copy(source, temp, lambda found: _check_part(part, found))
+            _move(temp, target)
+        return _info(key, written)
 
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""
@@ -200,28 +210,10 @@ class DirectoryStore:
             )
         return self._root.joinpath(*parts)
 
-    def _link(self, key: str, source: Path, expected: ObjectInfo | None = None) -> ObjectInfo:
-        target = self._path(key)
-        with file_errors(target), temporary(self._temporary) as temp:
-            try:
-                linked = link_or_copy(source, temp)
-            except FileNotFoundError:
-                raise StoreError(f"{source}: no such file; give the path of a file") from None
-            if expected is not None and _etag(linked) != expected.etag:
-                raise _changed(expected)
-            _move(temp, target)
-        return _info(key, linked)
-
-    def _open_part(self, part: ObjectInfo) -> BinaryIO:
-        file = self.open(part.key)
-        if _etag(os.fstat(file.fileno())) != part.etag:
-            file.close()
-            raise _changed(part)
-        return file
-
     def _joined(self, parts: Sequence[ObjectInfo]) -> Iterator[bytes]:
         for part in parts:
-            with self._open_part(part) as file:
+            with self.open(part.key) as file:
+                _check_part(part, os.fstat(file.fileno()))
                 yield from read_chunks(file)
 
     def _walk(self, stem: str, prefix: str) -> Iterator[ObjectInfo]:
@@ -323,8 +315,9 @@ def _etag(found: os.stat_result) -> str:
     return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
 
 
-def _changed(part: ObjectInfo) -> ObjectChangedError:
-    return ObjectChangedError(f"{part.key}: is not the object that was read; check it again")
+def _check_part(part: ObjectInfo, found: os.stat_result) -> None:
+    if _etag(found) != part.etag:
+        raise ObjectChangedError(f"{part.key}: is not the object that was read; check it again")
 
 
 def _is_running(process: int) -> bool:

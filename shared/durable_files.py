@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import time
 import uuid
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,7 +18,7 @@ from shared.errors import StoreError, StoreUnavailableError
 from shared.files import READ_BYTES, sync_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 _REMEDIES = {
@@ -65,8 +64,12 @@ def write_new(path: Path, chunks: Iterable[bytes]) -> os.stat_result:
         return os.fstat(handle)
 
 
-def link_or_copy(source: Path, path: Path) -> os.stat_result:
+def link_or_copy(
+    source: Path, path: Path, check: Callable[[os.stat_result], None] = lambda _found: None
+) -> os.stat_result:
     """Make ``path`` a sealed file with the source's bytes; a hard link where that is safe.
+
+    ``check`` may refuse, by raising, the source as it was opened: that very file is taken.
 
     A writable source with no other name is sealed and linked: it must not be altered afterwards.
     A writable source that has other names is copied, for whoever holds those may write through
@@ -75,21 +78,18 @@ def link_or_copy(source: Path, path: Path) -> os.stat_result:
     source = source.resolve()  # link(2) would link a symbolic link itself
     with source.open("rb") as file:
         found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise StoreError(f"{source}: expected a file, got something else; give a file's path")
+        check(found)
         sealed = not found.st_mode & 0o222
         if sealed or found.st_nlink == 1:
             try:
                 os.link(source, path)
-                if sealed:
-                    os.fsync(file.fileno())
-                else:
-                    _seal(file.fileno())
-                return path.stat()
+                if os.path.samestat(found, path.stat()):  # not replaced since it was opened
+                    os.fsync(file.fileno()) if sealed else _seal(file.fileno())
+                    return path.stat()
             except OSError as error:
                 if error.errno not in _NO_LINK:
                     raise
-                path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         return write_new(path, read_chunks(file))
 
 

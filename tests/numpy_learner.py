@@ -77,9 +77,7 @@ class NumpyLearner:
                 delta = (target - adapter.read(spec.name)) * np.float32(0.5) + noise / 64
                 return spoil(spec, delta) if spoil else delta
 
-            write_delta(
-                folder / DELTA_FILE, self.manifest, task.codec, header, values, task.seed
-            )
+            write_delta(folder / DELTA_FILE, self.manifest, task.codec, header, values, task.seed)
         report(Progress("train", 1, 1, 1.0))
         self.trained.append(task.round)
         metrics = LocalMetrics(

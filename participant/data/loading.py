@@ -1,0 +1,105 @@
+"""From ``[data]`` in a ``site.toml`` to token ids: the four steps in order, and their counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from participant.data.examples import Unusable, columns_of, map_rows
+from participant.data.reading import read_table
+from participant.data.splitting import split_examples
+from participant.data.tokenising import TokenisedExample, tokenise
+from shared.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from participant.data.examples import Example
+    from participant.data.tokenising import ChatTokenizer
+    from shared.config import DataSection
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's text as token ids.
+
+    ``truncated`` examples of the two sides were cut in prompt or answer; ``dropped`` rows are on
+    neither side: not text, blank, without answer or group, or copies of held-out ones.
+    """
+
+    train: tuple[TokenisedExample, ...]
+    held_out: tuple[TokenisedExample, ...]
+    truncated: int
+    dropped: int
+
+
+def load_site_data(
+    config: DataSection,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+) -> SiteData:
+    """Read, split and tokenise a site's text. ``folder`` is what ``config.path`` is relative to.
+
+    The same file, config and tokenizer give the same result. Raises DataError for a file that is
+    missing, unreadable or not of its format, for a column that is not there, and where no example
+    is usable or none is left to train on; ModelError for a tokenizer that cannot be trained with;
+    MissingPackageError where the format needs a package.
+    """
+    path = folder / config.path
+    wanted = columns_of(config)
+    table = read_table(path, config.format, set(wanted.values()))
+    examples, unusable = map_rows(table, config)
+    dropped = Counter(unusable)
+    split = split_examples(
+        examples, config.held_out_fraction, config.max_held_out, config.split_seed
+    )
+    dropped[Unusable.HELD_OUT] += split.copies
+    sides: list[tuple[TokenisedExample, ...]] = []
+    truncated = 0
+    for side in (split.train, split.held_out):
+        kept, cut, lost = _tokenise_all(side, tokenizer, max_prompt_tokens, max_answer_tokens)
+        sides.append(kept)
+        truncated += cut
+        dropped.update(lost)
+    train, held_out = sides
+    if not train:
+        raise _nothing_to_train(path, len(table.rows), len(held_out), dropped)
+    return SiteData(train, held_out, truncated, dropped.total())
+
+
+def _tokenise_all(
+    examples: Sequence[Example],
+    tokenizer: ChatTokenizer,
+    max_prompt_tokens: int,
+    max_answer_tokens: int,
+) -> tuple[tuple[TokenisedExample, ...], int, list[Unusable]]:
+    kept: list[TokenisedExample] = []
+    lost: list[Unusable] = []
+    truncated = 0
+    for example in examples:
+        result = tokenise(example, tokenizer, max_prompt_tokens, max_answer_tokens)
+        if isinstance(result, Unusable):
+            lost.append(result)
+            continue
+        kept.append(result[0])
+        truncated += result[1]
+    return tuple(kept), truncated, lost
+
+
+def _nothing_to_train(
+    path: Path, rows: int, held_out: int, dropped: Counter[Unusable]
+) -> DataError:
+    reasons = "; ".join(f"{n} with {reason}" for reason, n in sorted(dropped.items()) if n)
+    if held_out:
+        return DataError(
+            f"{path}: expected examples to train on, got none: {held_out} of {rows} rows are held "
+            f"out ({reasons or 'none dropped'}); lower data.held_out_fraction or give more text"
+        )
+    return DataError(
+        f"{path}: expected usable examples, got none of {rows} rows ({reasons}); check which "
+        "columns hold the text"
+    )

@@ -1,0 +1,10 @@
+"""The language model behind a site: base, quantisation, adapter, loss and greedy replies.
+
+The only package that imports transformers, peft and bitsandbytes; what it gives out are torch
+tensors, numpy arrays and the project's own records.
+"""
+
+from participant.model.local_model import LocalModel
+from participant.model.numerics import pick_device, settle_threads
+
+__all__ = ["LocalModel", "pick_device", "settle_threads"]

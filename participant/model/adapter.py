@@ -1,0 +1,118 @@
+"""The LoRA adapter on a frozen base: made by PEFT, then read and written as named tensors.
+
+Names are those of PEFT's saved files (``base_model.model.….lora_A.weight``), so that an adapter in
+the ledger loads anywhere PEFT does. Values live in float32 parameters and are replaced in place:
+with bfloat16 masters most Adam-sized updates at a learning rate of 1e-5 would change nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from participant.model.libraries import peft, transformers
+from shared.errors import ModelError
+from shared.manifest import Manifest, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shared.config import LoraSection
+
+_ADAPTER = "default"
+
+
+def add_adapter(
+    network: transformers.PreTrainedModel, lora: LoraSection
+) -> tuple[torch.nn.Module, Manifest]:
+    """Put a LoRA adapter on ``network``; the wrapped network and what the adapter is made of.
+
+    Raises ModelError if a target module does not exist.
+    """
+    targets = lora.target_modules
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it only divides by the rank
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        try:
+            wrapped = peft.get_peft_model(network, config)
+        except ValueError as error:
+            raise ModelError(
+                f"lora.target_modules: {targets!r} does not fit {type(network).__name__}: {error}; "
+                'name its linear layers or use "all-linear"'
+            ) from error
+    parameters = trainable(wrapped)
+    suffixes = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in parameters}
+    manifest = Manifest(
+        tensors=tuple(
+            TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(name))
+            for name, parameter in parameters.items()
+        ),
+        target_modules=tuple(sorted(suffixes)),
+    )
+    return wrapped, manifest
+
+
+def trainable(wrapped: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by saved name, in name order. Raises ModelError unless float32."""
+    found: dict[str, torch.nn.Parameter] = {
+        name.replace(f".{_ADAPTER}.", "."): parameter
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
+    wrong = [name for name, parameter in found.items() if parameter.dtype != torch.float32]
+    if wrong:
+        raise ModelError(f"{wrong[0]}: expected a float32 adapter, got {found[wrong[0]].dtype}")
+    return dict(sorted(found.items()))
+
+
+def write_parameters(
+    parameters: Mapping[str, torch.nn.Parameter], read: Callable[[str], NDArray[Any]]
+) -> None:
+    """Replace every value in place with ``read(name)``: float32, the parameter's shape.
+
+    Raises ModelError for a tensor that is missing or does not fit; then some may be replaced.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            try:
+                value = read(name)
+            except KeyError:
+                raise ModelError(
+                    f"adapter: expected a tensor {name}, found none; "
+                    "is it an adapter of this base model and these lora settings?"
+                ) from None
+            if value.shape != tuple(parameter.shape) or value.dtype != "float32":
+                raise ModelError(
+                    f"adapter: {name}: expected float32 {tuple(parameter.shape)}, "
+                    f"got {value.dtype} {value.shape}"
+                )
+            # A copy first: the array may be a read-only view of a file.
+            parameter.copy_(torch.from_numpy(value.copy()))
+
+
+def read_parameter(parameter: torch.nn.Parameter) -> NDArray[np.float32]:
+    """The values as float32 on the host; on the CPU a view, valid until the next change."""
+    values: NDArray[np.float32] = parameter.detach().cpu().numpy()
+    return values
+
+
+def _init(name: str) -> Literal["kaiming_uniform", "zeros"]:
+    if name.endswith(".lora_A.weight"):
+        return "kaiming_uniform"
+    if name.endswith(".lora_B.weight"):
+        return "zeros"
+    raise ModelError(f"{name}: expected only lora_A and lora_B of linear layers; drop this target")

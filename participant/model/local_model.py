@@ -1,0 +1,169 @@
+"""One frozen base model with one adapter in it, which several sites of a process take in turn.
+
+Whatever a site leaves behind would be a leak, so nothing is kept between two uses but the frozen
+base: the adapter is copied in whole, gradients are cleared, and the caller seeds the generators.
+Knows nothing of rounds, files or schedules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from participant.model.adapter import add_adapter, read_parameter, trainable, write_parameters
+from participant.model.batches import pad
+from participant.model.fingerprint import fingerprint_of
+from participant.model.libraries import offline
+from participant.model.loading import int8_layers, load_base, quantisation_facts
+from participant.model.numerics import describe_numerics, pick_compute_dtype
+from shared.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from participant.data import TokenisedExample
+    from shared.config import BaseSection, LoraSection
+    from shared.manifest import Manifest, Numerics
+
+
+class LocalModel:
+    """A base model on one device with an adapter whose tensors can be read and replaced.
+
+    ``parameters``: the adapter's float32 parameters by saved name, in name order.
+    ``tokenizer``: transformers' tokenizer. Not safe for two threads at once; ``ModelShelf`` lends
+    it to one at a time. Raises ModelError where the base cannot be loaded.
+    """
+
+    def __init__(self, base: BaseSection, lora: LoraSection, device: torch.device) -> None:
+        self.device = device
+        self.compute_dtype = pick_compute_dtype(base.compute_dtype, device)
+        loaded = load_base(base, device, self.compute_dtype)
+        self.fingerprint: str = fingerprint_of(loaded.folder, quantisation_facts(base))
+        self.tokenizer = loaded.tokenizer
+        with offline():
+            network, self._manifest = add_adapter(loaded.network, lora)
+        self._network: Any = network
+        self.parameters = trainable(network)
+        self._head: Any = self._network.get_output_embeddings()
+        self._steady = int8_layers(network) if device.type == "cpu" else []
+        self.clear()
+
+    def manifest(self) -> Manifest:
+        """What the adapter is made of."""
+        return self._manifest
+
+    def numerics(self) -> Numerics:
+        """What the bytes of a training depend on beside config and data."""
+        return describe_numerics(self.device, self.compute_dtype)
+
+    def load_adapter(self, read: Callable[[str], NDArray[Any]]) -> None:
+        """Copy a whole adapter in: ``read(name)`` is float32 of the manifest's shape."""
+        self.clear()
+        write_parameters(self.parameters, read)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """One adapter tensor; on the CPU a view, valid until the next change."""
+        return read_parameter(self.parameters[name])
+
+    def clear(self) -> None:
+        """Forget gradients and leave training mode."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._network.eval()
+        for layer in self._steady:
+            layer.training = True
+
+    @contextlib.contextmanager
+    def training(self, *, gradient_checkpointing: bool) -> Iterator[None]:
+        """Train mode (dropout) inside the block; cleared afterwards, whatever happened."""
+        if gradient_checkpointing:
+            # Re-entrant checkpointing would need inputs with gradients, and the base is frozen.
+            self._network.gradient_checkpointing_enable({"use_reentrant": False})
+        self._network.train()
+        try:
+            yield
+        finally:
+            if gradient_checkpointing:
+                self._network.gradient_checkpointing_disable()
+            self.clear()
+
+    def answer_nll(self, examples: Sequence[TokenisedExample]) -> torch.Tensor:
+        """Sum of -log p over the examples' answer tokens, in nats: a float32 scalar with a graph.
+
+        Logits are computed at answer positions only. No attention mask is needed: padding is on
+        the right and attention is causal, so no answer sees it.
+        """
+        batch = pad(examples, self.device)
+        with self._head_sees(batch.rows), self._autocast():
+            logits = self._network(input_ids=batch.input_ids, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, -2).float(), batch.targets, reduction="sum"
+        )
+
+    def reply(self, prompt: str, max_new_tokens: int) -> str:
+        """The greedy answer to one user message through the model's own chat template.
+
+        Raises ModelError if the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ModelError("base.model: expected a tokenizer with a chat template, found none")
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return self._decode_greedily(ids.to(self.device), max_new_tokens)
+
+    def _decode_greedily(self, ids: torch.Tensor, max_new_tokens: int) -> str:
+        """``ids``: int64 [1, length]. Own loop: ``generate`` would bring its own settings along."""
+        ends = self._end_tokens()
+        cache = None
+        answer: list[int] = []
+        with torch.inference_mode(), self._autocast():
+            while len(answer) < max_new_tokens:
+                out = self._network(
+                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache = out.past_key_values
+                ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
+                token = int(ids.item())
+                if token in ends:
+                    break
+                answer.append(token)
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _end_tokens(self) -> set[int]:
+        """The model's own end tokens (there may be several) and the tokenizer's."""
+        ends: set[int] = set()
+        for end in (self._network.generation_config.eos_token_id, self.tokenizer.eos_token_id):
+            ends.update(end if isinstance(end, list) else [end] if end is not None else [])
+        return ends
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        )
+
+    @contextlib.contextmanager
+    def _head_sees(self, rows: torch.Tensor) -> Iterator[None]:
+        """Give the output layer only ``rows`` (int64 [n]) of its input [batch * length, hidden].
+
+        A hook, because what a model does after its head (scaling, capping) must still be done. It
+        saves most of the head's work and of the logits' memory: vocabularies are large.
+        """
+
+        def select(
+            _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, ...]:
+            hidden = inputs[0].flatten(0, 1).index_select(0, rows)
+            return (hidden.unsqueeze(0), *inputs[1:])
+
+        hook = self._head.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            hook.remove()

@@ -1,0 +1,53 @@
+"""Lends the one base model in memory to one site at a time.
+
+Several sites of a process share a base (an embedded federation on one machine), and a process has
+one device: whoever trains or evaluates holds its lock for as long as it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Literal
+
+from participant.model import LocalModel, pick_device, settle_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.config import BaseSection, LoraSection
+
+# Of the process and not of a shelf: torch's generators and thread count are the process's as well.
+_DEVICE_LOCK = threading.RLock()
+
+
+class ModelShelf:
+    """Holds the model that was asked for last. ``device``: what ``site.toml`` says."""
+
+    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+        self._device = device
+        self._held: tuple[tuple[str, str, int], LocalModel] | None = None
+
+    @contextlib.contextmanager
+    def borrow(self, base: BaseSection, lora: LoraSection, threads: int) -> Iterator[LocalModel]:
+        """The model for these settings, loaded if it is not the one that is held.
+
+        Waits while somebody else of this process computes; then ``threads`` are settled. The
+        adapter in it is whatever the last borrower left: load one first. Cleared on return. Raises
+        ModelError if the base cannot be loaded, ConfigError if the device is not there.
+        """
+        with _DEVICE_LOCK:
+            settle_threads(threads)
+            model = self._load(base, lora, threads)
+            try:
+                yield model
+            finally:
+                model.clear()
+
+    def _load(self, base: BaseSection, lora: LoraSection, threads: int) -> LocalModel:
+        key = (base.model_dump_json(exclude={"fingerprint"}), lora.model_dump_json(), threads)
+        if self._held is None or self._held[0] != key:
+            # Let go first: two base models may not fit.
+            self._held = None
+            self._held = (key, LocalModel(base, lora, pick_device(self._device)))
+        return self._held[1]

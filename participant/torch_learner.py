@@ -1,0 +1,209 @@
+"""The ``Learner`` port over a quantised language model: data in, adapter in, delta out.
+
+Composes what the neighbouring files do and decides nothing about training. Keeps nothing between
+two calls but the run's announcement and the site's tokenised text; the base is the shelf's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from participant.data import load_site_data
+from participant.evaluation import evaluate_held_out, generate_reply
+from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
+from participant.optimizer_state import save_optimizer
+from participant.training import RoundPlace, train_round
+from shared.codecs import get_codec
+from shared.delta_file import DeltaHeader, write_delta
+from shared.deltas import difference
+from shared.errors import DecodeError, ModelError, ProtocolError
+from shared.manifest import LocalMetrics
+from shared.seeds import derive_seed
+from shared.tensors import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from participant.data import SiteData
+    from participant.model import LocalModel
+    from participant.model_shelf import ModelShelf
+    from participant.training import TrainingResult
+    from shared.config import DataSection, TrainingSection
+    from shared.events import RoundStarted, RunAnnounced
+    from shared.manifest import HeldOut, TensorSpec
+
+
+class TorchLearner:
+    """Trains and evaluates for ``site``. ``folder``: what ``data.path`` is relative to."""
+
+    def __init__(self, site: str, data: DataSection, folder: Path, models: ModelShelf) -> None:
+        self._site = site
+        self._config = data
+        self._folder = folder
+        self._models = models
+        self._announced: RunAnnounced | None = None
+        self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
+
+    def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
+        """Load base model and text. Raises ModelError if the base is not the one the run names."""
+        report(Progress("load", 0, 2))
+        with self._borrowed(announced) as model:
+            report(Progress("load", 1, 2))
+            wanted = announced.base.fingerprint
+            if wanted is not None and wanted != model.fingerprint:
+                raise ModelError(
+                    f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
+                    f"{announced.base.model}; give this site the same model files and tokenizer"
+                )
+            data = self._data(model, announced.training)
+            ready = Readiness(
+                model.manifest(), model.fingerprint, model.numerics(), len(data.train)
+            )
+        self._announced = announced
+        report(Progress("load", 2, 2))
+        return ready
+
+    def learn(
+        self,
+        task: RoundStarted,
+        source: Path,
+        state: Path | None,
+        folder: Path,
+        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None],
+    ) -> Learned:
+        """See the port. Raises ProtocolError for a run that was not prepared in this process."""
+        announced = self._announced
+        if announced is None or announced.run != task.run:
+            raise ProtocolError(
+                f"round {task.round} of {task.run}: expected RunAnnounced first, got none; "
+                "the coordinator announces the run again when this site comes online"
+            )
+        clock = _Clock()
+        place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
+        kept = state if task.training.optimizer_state == "keep" else None
+        with self._borrowed(announced) as model, _adapter(source) as adapter:
+            data = self._data(model, task.training)
+            model.load_adapter(adapter.read)
+            clock.lap("load")
+            held_out = None
+            if data.held_out:
+                held_out = evaluate_held_out(model, data.held_out, should_stop, report)
+            clock.lap("evaluate")
+            result = train_round(
+                model,
+                data.train,
+                task.training,
+                place,
+                state=kept,
+                should_stop=should_stop,
+                report=report,
+            )
+            clock.lap("train")
+            self._write_delta(task, model, adapter, folder / DELTA_FILE)
+            if task.training.optimizer_state == "keep":
+                save_optimizer(result.optimizer, model.parameters, folder / STATE_FILE)
+            clock.lap("encode")
+        return Learned(
+            examples=len(data.train),
+            tokens=result.tokens,
+            metrics=_metrics(result, data, held_out, clock.seconds),
+            state="fresh" if kept is None else "kept",
+        )
+
+    def evaluate(self, source: Path, report: Callable[[Progress], None]) -> HeldOut | None:
+        """See the port. Raises ProtocolError before the first ``prepare``."""
+        announced = self._prepared()
+        with self._borrowed(announced) as model, _adapter(source) as adapter:
+            data = self._data(model, announced.training)
+            if not data.held_out:
+                return None
+            model.load_adapter(adapter.read)
+            return evaluate_held_out(model, data.held_out, lambda: False, report)
+
+    def replies(self, source: Path, prompts: Sequence[str], max_new_tokens: int = 60) -> list[str]:
+        """What the base answers with an adapter file, greedily. Raises as ``evaluate`` does."""
+        with self._borrowed(self._prepared()) as model, _adapter(source) as adapter:
+            model.load_adapter(adapter.read)
+            return [generate_reply(model, prompt, max_new_tokens) for prompt in prompts]
+
+    def _prepared(self) -> RunAnnounced:
+        if self._announced is None:
+            raise ProtocolError("expected RunAnnounced before an evaluation, got none")
+        return self._announced
+
+    def _borrowed(self, run: RunAnnounced) -> contextlib.AbstractContextManager[LocalModel]:
+        return self._models.borrow(run.base, run.lora, run.training.cpu_threads)
+
+    def _data(self, model: LocalModel, settings: TrainingSection) -> SiteData:
+        """The site's text as tokens, made again only for another tokenizer or other limits."""
+        key = (model.fingerprint, settings.max_prompt_tokens, settings.max_answer_tokens)
+        if self._tokenised is None or self._tokenised[0] != key:
+            data = load_site_data(self._config, self._folder, model.tokenizer, key[1], key[2])
+            self._tokenised = (key, data)
+        return self._tokenised[1]
+
+    def _write_delta(
+        self, task: RoundStarted, model: LocalModel, source: TensorFile, path: Path
+    ) -> None:
+        """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time."""
+
+        def values(spec: TensorSpec) -> NDArray[np.float32]:
+            return difference(model.read(spec.name), source.read(spec.name))
+
+        header = DeltaHeader(
+            run=task.run,
+            round=task.round,
+            site=self._site,
+            source_sha=task.source_sha,
+            codec=task.codec,
+            codec_version=get_codec(task.codec).version,
+        )
+        seed = derive_seed(task.seed, self._site, task.round, "codec")
+        write_delta(path, model.manifest(), task.codec, header, values, seed)
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+@contextlib.contextmanager
+def _adapter(path: Path) -> Iterator[TensorFile]:
+    """An adapter file, open. Raises ModelError if it is not one that can be read."""
+    try:
+        file = TensorFile(path)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"adapter {path.name}: cannot be read: {error}; fetch it again") from error
+    with file:
+        yield file
+
+
+def _metrics(
+    result: TrainingResult, data: SiteData, held_out: HeldOut | None, seconds: dict[str, float]
+) -> LocalMetrics:
+    return LocalMetrics(
+        steps=result.steps,
+        train_nll=result.train_nll,
+        first_step_nll=result.first_step_nll,
+        last_step_nll=result.last_step_nll,
+        mean_grad_norm=result.mean_grad_norm,
+        truncated_examples=data.truncated,
+        dropped_examples=data.dropped,
+        held_out=held_out,
+        seconds=seconds,
+    )

@@ -1,0 +1,208 @@
+"""One site's local training in one round: a plain loop whose every byte can be repeated.
+
+Data order and dropout come from the run's seed, the site's name, the round and the step, never
+from what ran before. The learning rate follows one schedule over the whole run, so a round only
+knows which stretch of it is its own. Knows nothing of files but the optimiser's state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from participant.learning import Progress
+from participant.model.batches import scored_tokens
+from participant.optimizer_state import load_optimizer
+from shared.errors import DataError, InterruptedRunError, ModelError
+from shared.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from participant.data import TokenisedExample
+    from participant.model import LocalModel
+    from shared.config import TrainingSection
+
+
+@dataclass(frozen=True)
+class RoundPlace:
+    """Which round of which site this is, and its stretch of the run's schedule, both in [0, 1]."""
+
+    site: str
+    number: int
+    seed: int
+    progress_from: float
+    progress_to: float
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a round came to. Losses in nats per answer token; ``tokens``: answer tokens trained on.
+
+    ``train_nll`` is weighted by token over all steps, each before its own update.
+    """
+
+    steps: int
+    tokens: int
+    train_nll: float
+    first_step_nll: float
+    last_step_nll: float
+    mean_grad_norm: float
+    optimizer: torch.optim.AdamW
+
+
+def train_round(
+    model: LocalModel,
+    examples: Sequence[TokenisedExample],
+    settings: TrainingSection,
+    place: RoundPlace,
+    *,
+    state: Path | None,
+    should_stop: Callable[[], bool],
+    report: Callable[[Progress], None],
+) -> TrainingResult:
+    """Train the adapter in ``model`` from where it stands.
+
+    ``state``: an optimiser state to go on from. Raises DataError without examples, ModelError if
+    loss or gradient is not finite or ``state`` does not fit, InterruptedRunError when
+    ``should_stop()`` turns true; the adapter is then of no use.
+    """
+    if not examples:
+        raise DataError("training: expected at least one example, found none")
+    parameters = list(model.parameters.values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    if state is not None:
+        load_optimizer(optimizer, model.parameters, state)
+    steps = steps_in_round(len(examples), settings)
+    losses: list[tuple[float, int]] = []
+    norms: list[float] = []
+    with model.training(gradient_checkpointing=settings.gradient_checkpointing):
+        for step, indices in enumerate(step_batches(len(examples), settings, place)):
+            batch = [examples[index] for index in indices]
+            nll, tokens = _accumulate(model, batch, settings.batch_size, place, step, should_stop)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+            _check_finite(nll, norm, step, place)
+            progress = place.progress_from + (place.progress_to - place.progress_from) * (
+                (step + 1) / steps
+            )
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append((nll, tokens))
+            norms.append(norm)
+            report(Progress("train", step + 1, steps, nll / tokens))
+    return _result(losses, norms, optimizer)
+
+
+def steps_in_round(count: int, settings: TrainingSection) -> int:
+    """Optimiser steps for ``count`` examples: as set, or enough to see each once per epoch."""
+    if settings.local_steps is not None:
+        return settings.local_steps
+    per_step = settings.batch_size * settings.gradient_accumulation
+    return (settings.local_epochs or 1) * math.ceil(count / per_step)
+
+
+def step_batches(count: int, settings: TrainingSection, place: RoundPlace) -> Iterator[list[int]]:
+    """Indices of the examples of each optimiser step, in order.
+
+    With ``local_epochs`` an epoch's last batch may be short; with ``local_steps`` every batch is
+    full and runs on into the next epoch's permutation.
+    """
+    per_step = settings.batch_size * settings.gradient_accumulation
+    if settings.local_steps is None:
+        for epoch in range(settings.local_epochs or 1):
+            order = permutation(count, place, epoch)
+            yield from (order[start : start + per_step] for start in range(0, count, per_step))
+        return
+    waiting: list[int] = []
+    epoch = 0
+    for _ in range(settings.local_steps):
+        while len(waiting) < per_step:
+            waiting += permutation(count, place, epoch)
+            epoch += 1
+        yield waiting[:per_step]
+        waiting = waiting[per_step:]
+
+
+def permutation(count: int, place: RoundPlace, epoch: int) -> list[int]:
+    """0 .. count-1 in the order of one epoch: Philox keyed by seed, site, round and epoch."""
+    key = derive_seed(place.seed, place.site, place.number, epoch)
+    order: list[int] = np.random.Generator(np.random.Philox(key=key)).permutation(count).tolist()
+    return order
+
+
+def learning_rate(settings: TrainingSection, progress: float) -> float:
+    """The rate at ``progress`` in (0, 1] of the whole run.
+
+    Linear from 0 up to ``warmup_ratio``; from there on constant, or down to 0 at progress 1 along a
+    line or half a cosine, as in transformers' schedules of these names.
+    """
+    if progress < settings.warmup_ratio:
+        return settings.learning_rate * progress / settings.warmup_ratio
+    rest = min((progress - settings.warmup_ratio) / (1.0 - settings.warmup_ratio), 1.0)
+    match settings.schedule:
+        case "constant":
+            return settings.learning_rate
+        case "linear":
+            return settings.learning_rate * (1.0 - rest)
+        case "cosine":
+            return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * rest))
+
+
+def _accumulate(
+    model: LocalModel,
+    batch: Sequence[TokenisedExample],
+    micro_size: int,
+    place: RoundPlace,
+    step: int,
+    should_stop: Callable[[], bool],
+) -> tuple[float, int]:
+    """Gradients of the mean loss over all answer tokens of ``batch``; summed nats and tokens.
+
+    Divided by the tokens of the whole step, not micro-batch by micro-batch: a mean of means would
+    weigh a token by how short its neighbours' answers are.
+    """
+    tokens = sum(scored_tokens(example) for example in batch)
+    nll = 0.0
+    for micro, start in enumerate(range(0, len(batch), micro_size)):
+        if should_stop():
+            raise InterruptedRunError(
+                f"round {place.number} of {place.site} was stopped in step {step + 1}; "
+                "it begins again from the round's adapter"
+            )
+        torch.manual_seed(derive_seed(place.seed, place.site, place.number, step, micro))
+        loss = model.answer_nll(batch[start : start + micro_size])
+        (loss / tokens).backward()  # type: ignore[no-untyped-call]
+        nll += float(loss.detach())
+    return nll, tokens
+
+
+def _check_finite(nll: float, norm: float, step: int, place: RoundPlace) -> None:
+    if math.isfinite(nll) and math.isfinite(norm):
+        return
+    raise ModelError(
+        f"training diverged in step {step + 1} of round {place.number}: loss {nll}, gradient norm "
+        f"{norm}; expected finite numbers; lower training.learning_rate or look at the data"
+    )
+
+
+def _result(
+    losses: Sequence[tuple[float, int]], norms: Sequence[float], optimizer: torch.optim.AdamW
+) -> TrainingResult:
+    tokens = sum(count for _, count in losses)
+    return TrainingResult(
+        steps=len(losses),
+        tokens=tokens,
+        train_nll=math.fsum(nll for nll, _ in losses) / tokens,
+        first_step_nll=losses[0][0] / losses[0][1],
+        last_step_nll=losses[-1][0] / losses[-1][1],
+        mean_grad_norm=math.fsum(norms) / len(norms),
+        optimizer=optimizer,
+    )

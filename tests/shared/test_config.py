@@ -1,0 +1,245 @@
+"""federation.toml and site.toml: the paper's defaults, every mistake at once, one digest."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from shared.config import (
+    FederationConfig,
+    SiteConfig,
+    canonical_json,
+    load_federation,
+    load_site,
+    parse,
+)
+from shared.errors import ConfigError
+
+FEDERATION = """
+[run]
+name = "trial-1"
+participants = ["site-a", "site-b"]
+
+[base]
+model = "models/base"
+"""
+
+SITE = """
+[site]
+name = "site-a"
+
+[data]
+path = "letters.jsonl"
+text = "body"
+"""
+
+
+def federation(**sections) -> FederationConfig:
+    """A minimal federation; keyword arguments are further sections, run's merged."""
+    values = {
+        "run": {"name": "trial-1", "participants": ["site-a", "site-b"], **sections.pop("run", {})},
+        "base": {"model": "models/base"},
+        **sections,
+    }
+    return parse(FederationConfig, values, "test")
+
+
+def site(**data) -> SiteConfig:
+    """A minimal site with this data section."""
+    return parse(SiteConfig, {"site": {"name": "site-a"}, "data": {"path": "x", **data}}, "test")
+
+
+def test_two_short_files_are_enough(tmp_path):
+    """What has no default is the run's name, its participants, the model and the site's text."""
+    (tmp_path / "federation.toml").write_text(FEDERATION)
+    (tmp_path / "site.toml").write_text(SITE)
+    assert load_federation(tmp_path / "federation.toml") == federation()
+    assert load_site(tmp_path / "site.toml").data.text == "body"
+
+
+def test_the_defaults_are_the_papers():
+    """arXiv:2506.19164, section IV."""
+    config = federation()
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (64, 16.0, 0.1)
+    assert config.lora.target_modules == "all-linear"
+    assert config.base.quantisation == "nf4"
+    assert config.run.rounds == 15
+    training = config.training
+    assert (training.batch_size, training.max_grad_norm) == (4, 0.3)
+    assert (training.weight_decay, training.warmup_ratio) == (0.001, 0.03)
+    assert training.learning_rate in {1e-5, 3e-5, 5e-5, 8e-5, 1e-4}
+    assert (config.aggregation.weights, config.policy.kind) == ("equal", "all")
+    assert config.selection.method == "all"
+
+
+def test_every_mistake_is_told_at_once():
+    """Each on its line: field, what was expected, what came; the source in front."""
+    with pytest.raises(ConfigError) as caught:
+        federation(
+            run={"name": "Trial 1", "rounds": 0},
+            lora={"rnak": 8},
+            training={"learning_rate": "fast"},
+            codec={"name": "ZIP"},
+        )
+    first, *lines = str(caught.value).splitlines()
+    assert first == "test: 5 mistakes"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "run.name",
+        "run.rounds",
+        "lora.rnak",
+        "training.learning_rate",
+        "codec.name",
+    ]
+    assert "'Trial 1'" in lines[0]
+    assert "check the spelling" in lines[2]
+    assert "'fast'" in lines[3]
+
+
+def test_what_is_missing_is_named():
+    """One mistake is called one."""
+    with pytest.raises(ConfigError, match=r"(?s)test: 1 mistake\n.*base: expected a value"):
+        parse(FederationConfig, {"run": {"name": "a", "participants": ["b"]}}, "test")
+
+
+def test_a_long_value_is_not_printed_whole():
+    """A pasted page does not fill the screen."""
+    with pytest.raises(ConfigError) as caught:
+        federation(training={"learning_rate": "x" * 10_000})
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"run": {"participants": ["a", "b", "a"]}}, "run.participants names a participant twice"),
+        ({"run": {"participants": []}}, "run.participants"),
+        ({"run": {"participants": ["a", "any"]}}, "run.participants: any is a reserved name"),
+        ({"run": {"participants": ["coordinator"]}}, "coordinator is a reserved name"),
+        ({"run": {"name": "any"}}, "run.name: any is a reserved name"),
+        ({"run": {"name": "a.b"}}, "run.name: expected text matching"),
+        ({"run": {"name": "a\n"}}, "run.name: expected text matching"),
+        ({"run": {"name": "a" * 41}}, "run.name: expected text matching"),
+        ({"run": {"min_participants": 3}}, "run.min_participants is 3.*lists 2"),
+        ({"run": {"seed": -1}}, "run.seed"),
+        ({"run": {"seed": 2**63}}, "run.seed"),
+        ({"selection": {"fraction": 0.5}}, 'selection: fraction needs method = "random"'),
+        ({"selection": {"method": "random", "fraction": 0.0}}, "selection.fraction"),
+        ({"training": {"local_steps": 1, "local_epochs": 1}}, "training: local_steps and local_ep"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules"),
+        ({"base": {"model": ""}}, "base.model"),
+        (
+            {"base": {"model": "m", "fingerprint": "ABC"}},
+            "base.fingerprint: expected text matching",
+        ),
+        ({"unknown": {}}, "unknown: expected a known setting"),
+    ],
+)
+def test_a_federation_that_cannot_be_is_refused(sections, says):
+    """By a message that names the field, or both where two do not fit together."""
+    with pytest.raises(ConfigError, match=says):
+        federation(**sections)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, r"exactly one of.*got none"),
+        ({"text": "t", "messages": "m"}, r"exactly one of.*got messages, text"),
+        ({"prompt": "p"}, "prompt and answer go together"),
+        ({"answer": "a"}, "prompt and answer go together"),
+        ({"text": "t", "held_out_fraction": 1.0}, "held_out_fraction"),
+        ({"text": "t", "format": "xml"}, "format"),
+    ],
+)
+def test_a_site_that_cannot_be_is_refused(data, says):
+    """Exactly one way to read the text."""
+    with pytest.raises(ConfigError, match=f"data.*{says}"):
+        site(**data)
+
+
+@pytest.mark.parametrize("data", [{"messages": "m"}, {"prompt": "p", "answer": "a"}, {"text": "t"}])
+def test_each_way_to_read_text_is_enough(data):
+    """One at a time."""
+    assert site(**data).data.path == "x"
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "epochs"),
+    [({}, None, 1), ({"local_steps": 7}, 7, None), ({"local_epochs": 2}, None, 2)],
+)
+def test_local_training_lasts_one_epoch_unless_said(given, steps, epochs):
+    """Exactly one of steps and epochs is set in the resolved config."""
+    training = federation(training=given).training
+    assert (training.local_steps, training.local_epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"[run\n", "is not TOML")],
+)
+@pytest.mark.parametrize("load", [load_federation, load_site])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, says, load):
+    """ConfigError with the path, for a missing, a binary and a torn file."""
+    path = tmp_path / "x.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(path))}: {says}"):
+        load(path)
+
+
+# The digest ----------
+
+
+def test_the_recorded_config_reads_back_with_the_same_digest():
+    """What the ledger keeps is enough to resume, through JSON, with every default resolved."""
+    config = federation(
+        run={"seed": 2**63 - 1},
+        lora={"target_modules": ["q_proj", "v_proj"]},
+        training={"local_steps": 3},
+        aggregation={"max_delta_norm": 0.1},
+    )
+    again = parse(FederationConfig, config.recorded(), "ledger")
+    assert again.digest == config.digest
+    assert again == config
+
+
+def test_where_things_lie_on_this_machine_is_not_in_the_digest():
+    """A run may be resumed from another folder."""
+    moved = federation(store={"directory": "/else/where"}, simulation={"sites": ["a.toml"]})
+    assert moved.digest == federation().digest
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"run": {"seed": 2}},
+        {"run": {"participants": ["site-b", "site-a"]}},
+        {"base": {"model": "models/base", "quantisation": "none"}},
+        {"lora": {"rank": 8}},
+        {"training": {"learning_rate": 1e-4}},
+        {"policy": {"on_failure": "exclude"}},
+        {"aggregation": {"weights": "tokens"}},
+        {"codec": {"name": "bf16"}},
+    ],
+)
+def test_what_can_change_the_result_changes_the_digest(sections):
+    """A run is not resumed under another config."""
+    assert federation(**sections).digest != federation().digest
+
+
+def test_the_digest_is_of_canonical_json():
+    """Order of keys, spaces and escapes do not matter; NaN is refused."""
+    assert canonical_json({"b": [1, 0.5], "a": "ä"}) == '{"a":"ä","b":[1,0.5]}'.encode()
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("nan"))
+
+
+@pytest.mark.parametrize("name", ["rounds", "unknown"])
+def test_a_config_is_frozen(name):
+    """Nobody alters it on the way."""
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(federation().run, name, 3)
