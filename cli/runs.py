@@ -77,7 +77,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
 def verify(
     run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
 ) -> None:
-    """Recompute every round from its stored deltas and compare digests. Exit code 21 on a finding."""
+    """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
     import tempfile
 
     from coordinator.verification import verify_run

@@ -64,8 +64,9 @@ def simulate(
 
 
 def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: bool) -> None:
-    """Raises RunExistsError for a run that is there without --resume, RunNotFoundError for one
-    that is not there with it.
+    """Check that the run is there if and only if ``resume``.
+
+    Raises RunExistsError, RunNotFoundError.
     """
     from shared.ledger import list_runs
 

@@ -27,6 +27,7 @@ from shared.errors import RunFailedError, UnroutableError
 from shared.events import (
     DeltaAnswered,
     Event,
+    MessageRefused,
     RoundClosed,
     RoundStarted,
     RunAnnounced,
@@ -167,6 +168,11 @@ class Effects:
             self._broker.publish(messages)
         except UnroutableError as error:
             raise RunFailedError(f"a participant has no queue: {error}") from error
+
+    def keep_refused(self, event: MessageRefused) -> None:
+        """Put a site's refusal into the refused queue, beside the coordinator's own."""
+        body = wire.encode(event, self._clock())
+        self._broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
 
     def _events(self, bell: Bell, state: RunState) -> dict[str, Event]:
         run = self._config.run.name

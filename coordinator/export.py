@@ -77,20 +77,29 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             "",
             f"# {history.run}, round {number}",
             "",
-            f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
-            f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). No "
-            "text left its site; each round's global adapter is the one before plus the weighted "
-            "mean of the participants' deltas.",
+            (
+                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
+                f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
+                "No text left its site; each round's global adapter is the one before plus the "
+                "weighted mean of the participants' deltas."
+            ),
             "",
             f"- Adapter sha256: `{record.adapter_sha}`",
             f"- Config digest: `{history.federation.digest}`",
-            f"- Base model: `{config.base.model}` ({config.base.quantisation} while training), "
-            f"fingerprint `{next(iter(history.members.values())).fingerprint}`",
-            f"- Rounds: {number} of {config.run.rounds}; weights: {config.aggregation.weights}; "
-            f"codec: {config.codec.name}; seed: {config.run.seed}",
+            (
+                f"- Base model: `{config.base.model}` ({config.base.quantisation} while "
+                f"training), fingerprint `{next(iter(history.members.values())).fingerprint}`"
+            ),
+            (
+                f"- Rounds: {number} of {config.run.rounds}; "
+                f"weights: {config.aggregation.weights}; "
+                f"codec: {config.codec.name}; seed: {config.run.seed}"
+            ),
             "",
-            "Held-out loss of the global adapter, nats per answer token over all participants' "
-            "held-out text (round 0 is the base model):",
+            (
+                "Held-out loss of the global adapter, nats per answer token over all "
+                "participants' held-out text (round 0 is the base model):"
+            ),
             "",
             "| round | loss | perplexity | tokens |",
             "|---:|---:|---:|---:|",

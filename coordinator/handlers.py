@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
-    from coordinator.rounds import Effect, Fact, RunState
+    from coordinator.rounds import Effect, Fact
     from shared.broker import Delivery
     from shared.config import FederationConfig
     from shared.dispatch import Handler
@@ -107,7 +107,7 @@ class Coordinator:
         """Rebuild the state from the ledger."""
         self.state = replay(self._config, self._ledger.history())
 
-    # Handlers --------------------------------------------------------------------------------------
+    # Handlers --------------------------------------------------------------------------------
 
     def on_site_online(self, event: SiteOnline, sender: str) -> None:
         """Answer with what the ledger owes the site. Idempotent: writes nothing."""
@@ -169,7 +169,7 @@ class Coordinator:
         self._effects.tell({sender: grant})
 
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
-        """Check the delta and record the verdict. Idempotent: same bytes, same record, one count."""
+        """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
         upload = Upload(self._config.run.name, event.round, sender, event.sha, event.size)
         opened = self._open_round_for(event.round, sender)
         if opened is None or (sender, event.round) in self.state.uncounted:
@@ -242,8 +242,9 @@ class Coordinator:
         )
 
     def on_message_refused(self, event: MessageRefused, sender: str) -> None:
-        """Log that a site could not use a message. Idempotent: writes nothing."""
-        get_logger().warning("message.refused", reason=event.reason)
+        """Keep what a site could not use where people look. Idempotent: a copy more is no harm."""
+        get_logger().warning("message.refused", site=sender, reason=event.reason)
+        self._effects.keep_refused(event)
 
     def on_tick(self, event: CoordinatorTick, sender: str) -> None:
         """Fold the time in; another writer's tick means that one was active: rebuild first."""
@@ -252,7 +253,7 @@ class Coordinator:
             self.reload()
         self.feed(Ticked(event.now))
 
-    # Facts and effects -------------------------------------------------------------------------------
+    # Facts and effects -------------------------------------------------------------------------
 
     def feed(self, fact: Fact) -> None:
         """Fold a fact in and carry out what follows from it."""
@@ -296,7 +297,7 @@ class Coordinator:
         )
         self._effects.tell({upload.site: answer_of(upload.run, self._ledger.write(late))})
 
-    # What is known -----------------------------------------------------------------------------------
+    # What is known -----------------------------------------------------------------------------
 
     def _open_round_for(self, number: int, site: str) -> OpenedRecord | None:
         opened = self.state.open_round

@@ -1,1 +1,1 @@
-"""A participant's role (a site): train on private text and submit deltas. Never holds a store key."""
+"""A participant's role (a site): train on private text, submit deltas. Holds no store key."""

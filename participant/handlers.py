@@ -101,7 +101,7 @@ class Participant:
         """Whether ``work()`` would do something."""
         return self._next_task() is not None
 
-    # Handlers: note and return -----------------------------------------------------------------------
+    # Handlers: note and return -----------------------------------------------------------------
 
     def on_run_announced(self, event: RunAnnounced, sender: str) -> None:
         """Note to get ready. Idempotent: preparing twice is cheap and answers the same."""
@@ -151,7 +151,7 @@ class Participant:
         if event.get_url is not None:
             self._note(event)
 
-    # Work --------------------------------------------------------------------------------------------
+    # Work --------------------------------------------------------------------------------------
 
     def work(self) -> None:
         """Do the first thing on the agenda. Retryable errors leave it there and go on up."""
@@ -258,7 +258,7 @@ class Participant:
                 AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
             )
 
-    # Parts -------------------------------------------------------------------------------------------
+    # Parts -------------------------------------------------------------------------------------
 
     def _note(self, task: Task) -> None:
         self._agenda[type(task), task.run] = task

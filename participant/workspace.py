@@ -86,7 +86,7 @@ class Workspace:
         return self._trained(submission.run, submission.round, submission.sha) / DELTA_FILE
 
     def state_path(self, run: str, sha: str | None) -> Path | None:
-        """The optimiser state that was committed with the delta ``sha``; None when there is none."""
+        """The optimiser state committed with the delta ``sha``; None when there is none."""
         if sha is None:
             return None
         for folder in self._folder(run, "trained").glob(f"*-{sha}"):
@@ -100,7 +100,7 @@ class Workspace:
         shutil.rmtree(self._trained(run, round_number, sha), ignore_errors=True)
 
     def sweep(self, run: str, closed_round: int, adapter_sha: str) -> None:
-        """After a round closed: keep its own folder (the state may be counted) and the new adapter."""
+        """After a round closed keep its folder (its state may be needed) and the new adapter."""
         for folder in self._folder(run, "trained").iterdir():
             if int(folder.name.partition("-")[0]) < closed_round:
                 shutil.rmtree(folder, ignore_errors=True)

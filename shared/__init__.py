@@ -1,1 +1,1 @@
-"""What both roles speak: events, ledger, store and broker ports, tensors, codecs. Imports no role."""
+"""What both roles speak: events, ledger, ports, tensors, codecs. Imports no role."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -28,6 +27,8 @@ from shared.errors import ConfigError
 from shared.topology import ANY_RUN, COORDINATOR
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic_core import ErrorDetails
 
 NAME_PATTERN = r"^[a-z0-9-]{1,40}$"
@@ -106,7 +107,7 @@ class TrainingSection(Section):
 
 
 class SelectionSection(Section):
-    """Who trains in a round: all members (the paper), or a random part of them by the run's seed."""
+    """Who trains in a round: all members (the paper), or a random part by the run's seed."""
 
     method: Literal["all", "random"] = "all"
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -93,12 +93,8 @@ class Dispatcher:
         try:
             event = wire.decode(delivery.body).event
             name = type(event).__name__
-            if delivery.attempt > MAX_ATTEMPTS:
-                raise ProtocolError(f"{name}: came back {MAX_ATTEMPTS} times without success")
             sender = self.sender_of(delivery, event)
-            handler = self.handlers.get(type(event))
-            if handler is None:
-                raise ProtocolError(f"{name}: is not for this queue ({delivery.queue})")
+            handler = self._handler(delivery, event)
             context = {
                 key: getattr(event, key) for key in ("run", "round") if getattr(event, key, None)
             }
@@ -113,6 +109,15 @@ class Dispatcher:
             get_logger().exception("handler.crashed", event_type=name)
             return self._refuse(delivery, name, f"{type(error).__name__}: {error}")
         return Outcome.DONE, name, ""
+
+    def _handler(self, delivery: Delivery, event: Event) -> Handler:
+        name = type(event).__name__
+        if delivery.attempt > MAX_ATTEMPTS:
+            raise ProtocolError(f"{name}: came back {MAX_ATTEMPTS} times without success")
+        handler = self.handlers.get(type(event))
+        if handler is None:
+            raise ProtocolError(f"{name}: is not for this queue ({delivery.queue})")
+        return handler
 
     def _patiently(self, handler: Handler, event: Event, sender: str) -> None:
         pause, waited = FIRST_PAUSE_SECONDS, 0.0

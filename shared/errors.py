@@ -163,7 +163,7 @@ class UnroutableError(BrokerError):
 
 
 class AccessRefusedError(BrokerError):
-    """This identity may not read or write there."""
+    """The identity may not read or write there."""
 
     exit_code = 43
 

@@ -108,7 +108,7 @@ class RoundClosed(Event):
 
 
 class RunFinished(Event):
-    """Coordinator -> every member, at the end. With a URL when the site still owes an evaluation."""
+    """Coordinator -> every member, at the end. With a URL if the site still owes an evaluation."""
 
     word = "finished"
     run: Name
@@ -123,7 +123,7 @@ class RunFinished(Event):
 
 
 class SiteOnline(Event):
-    """Site -> every coordinator, at start and after each reconnect: what do you owe me?"""
+    """Site -> every coordinator, at start and after each reconnect: tell me what you owe me."""
 
     word = "online"
     run: Name | None = None
@@ -133,7 +133,7 @@ class SiteOnline(Event):
 
 
 class ParticipantReady(Event):
-    """Site -> coordinator, on RunAnnounced: the base model is loaded, this is the adapter's shape."""
+    """Site -> coordinator, on RunAnnounced: the base model is loaded, this is the adapter."""
 
     word = "ready"
     run: Name
@@ -153,7 +153,7 @@ class RunDeclined(Event):
 
 
 class UploadRequested(Event):
-    """Site -> coordinator, after training: I hold a delta of this sha and size, where to put it?"""
+    """Site -> coordinator, after training: I hold this delta, say where to put it."""
 
     word = "requested"
     run: Name

@@ -29,7 +29,7 @@ class Record(Fact):
 
     decides: ClassVar[bool] = False
 
-    def key(self, run: str) -> str:
+    def key(self, run: str) -> str:  # noqa: ARG002 - each record type has its own
         """Where it lies in the store."""
         raise TypeError(f"{type(self).__name__} has no key")
 

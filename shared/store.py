@@ -1,4 +1,4 @@
-"""The ``ObjectStore`` port (the coordinator's and the tools' view) and ``Transfer`` (a site's view).
+"""The ``ObjectStore`` port (the coordinator's and the tools' view) and a site's ``Transfer``.
 
 What any adapter must do is written as tests in ``tests/contracts/store_contract.py``. In short:
 
@@ -39,7 +39,7 @@ class ObjectStore(Protocol):
         """Write only if nothing is there. Raises ObjectExistsError."""
 
     def put_file(self, key: str, path: Path) -> ObjectInfo:
-        """Write a local file's bytes; the file must not be altered afterwards (it may be linked)."""
+        """Write a local file's bytes; it must not be altered afterwards (it may be linked)."""
 
     def get(self, key: str) -> bytes:
         """The whole object. Raises ObjectMissingError."""
@@ -76,7 +76,7 @@ class Transfer(Protocol):
     """What a site can do with signed URLs. Raises GrantError, StoreUnavailableError."""
 
     def download(self, url: str, path: Path, sha256: str) -> int:
-        """Fetch to a new local file, checked against ``sha256``; its size. Raises IntegrityError."""
+        """Fetch to a new local file, checked by ``sha256``; its size. Raises IntegrityError."""
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """Send ``length`` bytes of a local file from ``start``."""

@@ -222,7 +222,7 @@ _READERS = {
 }
 
 
-def _package(name: str, kind: Format) -> Any:  # noqa: ANN401 - modules without type information
+def _package(name: str, kind: Format) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -8,7 +8,7 @@ Knows nothing of rounds, files or schedules.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -49,7 +49,7 @@ class LocalModel:
             network, self._manifest = add_adapter(loaded.network, lora)
         self._network: Any = network
         self.parameters = trainable(network)
-        self._head: Any = self._network.get_output_embeddings()
+        self._head: Any = cast("Any", network).get_output_embeddings()
         self._steady = int8_layers(network) if device.type == "cpu" else []
         self.clear()
 
