@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import JsonOption, console, megabytes, print_json, print_table
+from cli.output import JsonOption, console, fixed, megabytes, print_json, print_table
 from shared.errors import MissingPackageError
 
 if TYPE_CHECKING:
@@ -194,18 +194,20 @@ def _show_rounds(history: History) -> None:
     from coordinator.inspection import summarise_rounds
 
     names = sorted(history.members)
-    rows = []
+    rows, by_site = [], []
     for s in summarise_rounds(history):
         losses = history.held_out(s.round)
-        by_site = [losses[name].nll if name in losses else None for name in names]
-        size = megabytes(s.bytes)
+        at_sites = [losses[name].nll if name in losses else None for name in names]
+        by_site.append((s.round, *at_sites))
         seconds = None if s.seconds is None else round(s.seconds)
-        rows.append((s.round, s.held_out_nll, s.perplexity, *by_site, s.tokens, seconds, size))
+        size = megabytes(s.bytes)
+        rows.append((s.round, s.held_out_nll, fixed(s.perplexity, 2), s.tokens, seconds, size))
     print_table(
         f"{history.run}: held-out loss of the global adapter by round (0 is the base model)",
-        ("round", "loss", "perplexity", *names, "tokens", "seconds", "uploaded"),
+        ("round", "loss", "perplexity", "tokens", "seconds", "MB up"),
         rows,
     )
+    print_table("The same at each site", ("round", *names), by_site)
     first, last = rows[0][1], rows[-1][1]
     if isinstance(first, float) and isinstance(last, float):
         console().print(
@@ -233,5 +235,5 @@ def _show_sites(history: History, pairs: dict[str, int]) -> None:
                 megabytes(sum(row.bytes or 0 for row in turns)),
             )
         )
-    columns = ("site", "pairs", "loss before", "loss after", "tokens", "seconds", "uploaded")
+    columns = ("site", "pairs", "loss before", "loss after", "tokens", "seconds", "MB up")
     print_table("By site, over the whole run", columns, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from shared.directory_store import DirectoryStore
     from shared.errors import GradualDiffError
 
+_NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 DEFAULT_STORE = Path("gradualdiff-demo/store")
 
 StoreOption = Annotated[
@@ -50,13 +52,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     """Print a table; floats with four decimals, None as a dash. Text left, numbers right."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        padding=(0, 2, 0, 0) if len(columns) < 9 else (0, 1, 0, 0),
+    )
+    texts = [[cell(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
-        values = [row[index] for row in rows]
-        numeric = any(isinstance(v, int | float) for v in values)
+        numeric = all(_NUMBER.fullmatch(row[index]) for row in texts)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(value) for value in row))
+    for row in texts:
+        table.add_row(*row)
     console().print(table)
 
 
@@ -69,9 +77,14 @@ def cell(value: object) -> str:
     return str(value)
 
 
-def megabytes(count: int) -> str:
-    """Bytes as MB (10^6)."""
-    return f"{count / 1e6:.1f} MB"
+def fixed(value: float | None, digits: int) -> str | None:
+    """A number with so many decimals; None stays None."""
+    return None if value is None else f"{value:.{digits}f}"
+
+
+def megabytes(count: int | None) -> str | None:
+    """Bytes as MB (10^6); None stays None."""
+    return None if count is None else f"{count / 1e6:.1f}"
 
 
 def complain(error: GradualDiffError) -> int:

@@ -12,6 +12,7 @@ from cli.output import (
     JsonOption,
     StoreOption,
     console,
+    fixed,
     megabytes,
     open_store,
     print_json,
@@ -64,28 +65,31 @@ def show(
     if as_json:
         print_json({"round": summary, "sites": rows})
         return
-    columns = ("site", "state", "loss before", "first step", "last step", "tokens", "bytes")
+    console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
+    columns = ("site", "state", "held-out", "first", "last", "tokens", "MB", "s")
     print_table(
-        f"Round {round_number} of {run} ({summary.state}), adapter {summary.adapter_sha or '-'}",
-        (*columns, "seconds", "norm", "cosine", "weight", "reason"),
+        f"Round {round_number} of {run} ({summary.state}); losses before it, first and last step",
+        (*columns, "norm", "cosine", "weight"),
         [
             (
                 row.site,
                 row.state,
-                row.held_out_nll,
-                row.first_step_nll,
-                row.last_step_nll,
+                fixed(row.held_out_nll, 3),
+                fixed(row.first_step_nll, 3),
+                fixed(row.last_step_nll, 3),
                 row.tokens,
-                None if row.bytes is None else megabytes(row.bytes),
-                row.seconds,
-                row.norm,
-                row.cosine,
-                row.weight,
-                row.reason,
+                megabytes(row.bytes),
+                fixed(row.seconds, 1),
+                fixed(row.norm, 2),
+                fixed(row.cosine, 2),
+                fixed(row.weight, 3),
             )
             for row in rows
         ],
     )
+    for row in rows:
+        if row.reason:
+            console().print(f"{row.site}: {row.reason}", markup=False, soft_wrap=True)
 
 
 def _list(history: History, *, as_json: bool) -> None:
@@ -101,16 +105,14 @@ def _list(history: History, *, as_json: bool) -> None:
             s.state,
             f"{s.counted}/{s.selected}",
             s.held_out_nll,
-            s.perplexity,
-            s.mean_norm,
+            fixed(s.perplexity, 2),
+            fixed(s.mean_norm, 2),
             s.tokens,
             megabytes(s.bytes),
-            s.seconds,
+            fixed(s.seconds, 1),
             (s.adapter_sha or "-")[:12],
         )
         for s in summaries
     ]
-    columns = ("round", "state", "counted", "held-out loss", "perplexity", "mean norm")
-    print_table(
-        f"Rounds of {history.run}", (*columns, "tokens", "uploaded", "seconds", "adapter"), rows
-    )
+    columns = ("round", "state", "counted", "loss", "ppl", "norm", "tokens", "MB", "s")
+    print_table(f"Rounds of {history.run}: held-out loss", (*columns, "adapter"), rows)

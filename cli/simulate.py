@@ -43,7 +43,9 @@ def simulate(
     from cli.progress import make_display
     from shared.config import load_federation
     from shared.directory_store import DirectoryStore
+    from shared.log import configure
 
+    configure(level="warning")
     config = load_federation(federation)
     folder = federation.resolve().parent
     store = DirectoryStore(folder / config.store.directory)

@@ -15,7 +15,7 @@ from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.selection import select
 from shared import topology
 from shared.delta_file import DeltaHeader, check_delta
-from shared.errors import DeltaRefusedError, ObjectMissingError
+from shared.errors import DeltaRefusedError, LedgerError, ObjectMissingError
 from shared.files import digest_file
 from shared.records import (
     AcceptedRecord,
@@ -146,7 +146,11 @@ class _Verifier:
     ) -> None:
         assert self._genesis is not None  # checked by the caller
         number, key = closed.round, closed.key(self._ledger.run)
-        again = aggregate(source, deltas, self._genesis.manifest, self._scratch / "again")
+        try:
+            again = aggregate(source, deltas, self._genesis.manifest, self._scratch / "again")
+        except LedgerError as error:  # the decision itself cannot be carried out
+            self._find(number, closing.key(self._ledger.run), str(error))
+            return
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
         norms = {"": again.mean_norm, **again.delta_norms}

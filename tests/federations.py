@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 def config(sites=("a", "b", "c"), rounds=3, name="test", **sections) -> FederationConfig:
     """A federation's config; keyword arguments are further sections."""
+    run = {"name": name, "rounds": rounds, "participants": list(sites), **sections.pop("run", {})}
     values = {
-        "run": {"name": name, "rounds": rounds, "participants": list(sites)},
+        "run": run,
         "base": {"model": "none"},
         "training": {"local_steps": 1},
         **sections,
     }
-    values["run"] = {**values["run"], **sections.get("run", {})}
     return parse(FederationConfig, values, "test")
 
 

@@ -1,0 +1,557 @@
+"""Whole federations over the embedded pair, with numpy learners: results, faults, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from coordinator.verification import verify_run
+from participant.learning import DELTA_FILE
+from shared import topology, wire
+from shared.broker import Message
+from shared.directory_store import DirectoryStore
+from shared.errors import (
+    DataError,
+    InterruptedRunError,
+    LedgerDamagedError,
+    ModelError,
+    RunExistsError,
+    RunFailedError,
+    RunStuckError,
+)
+from shared.ledger import Ledger
+from shared.manifest import Manifest, TensorSpec
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    FailedRecord,
+    FinishedRecord,
+    RefusedRecord,
+)
+from shared.tensors import TensorFile
+from tests import federations
+from tests.numpy_learner import NUMERICS, NumpyLearner
+
+
+def ledger(folder, run="test"):
+    return Ledger(DirectoryStore(folder / "store"), run, "test", lambda: 0.0)
+
+
+def records(folder, kind, run="test"):
+    return [r for r in ledger(folder, run).history() if isinstance(r, kind)]
+
+
+def verify(folder, run="test"):
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return verify_run(ledger(folder, run), scratch, lambda _: None)
+
+
+# Results -----------------------------------------------------------------------------------
+
+
+def test_the_same_seed_ends_in_the_same_adapter(tmp_path):
+    """Two runs of one config differ in nothing that counts."""
+    one = federations.run(federations.config(), tmp_path / "one")
+    two = federations.run(federations.config(), tmp_path / "two")
+    assert one.adapter_sha == two.adapter_sha
+
+
+def test_another_seed_ends_in_another_adapter(tmp_path):
+    """The seed reaches the first adapter and the participants."""
+    one = federations.run(federations.config(), tmp_path / "one")
+    two = federations.run(federations.config(run={"seed": 2}), tmp_path / "two")
+    assert one.adapter_sha != two.adapter_sha
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+def test_every_codec_runs_and_verifies(tmp_path, codec):
+    """A codec is a name in the config; the chain can be recomputed under each."""
+    federations.run(federations.config(codec={"name": codec}), tmp_path)
+    found = verify(tmp_path)
+    assert (found.rounds, found.deltas, found.findings) == (3, 9, [])
+
+
+def test_deltas_with_equal_weights_are_fedavg_on_weights(tmp_path):
+    """A + mean(theta_i - A) = mean(theta_i), to 1e-6 in every element, over three rounds."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    closings = records(tmp_path, ClosingRecord)
+    closed = {r.round: r for r in records(tmp_path, ClosedRecord)}
+    assert len(closings) == 3
+    for closing in closings:
+        source = _tensors(store, tmp_path, topology.adapter_key("test", closing.source_sha))
+        locals_ = []
+        for item in closing.inputs:
+            key = topology.delta_key("test", item.from_round, item.site, item.sha)
+            delta = _tensors(store, tmp_path, key)
+            locals_.append({n: source[n].astype(np.float64) + delta[n] for n in source})
+        sha = closed[closing.round].adapter_sha
+        result = _tensors(store, tmp_path, topology.adapter_key("test", sha))
+        for name in source:
+            fedavg = np.mean([local[name] for local in locals_], axis=0)
+            assert np.max(np.abs(fedavg - result[name])) < 1e-6
+
+
+def test_a_random_fraction_trains_and_is_on_record(tmp_path):
+    """Selection is recomputed by verify from the recorded seed; unselected sites do not train."""
+    selection = {"method": "random", "fraction": 0.5}
+    config = federations.config(("a", "b", "c", "d"), 4, selection=selection)
+    sites = federations.learners(config)
+    federations.run(config, tmp_path, sites)
+    assert all(len(c.inputs) == 2 for c in records(tmp_path, ClosingRecord))
+    assert sum(len(site.trained) for site in sites.values()) == 8
+    assert verify(tmp_path).findings == []
+
+
+def test_weights_by_examples_follow_the_recorded_counts(tmp_path):
+    """A site with three times the examples weighs three times as much."""
+    config = federations.config(("a", "b"), 1, aggregation={"weights": "examples"})
+    sites = federations.learners(config)
+    sites["a"].examples = 30
+    federations.run(config, tmp_path, sites)
+    (closing,) = records(tmp_path, ClosingRecord)
+    assert [i.weight for i in closing.inputs] == [0.75, 0.25]
+
+
+def test_a_converged_run_stops_early_and_says_so(tmp_path):
+    """Patience 1 with an unreachable min_delta ends as soon as two losses are known."""
+    config = federations.config(rounds=9, convergence={"patience": 1, "min_delta": 100.0})
+    state = federations.run(config, tmp_path)
+    assert state.last_round == 2
+    assert "converged" in state.finished.reason
+
+
+# Restarts ------------------------------------------------------------------------------------
+
+
+class Crash(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def test_a_restart_at_any_write_ends_in_the_same_adapter(tmp_path):
+    """Die at the n-th store write, for every n: resume gives the undisturbed digest."""
+    config = federations.config(("a", "b"), 2)
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    fired = 0
+    for n in range(1, 200):
+        for after in (False, True):
+            folder = tmp_path / f"{n}-{after}"
+            store = _CrashingStore(folder / "store", at=n, after=after)
+            try:
+                state = federations.run(config, folder, store=store)
+            except Crash:
+                fired += 1
+                state = federations.run(config, folder)
+            assert state.adapter_sha == wanted
+        if store.writes < n:
+            break
+    assert fired > 40
+    assert fired % 2 == 0
+
+
+def test_a_finished_site_does_not_train_again_after_a_restart(tmp_path):
+    """What is committed in the workspace or the ledger is announced, not trained again."""
+    config = federations.config(("a", "b"), 2)
+    sites = federations.learners(config)
+    trained = sites["a"].trained
+
+    def crash(task):
+        if task.round == 2:
+            raise Crash
+
+    sites["b"].fault = crash
+    with pytest.raises(Crash):
+        federations.run(config, tmp_path, sites)
+    assert trained == [1, 2]
+    again = federations.learners(config)
+    federations.run(config, tmp_path, again)
+    assert again["a"].trained == []
+    assert again["b"].trained == [2]
+
+
+def test_sigkill_in_the_middle_of_a_round_and_resume_end_in_the_same_adapter(tmp_path):
+    """The process is really killed while a site trains in round 2; the digest is the same."""
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    script = textwrap.dedent(
+        """
+        import os, pathlib, signal, sys
+        from tests import federations
+        config = federations.config()
+        sites = federations.learners(config)
+        def die(task):
+            if task.round == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sites["b"].fault = die
+        federations.run(config, pathlib.Path(sys.argv[1]), sites)
+        """
+    )
+    folder = tmp_path / "killed"
+    ended = subprocess.run([sys.executable, "-c", script, str(folder)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(records(folder, ClosedRecord)) == 1
+    assert federations.run(federations.config(), folder).adapter_sha == wanted
+
+
+def test_a_stop_between_two_pieces_of_work_loses_nothing(tmp_path):
+    """should_stop ends the run with InterruptedRunError; resuming ends in the same adapter."""
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    asked = iter(range(1000))
+    with pytest.raises(InterruptedRunError):
+        federations.run(federations.config(), tmp_path / "cut", should_stop=lambda: next(asked) > 6)
+    assert federations.run(federations.config(), tmp_path / "cut").adapter_sha == wanted
+
+
+def test_a_closing_without_a_result_is_carried_out_at_the_next_start(tmp_path):
+    """A ledger whose last round stops at the decision goes on from there."""
+    wanted = federations.run(federations.config(), tmp_path).adapter_sha
+    store = DirectoryStore(tmp_path / "store")
+    store.delete(topology.finished_key("test"))
+    store.delete(topology.round_key("test", 3, "closed"))
+    assert federations.run(federations.config(), tmp_path).adapter_sha == wanted
+
+
+def test_a_torn_record_stops_the_run_and_names_the_object(tmp_path):
+    """A half-written record (no tool of ours makes one) is named, not guessed around."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    key = topology.round_key("test", 3, "closing")
+    store.put(key, store.get(key)[:40])
+    store.delete(topology.finished_key("test"))
+    with pytest.raises(LedgerDamagedError, match=r"rounds/00003/closing\.json"):
+        federations.run(federations.config(), tmp_path)
+
+
+def test_another_config_does_not_resume_a_run(tmp_path):
+    """The error names the setting, what is on record and what came."""
+    federations.run(federations.config(), tmp_path)
+    with pytest.raises(RunExistsError, match=r"run\.rounds is 3 on record, 4 here"):
+        federations.run(federations.config(rounds=4), tmp_path)
+
+
+# Bad deltas ----------------------------------------------------------------------------------
+
+
+class Spoils(NumpyLearner):
+    """Alters the bytes of its own delta file before they are announced."""
+
+    def __init__(self, site, alter, rounds=(1, 2, 3)):
+        super().__init__(site)
+        self.alter, self.rounds = alter, rounds
+
+    def learn(self, task, *args):
+        learned = super().learn(task, *args)
+        if task.round in self.rounds:
+            path = args[2] / DELTA_FILE
+            data = path.read_bytes()
+            path.unlink()
+            path.write_bytes(self.alter(data))
+        return learned
+
+
+def with_nan(data):
+    return data[:-4] + np.float32(np.nan).tobytes()
+
+
+def test_a_delta_with_nan_is_refused_by_name_and_waits(tmp_path):
+    """on_failure = wait: the run stands still, says who and why, and resumes once mended."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    sites = federations.learners(config)
+    sites["b"] = Spoils("b", with_nan, rounds=(2,))
+    with pytest.raises(RunStuckError, match=r"round 2 waits for b .*layer\.lora_B"):
+        federations.run(config, tmp_path / "bad", sites)
+    (refused,) = records(tmp_path / "bad", RefusedRecord)
+    assert (refused.site, refused.round) == ("b", 2)
+    assert federations.run(config, tmp_path / "bad").adapter_sha == wanted
+
+
+def test_a_delta_with_nan_is_left_out_under_exclude(tmp_path):
+    """on_failure = exclude: the others count, the exclusion and its reason stand on record."""
+    config = federations.config(policy={"on_failure": "exclude"})
+    sites = federations.learners(config)
+    sites["b"] = Spoils("b", with_nan, rounds=(2,))
+    federations.run(config, tmp_path, sites)
+    closing = records(tmp_path, ClosingRecord)[1]
+    assert [i.site for i in closing.inputs] == ["a", "c"]
+    assert "layer.lora_B" in closing.excluded["b"]
+    assert verify(tmp_path).findings == []
+
+
+def test_a_delta_of_the_wrong_shape_is_refused(tmp_path):
+    """A site whose tensors are not the run's is told so by tensor and shape."""
+    config = federations.config(policy={"on_failure": "exclude"})
+    sites = federations.learners(config)
+    other = Manifest(
+        tensors=(
+            TensorSpec(name="layer.lora_A.weight", shape=(4, 8), init="zeros"),
+            TensorSpec(name="layer.lora_C.weight", shape=(8, 4), init="zeros"),
+        ),
+        target_modules=("layer",),
+    )
+
+    class Renames(NumpyLearner):
+        def learn(self, *args):
+            self.manifest = federations.learners(config)["a"].manifest
+            learned = super().learn(*args)
+            _rename(args[3] / DELTA_FILE, other)
+            return learned
+
+    sites["c"] = Renames("c")
+    federations.run(config, tmp_path, sites)
+    refused = records(tmp_path, RefusedRecord)
+    assert {r.site for r in refused} == {"c"}
+    assert "lora_C" in refused[0].reason or "lora_B" in refused[0].reason
+
+
+def test_a_delta_of_another_round_is_refused(tmp_path):
+    """A replayed file carries its round in its header, whatever the message says."""
+    config = federations.config(policy={"on_failure": "exclude"})
+    sites = federations.learners(config)
+    kept = {}
+
+    def replay(data):
+        return kept.setdefault("bytes", data)
+
+    sites["a"] = Spoils("a", replay)
+    federations.run(config, tmp_path, sites)
+    refused = records(tmp_path, RefusedRecord)
+    assert [(r.site, r.round) for r in refused] == [("a", 2), ("a", 3)]
+    assert "round" in refused[0].reason
+
+
+def test_a_truncated_delta_is_refused(tmp_path):
+    """Bytes that are no safetensors file are refused with the reason."""
+    config = federations.config(policy={"on_failure": "exclude"}, rounds=1)
+    sites = federations.learners(config)
+    sites["a"] = Spoils("a", lambda data: data[:-7])
+    federations.run(config, tmp_path, sites)
+    (refused,) = records(tmp_path, RefusedRecord)
+    assert refused.site == "a"
+    assert "bytes" in refused.reason
+
+
+# Bad sites -----------------------------------------------------------------------------------
+
+
+def test_a_site_with_another_base_ends_the_run_and_every_site_is_named(tmp_path):
+    """Deltas over different bases must not be averaged."""
+    config = federations.config()
+    sites = federations.learners(config)
+    sites["c"].fingerprint = "e" * 64
+    with pytest.raises(RunFailedError, match=r"a \(ffffffffffff\).*c \(eeeeeeeeeeee\)"):
+        federations.run(config, tmp_path, sites)
+    (finished,) = records(tmp_path, FinishedRecord)
+    assert finished.failed
+
+
+def test_a_site_with_other_versions_ends_the_run_unless_allowed(tmp_path):
+    """Equal versions are asked for by default; the error says how to allow others."""
+    other = NUMERICS.model_copy(update={"versions": {"numpy": "9.9"}})
+    config = federations.config()
+    sites = federations.learners(config)
+    sites["b"].numerics = other
+    with pytest.raises(RunFailedError, match=r'run\.versions = "any"'):
+        federations.run(config, tmp_path / "equal", sites)
+    allowed = federations.config(run={"versions": "any"})
+    assert federations.run(allowed, tmp_path / "any", sites).finished is not None
+
+
+def test_a_site_that_declines_is_named_and_the_run_begins_once_it_is_mended(tmp_path):
+    """Bad data at one site stops nothing for good."""
+    config = federations.config()
+    sites = federations.learners(config)
+
+    class Declines(NumpyLearner):
+        def prepare(self, announced, report):
+            raise DataError("data.path: expected text, got an empty file; give another file")
+
+    sites["a"] = Declines("a")
+    with pytest.raises(RunStuckError, match=r"a \(data\.path: expected text"):
+        federations.run(config, tmp_path, sites)
+    assert federations.run(config, tmp_path).finished is not None
+
+
+def test_a_failing_training_is_tried_again_and_then_left_out(tmp_path):
+    """Retryable or not, what failed and how often is on record."""
+    policy = {"on_failure": "exclude", "max_attempts": 2}
+    config = federations.config(rounds=1, policy=policy)
+    sites = federations.learners(config)
+    attempts = []
+
+    def fail(task):
+        attempts.append(task.attempt)
+        raise ModelError("loss is not finite")
+
+    sites["b"].fault = fail
+    federations.run(config, tmp_path, sites)
+    assert attempts == [1]
+    (failed,) = records(tmp_path, FailedRecord)
+    assert (failed.site, failed.attempt) == ("b", 1)
+    (closing,) = records(tmp_path, ClosingRecord)
+    assert closing.excluded == {"b": "loss is not finite"}
+
+
+# Bad messages --------------------------------------------------------------------------------
+
+
+def test_garbage_on_the_queues_changes_nothing(tmp_path, monkeypatch):
+    """Random bytes, a newer version and a foreign run are refused with their bytes; same digest."""
+    from shared.embedded_broker import EmbeddedBroker
+
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    opened = []
+    connect = EmbeddedBroker.connect
+
+    def spy(self, identity, rights):
+        connection = connect(self, identity, rights)
+        opened.append((identity, connection))
+        return connection
+
+    monkeypatch.setattr(EmbeddedBroker, "connect", spy)
+    sent = []
+
+    def disturb(state):
+        if state.opened is None or sent:
+            return
+        connections = dict(opened)
+        for body in (b"\xff\x00garbage", b"\x80", b"x" * 1000):
+            sent.append(body)
+            key = topology.event_key("test", "b", "submitted")
+            connections["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+            to_site = Message(topology.SITES_EXCHANGE, "b", body)
+            connections["coordinator"].publish([to_site])
+        kept["refused"] = connections["coordinator"]
+
+    kept = {}
+    state = federations.run(federations.config(), tmp_path / "noisy", moved=disturb)
+    assert state.adapter_sha == wanted
+    assert len(sent) == 3
+    assert kept["refused"].depth(topology.REFUSED_QUEUE) == 6
+    consumer = kept["refused"].consume(topology.REFUSED_QUEUE)
+    event = wire.decode(consumer.receive().body).event
+    assert event.data in sent
+
+
+# Damage --------------------------------------------------------------------------------------
+
+
+def test_one_flipped_byte_of_a_stored_delta_is_found_by_round_and_object(tmp_path):
+    """Verify names the very object and leaves the other rounds in peace."""
+    federations.run(federations.config(), tmp_path)
+    record = next(r for r in records(tmp_path, AcceptedRecord) if (r.round, r.site) == (2, "b"))
+    key = topology.delta_key("test", 2, "b", record.sha)
+    store = DirectoryStore(tmp_path / "store")
+    data = bytearray(store.get(key))
+    data[-1] ^= 1
+    store.put(key, bytes(data))
+    found = verify(tmp_path).findings
+    assert [(f.round, f.key) for f in found] == [(2, key)]
+
+
+@pytest.mark.parametrize("what", ["adapter", "weight", "seed", "missing", "config"])
+def test_altered_records_and_adapters_are_found(tmp_path, what):
+    """Every link of the chain is recomputed."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    closed = records(tmp_path, ClosedRecord)[1]
+    keys = {
+        "adapter": topology.adapter_key("test", closed.adapter_sha),
+        "weight": topology.round_key("test", 2, "closing"),
+        "seed": topology.round_key("test", 2, "opened"),
+        "missing": topology.adapter_key("test", closed.adapter_sha),
+        "config": topology.adapter_key("test", closed.adapter_sha, "adapter_config.json"),
+    }
+    key = keys[what]
+    if what == "missing":
+        store.delete(key)
+    elif what in ("weight", "seed"):
+        values = json.loads(store.get(key))
+        if what == "seed":
+            values["seed"] += 1
+        else:
+            values["inputs"][0]["weight"] *= 2
+        store.put(key, json.dumps(values).encode())
+    else:
+        store.put(key, store.get(key) + b" ")
+    found = verify(tmp_path).findings
+    assert found
+    assert any(f.round == 2 and f.key == key for f in found)
+
+
+def test_a_damaged_delta_in_an_unfinished_round_stops_the_closing(tmp_path):
+    """A resumed coordinator reads the stored bytes again and names the one that is altered."""
+    config = federations.config()
+    sites = federations.learners(config)
+
+    def crash(task):
+        if task.round == 2:
+            raise Crash
+
+    sites["c"].fault = crash
+    with pytest.raises(Crash):
+        federations.run(config, tmp_path, sites)
+    record = next(r for r in records(tmp_path, AcceptedRecord) if (r.round, r.site) == (2, "a"))
+    key = topology.delta_key("test", 2, "a", record.sha)
+    store = DirectoryStore(tmp_path / "store")
+    store.put(key, store.get(key)[:-1] + b"\x01")
+    for path in (tmp_path / "spool" / "test").iterdir():
+        path.unlink()
+    with pytest.raises(LedgerDamagedError, match=re.escape(key)):
+        federations.run(config, tmp_path)
+
+
+# Parts ---------------------------------------------------------------------------------------
+
+
+class _CrashingStore(DirectoryStore):
+    """Ends the process' life just before or after its ``at``-th write."""
+
+    def __init__(self, root, at, after):
+        super().__init__(root)
+        self.at, self.after, self.writes = at, after, 0
+
+    def _count(self, write, *args):
+        self.writes += 1
+        if self.writes == self.at and not self.after:
+            raise Crash
+        result = write(*args)
+        if self.writes == self.at:
+            raise Crash
+        return result
+
+    def create(self, key, data):
+        return self._count(super().create, key, data)
+
+    def put_file(self, key, path):
+        return self._count(super().put_file, key, path)
+
+    def compose(self, key, parts):
+        return self._count(super().compose, key, parts)
+
+
+def _tensors(store, folder, key):
+    path = folder / "tensors"
+    store.fetch_file(key, path)
+    with TensorFile(path) as file:
+        return {name: file.read(name).copy() for name in file.layouts}
+
+
+def _rename(path, manifest):
+    """Rewrite a delta file under another manifest's names, header and values kept."""
+    from shared.tensors import TensorLayout, write_tensors
+
+    with TensorFile(path) as file:
+        values = [file.read(name).copy() for name in sorted(file.layouts)]
+        metadata = dict(file.metadata)
+    path.unlink()
+    layouts = [TensorLayout(s.name, "F32", s.shape) for s in manifest.tensors]
+    write_tensors(path, layouts, values, metadata)
