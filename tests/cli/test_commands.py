@@ -1,0 +1,210 @@
+"""The command line as a stranger uses it: errors, exit codes, JSON, and no torch for a look."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from shared import errors, topology
+from shared.directory_store import DirectoryStore
+from shared.ledger import Ledger
+from shared.records import AcceptedRecord
+from tests import federations
+
+
+def gradualdiff(*arguments, cwd=None):
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with one finished run named ``test``."""
+    folder = tmp_path_factory.mktemp("run")
+    federations.run(federations.config(), folder)
+    return folder / "store"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--help",),
+        ("runs", "list"),
+        ("runs", "show", "test"),
+        ("rounds", "list", "test"),
+        ("rounds", "show", "test", "1"),
+    ],
+)
+def test_looking_imports_neither_torch_nor_numpy(store, command):
+    """Inspection works on a coordinator's machine and answers at once."""
+    script = (
+        "import sys\n"
+        "from cli.main import app\n"
+        "try:\n"
+        "    app(sys.argv[1:])\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    options = [] if command == ("--help",) else ["--store", str(store)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("runs", "list"),
+        ("runs", "show", "test"),
+        ("runs", "verify", "test"),
+        ("rounds", "list", "test"),
+        ("rounds", "show", "test", "2"),
+    ],
+)
+def test_json_is_json_and_nothing_else(store, command):
+    """Standard output can be piped into a program."""
+    done = gradualdiff(*command, "--store", store, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+
+
+def test_verify_fails_with_its_exit_code_and_names_the_object(tmp_path):
+    """One flipped byte: exit code 21, the round and the key on standard error."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    history = Ledger(store, "test", "t", lambda: 0.0).history()
+    record = next(r for r in history if isinstance(r, AcceptedRecord))
+    key = topology.delta_key("test", record.round, record.site, record.sha)
+    data = store.get(key)
+    store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+    done = gradualdiff("runs", "verify", "test", "--store", tmp_path / "store")
+    assert done.returncode == errors.LedgerDamagedError.exit_code
+    assert f"round {record.round}: {key}" in done.stderr
+
+
+def test_export_writes_a_peft_directory_once(store, tmp_path):
+    """A second export into the same folder is refused, not mixed in."""
+    target = tmp_path / "adapter"
+    first = gradualdiff("runs", "export", "test", "--to", target, "--store", store)
+    assert first.returncode == 0, first.stderr
+    names = sorted(path.name for path in target.iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert "| 3 |" in (target / "README.md").read_text()
+    again = gradualdiff("runs", "export", "test", "--to", target, "--store", store)
+    assert again.returncode == errors.ConfigError.exit_code
+
+
+def test_a_plot_is_a_png(store, tmp_path):
+    """Rounds show --plot writes a picture."""
+    path = tmp_path / "loss.png"
+    done = gradualdiff("rounds", "show", "test", "--plot", path, "--store", store)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "says"),
+    [
+        (("runs", "show", "nobody"), errors.RunNotFoundError, "runs list"),
+        (("rounds", "show", "test", "99"), errors.RunNotFoundError, "no round 99"),
+        (("runs", "export", "test", "--to", "x", "--round", "9"), errors.RunNotFoundError, "9"),
+    ],
+)
+def test_what_is_not_there_is_named(store, tmp_path, command, error, says):
+    """A typo in a run's or round's name: one line, its own exit code, what to do."""
+    done = gradualdiff(*command, "--store", store, cwd=tmp_path)
+    assert done.returncode == error.exit_code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_store_is_named(tmp_path):
+    """No store at the path: nothing is made there."""
+    done = gradualdiff("runs", "list", "--store", tmp_path / "nowhere")
+    assert done.returncode == errors.StoreError.exit_code
+    assert not (tmp_path / "nowhere").exists()
+
+
+GOOD = """
+[run]
+name = "x"
+participants = ["a", "b"]
+rounds = 1
+[base]
+model = "nowhere/to/be-found"
+[simulation]
+sites = ["a.toml", "b.toml"]
+"""
+SITE = """
+[site]
+name = "{name}"
+[data]
+path = "{name}.jsonl"
+prompt = "prompt"
+answer = "answer"
+"""
+
+
+def write_federation(folder, text=GOOD):
+    """A federation.toml and two sites with a little text."""
+    (folder / "federation.toml").write_text(text)
+    for name in "ab":
+        (folder / f"{name}.toml").write_text(SITE.format(name=name))
+        rows = [{"prompt": f"p{i}", "answer": f"a{i}"} for i in range(8)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "federation.toml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("rounds = 1", "roundz = 1", "run.roundz"),
+        ("rounds = 1", "rounds = 0", "run.rounds"),
+        ('participants = ["a", "b"]', "participants = []", "run.participants"),
+        ("[simulation]", "[lora]\nrank = 0\n[simulation]", "lora.rank"),
+        ('sites = ["a.toml", "b.toml"]', 'sites = ["a.toml"]', "simulation.sites"),
+        ("[base]", "[base", "is not TOML"),
+        ("[simulation]", "[training]\nlocal_steps = 1\nlocal_epochs = 1\n[simulation]", "both"),
+    ],
+)
+def test_a_mistake_in_the_toml_is_named(tmp_path, old, new, says):
+    """Field, expected, got; exit code 10; no run is begun."""
+    path = write_federation(tmp_path, GOOD.replace(old, new))
+    done = gradualdiff("simulate", path)
+    assert done.returncode == errors.ConfigError.exit_code, done.stderr
+    assert says in done.stderr
+    assert not (tmp_path / "store" / "runs").exists()
+
+
+@pytest.mark.model
+def test_an_unknown_model_is_named_by_every_site_and_can_be_mended(tmp_path):
+    """The run waits (exit code 61) and says what each site could not find."""
+    done = gradualdiff("simulate", write_federation(tmp_path))
+    assert done.returncode == errors.RunStuckError.exit_code, done.stderr
+    assert "base.model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_and_begin_are_not_mixed_up(tmp_path):
+    """--resume without a run, and a run without --resume, are told apart."""
+    path = write_federation(tmp_path)
+    none = gradualdiff("simulate", path, "--resume")
+    assert none.returncode == errors.RunNotFoundError.exit_code
+    federations.run(federations.config(("a", "b"), 1, name="x"), tmp_path)
+    there = gradualdiff("simulate", path)
+    assert there.returncode == errors.RunExistsError.exit_code
+    assert "--resume" in there.stderr
