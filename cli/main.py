@@ -9,7 +9,7 @@ import typer
 
 from cli import demo, rounds, runs, simulate
 from cli.output import complain
-from shared.errors import GradualDiffError
+from shared.errors import GradualDiffError, StoreError
 
 app = typer.Typer(
     name="gradualdiff",
@@ -50,6 +50,9 @@ def main() -> None:
         app()
     except GradualDiffError as error:
         sys.exit(complain(error))
+    except OSError as error:
+        where = error.filename or "a file"
+        sys.exit(complain(StoreError(f"{where}: {error.strerror or error}; mend that path")))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from coordinator.handlers import Coordinator, sender_of
 from coordinator.intake import Intake
 from shared import topology, wire
 from shared.broker import Message
+from shared.codecs import get_codec
 from shared.dispatch import Dispatcher
 from shared.events import CoordinatorTick, MessageRefused
 from shared.ledger import Ledger
@@ -42,7 +43,11 @@ def build_coordinator(
     spool: Path,
     clock: Callable[[], float],
 ) -> CoordinatorRole:
-    """Declare the run's queues, start or resume the run, subscribe. Raises RunExistsError."""
+    """Declare the run's queues, start or resume the run, subscribe.
+
+    Raises RunExistsError, ConfigError.
+    """
+    get_codec(config.codec.name)  # a misspelt codec ends here, not at the first delta
     run = config.run.name
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
     ledger = Ledger(store, run, writer, clock)

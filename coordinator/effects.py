@@ -23,6 +23,7 @@ from coordinator.rounds import (
 )
 from shared import topology, wire
 from shared.broker import Message
+from shared.durable_files import file_errors
 from shared.errors import RunFailedError, UnroutableError
 from shared.events import (
     DeltaAnswered,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from shared.broker import Broker
     from shared.config import FederationConfig
     from shared.ledger import Ledger
-    from shared.records import ClosingRecord, Record
+    from shared.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
 
 URL_SECONDS = 6 * 3600.0
 
@@ -80,19 +81,20 @@ class Effects:
 
     def perform(self, step: Step, state: RunState) -> Record:
         """Do one durable step; the record to fold in. Raises StoreError, LedgerError."""
-        match step:
-            case MakeGenesis():
-                return self._make_genesis(step, state)
-            case WriteRecord(record):
-                written = self._ledger.write(record)
-                get_logger().info(
-                    f"{type(written).__name__.removesuffix('Record').lower()}.recorded",
-                    run=self._config.run.name,
-                    round=written.round,
-                )
-                return written
-            case Aggregate(closing):
-                return self._aggregate(closing, state)
+        with file_errors(self._intake.spool):
+            match step:
+                case MakeGenesis():
+                    return self._make_genesis(step, state)
+                case WriteRecord(record):
+                    return self._write(record)
+                case Aggregate(closing):
+                    return self._aggregate(closing, state)
+
+    def _write(self, record: OpenedRecord | ClosingRecord | FinishedRecord) -> Record:
+        written = self._ledger.write(record)
+        word = type(written).__name__.removesuffix("Record").lower()
+        get_logger().info(f"{word}.recorded", run=self._config.run.name, round=written.round)
+        return written
 
     def _make_genesis(self, step: MakeGenesis, state: RunState) -> GenesisRecord:
         first = state.members[step.members[0]]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from shared import topology
 from shared.delta_file import check_delta
+from shared.durable_files import file_errors
 from shared.errors import (
     DeltaRefusedError,
     LedgerDamagedError,
@@ -59,7 +60,7 @@ class Intake:
 
     def __init__(self, store: ObjectStore, spool: Path) -> None:
         self._store = store
-        self._spool = spool
+        self.spool = spool
         # Files this process hashed itself; a file left by an earlier one is hashed before use.
         self._hashed: set[Path] = set()
 
@@ -85,7 +86,8 @@ class Intake:
         Raises DeltaRefusedError with the reason. Repeatable: a delta that is stored already is
         checked again from there.
         """
-        parts = self._collect(upload)
+        with file_errors(self.spool):
+            parts = self._collect(upload)
         path = self._path(upload.round, upload.site, upload.sha)
         if digest_file(path)[0] != upload.sha:
             self.discard(upload)
@@ -116,7 +118,7 @@ class Intake:
 
     def local_adapter(self, run: str, sha: str) -> Path:
         """A local copy of a global adapter's tensors. Raises LedgerDamagedError."""
-        return self._local(topology.adapter_key(run, sha), self._spool / f"adapter-{sha}", sha)
+        return self._local(topology.adapter_key(run, sha), self.spool / f"adapter-{sha}", sha)
 
     def discard(self, upload: Upload) -> None:
         """Forget a refused upload: spool and inbox."""
@@ -126,18 +128,18 @@ class Intake:
     def clear_round(self, keep_adapter: str) -> None:
         """Empty the spool after a round closed, but for the newest adapter."""
         self._hashed = {p for p in self._hashed if p.name == f"adapter-{keep_adapter}"}
-        for path in self._spool.iterdir():
+        for path in self.spool.iterdir():
             if path.name != f"adapter-{keep_adapter}":
                 path.unlink(missing_ok=True)
 
     def scratch(self, name: str) -> Path:
         """A path in the spool for a file being made."""
-        self._spool.mkdir(parents=True, exist_ok=True)
-        return self._spool / name
+        self.spool.mkdir(parents=True, exist_ok=True)
+        return self.spool / name
 
     def _collect(self, upload: Upload) -> list[ObjectInfo]:
         """Spool the chunks; what was read. Empty when the delta is in the store already."""
-        self._spool.mkdir(parents=True, exist_ok=True)
+        self.spool.mkdir(parents=True, exist_ok=True)
         target = self._path(upload.round, upload.site, upload.sha)
         key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
         try:
@@ -172,7 +174,7 @@ class Intake:
         if path.exists() and (path in self._hashed or digest_file(path)[0] == sha):
             self._hashed.add(path)
             return path
-        self._spool.mkdir(parents=True, exist_ok=True)
+        self.spool.mkdir(parents=True, exist_ok=True)
         try:
             self._store.fetch_file(key, path)
         except ObjectMissingError:
@@ -188,4 +190,4 @@ class Intake:
         return path
 
     def _path(self, round_number: int, site: str, sha: str) -> Path:
-        return self._spool / f"{round_number:05d}-{site}-{sha}.safetensors"
+        return self.spool / f"{round_number:05d}-{site}-{sha}.safetensors"

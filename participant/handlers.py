@@ -15,6 +15,7 @@ from participant.learning import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology, wire
 from shared.broker import Message
+from shared.durable_files import file_errors
 from shared.errors import (
     GradualDiffError,
     GrantError,
@@ -206,12 +207,24 @@ class Participant:
         except GradualDiffError as error:
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise
-            failure = TrainingFailed(
-                run=task.run, round=task.round, attempt=task.attempt, reason=str(error)
-            )
-            self._publish(failure)
+            self._fail(task, str(error), retryable=False)
+            return
+        except Exception as error:  # noqa: BLE001 - a training's outcome is chosen here
+            # The message of a library's error may hold text of the site: it stays in its own log.
+            get_logger().exception("training.crashed", run=task.run, round=task.round)
+            self._fail(task, f"{type(error).__name__}; see the site's log", retryable=True)
             return
         self._request_upload(submission)
+
+    def _fail(self, task: RoundStarted, reason: str, *, retryable: bool) -> None:
+        failure = TrainingFailed(
+            run=task.run,
+            round=task.round,
+            attempt=task.attempt,
+            reason=reason,
+            retryable=retryable,
+        )
+        self._publish(failure)
 
     def _trained(self, task: RoundStarted) -> Submission:
         site, workspace = self._site, self._site.workspace
@@ -220,12 +233,13 @@ class Participant:
         fetched = time.monotonic()
         making = workspace.new_round(task.run)
         state = workspace.state_path(task.run, task.last_counted)
-        learned = site.learner.learn(
-            task, source, state, making, site.should_stop, self._reporter(task.round)
-        )
-        submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
-        submission.metrics.seconds["fetch"] = round(fetched - started, 3)
-        workspace.commit(making, submission)
+        with file_errors(making):
+            learned = site.learner.learn(
+                task, source, state, making, site.should_stop, self._reporter(task.round)
+            )
+            submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
+            submission.metrics.seconds["fetch"] = round(fetched - started, 3)
+            workspace.commit(making, submission)
         get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
         return submission
 

@@ -18,6 +18,7 @@ from shared import topology, wire
 from shared.broker import Message
 from shared.directory_store import DirectoryStore
 from shared.errors import (
+    ConfigError,
     DataError,
     InterruptedRunError,
     LedgerDamagedError,
@@ -25,6 +26,7 @@ from shared.errors import (
     RunExistsError,
     RunFailedError,
     RunStuckError,
+    StoreUnavailableError,
 )
 from shared.ledger import Ledger
 from shared.manifest import Manifest, TensorSpec
@@ -398,6 +400,66 @@ def test_a_failing_training_is_tried_again_and_then_left_out(tmp_path):
     assert (failed.site, failed.attempt) == ("b", 1)
     (closing,) = records(tmp_path, ClosingRecord)
     assert closing.excluded == {"b": "loss is not finite"}
+
+
+def test_a_crash_inside_the_training_is_tried_again(tmp_path):
+    """An error nobody foresaw (a full GPU, say) is reported without its text and retried."""
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    config = federations.config()
+    sites = federations.learners(config)
+    crashes = [RuntimeError("private words"), RuntimeError("private words")]
+
+    def crash(task):
+        if task.round == 2 and crashes:
+            raise crashes.pop()
+
+    sites["b"].fault = crash
+    assert federations.run(config, tmp_path / "crashed", sites).adapter_sha == wanted
+    failed = records(tmp_path / "crashed", FailedRecord)
+    assert [(f.site, f.attempt, f.retryable) for f in failed] == [("b", 1, True), ("b", 2, True)]
+    assert "private" not in failed[0].reason
+
+
+def test_a_site_that_always_crashes_is_given_up_after_max_attempts(tmp_path):
+    """exclude: three attempts by default, then the round closes without the site."""
+    config = federations.config(rounds=1, policy={"on_failure": "exclude"})
+    sites = federations.learners(config)
+
+    def crash(task):
+        raise RuntimeError
+
+    sites["b"].fault = crash
+    federations.run(config, tmp_path, sites)
+    assert [f.attempt for f in records(tmp_path, FailedRecord)] == [1, 2, 3]
+    (closing,) = records(tmp_path, ClosingRecord)
+    assert list(closing.excluded) == ["b"]
+
+
+def test_a_full_store_stops_the_run_with_the_cause_and_nothing_is_lost(tmp_path):
+    """The error names the path; with room again the run ends in the same adapter."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+
+    class Full(DirectoryStore):
+        writes = 0
+
+        def create(self, key, data):
+            self.writes += 1
+            if self.writes > 9:
+                raise StoreUnavailableError(f"{key}: the disk is full; free space there")
+            return super().create(key, data)
+
+    with pytest.raises(StoreUnavailableError, match="the disk is full"):
+        federations.run(config, tmp_path / "full", store=Full(tmp_path / "full" / "store"))
+    assert federations.run(config, tmp_path / "full").adapter_sha == wanted
+
+
+def test_an_unknown_codec_ends_before_the_run_begins(tmp_path):
+    """A misspelt codec is named with those there are."""
+    config = federations.config(codec={"name": "fp23"})
+    with pytest.raises(ConfigError, match="fp32"):
+        federations.run(config, tmp_path)
+    assert list(DirectoryStore(tmp_path / "store").list("runs/")) == []
 
 
 # Bad messages --------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_an_error_about_the_message_refuses_it_with_its_bytes(error):
     body = stage.send()
     stage.send()
     assert stage.dispatcher.drain() == 2
-    assert [refused for refused, _ in stage.refusals][0] == body
+    assert stage.refusals[0][0] == body
     assert str(error) in stage.refusals[0][1]
 
 
