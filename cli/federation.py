@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from coordinator.rounds import RunState
+    from coordinator.state import RunState
     from participant.learning import Learner, Progress
     from shared.config import FederationConfig
     from shared.directory_store import DirectoryStore

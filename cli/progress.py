@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from coordinator.rounds import RunState
+    from coordinator.state import RunState
     from participant.learning import Progress as Step
 
 WORDS = {"load": "loading the model", "evaluate": "measuring held-out loss", "train": "training"}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cli.progress import Display
-    from coordinator.rounds import RunState
+    from coordinator.state import RunState
     from participant.torch_learner import TorchLearner
     from shared.config import FederationConfig
     from shared.directory_store import DirectoryStore

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation import WeightedDelta, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
-from coordinator.rounds import (
+from coordinator.state import (
     Aggregate,
     AnnounceClosed,
     AnnounceFinished,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.intake import Intake
-    from coordinator.rounds import Bell, RunState, Step
+    from coordinator.state import Bell, RunState, Step
     from shared.broker import Broker
     from shared.config import FederationConfig
     from shared.ledger import Ledger

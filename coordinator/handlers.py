@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING
 
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
-from coordinator.rounds import (
-    Aggregate,
-    MakeGenesis,
-    Ticked,
-    WriteRecord,
-    apply,
-    debts,
-    replay,
-    resume,
-)
+from coordinator.rounds import apply, debts, replay, resume
+from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
@@ -56,7 +48,7 @@ if TYPE_CHECKING:
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
-    from coordinator.rounds import Effect, Fact
+    from coordinator.state import Effect, Fact
     from shared.broker import Delivery
     from shared.config import FederationConfig
     from shared.dispatch import Handler

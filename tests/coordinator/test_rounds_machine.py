@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.rounds import Aggregate, MakeGenesis, Ticked, WriteRecord, apply, replay, resume
+from coordinator.rounds import apply, replay, resume
+from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from shared.errors import ObjectExistsError
 from shared.manifest import LocalMetrics
 from shared.records import (

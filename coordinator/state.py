@@ -1,0 +1,152 @@
+"""What the state machine knows and what it asks for: the run's state, its effects. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    FinishedRecord,
+    GenesisRecord,
+    OpenedRecord,
+    Record,
+    RefusedRecord,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coordinator.policies import Trouble
+    from shared.config import FederationConfig
+    from shared.records import MemberRecord
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time passed: seconds since the epoch."""
+
+    now: float
+
+
+# Effects: durable steps ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MakeGenesis:
+    """Draw the first adapter, store it, record round 0 with these members."""
+
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WriteRecord:
+    """Write this decision."""
+
+    record: OpenedRecord | ClosingRecord | FinishedRecord
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Carry out the decision: compute, store and record the round's result."""
+
+    closing: ClosingRecord
+
+
+# Effects: bells ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnnounceRun:
+    """Tell sites that the run is there."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceRound:
+    """Tell sites to train in the open round."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """Tell a site what became of its delta."""
+
+    record: AcceptedRecord | RefusedRecord
+
+
+@dataclass(frozen=True)
+class AnnounceClosed:
+    """Tell members a round's result."""
+
+    closed: ClosedRecord
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceFinished:
+    """Tell members the end."""
+
+    sites: tuple[str, ...]
+
+
+Step = MakeGenesis | WriteRecord | Aggregate
+Bell = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
+Effect = Step | Bell
+Fact = Record | Ticked
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown."""
+
+    config: FederationConfig
+    began: float = 0.0
+    now: float = 0.0
+    members: Mapping[str, MemberRecord] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
+    genesis: GenesisRecord | None = None
+    opened: OpenedRecord | None = None
+    closing: ClosingRecord | None = None
+    closed: ClosedRecord | None = None
+    held_out: tuple[float | None, ...] = ()
+    uncounted: Mapping[tuple[str, int], AcceptedRecord] = field(default_factory=dict)
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    last_counted: Mapping[str, str] = field(default_factory=dict)
+    finished: FinishedRecord | None = None
+    evaluated: frozenset[str] = frozenset()
+
+    @property
+    def last_round(self) -> int:
+        """The last closed round; 0 after genesis; -1 before."""
+        return self.closed.round if self.closed else 0 if self.genesis else -1
+
+    @property
+    def adapter_sha(self) -> str | None:
+        """The newest global adapter."""
+        if self.closed:
+            return self.closed.adapter_sha
+        return self.genesis.adapter_sha if self.genesis else None
+
+    @property
+    def open_round(self) -> OpenedRecord | None:
+        """The round that sites may submit to; None once its decision is on record."""
+        return self.opened if self.closing is None and self.finished is None else None
+
+    @property
+    def waiting_for(self) -> tuple[str, ...]:
+        """Sites whose word is missing: to join, or for the open round."""
+        if self.finished is not None:
+            return ()
+        if self.genesis is None:
+            known = {*self.members, *self.declined}
+            return tuple(s for s in sorted(self.config.run.participants) if s not in known)
+        opened = self.open_round
+        if opened is None:
+            return ()
+        return tuple(s for s in opened.selected if (s, opened.round) not in self.uncounted)
