@@ -1,0 +1,172 @@
+"""``gradualdiff simulate`` with a tiny quantised model, in processes that are really killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shared import errors, topology
+from shared.directory_store import DirectoryStore
+from shared.ledger import Ledger
+from shared.records import AcceptedRecord, ClosedRecord
+from tests.tiny_model import make_tiny_model, write_federation
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "cli.main", *map(str, arguments)]
+
+
+def gradualdiff(*arguments):
+    """Run the command to its end."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def summary(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    """The folder and the summary of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, summary(gradualdiff("simulate", write_federation(folder, model), "--json"))
+
+
+def test_two_runs_with_one_seed_end_in_the_same_adapter(whole, model, tmp_path):
+    """Other process, other folder, same bytes: NF4 base, dropout and all."""
+    again = summary(gradualdiff("simulate", write_federation(tmp_path, model), "--json"))
+    assert again["adapter_sha"] == whole[1]["adapter_sha"]
+    assert again["rounds_closed"] == 3
+
+
+def test_training_lowers_the_held_out_loss(whole):
+    """Otherwise equal digests would prove nothing about learning."""
+    done = gradualdiff("rounds", "list", "tiny", "--store", whole[0] / "store", "--json")
+    losses = [r["held_out_nll"] for r in summary(done)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+
+
+def test_sigkill_inside_a_round_and_resume_end_in_the_same_adapter(whole, model, tmp_path):
+    """Killed after one of two deltas of round 2 is in; only the other site trains it again."""
+    path = write_federation(tmp_path, model)
+    accepted = tmp_path / "store" / topology.accepted_key("tiny", 2, "a")
+    process = subprocess.Popen(
+        command("simulate", path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    give_up = time.monotonic() + 120
+    while not accepted.exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.002)  # a poll for the moment of the kill, not an order of events
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    history = list(Ledger(DirectoryStore(tmp_path / "store"), "tiny", "t", lambda: 0.0).history())
+    assert [r.round for r in history if isinstance(r, ClosedRecord)] == [1]
+    resumed = summary(gradualdiff("simulate", path, "--resume", "--json"))
+    assert resumed["adapter_sha"] == whole[1]["adapter_sha"]
+
+
+def test_ctrl_c_ends_with_its_code_and_the_command_to_go_on(whole, model, tmp_path):
+    """SIGINT: exit code 130, nothing lost, and the same adapter after --resume."""
+    path = write_federation(tmp_path, model)
+    first = tmp_path / "store" / topology.accepted_key("tiny", 1, "a")
+    process = subprocess.Popen(command("simulate", path), stderr=subprocess.PIPE, text=True)
+    give_up = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.002)  # a poll for the moment of the signal, not an order of events
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == errors.InterruptedRunError.exit_code
+    assert "--resume" in stderr
+    resumed = summary(gradualdiff("simulate", path, "--resume", "--json"))
+    assert resumed["adapter_sha"] == whole[1]["adapter_sha"]
+
+
+def test_verify_is_green_and_names_a_flipped_byte(whole):
+    """Recomputed without the model; one byte of one delta is found by round and key."""
+    folder = whole[0]
+    assert gradualdiff("runs", "verify", "tiny", "--store", folder / "store").returncode == 0
+    store = DirectoryStore(folder / "store")
+    history = Ledger(store, "tiny", "t", lambda: 0.0).history()
+    record = next(r for r in history if isinstance(r, AcceptedRecord) and r.round == 2)
+    key = topology.delta_key("tiny", 2, record.site, record.sha)
+    good = store.get(key)
+    store.put(key, good[:-1] + bytes([good[-1] ^ 1]))
+    try:
+        done = gradualdiff("runs", "verify", "tiny", "--store", folder / "store")
+    finally:
+        store.put(key, good)
+    assert done.returncode == errors.LedgerDamagedError.exit_code
+    assert f"round 2: {key}" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in the processes above
+def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, model, tmp_path):
+    """PeftModel.from_pretrained on the same NF4 base; NLL computed here from plain logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from participant.data import load_site_data
+    from participant.model.numerics import pick_compute_dtype
+    from shared.config import load_site
+
+    folder, reported = whole
+    target = tmp_path / "adapter"
+    done = gradualdiff("runs", "export", "tiny", "--to", target, "--store", folder / "store")
+    assert done.returncode == 0, done.stderr
+    dtype = pick_compute_dtype("auto", torch.device("cpu"))
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, quantization_config=quantisation
+    )
+    peft = PeftModel.from_pretrained(base, target).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    total, tokens = 0.0, 0
+    for name in "ab":
+        site = load_site(folder / f"{name}.toml")
+        for example in load_site_data(site.data, folder, tokenizer, 32, 16).held_out:
+            ids = torch.tensor([example.input_ids])
+            with torch.inference_mode(), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+                logits = peft(input_ids=ids).logits[0].float()
+            start = example.answer_start
+            wanted = ids[0, start:]
+            loss = torch.nn.functional.cross_entropy(
+                logits[start - 1 : -1], wanted, reduction="sum"
+            )
+            total, tokens = total + float(loss), tokens + len(wanted)
+    assert math.isclose(total / tokens, reported["held_out_nll"], abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "none"])
+def test_other_quantisations_run_and_verify(model, tmp_path, quantisation):
+    """The same federation over an 8-bit and an unquantised base."""
+    path = write_federation(tmp_path, model, quantisation=quantisation, rounds=1)
+    assert summary(gradualdiff("simulate", path, "--json"))["state"] == "finished"
+    assert gradualdiff("runs", "verify", "tiny", "--store", tmp_path / "store").returncode == 0
+
+
+def test_optimiser_state_is_kept_between_rounds_when_asked(whole, model, tmp_path):
+    """keep: every site says so from round 2 on, and the result is another one than with reset."""
+    path = write_federation(tmp_path, model, extra='optimizer_state = "keep"')
+    kept = summary(gradualdiff("simulate", path, "--json"))
+    assert kept["adapter_sha"] != whole[1]["adapter_sha"]
+    history = Ledger(DirectoryStore(tmp_path / "store"), "tiny", "t", lambda: 0.0).history()
+    states = {(r.round, r.state) for r in history if isinstance(r, AcceptedRecord)}
+    assert states == {(1, "fresh"), (2, "kept"), (3, "kept")}
