@@ -213,6 +213,8 @@ def main() -> None:
         )
         print(json.dumps(values))
         return
+    if given.dir is not None:
+        given.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.dir, prefix="closing-") as name:
         folder = Path(name)
         generate(folder, max(given.participants))
