@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+from coordinator.admission import admit
 from coordinator.effects import Effects
-from coordinator.handlers import Coordinator, sender_of
+from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
 from shared import topology, wire
 from shared.broker import Message
@@ -75,5 +77,5 @@ def build_coordinator(
         broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
 
     consumer = broker.consume(topology.coordinator_queue(run))
-    dispatcher = Dispatcher(consumer, coordinator.handlers, sender_of, refuse)
+    dispatcher = Dispatcher(consumer, coordinator.handlers, partial(admit, config), refuse)
     return CoordinatorRole(coordinator, dispatcher, tick)

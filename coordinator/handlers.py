@@ -41,7 +41,7 @@ from shared.records import (
     Record,
     RefusedRecord,
 )
-from shared.topology import COORDINATOR, accepted_key, site_of_key
+from shared.topology import accepted_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from coordinator.effects import Effects
     from coordinator.intake import Intake
     from coordinator.state import Effect, Fact
-    from shared.broker import Delivery
     from shared.config import FederationConfig
     from shared.dispatch import Handler
     from shared.ledger import Ledger
@@ -137,13 +136,9 @@ class Coordinator:
 
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
         """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
-        upload = Upload(self._config.run.name, event.round, sender, event.sha, event.size)
+        upload = self._upload(event, sender)
         if self._open_round_for(event.round, sender) is None:
             self._answer_closed(upload)
-            return
-        limit = self._size_limit()
-        if event.size > limit:
-            self._refuse(upload, f"size: expected at most {limit} bytes, got {event.size}")
             return
         expires_at = self._clock() + GRANT_SECONDS
         urls = {
@@ -162,7 +157,7 @@ class Coordinator:
 
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
-        upload = Upload(self._config.run.name, event.round, sender, event.sha, event.size)
+        upload = self._upload(event, sender)
         opened = self._open_round_for(event.round, sender)
         if opened is None or (sender, event.round) in self.state.uncounted:
             self._answer_closed(upload)
@@ -305,6 +300,22 @@ class Coordinator:
     def _members(self) -> str:
         return ", ".join(sorted(self.state.members))
 
+    def _upload(self, event: UploadRequested | DeltaSubmitted, sender: str) -> Upload:
+        """What a site says it sends. Raises ProtocolError for what cannot be of this run.
+
+        Refused as a message and not as a delta: a made-up round or size must leave no trace in
+        the ledger, and no loop over its chunks.
+        """
+        newest, limit = self.state.last_round + 1, self._size_limit()
+        if not 1 <= event.round <= newest:
+            raise ProtocolError(f"round: expected 1 to {newest}, got {event.round} from {sender}")
+        if event.size > limit:
+            raise ProtocolError(
+                f"size: expected at most {limit} bytes for this run's adapter, got {event.size} "
+                f"from {sender}"
+            )
+        return Upload(self._config.run.name, event.round, sender, event.sha, event.size)
+
     def _size_limit(self) -> int:
         """No codec here needs more than fp32 does; the rest is room for the file's header."""
         tensors = self._genesis().manifest.tensors
@@ -317,20 +328,3 @@ class Coordinator:
                     f"{name}: {sender} came back with another one than it joined with; give it "
                     "the base model and the versions it began the run with"
                 )
-
-
-def sender_of(delivery: Delivery, event: Event) -> str:
-    """The site (or the coordinator itself) behind a delivery. Raises ProtocolError.
-
-    The routing key is free text to the broker; what counts is that it names the account which
-    the broker checked.
-    """
-    claimed = site_of_key(delivery.routing_key)
-    if delivery.sender is None or delivery.sender != claimed:
-        raise ProtocolError(
-            f"sender: expected the account {claimed!r} of the routing key, "
-            f"got {delivery.sender or 'none'}"
-        )
-    if isinstance(event, CoordinatorTick) != (claimed == COORDINATOR):
-        raise ProtocolError(f"sender: {claimed} may not send a {type(event).__name__}")
-    return claimed

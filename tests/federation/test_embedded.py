@@ -28,6 +28,7 @@ from shared.errors import (
     RunStuckError,
     StoreUnavailableError,
 )
+from shared.events import UploadRequested
 from shared.ledger import Ledger
 from shared.manifest import Manifest, TensorSpec
 from shared.records import (
@@ -501,6 +502,78 @@ def test_garbage_on_the_queues_changes_nothing(tmp_path, monkeypatch):
     consumer = kept["refused"].consume(topology.REFUSED_QUEUE)
     event = wire.decode(consumer.receive().body).event
     assert event.data in sent
+
+
+def test_what_a_site_may_not_say_is_refused_and_leaves_no_trace(tmp_path, monkeypatch):
+    """Another run's event, a stranger, a made-up round, an absurd size: refused, same digest."""
+    from shared.embedded_broker import EmbeddedBroker
+
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    opened = {}
+    connect = EmbeddedBroker.connect
+    servers = []
+
+    def spy(self, identity, rights):
+        servers.append(self)
+        opened[identity] = connect(self, identity, rights)
+        return opened[identity]
+
+    monkeypatch.setattr(EmbeddedBroker, "connect", spy)
+    sha, sent = "a" * 64, []
+
+    def disturb(state):
+        if state.opened is None or sent:
+            return
+        stranger = connect(servers[0], "x", topology.site_rights("x"))
+        asked = {"run": "test", "round": 1, "sha": sha, "size": 9}
+        for name, connection, values in (
+            ("b", opened["b"], {**asked, "run": "other"}),
+            ("b", opened["b"], {**asked, "round": 99999}),
+            ("b", opened["b"], {**asked, "size": 10**18}),
+            ("x", stranger, asked),
+        ):
+            event = UploadRequested(**values)
+            sent.append(event)
+            key = topology.event_key("test", name, event.word)
+            body = wire.encode(event, 1.0)
+            connection.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+
+    state = federations.run(federations.config(), tmp_path / "noisy", moved=disturb)
+    assert state.adapter_sha == wanted
+    assert len(sent) == 4
+    assert opened["coordinator"].depth(topology.REFUSED_QUEUE) == 4
+    assert records(tmp_path / "noisy", RefusedRecord) == []
+    assert verify(tmp_path / "noisy").findings == []
+
+
+def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, monkeypatch):
+    """A delta announced for a closed round is on record as late; the result is the same."""
+    from shared.embedded_broker import EmbeddedBroker
+
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    opened = {}
+    connect = EmbeddedBroker.connect
+
+    def spy(self, identity, rights):
+        opened[identity] = connect(self, identity, rights)
+        return opened[identity]
+
+    monkeypatch.setattr(EmbeddedBroker, "connect", spy)
+    sent = []
+
+    def disturb(state):
+        if state.last_round == 2 and not sent:
+            event = UploadRequested(run="test", round=1, sha="a" * 64, size=9)
+            sent.append(event)
+            key = topology.event_key("test", "b", event.word)
+            body = wire.encode(event, 1.0)
+            opened["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+
+    state = federations.run(federations.config(), tmp_path / "late", moved=disturb)
+    assert state.adapter_sha == wanted
+    assert len(sent) == 1
+    (late,) = records(tmp_path / "late", RefusedRecord)
+    assert (late.site, late.round, late.verdict) == ("b", 1, "late")
 
 
 # Damage --------------------------------------------------------------------------------------

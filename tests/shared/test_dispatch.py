@@ -139,7 +139,7 @@ def test_a_message_that_came_back_too_often_is_refused():
 
 def test_a_sender_that_does_not_match_the_key_is_refused():
     """The coordinator takes a routing key's word for nothing."""
-    from coordinator.handlers import sender_of
+    from coordinator.admission import sender_of
 
     stage = Stage(failing(AssertionError("must not be called")), sender_of=sender_of)
     body = wire.encode(SiteOnline(), 1.0)
