@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import StoreUnavailableError
-from shared.files import sync_path
+from shared.files import digest_file, sync_path
 from shared.manifest import Fact, LocalMetrics
 
 if TYPE_CHECKING:
@@ -122,7 +122,10 @@ class Workspace:
         return self._folder(run, "trained") / f"{round_number:05d}-{sha}"
 
     def _read(self, folder: Path) -> Submission | None:
+        """What a folder holds; None if anything of it is torn, so that it is trained anew."""
         try:
-            return Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
+            found = Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
+            whole = digest_file(folder / DELTA_FILE) == (found.sha, found.size)
         except (OSError, ValidationError):
             return None
+        return found if whole else None

@@ -213,6 +213,34 @@ def test_a_stop_between_two_pieces_of_work_loses_nothing(tmp_path):
     assert federations.run(federations.config(), tmp_path / "cut").adapter_sha == wanted
 
 
+@pytest.mark.parametrize("file", ["delta.safetensors", "submission.json"])
+def test_a_torn_workspace_is_trained_anew(tmp_path, file):
+    """A truncated file at a site is noticed there; the round ends in the same adapter."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    sites = federations.learners(config)
+
+    def crash(task):
+        if task.round == 2:
+            raise Crash
+
+    sites["c"].fault = crash
+    folder = tmp_path / "torn"
+    with pytest.raises(Crash):
+        federations.run(config, folder, sites)
+    store = DirectoryStore(folder / "store")
+    store.delete(topology.accepted_key("test", 2, "a"))
+    for info in list(store.list("runs/test/deltas/00002/a-")):
+        store.delete(info.key)
+    (path,) = (folder / "sites" / "a" / "test" / "trained").glob(f"00002-*/{file}")
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+    again = federations.learners(config)
+    assert federations.run(config, folder, again).adapter_sha == wanted
+    assert again["a"].trained == [2, 3]
+
+
 def test_a_closing_without_a_result_is_carried_out_at_the_next_start(tmp_path):
     """A ledger whose last round stops at the decision goes on from there."""
     wanted = federations.run(federations.config(), tmp_path).adapter_sha
