@@ -77,10 +77,10 @@ class Bars:
         loss = state.held_out[-1] if state.held_out else None
         note = "" if loss is None else f"held-out loss {loss:.3f} before this round"
         self._set("run", "rounds", closed, self._rounds, note)
-        if state.opened is not None:
-            done = len(state.opened.selected) - len(state.waiting_for)
-            total = len(state.opened.selected)
-            self._set("round", f" round {state.opened.round}", done, total, "deltas")
+        total = len(state.opened.selected) if state.opened else len(state.members)
+        done = total - len(state.waiting_for) if state.opened else total
+        number = state.opened.round if state.opened else closed
+        self._set("round", f" round {number}", done, max(total, 1), "deltas")
 
     def converted(self, done: int, total: int) -> None:
         """Move the conversion's bar."""

@@ -83,13 +83,13 @@ class LocalModel:
         """Train mode (dropout) inside the block; cleared afterwards, whatever happened."""
         if gradient_checkpointing:
             # Re-entrant checkpointing would need inputs with gradients, and the base is frozen.
-            self._network.gradient_checkpointing_enable({"use_reentrant": False})
+            self._network.activation_checkpointing_enable({"use_reentrant": False})
         self._network.train()
         try:
             yield
         finally:
             if gradient_checkpointing:
-                self._network.gradient_checkpointing_disable()
+                self._network.activation_checkpointing_disable()
             self.clear()
 
     def answer_nll(self, examples: Sequence[TokenisedExample]) -> torch.Tensor:

@@ -134,6 +134,14 @@ def test_two_batches_accumulated_are_one_batch_twice_the_size(path):
     assert all(np.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(path):
+    """Recomputed activations give the same gradients, dropout included."""
+    model = load(path, "none", compute_dtype="float32")
+    plain = trained(model)
+    again = trained(model, gradient_checkpointing=True)
+    assert all(np.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
 def test_loss_is_taken_over_answer_tokens_only(path):
     """answer_nll against full logits by hand, for examples of different lengths."""
     model = load(path, "none")
