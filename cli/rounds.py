@@ -40,7 +40,7 @@ def list_(
 def show(
     run: RunArgument,
     round_number: Annotated[
-        int | None, typer.Argument(metavar="[ROUND]", help="One round (default: all).")
+        int | None, typer.Argument(metavar="ROUND", help="One round (default: all).")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Write held-out loss by round to this PNG.")
