@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 from cli.output import JsonOption, console, print_json
 from shared.errors import (
     ConfigError,
+    FencedError,
     InterruptedRunError,
     MissingPackageError,
     RunExistsError,
@@ -135,7 +137,7 @@ def run_here(
     """
     from cli.federation import Embedding, run_embedded
 
-    with _stop_on_signal() as should_stop:
+    with _only_one(folder, config.run.name), _stop_on_signal() as should_stop:
         embedding = Embedding(
             store=store,
             folder=folder,
@@ -150,6 +152,22 @@ def run_here(
                 f"run {config.run.name} was stopped; everything finished is on record. "
                 f"Go on with: {again}"
             ) from None
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, run: str) -> Iterator[None]:
+    """Hold this folder's run; the kernel lets go when the process ends, however it ends.
+
+    Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
+    """
+    with (folder / f".{run}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FencedError(
+                f"another process is at work on run {run} in {folder}; wait for it, or end it"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

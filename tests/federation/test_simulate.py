@@ -96,6 +96,24 @@ def test_ctrl_c_ends_with_its_code_and_the_command_to_go_on(whole, model, tmp_pa
     assert resumed["adapter_sha"] == whole[1]["adapter_sha"]
 
 
+def test_a_second_process_on_the_same_run_is_turned_away(whole, model, tmp_path):
+    """They would share the sites' workspaces; the first one is not disturbed."""
+    path = write_federation(tmp_path, model)
+    first = subprocess.Popen(command("simulate", path), stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 120
+    while not (tmp_path / "store" / "runs").exists() and time.monotonic() < give_up:
+        time.sleep(0.002)  # a poll for the moment to interfere, not an order of events
+    try:
+        os.kill(first.pid, signal.SIGSTOP)
+        second = gradualdiff("simulate", path, "--resume")
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert second.returncode == errors.FencedError.exit_code, second.stderr
+    assert first.wait(timeout=120) == 0
+    done = gradualdiff("runs", "show", "tiny", "--store", tmp_path / "store", "--json")
+    assert summary(done)["summary"]["adapter_sha"] == whole[1]["adapter_sha"]
+
+
 def test_verify_is_green_and_names_a_flipped_byte(whole):
     """Recomputed without the model; one byte of one delta is found by round and key."""
     folder = whole[0]
