@@ -54,8 +54,9 @@ _PART = re.compile(r"[A-Za-z0-9._-]+")
 class DirectoryStore:
     """Objects under ``root``. ``clock``: seconds since the epoch, for URLs and stale files.
 
-    Opening makes a missing root (or, with ``create=False``, raises StoreError), tries whether it
-    can be written, and removes what dead processes left. Raises StoreUnavailableError.
+    Opening makes a missing root, tries whether it can be written, and removes what dead processes
+    left. With ``create=False`` it writes nothing, so that a copy on a read-only disk can be looked
+    at, and a missing root is a StoreError. Raises StoreUnavailableError.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class DirectoryStore:
                 raise StoreUnavailableError(f"{root}: expected a directory, got a file")
             if not self._root.exists() and not create:
                 raise StoreError(f"no store at {root}, check --store")
+            if not create:
+                return
             make_directories(self._temporary)
             self._sweep()
             with temporary(self._temporary) as probe, temporary(self._temporary) as second:

@@ -13,6 +13,7 @@ Handlers never acknowledge; what becomes of a delivery is decided here, by the t
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from shared.errors import (
     DeltaRefusedError,
     GradualDiffError,
     ProtocolError,
+    StaleDeliveryError,
 )
 from shared.log import get_logger
 
@@ -103,7 +105,9 @@ class Dispatcher:
         except (DecodeError, ProtocolError, DeltaRefusedError) as error:
             return self._refuse(delivery, name, str(error))
         except (GradualDiffError, KeyboardInterrupt):
-            delivery.requeue()
+            # A connection that is gone has returned it already; that must not hide the cause.
+            with contextlib.suppress(StaleDeliveryError):
+                delivery.requeue()
             raise
         except Exception as error:  # noqa: BLE001 - the one place that may: refused, never lost
             get_logger().exception("handler.crashed", event_type=name)

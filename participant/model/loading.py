@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors
+
 from participant.model.fingerprint import TOKENIZER_FILES, weight_files
 from participant.model.libraries import bitsandbytes, huggingface_hub, offline, transformers
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
     from shared.config import BaseSection
@@ -24,6 +28,15 @@ if TYPE_CHECKING:
 # bitsandbytes' block for 4-bit weights, stated because it is part of the fingerprint.
 NF4_BLOCK = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# RuntimeError: shapes that do not fit config.json, and a device that is too small.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    safetensors.SafetensorError,
+)
 _WANTED_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json", "config.json"]
 
 
@@ -73,18 +86,20 @@ def load_base(base: BaseSection, device: torch.device, compute_dtype: torch.dtyp
     with offline():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            network = transformers.AutoModelForCausalLM.from_pretrained(
+            network, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=compute_dtype,
                 device_map={"": device},
                 use_safetensors=True,
                 quantization_config=_quantisation(base, compute_dtype),
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except _LOADING_ERRORS as error:
             raise ModelError(
                 f"base.model: {base.model!r} cannot be loaded as a causal language model: {error}; "
                 "mend or replace the folder"
             ) from error
+    _check_whole(base.model, loading["missing_keys"])
     network.requires_grad_(requires_grad=False)
     network.eval()  # type: ignore[no-untyped-call]
     network.config.use_cache = False
@@ -119,6 +134,16 @@ def int8_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
     The flag does nothing else in them: dropout is the adapter's.
     """
     return [m for m in network.modules() if isinstance(m, bitsandbytes.nn.modules.Linear8bitLt)]
+
+
+def _check_whole(model: str, missing: Iterable[str]) -> None:
+    """Refuse weights that lack tensors: transformers draws those at random and only warns."""
+    names = sorted(missing)
+    if names:
+        raise ModelError(
+            f"base.model: {model!r} lacks {len(names)} tensors of its architecture, "
+            f"{names[0]} first; give a folder whose weights are whole"
+        )
 
 
 def _keep_one_layout(network: torch.nn.Module) -> None:

@@ -139,6 +139,16 @@ def test_a_missing_store_is_named(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_looking_writes_nothing(tmp_path):
+    """A copy on a read-only disk, or somebody else's store, can be looked at."""
+    federations.run(federations.config(), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    for command in (("runs", "list"), ("rounds", "list", "test"), ("runs", "verify", "test")):
+        done = gradualdiff(*command, "--store", tmp_path / "store")
+        assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+
+
 GOOD = """
 [run]
 name = "x"

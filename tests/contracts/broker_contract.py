@@ -272,6 +272,19 @@ class BrokerContract:
         with pytest.raises(StaleDeliveryError):
             getattr(delivery, second)()
 
+    def test_an_old_delivery_does_not_settle_a_newer_one(self, coordinator):
+        """Stale, though its consumer holds another; that other is still there to be settled."""
+        coordinator.publish([event("r1.a.ready", b"1"), event("r1.a.ready", b"2")])
+        consumer = coordinator.consume(coordinator_queue("r1"))
+        old = self.expect(consumer)
+        old.acknowledge()
+        newer = self.expect(consumer)
+        for touch in (old.acknowledge, old.requeue):
+            with pytest.raises(StaleDeliveryError):
+                touch()
+        newer.acknowledge()
+        self.expect_nothing(consumer)
+
     @pytest.mark.parametrize("ended", ["consumer", "connection"])
     def test_an_unsettled_delivery_comes_again_when_its_reader_ends(self, bus, coordinator, ended):
         """With a higher attempt, ahead of the rest; the old delivery is stale."""

@@ -156,6 +156,16 @@ def test_writing_the_same_bytes_again_changes_the_etag_each_time(store):
     assert len({store.put("k", b"same").etag for _ in range(100)}) == 100
 
 
+def test_a_write_has_a_stamp_of_its_own(root, store, tmp_path, monkeypatch):
+    """Older kernels stamp files every few milliseconds only: the store does not rely on them."""
+    (tmp_path / "in").write_bytes(b"x")
+    writes = (lambda: store.put("k", b"x"), lambda: store.put_file("k", tmp_path / "in"))
+    for moment, write in enumerate(writes, start=10**18 + 1):
+        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        write()
+        assert (root / "k").stat().st_mtime_ns == moment
+
+
 def test_a_part_written_again_with_the_same_bytes_is_not_joined(store):
     """What was checked is an inode, not a content."""
     part = store.put("inbox/0", b"same")

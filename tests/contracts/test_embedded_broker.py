@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -19,6 +20,7 @@ from shared.topology import (
     EVENTS_EXCHANGE,
     Exchange,
     Queue,
+    Rights,
     Topology,
     coordinator_rights,
     site_rights,
@@ -161,6 +163,16 @@ def test_messages_before_a_refused_one_have_arrived(bus, broker):
     with pytest.raises(AccessRefusedError):
         site.publish([mine, foreign, mine])
     assert broker.depth("events") == 1
+
+
+def test_a_right_is_a_pattern_for_the_whole_name(bus, broker):
+    """A pattern without anchors does not open every name that begins with it."""
+    only_q = Rights(*(re.compile("q") for _ in range(4)))
+    broker.declare(one_queue(Queue("q-2"), "k"))
+    reader = bus.connect("reader", only_q)
+    reader.consume("q")
+    with pytest.raises(AccessRefusedError):
+        reader.consume("q-2")
 
 
 def test_what_is_published_is_a_copy_of_bytes(broker):

@@ -10,6 +10,7 @@ from shared.dispatch import MAX_ATTEMPTS, Dispatcher
 from shared.embedded_broker import EmbeddedBroker
 from shared.errors import (
     AccessRefusedError,
+    BrokerUnavailableError,
     DeltaRefusedError,
     FencedError,
     ProtocolError,
@@ -24,7 +25,7 @@ class Stage:
     """One coordinator queue, one site that speaks, and what the dispatcher did."""
 
     def __init__(self, handler, patience=0.0, sender_of=lambda d, e: d.sender):
-        server = EmbeddedBroker()
+        server = self.server = EmbeddedBroker()
         self.coordinator = server.connect("coordinator", topology.coordinator_rights())
         self.coordinator.declare(topology.run_topology("test", ("a",)))
         self.site = server.connect("a", topology.site_rights("a"))
@@ -124,6 +125,20 @@ def test_an_error_that_is_not_the_messages_fault_keeps_the_message(error):
     with pytest.raises(type(error)):
         stage.dispatcher.drain()
     assert stage.coordinator.depth(QUEUE) == 1
+
+
+def test_a_lost_connection_is_named_and_not_the_delivery_it_took_along():
+    """The broker has the message back; what goes up is why."""
+    stage = Stage(lambda event, sender: None)
+
+    def cut(event, sender):
+        assert stage.server.cut("coordinator") == 1
+        raise BrokerUnavailableError("the connection is gone")
+
+    stage.dispatcher.handlers[SiteOnline] = cut
+    stage.send()
+    with pytest.raises(BrokerUnavailableError, match="the connection is gone"):
+        stage.dispatcher.drain()
 
 
 def test_a_message_that_came_back_too_often_is_refused():
