@@ -117,5 +117,6 @@ def _why_stuck(state: RunState) -> str:
     waiting += [f"{s} ({why})" for s, why in state.declined.items() if s not in state.waiting_for]
     return (
         f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}. "
-        "Mend the cause, then resume; everything finished is in the ledger"
+        "Mend the cause at the site, then resume; everything finished is in the ledger. "
+        "A setting of the run is on record and cannot change: for that, choose another run.name"
     )

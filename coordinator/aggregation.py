@@ -10,10 +10,11 @@ per thread, however many the deltas; each delta holds one file open.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -39,7 +40,7 @@ from shared.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -121,9 +122,19 @@ def aggregate(
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
         closing = _Closing(adapter, ordered, files, watch or Stopwatch())
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
-        values = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
+        ahead = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
+        # Closed before the files are: a failed write must not leave threads reading them.
+        values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
     return closing.aggregated(digest)
+
+
+class _Buffers:
+    """Room for one tensor under way, of at most ``elements`` values: its fp64 sum and the cast."""
+
+    def __init__(self, elements: int) -> None:
+        self.mean = np.empty(elements, np.float64)
+        self.result = np.empty(elements, np.float32)
 
 
 class _Closing:
@@ -144,19 +155,31 @@ class _Closing:
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
 
-    def tensors(self, manifest: Manifest, threads: int) -> Iterator[NDArray[np.float32]]:
-        """The next adapter's tensors in order, at most ``threads + 1`` ahead of who takes them."""
-        with ThreadPoolExecutor(threads, "aggregation") as pool:
-            coming = deque(pool.submit(self.tensor, s) for s in manifest.tensors[: threads + 1])
-            for spec in manifest.tensors[threads + 1 :]:
-                yield coming.popleft().result()
-                coming.append(pool.submit(self.tensor, spec))
-            while coming:
-                yield coming.popleft().result()
+    def tensors(self, manifest: Manifest, threads: int) -> Generator[NDArray[np.float32]]:
+        """The next adapter's tensors in order; each is overwritten once the next is asked for.
 
-    def tensor(self, spec: TensorSpec) -> NDArray[np.float32]:
-        """The next adapter's values of one tensor: fp32 of ``spec.shape``."""
-        mean = np.zeros(spec.elements, np.float64)
+        ``threads + 1`` are under way, each in a buffer of its own that is used again and again:
+        fresh memory for every tensor costs more page faults than the sums cost time.
+        """
+        largest = max(spec.elements for spec in manifest.tensors)
+        buffers = deque(_Buffers(largest) for _ in range(threads + 1))
+        waiting = iter(manifest.tensors)
+        coming: deque[tuple[_Buffers, Future[NDArray[np.float32]]]] = deque()
+        with ThreadPoolExecutor(threads, "aggregation") as pool:
+            while True:
+                for spec in itertools.islice(waiting, len(buffers)):
+                    free = buffers.popleft()
+                    coming.append((free, pool.submit(self._tensor, spec, free)))
+                if not coming:
+                    return
+                used, values = coming.popleft()
+                yield values.result()
+                buffers.append(used)
+
+    def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
+        """The next adapter's values of one tensor: fp32 of ``spec.shape``, in ``buffers``."""
+        mean = buffers.mean[: spec.elements]
+        mean.fill(0)
         for delta, file in zip(self._deltas, self._files, strict=True):
             with self.watch.phase("read"):
                 values = file.read(spec).reshape(-1)
@@ -168,7 +191,8 @@ class _Closing:
             values = self._adapter.read(spec.name).reshape(-1)
         with self.watch.phase("accumulate"):
             _accumulate(mean, values, 1.0)
-            result = _cast(mean, spec)
+            result = buffers.result[: spec.elements]
+            _cast(mean, result, spec)
         return result.reshape(spec.shape)
 
     def aggregated(self, digest: FileDigest) -> Aggregated:
@@ -219,13 +243,12 @@ def _accumulate(total: NDArray[np.float64], values: NDArray[np.float32], weight:
         np.add(total[at], scaled, out=total[at])
 
 
-def _cast(total: NDArray[np.float64], spec: TensorSpec) -> NDArray[np.float32]:
+def _cast(total: NDArray[np.float64], result: NDArray[np.float32], spec: TensorSpec) -> None:
     """The one rounding to fp32. Raises LedgerError where it leaves fp32's range."""
     with np.errstate(over="ignore"):
-        result = total.astype(np.float32)
+        np.copyto(result, total, casting="same_kind")
     if not is_finite(result):
         raise LedgerError(
             f"tensor {spec.name!r}: expected finite values, got a sum beyond fp32; "
             "a delta is too large: set aggregation.max_delta_norm"
         )
-    return result

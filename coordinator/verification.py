@@ -1,6 +1,7 @@
 """Recompute a run from its objects: anybody with the ledger can tell whether it is what it says.
 
-Reads everything and writes nothing into the store. A finding names the round and the object; one
+Reads everything and writes nothing into the store. What only a site can know (its examples, tokens
+and losses) is taken as recorded. A finding names the round and the object; one
 damaged object does not hide the findings of the rounds after it.
 """
 
@@ -73,11 +74,15 @@ class _Verifier:
         self._config = ledger.config()
         self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
         self._counted: set[tuple[str, int]] = set()
-        self._members: dict[str, object] = {}
+        self._fingerprints: set[str] = set()
+        self._manifests: set[str] = set()
         self._genesis: GenesisRecord | None = None
         self.result = Verification(ledger.run)
 
     def verify(self, report: Callable[[int], None]) -> Verification:
+        for member in self._ledger.members():
+            self._fingerprints.add(member.fingerprint)
+            self._manifests.add(member.manifest.digest)
         for number, records in self._ledger.rounds():
             report(number)
             for record in records:
@@ -94,6 +99,9 @@ class _Verifier:
             case AcceptedRecord():
                 self._accepted[record.site, record.round] = record
             case ClosedRecord():
+                if not any(isinstance(r, OpenedRecord) for r in records):
+                    key = topology.round_key(self._ledger.run, number, "opened")
+                    self._find(number, key, "is missing, but the round has a result")
                 closing = next((r for r in records if isinstance(r, ClosingRecord)), None)
                 if closing is None:
                     key = topology.round_key(self._ledger.run, number, "closing")
@@ -108,6 +116,10 @@ class _Verifier:
         drawn.unlink()
         key = record.key(self._ledger.run)
         self._expect(0, key, "adapter_sha", digest.sha256, record.adapter_sha)
+        self._expect(0, key, "adapter_size", digest.size, record.adapter_size)
+        members = f"{topology.run_prefix(self._ledger.run)}members/"
+        self._expect(0, members, "fingerprints", {record.fingerprint}, self._fingerprints)
+        self._expect(0, members, "manifests", {record.manifest.digest}, self._manifests)
         self._check_adapter(0, record.adapter_sha)
         self.result.adapter_sha = record.adapter_sha
 
@@ -153,12 +165,9 @@ class _Verifier:
             return
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
-        norms = {"": again.mean_norm, **again.delta_norms}
-        on_record = {"": closed.mean_norm, **closed.delta_norms}
-        for name in sorted({*norms, *on_record}):
-            mine, theirs = norms.get(name, math.nan), on_record.get(name, math.nan)
-            if not math.isclose(mine, theirs, rel_tol=NORM_TOLERANCE):
-                self._expect(number, key, f"norm of {name or 'the mean'}", mine, theirs)
+        mine = _figures(again.mean_norm, again.delta_norms, again.cosines)
+        theirs = _figures(closed.mean_norm, closed.delta_norms, closed.cosines)
+        self._compare(number, key, mine, theirs)
         accepted = [self._accepted.get((i.site, i.from_round)) for i in closing.inputs]
         pooled = pool_held_out(r.metrics.held_out for r in accepted if r is not None)
         self._expect(number, key, "source_held_out", pooled, closed.source_held_out)
@@ -189,10 +198,15 @@ class _Verifier:
             return None
         self.result.deltas += 1
         try:
-            check_delta(path, self._genesis.manifest, self._header(closing, index), None)
+            found = check_delta(path, self._genesis.manifest, self._header(closing, index), None)
         except DeltaRefusedError as error:
             self._find(closing.round, key, str(error))
             return None
+        record = self._accepted.get((item.site, item.from_round))
+        if record is not None:
+            on_record = record.key(self._ledger.run)
+            self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
+            self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
         return WeightedDelta(item.site, path, item.weight)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
@@ -233,8 +247,10 @@ class _Verifier:
             finished = self._ledger.read(FinishedRecord, key)
         except ObjectMissingError:
             return
-        if not finished.failed:
-            self._expect(finished.round, key, "sha", self.result.adapter_sha, finished.sha)
+        failed = self.result.adapter_sha is None
+        self._expect(finished.round, key, "failed", failed, finished.failed)
+        self._expect(finished.round, key, "sha", self.result.adapter_sha, finished.sha)
+        self._expect(finished.round, key, "round", self.result.rounds, finished.round)
 
     def _fetch(self, number: int, key: str, sha: str, name: str) -> Path | None:
         path = self._scratch / name
@@ -247,9 +263,26 @@ class _Verifier:
         self._expect(number, key, "sha256", sha, found)
         return path if found == sha else None
 
+    def _compare(
+        self, number: int, key: str, mine: dict[str, float], theirs: dict[str, float]
+    ) -> None:
+        """Figures for people: equal but for the last digits."""
+        for name in sorted({*mine, *theirs}):
+            one, other = mine.get(name, math.nan), theirs.get(name, math.nan)
+            if not math.isclose(one, other, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE):
+                self._find(number, key, f"{name}: expected {one}, got {other}")
+
     def _expect(self, number: int, key: str, name: str, expected: object, got: object) -> None:
         if expected != got:
             self._find(number, key, f"{name}: expected {expected}, got {got}")
 
     def _find(self, number: int, key: str, problem: str) -> None:
         self.result.findings.append(Finding(number, key, problem))
+
+
+def _figures(
+    mean_norm: float, norms: dict[str, float], cosines: dict[str, float]
+) -> dict[str, float]:
+    named = {f"norm of {site}": value for site, value in norms.items()}
+    named |= {f"cosine of {site}": value for site, value in cosines.items()}
+    return {"norm of the mean": mean_norm, **named}

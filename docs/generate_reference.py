@@ -209,7 +209,7 @@ def events_page() -> str:
             "A message is a msgpack map `{v, type, id, time, body}`; the routing key is "
             "`<run>.<site>.<word>` toward the coordinator and the site's name toward a site. "
             "Manifest, Numerics, HeldOut and LocalMetrics are on the page of "
-            "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are the sections of "
+            "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are sections of "
             "[the settings](config.md), unknown names ignored.\n"
         ),
     ]

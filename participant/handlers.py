@@ -186,6 +186,12 @@ class Participant:
                 raise
             self._publish(RunDeclined(run=task.run, reason=str(error)))
             return
+        except Exception as error:  # noqa: BLE001 - whether this site takes part is chosen here
+            # As in training: a library's message may hold text, so only its type goes out.
+            get_logger().exception("preparation.crashed", run=task.run)
+            reason = f"{type(error).__name__} while loading model and text; see the site's log"
+            self._publish(RunDeclined(run=task.run, reason=reason))
+            return
         self._prepared.add(task.run)
         self._publish(
             ParticipantReady(
@@ -244,9 +250,11 @@ class Participant:
         return submission
 
     def _upload(self, task: UploadGranted) -> None:
-        submission = self._site.workspace.last_submission(task.run)
-        if submission is None or (submission.round, submission.sha) != (task.round, task.sha):
-            raise ProtocolError(f"sha: granted for {task.sha[:12]}, which is not held here")
+        submission = self._site.workspace.committed(task.run, task.round, task.sha)
+        if submission is None:
+            # The disk lost it since it was announced: ask what is owed, and train it again.
+            self.start(task.run)
+            return
         path = self._site.workspace.delta_path(submission)
         try:
             for number, url in sorted(task.urls.items()):
@@ -289,7 +297,8 @@ class Participant:
 
     def _fetch(self, run: str, sha: str, url: str) -> Path:
         path = self._site.workspace.adapter_path(run, sha)
-        if not path.exists():
+        # What lies there from before is trusted no more than what comes over the wire.
+        if not path.is_file() or digest_file(path)[0] != sha:
             self._site.transfer.download(url, path, sha)
         return path
 

@@ -76,6 +76,10 @@ class Workspace:
                 return found
         return None
 
+    def committed(self, run: str, round_number: int, sha: str) -> Submission | None:
+        """The committed delta of this sha, if it is here and whole."""
+        return self._read(self._trained(run, round_number, sha))
+
     def last_submission(self, run: str) -> Submission | None:
         """The newest committed round of a run."""
         folders = sorted(self._folder(run, "trained").iterdir(), reverse=True)
@@ -102,10 +106,12 @@ class Workspace:
     def sweep(self, run: str, closed_round: int, adapter_sha: str) -> None:
         """After a round closed keep its folder (its state may be needed) and the new adapter."""
         for folder in self._folder(run, "trained").iterdir():
-            if int(folder.name.partition("-")[0]) < closed_round:
+            number, _, _ = folder.name.partition("-")
+            # Names that are not ours are left alone.
+            if number.isdigit() and int(number) < closed_round:
                 shutil.rmtree(folder, ignore_errors=True)
         for path in self._folder(run, "adapters").iterdir():
-            if path.name != f"{adapter_sha}.safetensors":
+            if path.name != f"{adapter_sha}.safetensors" and path.is_file():
                 path.unlink(missing_ok=True)
 
     def _folder(self, run: str, name: str) -> Path:
@@ -128,4 +134,5 @@ class Workspace:
             whole = digest_file(folder / DELTA_FILE) == (found.sha, found.size)
         except (OSError, ValidationError):
             return None
-        return found if whole else None
+        named = folder.name == f"{found.round:05d}-{found.sha}"
+        return found if whole and named else None

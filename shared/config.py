@@ -68,7 +68,7 @@ class BaseSection(Section):
 class LoraSection(Section):
     """The adapter. Defaults are the paper's: r=64, alpha=16, dropout 0.1, all linear layers."""
 
-    rank: Positive = 64
+    rank: Annotated[int, Field(ge=1, le=8192)] = 64
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (

@@ -119,7 +119,7 @@ class Ledger:
         """One record. Raises ObjectMissingError, LedgerDamagedError."""
         data = self.store.get(key)
         try:
-            return kind.model_validate_json(data)
+            record = kind.model_validate_json(data)
         except ValidationError as error:
             detail = error.errors(include_url=False, include_input=False)[0]
             field = ".".join(str(part) for part in detail["loc"]) or "the object"
@@ -127,6 +127,12 @@ class Ledger:
                 f"{key}: expected a {kind.__name__}, but {field}: {detail['msg']}; restore this "
                 "object from a copy of the store, or begin a new run"
             ) from None
+        if record.key(self.run) != key:
+            raise LedgerDamagedError(
+                f"{key}: what it says belongs to {record.key(self.run)}; restore this object from "
+                "a copy of the store"
+            )
+        return record
 
     def config(self) -> FederationConfig:
         """The run's config as recorded. Raises RunNotFoundError, LedgerDamagedError."""
@@ -151,9 +157,8 @@ class Ledger:
     def history(self) -> Iterator[Record]:
         """Every record of the run in the order in which it is folded."""
         yield self.federation()
-        members = f"{topology.run_prefix(self.run)}members/"
         declined = f"{topology.run_prefix(self.run)}declined/"
-        yield from (self.read(MemberRecord, info.key) for info in self.store.list(members))
+        yield from self.members()
         yield from (self.read(DeclinedRecord, info.key) for info in self.store.list(declined))
         for _, records in self.rounds():
             yield from records
@@ -161,6 +166,11 @@ class Ledger:
             yield self.read(FinishedRecord, topology.finished_key(self.run))
         except ObjectMissingError:
             return
+
+    def members(self) -> Iterator[MemberRecord]:
+        """Every site that joined, in name order."""
+        prefix = f"{topology.run_prefix(self.run)}members/"
+        yield from (self.read(MemberRecord, info.key) for info in self.store.list(prefix))
 
     def rounds(self) -> Iterator[tuple[int, list[Record]]]:
         """Each round's number and its records in order, round 0 (genesis) first."""

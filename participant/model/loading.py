@@ -86,7 +86,9 @@ def load_base(base: BaseSection, device: torch.device, compute_dtype: torch.dtyp
     with offline():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            network, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            # A pair, with output_loading_info; the library's annotations do not say so.
+            load: Any = transformers.AutoModelForCausalLM.from_pretrained
+            network, loading = load(
                 folder,
                 dtype=compute_dtype,
                 device_map={"": device},
@@ -101,7 +103,7 @@ def load_base(base: BaseSection, device: torch.device, compute_dtype: torch.dtyp
             ) from error
     _check_whole(base.model, loading["missing_keys"])
     network.requires_grad_(requires_grad=False)
-    network.eval()  # type: ignore[no-untyped-call]
+    network.eval()
     network.config.use_cache = False
     _keep_one_layout(network)
     return LoadedBase(folder, network, tokenizer)

@@ -213,6 +213,54 @@ def test_a_stop_between_two_pieces_of_work_loses_nothing(tmp_path):
     assert federations.run(federations.config(), tmp_path / "cut").adapter_sha == wanted
 
 
+def test_an_altered_adapter_in_a_workspace_is_fetched_again(tmp_path):
+    """A site trains from the bytes that the round names, whatever lies on its disk."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    sites = federations.learners(config)
+
+    def crash(task):
+        if task.round == 2:
+            raise Crash
+
+    sites["b"].fault = crash
+    folder = tmp_path / "altered"
+    with pytest.raises(Crash):
+        federations.run(config, folder, sites)
+    (path,) = (folder / "sites" / "b" / "test" / "adapters").glob("*.safetensors")
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-8] + bytes(8))
+    assert federations.run(config, folder).adapter_sha == wanted
+
+
+def test_foreign_names_in_a_workspace_are_left_alone(tmp_path):
+    """A stray file or folder neither stops a round nor is counted."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    trained = tmp_path / "stray" / "sites" / "a" / "test" / "trained"
+    (trained / "lost+found").mkdir(parents=True)
+    (trained / ".DS_Store").write_bytes(b"x")
+    (trained / f"00009-{'a' * 64}").mkdir()
+    assert federations.run(config, tmp_path / "stray").adapter_sha == wanted
+    kept = sorted(path.name[:6] for path in trained.iterdir())
+    assert kept == [".DS_St", "00003-", "00009-", "lost+f"]
+
+
+def test_a_crash_while_getting_ready_declines_by_name(tmp_path):
+    """An error nobody foresaw (no memory for a rank, say) is no traceback at the coordinator."""
+    config = federations.config()
+    sites = federations.learners(config)
+
+    class Crashes(NumpyLearner):
+        def prepare(self, announced, report):
+            raise RuntimeError("private words")
+
+    sites["a"] = Crashes("a")
+    with pytest.raises(RunStuckError, match=r"a \(RuntimeError while loading"):
+        federations.run(config, tmp_path, sites)
+
+
 @pytest.mark.parametrize("file", ["delta.safetensors", "submission.json"])
 def test_a_torn_workspace_is_trained_anew(tmp_path, file):
     """A truncated file at a site is noticed there; the round ends in the same adapter."""
@@ -618,6 +666,42 @@ def test_one_flipped_byte_of_a_stored_delta_is_found_by_round_and_object(tmp_pat
     store.put(key, bytes(data))
     found = verify(tmp_path).findings
     assert [(f.round, f.key) for f in found] == [(2, key)]
+
+
+@pytest.mark.parametrize(
+    ("key", "field", "value"),
+    [
+        ("members/a.json", "fingerprint", "e" * 64),
+        ("rounds/00000/closed.json", "adapter_size", 7),
+        ("rounds/00002/accepted/b.json", "norm", 0.5),
+        ("rounds/00002/accepted/b.json", "size", 5),
+        ("rounds/00002/closed.json", "mean_norm", 0.5),
+        ("finished.json", "failed", True),
+        ("finished.json", "round", 2),
+    ],
+)
+def test_a_figure_that_can_be_recomputed_is_compared(tmp_path, key, field, value):
+    """Records are read whole and held against what the objects say."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    values = json.loads(store.get(f"runs/test/{key}"))
+    store.put(f"runs/test/{key}", json.dumps({**values, field: value}).encode())
+    assert verify(tmp_path).findings
+
+
+def test_a_record_of_another_place_and_a_missing_opening_are_found(tmp_path):
+    """A record must say what its key says; a result without its opening is no chain."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    key = "runs/test/rounds/00002/opened.json"
+    opened = store.get(key)
+    store.delete(key)
+    assert [f.key for f in verify(tmp_path).findings] == [key]
+    store.put(key, opened)
+    moved = "runs/test/rounds/00003/closing.json"
+    store.put(moved, store.get("runs/test/rounds/00002/closing.json"))
+    with pytest.raises(LedgerDamagedError, match="belongs to"):
+        verify(tmp_path)
 
 
 @pytest.mark.parametrize("what", ["adapter", "weight", "seed", "missing", "config"])

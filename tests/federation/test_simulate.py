@@ -101,15 +101,17 @@ def test_a_second_process_on_the_same_run_is_turned_away(whole, model, tmp_path)
     path = write_federation(tmp_path, model)
     first = subprocess.Popen(command("simulate", path), stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 120
-    while not (tmp_path / "store" / "runs").exists() and time.monotonic() < give_up:
+    begun = tmp_path / "store" / topology.member_key("tiny", "a")
+    while not begun.exists() and first.poll() is None and time.monotonic() < give_up:
         time.sleep(0.002)  # a poll for the moment to interfere, not an order of events
     try:
         os.kill(first.pid, signal.SIGSTOP)
         second = gradualdiff("simulate", path, "--resume")
     finally:
         os.kill(first.pid, signal.SIGCONT)
+        ended = first.wait(timeout=120)
     assert second.returncode == errors.FencedError.exit_code, second.stderr
-    assert first.wait(timeout=120) == 0
+    assert ended == 0
     done = gradualdiff("runs", "show", "tiny", "--store", tmp_path / "store", "--json")
     assert summary(done)["summary"]["adapter_sha"] == whole[1]["adapter_sha"]
 

