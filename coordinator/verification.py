@@ -15,6 +15,7 @@ from coordinator.aggregation import Counts, WeightedDelta, aggregate, weights
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.selection import select
 from shared import topology
+from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader, check_delta
 from shared.errors import DeltaRefusedError, LedgerError, ObjectMissingError
 from shared.files import digest_file
@@ -210,8 +211,6 @@ class _Verifier:
         return WeightedDelta(item.site, path, item.weight)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
-        from shared.codecs import get_codec  # noqa: PLC0415 - codecs load on use
-
         item, codec = closing.inputs[index], get_codec(self._config.codec.name)
         return DeltaHeader(
             run=self._ledger.run,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from participant.learning import DELTA_FILE
 from shared import topology, wire
 from shared.broker import Message
 from shared.directory_store import DirectoryStore
+from shared.embedded_broker import EmbeddedBroker
 from shared.errors import (
     ConfigError,
     DataError,
@@ -542,65 +544,62 @@ def test_an_unknown_codec_ends_before_the_run_begins(tmp_path):
 # Bad messages --------------------------------------------------------------------------------
 
 
-def test_garbage_on_the_queues_changes_nothing(tmp_path, monkeypatch):
-    """Random bytes, a newer version and a foreign run are refused with their bytes; same digest."""
-    from shared.embedded_broker import EmbeddedBroker
-
-    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
-    opened = []
+@pytest.fixture
+def opened(monkeypatch):
+    """The newest connection of each identity, as the federation under test makes them."""
+    connections = {}
     connect = EmbeddedBroker.connect
 
     def spy(self, identity, rights):
-        connection = connect(self, identity, rights)
-        opened.append((identity, connection))
-        return connection
+        connections[identity] = connect(self, identity, rights)
+        return connections[identity]
 
     monkeypatch.setattr(EmbeddedBroker, "connect", spy)
+    return connections
+
+
+def of_a_newer_version():
+    """A message as a later release would send it."""
+    outer = msgpack.unpackb(
+        wire.encode(UploadRequested(run="test", round=1, sha="a" * 64, size=9), 1.0)
+    )
+    return msgpack.packb({**outer, "v": 99})
+
+
+def test_garbage_on_the_queues_changes_nothing(tmp_path, opened):
+    """Random bytes and a newer version are refused with their bytes; same digest."""
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
     sent = []
 
     def disturb(state):
         if state.opened is None or sent:
             return
-        connections = dict(opened)
-        for body in (b"\xff\x00garbage", b"\x80", b"x" * 1000):
+        for body in (b"\xff\x00garbage", b"x" * 1000, of_a_newer_version()):
             sent.append(body)
             key = topology.event_key("test", "b", "submitted")
-            connections["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+            opened["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
             to_site = Message(topology.SITES_EXCHANGE, "b", body)
-            connections["coordinator"].publish([to_site])
-        kept["refused"] = connections["coordinator"]
+            opened["coordinator"].publish([to_site])
 
-    kept = {}
     state = federations.run(federations.config(), tmp_path / "noisy", moved=disturb)
     assert state.adapter_sha == wanted
     assert len(sent) == 3
-    assert kept["refused"].depth(topology.REFUSED_QUEUE) == 6
-    consumer = kept["refused"].consume(topology.REFUSED_QUEUE)
+    assert opened["coordinator"].depth(topology.REFUSED_QUEUE) == 6
+    consumer = opened["coordinator"].consume(topology.REFUSED_QUEUE)
     event = wire.decode(consumer.receive().body).event
     assert event.data in sent
 
 
-def test_what_a_site_may_not_say_is_refused_and_leaves_no_trace(tmp_path, monkeypatch):
+def test_what_a_site_may_not_say_is_refused_and_leaves_no_trace(tmp_path, opened):
     """Another run's event, a stranger, a made-up round, an absurd size: refused, same digest."""
-    from shared.embedded_broker import EmbeddedBroker
-
     wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
-    opened = {}
-    connect = EmbeddedBroker.connect
-    servers = []
-
-    def spy(self, identity, rights):
-        servers.append(self)
-        opened[identity] = connect(self, identity, rights)
-        return opened[identity]
-
-    monkeypatch.setattr(EmbeddedBroker, "connect", spy)
     sha, sent = "a" * 64, []
 
     def disturb(state):
         if state.opened is None or sent:
             return
-        stranger = connect(servers[0], "x", topology.site_rights("x"))
+        # An account of the same broker that this run does not list.
+        stranger = type(opened["b"])(opened["b"]._server, "x", topology.site_rights("x"))
         asked = {"run": "test", "round": 1, "sha": sha, "size": 9}
         for name, connection, values in (
             ("b", opened["b"], {**asked, "run": "other"}),
@@ -622,19 +621,9 @@ def test_what_a_site_may_not_say_is_refused_and_leaves_no_trace(tmp_path, monkey
     assert verify(tmp_path / "noisy").findings == []
 
 
-def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, monkeypatch):
+def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, opened):
     """A delta announced for a closed round is on record as late; the result is the same."""
-    from shared.embedded_broker import EmbeddedBroker
-
     wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
-    opened = {}
-    connect = EmbeddedBroker.connect
-
-    def spy(self, identity, rights):
-        opened[identity] = connect(self, identity, rights)
-        return opened[identity]
-
-    monkeypatch.setattr(EmbeddedBroker, "connect", spy)
     sent = []
 
     def disturb(state):
