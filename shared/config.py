@@ -147,10 +147,57 @@ class ConvergenceSection(Section):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
+Transport = Literal["tls", "plaintext"]
+
+
+class BrokerSection(Section):
+    """RabbitMQ as this account reaches it. Files are relative to the TOML file.
+
+    ``url``: ``amqps://ACCOUNT@HOST:PORT/VHOST``, without a password. ``transport``: plain text to
+    another machine is refused unless it says ``"plaintext"``.
+    """
+
+    url: Annotated[str, StringConstraints(pattern=r"^amqps?://[^@/\s]+@[^@\s]+$")]
+    password_file: str
+    ca_file: str | None = None
+    transport: Transport = "tls"
+
+
+class OperatedBrokerSection(BrokerSection):
+    """The coordinator's view of the broker, with one of two doors to its accounts.
+
+    ``site_url``: HOST:PORT as sites reach it, if that differs. ``management_account`` and its
+    password file: an administrator of the management API, if the coordinator's account is none.
+    """
+
+    site_url: str | None = None
+    management_url: str | None = None
+    management_account: str | None = None
+    management_password_file: str | None = None
+    rabbitmqctl: tuple[str, ...] | None = None
+
+
 class StoreSection(Section):
-    """Where the ledger lives: a directory, relative to the TOML file."""
+    """Where the ledger lives: a directory, relative to the TOML file, or a bucket of an S3 server.
+
+    ``site_url``: the server as sites reach it, if that differs; signed URLs carry it.
+    """
 
     directory: str = "store"
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^/@\s]+/?$")] | None = None
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{2,62}$")] = "gradualdiff"
+    region: str = "us-east-1"
+    access_key_file: str | None = None
+    secret_key_file: str | None = None
+    site_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/@\s]+/?$")] | None = None
+    ca_file: str | None = None
+    transport: Transport = "tls"
+
+    @model_validator(mode="after")
+    def _keys_go_with_the_url(self) -> Self:
+        if self.url is not None and (self.access_key_file is None or self.secret_key_file is None):
+            raise ValueError("url needs access_key_file and secret_key_file")
+        return self
 
 
 class SimulationSection(Section):
@@ -171,6 +218,7 @@ class FederationConfig(Section):
     aggregation: AggregationSection = AggregationSection()
     codec: CodecSection = CodecSection()
     convergence: ConvergenceSection = ConvergenceSection()
+    broker: OperatedBrokerSection | None = None
     store: StoreSection = StoreSection()
     simulation: SimulationSection = SimulationSection()
 
@@ -195,7 +243,7 @@ class FederationConfig(Section):
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine."""
-        return self.model_dump(mode="json", exclude={"store", "simulation"})
+        return self.model_dump(mode="json", exclude={"broker", "store", "simulation"})
 
     @property
     def digest(self) -> str:
@@ -248,12 +296,30 @@ class DeviceSection(Section):
     kind: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+class AcceptSection(Section):
+    """What this site takes part in; a run outside of it is declined. Without a limit: anything.
+
+    ``max_steps``: local optimiser steps in a round. ``min_participants``: of the run as announced.
+    ``send_metrics``: whether losses and counts leave the site; without, only the delta does.
+    """
+
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    runs: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    max_rank: Positive | None = None
+    max_steps: Positive | None = None
+    max_rounds: Positive | None = None
+    min_participants: Positive | None = None
+    send_metrics: bool = True
+
+
 class SiteConfig(Section):
     """A whole ``site.toml``."""
 
     site: SiteSection
     data: DataSection
     device: DeviceSection = DeviceSection()
+    broker: BrokerSection | None = None
+    accept: AcceptSection = AcceptSection()
 
 
 AnyConfig = TypeVar("AnyConfig", FederationConfig, SiteConfig)

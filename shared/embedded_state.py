@@ -50,7 +50,8 @@ class QueueState:
 
     def give_back(self, message: StoredMessage, now: float) -> bool:
         """Put a delivered message back at the head; False if it came back too often for that."""
-        if message.attempt > self.spec.delivery_limit:
+        limit = self.spec.delivery_limit
+        if limit is not None and message.attempt > limit:
             return False
         self.waiting.appendleft(replace(message, attempt=message.attempt + 1))
         self._shorten(now)

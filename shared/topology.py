@@ -20,6 +20,7 @@ ANY_RUN = "any"
 
 SITE_QUEUE_LENGTH = 1_000
 REFUSED_QUEUE_LENGTH = 10_000
+MIRROR_QUEUE_LENGTH = 1_000
 DELIVERY_LIMIT = 20
 
 
@@ -33,12 +34,15 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Queue:
-    """A durable queue. ``max_length``: beyond it the oldest message is dropped (None: no limit)."""
+    """A durable queue. ``max_length``: beyond it the oldest message is dropped (None: no limit).
+
+    ``delivery_limit`` None: messages may come back for ever, so that people may look at them.
+    """
 
     name: str
     max_length: int | None = None
     single_active_consumer: bool = False
-    delivery_limit: int = DELIVERY_LIMIT
+    delivery_limit: int | None = DELIVERY_LIMIT
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,15 @@ def run_topology(run: str, sites: tuple[str, ...]) -> Topology:
     """What the coordinator of ``run`` declares when it connects; repeatable."""
     queues = [
         Queue(coordinator_queue(run), single_active_consumer=True),
-        Queue(REFUSED_QUEUE, max_length=REFUSED_QUEUE_LENGTH),
+        Queue(REFUSED_QUEUE, max_length=REFUSED_QUEUE_LENGTH, delivery_limit=None),
+        Queue(mirror_queue(run), max_length=MIRROR_QUEUE_LENGTH, delivery_limit=None),
         *(Queue(site_queue(site), max_length=SITE_QUEUE_LENGTH) for site in sites),
     ]
     bindings = [
         Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{run}.*.*"),
         Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{ANY_RUN}.*.*"),
+        Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{run}.*.*"),
+        Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{ANY_RUN}.*.*"),
         Binding(REFUSED_EXCHANGE, REFUSED_QUEUE, REFUSED_KEY),
         *(Binding(SITES_EXCHANGE, site_queue(site), site) for site in sites),
     ]
@@ -119,6 +126,11 @@ def coordinator_queue(run: str) -> str:
     return f"gradualdiff.coordinator.{run}"
 
 
+def mirror_queue(run: str) -> str:
+    """Copies of the newest events to a run's coordinator, for people to look at."""
+    return f"gradualdiff.mirror.{run}"
+
+
 def event_key(run: str, site: str, word: str) -> str:
     """The routing key of a site's (or, with ``coordinator`` as site, the coordinator's) event."""
     return f"{run}.{site}.{word}"
@@ -128,6 +140,21 @@ def site_of_key(routing_key: str) -> str:
     """The site that a routing key on the events exchange speaks for; '' when it has none."""
     parts = routing_key.split(".")
     return parts[1] if len(parts) == 3 else ""
+
+
+def status_key(run: str) -> str:
+    """What the coordinator last saw; written again and again, outside the run, and no record."""
+    return f"status/{run}.json"
+
+
+def account_prefix() -> str:
+    """Every account record there is."""
+    return "sites/"
+
+
+def account_key(site: str) -> str:
+    """A site's broker account: its password's hash, to be able to make it again."""
+    return f"{account_prefix()}{site}.json"
 
 
 # Object keys ---------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""A topology on a real broker: exchanges, queues with their limits, bindings."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pika.channel import Channel
+
+    from shared.topology import Binding, Exchange, Queue, Topology
+
+    Done = Callable[[object], None]
+
+
+def declare(channel: Channel, done: Done, topology: Topology) -> None:
+    """Send it all at once; the broker answers in order, and the last answer is the one."""
+    steps: list[Callable[[Done], None]] = [
+        *(partial(_declare_exchange, channel, item) for item in topology.exchanges),
+        *(partial(_declare_queue, channel, item) for item in topology.queues),
+        *(partial(_bind, channel, item) for item in topology.bindings),
+    ]
+    if not steps:
+        done(None)
+        return
+    for step in steps[:-1]:
+        step(_nothing)
+    steps[-1](done)
+
+
+def _declare_exchange(channel: Channel, spec: Exchange, done: Done) -> None:
+    channel.exchange_declare(spec.name, spec.kind, durable=True, callback=done)
+
+
+def _declare_queue(channel: Channel, spec: Queue, done: Done) -> None:
+    arguments: dict[str, object] = {}
+    if spec.delivery_limit is None:
+        arguments["x-queue-type"] = "classic"
+    else:
+        arguments["x-queue-type"] = "quorum"
+        arguments["x-delivery-limit"] = spec.delivery_limit
+    if spec.max_length is not None:
+        arguments["x-max-length"] = spec.max_length
+        arguments["x-overflow"] = "drop-head"
+    if spec.single_active_consumer:
+        arguments["x-single-active-consumer"] = True
+    channel.queue_declare(spec.name, durable=True, arguments=arguments, callback=done)
+
+
+def _bind(channel: Channel, spec: Binding, done: Done) -> None:
+    channel.queue_bind(spec.queue, spec.exchange, spec.routing_key, callback=done)
+
+
+def _nothing(_answer: object) -> None:
+    """For the answers nobody waits for: the last one comes after them."""

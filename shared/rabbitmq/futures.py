@@ -1,0 +1,33 @@
+"""Answers from the I/O thread to the threads that wait for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shared.rabbitmq.translation import translate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from shared.credentials import BrokerAddress
+
+
+def answer(future: Future[Any], result: object) -> None:
+    """Answer, unless an error came first."""
+    if not future.done():
+        future.set_result(result)
+
+
+def fail(future: Future[Any], error: BaseException) -> None:
+    """Fail, unless it was answered."""
+    if not future.done():
+        future.set_exception(error)
+
+
+def guarded(future: Future[Any], address: BrokerAddress, call: Callable[[], object]) -> None:
+    """Make ``call``; its error goes to whoever waits."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - every error belongs to the one who asked
+        fail(future, translate(error, address))
