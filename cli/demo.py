@@ -49,6 +49,10 @@ def demo(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")
     ] = False,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Write model, text and settings, and train nothing."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """A complete federation on this machine: five participants fine-tune one real model.
@@ -66,14 +70,18 @@ def demo(
     with make_display(rounds, quiet=as_json) as display:
         base = model or str(_packaged_model(display))
         sites = _site_files(folder, data, group, participants)
-        store = DirectoryStore(folder / "store")
-        name = _run_name(store, fresh=fresh)
         settings = {
             "rounds": rounds,
             "local_steps": local_steps,
             "learning_rate": learning_rate,
             "seed": seed,
         }
+        if prepare:
+            path = write_demo(folder, "demo-1", base, sites, settings)
+            typer.echo(f"wrote {path} and {folder / 'sites'}; nothing was trained")
+            return
+        store = DirectoryStore(folder / "store")
+        name = _run_name(store, fresh=fresh)
         path = write_demo(folder, name, base, sites, settings)
         config = load_federation(path)
         learners = load_learners(config, folder.resolve())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
-from participant.bootstrap import build_participant
+from participant.bootstrap import ParticipantRole, build_participant
 from participant.handlers import Site
 from participant.workspace import Workspace
 from shared.directory_store import DirectoryTransfer
@@ -62,21 +62,8 @@ def run_embedded(
         embedding.folder / "spool",
         embedding.clock,
     )
-    sites = [
-        build_participant(
-            Site(
-                name=name,
-                broker=server.connect(name, site_rights(name)),
-                transfer=DirectoryTransfer(embedding.store),
-                workspace=Workspace(embedding.folder / "sites" / name),
-                learner=learner,
-                clock=embedding.clock,
-                should_stop=embedding.should_stop,
-                report=embedding.report,
-            )
-        )
-        for name, learner in sorted(learners.items())
-    ]
+    role.coordinator.start()  # no other coordinator can be at work on this broker
+    sites = [_participant(server, embedding, *item) for item in sorted(learners.items())]
     for site in sites:
         site.participant.start(config.run.name)
     dispatchers = [role.dispatcher, *(site.dispatcher for site in sites)]
@@ -99,6 +86,23 @@ def run_embedded(
         else:
             role.tick()  # nobody has anything to do: perhaps time decides
             idle_ticks += 1
+
+
+def _participant(
+    server: EmbeddedBroker, embedding: Embedding, name: str, learner: Learner
+) -> ParticipantRole:
+    broker = server.connect(name, site_rights(name))
+    site = Site(
+        name=name,
+        line=broker,
+        transfer=DirectoryTransfer(embedding.store),
+        workspace=Workspace(embedding.folder / "sites" / name),
+        learner=learner,
+        clock=embedding.clock,
+        should_stop=embedding.should_stop,
+        report=embedding.report,
+    )
+    return build_participant(site, broker)
 
 
 def _result(state: RunState) -> RunState:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, rounds, runs, simulate
+from cli import demo, rounds, runs, serve, setup, simulate, sites
 from cli.output import complain
 from shared.errors import GradualDiffError, StoreError
 
@@ -20,6 +20,10 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("simulate")(simulate.simulate)
+app.command("setup")(setup.setup)
+app.command("coordinator")(serve.coordinator)
+app.command("participant")(serve.participant)
+app.add_typer(sites.app, name="sites")
 app.add_typer(runs.app, name="runs")
 app.add_typer(rounds.app, name="rounds")
 

@@ -16,23 +16,39 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from shared.directory_store import DirectoryStore
     from shared.errors import GradualDiffError
+    from shared.store import ObjectStore
 
 _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 DEFAULT_STORE = Path("gradualdiff-demo/store")
 
 StoreOption = Annotated[
     Path,
-    typer.Option("--store", envvar="GRADUALDIFF_STORE", help="The store's directory."),
+    typer.Option(
+        "--store",
+        "--federation",
+        envvar="GRADUALDIFF_STORE",
+        help="The store's directory, or a federation.toml that names the store.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def open_store(path: Path) -> DirectoryStore:
-    """An existing store. Raises StoreError when there is none at ``path``."""
+def open_store(path: Path) -> ObjectStore:
+    """An existing store: a directory, or the one that a federation.toml names.
+
+    Raises StoreError when there is none at ``path``.
+    """
     from shared.directory_store import DirectoryStore
 
+    if path.suffix == ".toml":
+        from shared.config import load_federation
+        from shared.stores import open_s3
+
+        config = load_federation(path)
+        if config.store.url is not None:
+            return open_s3(config.store, path.resolve().parent)
+        path = path.parent / config.store.directory
     return DirectoryStore(path, create=False)
 
 

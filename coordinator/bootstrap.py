@@ -14,7 +14,7 @@ from coordinator.intake import Intake
 from shared import topology, wire
 from shared.broker import Message
 from shared.codecs import get_codec
-from shared.dispatch import Dispatcher
+from shared.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.events import CoordinatorTick, MessageRefused
 from shared.ledger import Ledger
 
@@ -44,10 +44,12 @@ def build_coordinator(
     broker: Broker,
     spool: Path,
     clock: Callable[[], float],
+    patience: Patience = NO_PATIENCE,
 ) -> CoordinatorRole:
-    """Declare the run's queues, start or resume the run, subscribe.
+    """Declare the run's queues, record or find the run, subscribe.
 
-    Raises RunExistsError, ConfigError.
+    The role starts with its first delivery; with a single active consumer that is when the
+    coordinator before it is gone. Raises RunExistsError, ConfigError.
     """
     get_codec(config.codec.name)  # a misspelt codec ends here, not at the first delta
     run = config.run.name
@@ -57,7 +59,7 @@ def build_coordinator(
     effects = Effects(config, ledger, broker, intake, clock)
     coordinator = Coordinator(config, ledger, intake, effects, clock)
     broker.declare(topology.run_topology(run, config.run.participants))
-    coordinator.start()
+    coordinator.begin()
 
     def tick() -> None:
         now = clock()
@@ -77,5 +79,12 @@ def build_coordinator(
         broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
 
     consumer = broker.consume(topology.coordinator_queue(run))
-    dispatcher = Dispatcher(consumer, coordinator.handlers, partial(admit, config), refuse)
+    dispatcher = Dispatcher(
+        consumer,
+        coordinator.handlers,
+        partial(admit, config),
+        refuse,
+        patience.seconds,
+        patience.pause,
+    )
     return CoordinatorRole(coordinator, dispatcher, tick)

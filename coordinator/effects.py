@@ -24,7 +24,6 @@ from coordinator.state import (
 from shared import topology, wire
 from shared.broker import Message
 from shared.durable_files import file_errors
-from shared.errors import RunFailedError, UnroutableError
 from shared.events import (
     DeltaAnswered,
     Event,
@@ -160,16 +159,13 @@ class Effects:
             self.tell(events)
 
     def tell(self, events: Mapping[str, Event]) -> None:
-        """Publish one event to each site. Raises RunFailedError naming a site without a queue."""
+        """Publish one event to each site. Raises UnroutableError naming a site without a queue."""
         now = self._clock()
         messages = [
             Message(topology.SITES_EXCHANGE, site, wire.encode(event, now))
             for site, event in events.items()
         ]
-        try:
-            self._broker.publish(messages)
-        except UnroutableError as error:
-            raise RunFailedError(f"a participant has no queue: {error}") from error
+        self._broker.publish(messages)
 
     def keep_refused(self, event: MessageRefused) -> None:
         """Put a site's refusal into the refused queue, beside the coordinator's own."""
@@ -199,6 +195,8 @@ class Effects:
             base=WireBase(**config.base.model_dump()),
             lora=WireLora(**config.lora.model_dump()),
             training=WireTraining(**config.training.model_dump(exclude_none=True)),
+            rounds=config.run.rounds,
+            participants=len(config.run.participants),
         )
 
     def _round_for(self, site: str, state: RunState) -> RoundStarted:

@@ -13,6 +13,7 @@ from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
 from coordinator.rounds import apply, debts, replay, resume
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
+from coordinator.watch import Watch
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
@@ -26,6 +27,7 @@ from shared.events import (
     RunDeclined,
     SiteOnline,
     TrainingFailed,
+    TrainingProgressed,
     UploadGranted,
     UploadRequested,
 )
@@ -73,26 +75,48 @@ class Coordinator:
         self._effects = effects
         self._clock = clock
         self.state = replay(config, ())
-        self.handlers: Mapping[type[Event], Handler] = {
+        self.watch = Watch(ledger.store, config.run.name, ledger.writer)
+        self.active = False
+        handlers: Mapping[type[Event], Handler] = {
             SiteOnline: self.on_site_online,
             ParticipantReady: self.on_participant_ready,
             RunDeclined: self.on_run_declined,
             UploadRequested: self.on_upload_requested,
             DeltaSubmitted: self.on_delta_submitted,
             TrainingFailed: self.on_training_failed,
+            TrainingProgressed: self.on_training_progressed,
             AdapterEvaluated: self.on_adapter_evaluated,
             MessageRefused: self.on_message_refused,
             CoordinatorTick: self.on_tick,
         }
+        self.handlers: Mapping[type[Event], Handler] = {
+            kind: self._entry(handler) for kind, handler in handlers.items()
+        }
+
+    def begin(self) -> None:
+        """Record or find the run. Raises RunExistsError when it has another config."""
+        self._ledger.begin(self._config)
 
     def start(self) -> None:
-        """Record or find the run, rebuild the state, ring every bell that may have been lost.
+        """Become the active one: rebuild the state, ring every bell that may have been lost.
 
-        Raises RunExistsError when the run is on record with another config.
+        The first delivery calls it: until then another coordinator may be at work, and this one
+        only stands by.
         """
-        self._ledger.begin(self._config)
         self.reload()
+        self.active = True
         self._carry_out(resume(self.state))
+
+    def _entry(self, handler: Handler) -> Handler:
+        """What precedes every handler."""
+
+        def handle(event: Event, sender: str) -> None:
+            if not self.active:
+                self.start()
+            self.watch.saw(sender, self._clock())
+            handler(event, sender)
+
+        return handle
 
     def reload(self) -> None:
         """Rebuild the state from the ledger."""
@@ -215,6 +239,10 @@ class Coordinator:
             )
         )
 
+    def on_training_progressed(self, event: TrainingProgressed, sender: str) -> None:
+        """Remember how far a site is, for whoever looks. Idempotent: only the newest counts."""
+        self.watch.progressed(event, sender, self._clock())
+
     def on_adapter_evaluated(self, event: AdapterEvaluated, sender: str) -> None:
         """Record a held-out loss of the final adapter. Idempotent: one record per site."""
         finished = self.state.finished
@@ -234,11 +262,14 @@ class Coordinator:
         self._effects.keep_refused(event)
 
     def on_tick(self, event: CoordinatorTick, sender: str) -> None:
-        """Fold the time in; another writer's tick means that one was active: rebuild first."""
+        """Fold the time in. Idempotent: the time is what it is.
+
+        Only an own tick counts: what it overtakes in the queue had arrived before a deadline is
+        judged. One of a coordinator that stands by, or went, says nothing here.
+        """
         del sender  # a tick comes from a coordinator's own account, checked by the dispatcher
-        if event.writer != self._ledger.writer:
-            self.reload()
-        self.feed(Ticked(event.now))
+        if event.writer == self._ledger.writer:
+            self.feed(Ticked(event.now))
 
     # Facts and effects -------------------------------------------------------------------------
 

@@ -12,7 +12,11 @@ from shared.dispatch import Dispatcher
 from shared.events import MessageRefused
 
 if TYPE_CHECKING:
-    from shared.broker import Delivery
+    from collections.abc import Callable, Mapping
+
+    from shared.broker import Broker, Delivery
+    from shared.dispatch import Handler
+    from shared.events import Event
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,21 @@ class ParticipantRole:
     dispatcher: Dispatcher
 
 
-def build_participant(site: Site) -> ParticipantRole:
+def build_participant(site: Site, broker: Broker) -> ParticipantRole:
     """Subscribe to the site's queue; nothing is said before ``participant.start()``."""
     participant = Participant(site)
+    return ParticipantRole(
+        participant, subscribe(site.name, broker, participant.handlers, site.clock)
+    )
+
+
+def subscribe(
+    name: str,
+    broker: Broker,
+    handlers: Mapping[type[Event], Handler],
+    clock: Callable[[], float],
+) -> Dispatcher:
+    """The loop over the queue of site ``name``. What it cannot use goes back as a refusal."""
 
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(
@@ -34,11 +50,7 @@ def build_participant(site: Site) -> ParticipantRole:
             reason=reason,
             data=delivery.body[: topology.REFUSED_BYTES],
         )
-        key = topology.event_key(topology.ANY_RUN, site.name, event.word)
-        body = wire.encode(event, site.clock())
-        site.broker.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+        key = topology.event_key(topology.ANY_RUN, name, event.word)
+        broker.publish([Message(topology.EVENTS_EXCHANGE, key, wire.encode(event, clock()))])
 
-    consumer = site.broker.consume(topology.site_queue(site.name))
-    return ParticipantRole(
-        participant, Dispatcher(consumer, participant.handlers, sender_of, refuse)
-    )
+    return Dispatcher(broker.consume(topology.site_queue(name)), handlers, sender_of, refuse)

@@ -8,13 +8,15 @@ online. Done work is committed to the workspace first and announced after, and a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
+from participant.acceptance import objections
 from participant.learning import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology, wire
 from shared.broker import Message
+from shared.config import AcceptSection
 from shared.durable_files import file_errors
 from shared.errors import (
     GradualDiffError,
@@ -40,13 +42,14 @@ from shared.events import (
 )
 from shared.files import digest_file
 from shared.log import get_logger
+from shared.manifest import LocalMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from participant.learning import Learned, Learner
-    from shared.broker import Broker, Delivery
+    from shared.broker import Delivery
     from shared.dispatch import Handler
     from shared.store import Transfer
 
@@ -57,16 +60,27 @@ def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
     """The default for ``report``: nobody watches."""
 
 
+class Publishing(Protocol):
+    """The part of a broker's connection that work needs; the listening side has the rest."""
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """See ``Broker.publish``."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """Who this is and what it works with. ``report(site, round, progress)`` feeds a display."""
+    """Who this is and what it works with. ``report(site, round, progress)`` feeds a display.
+
+    ``accept``: what this site takes part in.
+    """
 
     name: str
-    broker: Broker
+    line: Publishing
     transfer: Transfer
     workspace: Workspace
     learner: Learner
     clock: Callable[[], float]
+    accept: AcceptSection = field(default_factory=AcceptSection)
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[str, int | None, Progress], None] = _ignore
 
@@ -81,6 +95,9 @@ class Participant:
         # Runs whose base model is loaded; work for another run waits for its announcement.
         self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
+        self.trained: Submission | None = None
+        self.handed_over = False
+        self.in_hand: Task | None = None
         self.handlers: Mapping[type[Event], Handler] = {
             RunAnnounced: self.on_run_announced,
             RoundStarted: self.on_round_started,
@@ -156,7 +173,7 @@ class Participant:
 
     def work(self) -> None:
         """Do the first thing on the agenda. Retryable errors leave it there and go on up."""
-        task = self._next_task()
+        self.in_hand = task = self._next_task()
         match task:
             case None:
                 return
@@ -179,18 +196,27 @@ class Participant:
         return next(ready, None) or next(later, None)
 
     def _prepare(self, task: RunAnnounced) -> None:
+        against = objections(task, self._site.accept)
+        if against:
+            self._decline(task, against)
+            return
         try:
             ready = self._site.learner.prepare(task, self._reporter(None))
         except GradualDiffError as error:
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise
-            self._publish(RunDeclined(run=task.run, reason=str(error)))
+            self._decline(task, str(error))
             return
         except Exception as error:  # noqa: BLE001 - whether this site takes part is chosen here
             # As in training: a library's message may hold text, so only its type goes out.
             get_logger().exception("preparation.crashed", run=task.run)
-            reason = f"{type(error).__name__} while loading model and text; see the site's log"
-            self._publish(RunDeclined(run=task.run, reason=reason))
+            self._decline(
+                task, f"{type(error).__name__} while loading model and text; see the site's log"
+            )
+            return
+        against = objections(task, self._site.accept, ready.examples)
+        if against:
+            self._decline(task, against)
             return
         self._prepared.add(task.run)
         self._publish(
@@ -204,9 +230,15 @@ class Participant:
             )
         )
 
+    def _decline(self, task: RunAnnounced, reason: str) -> None:
+        get_logger().warning("run.declined", run=task.run, reason=reason)
+        self._publish(RunDeclined(run=task.run, reason=reason))
+
     def _train(self, task: RoundStarted) -> None:
         try:
-            submission = self._trained(task)
+            # Trained before, if only the word of it did not get out.
+            done = self._site.workspace.submission(task.run, task.round, task.source_sha)
+            self.trained = submission = done or self._trained(task)
         except GrantError:
             self.start(task.run)  # the URL is stale; a fresh one comes with the next RoundStarted
             return
@@ -245,6 +277,10 @@ class Participant:
             )
             submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
             submission.metrics.seconds["fetch"] = round(fetched - started, 3)
+            if not site.accept.send_metrics:
+                submission = submission.model_copy(
+                    update={"metrics": _without_losses(submission.metrics)}
+                )
             workspace.commit(making, submission)
         get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
         return submission
@@ -256,8 +292,10 @@ class Participant:
             self.start(task.run)
             return
         path = self._site.workspace.delta_path(submission)
+        report = self._reporter(task.round)
         try:
-            for number, url in sorted(task.urls.items()):
+            for count, (number, url) in enumerate(sorted(task.urls.items())):
+                report(Progress("upload", count, len(task.urls)))
                 start = number * task.chunk_size
                 length = min(task.chunk_size, submission.size - start)
                 self._site.transfer.upload(url, path, start, length)
@@ -265,6 +303,7 @@ class Participant:
             self._request_upload(submission)  # expired: the chunks still missing are granted anew
             return
         self._publish(DeltaSubmitted(**submission.model_dump()))
+        self.handed_over = True
 
     def _evaluate(self, task: RunFinished) -> None:
         if task.sha is None or task.get_url is None:
@@ -273,6 +312,8 @@ class Participant:
             source = self._fetch(task.run, task.sha, task.get_url)
         except GrantError:
             self.start(task.run)
+            return
+        if not self._site.accept.send_metrics:
             return
         held_out = self._site.learner.evaluate(source, self._reporter(None))
         if held_out is not None:
@@ -308,7 +349,7 @@ class Participant:
         run: str = topology.ANY_RUN if to_all else getattr(event, "run", topology.ANY_RUN)
         key = topology.event_key(run, self._site.name, event.word)
         body = wire.encode(event, self._site.clock())
-        self._site.broker.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+        self._site.line.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)
@@ -326,6 +367,10 @@ def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Su
         metrics=learned.metrics,
         state=learned.state,
     )
+
+
+def _without_losses(metrics: LocalMetrics) -> LocalMetrics:
+    return LocalMetrics(steps=metrics.steps, seconds=metrics.seconds)
 
 
 def sender_of(delivery: Delivery, event: Event) -> str:

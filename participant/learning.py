@@ -7,6 +7,7 @@ file and the delta goes out as a file, so several sites may share one learner's 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from shared.config import TrainingSection
     from shared.events import RoundStarted, RunAnnounced
     from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics
 
@@ -43,12 +45,21 @@ class Learned:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a piece of work stands. ``activity``: load, evaluate or train."""
+    """Where a piece of work stands. ``tokens``: answer tokens trained on in this round so far."""
 
-    activity: Literal["load", "evaluate", "train"]
+    activity: Literal["load", "evaluate", "train", "upload"]
     done: int
     total: int
     loss: float | None = None
+    tokens: int = 0
+
+
+def steps_in_round(count: int, settings: TrainingSection) -> int:
+    """Optimiser steps for ``count`` examples: as set, or enough to see each once per epoch."""
+    if settings.local_steps is not None:
+        return settings.local_steps
+    per_step = settings.batch_size * settings.gradient_accumulation
+    return (settings.local_epochs or 1) * math.ceil(count / per_step)
 
 
 class Learner(Protocol):

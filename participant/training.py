@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from participant.learning import Progress
+from participant.learning import Progress, steps_in_round
 from participant.model.batches import scored_tokens
 from participant.optimizer_state import load_optimizer
 from shared.errors import DataError, InterruptedRunError, ModelError
@@ -97,16 +97,9 @@ def train_round(
             optimizer.zero_grad(set_to_none=True)
             losses.append((nll, tokens))
             norms.append(norm)
-            report(Progress("train", step + 1, steps, nll / tokens))
+            trained = sum(count for _, count in losses)
+            report(Progress("train", step + 1, steps, nll / tokens, trained))
     return _result(losses, norms, optimizer)
-
-
-def steps_in_round(count: int, settings: TrainingSection) -> int:
-    """Optimiser steps for ``count`` examples: as set, or enough to see each once per epoch."""
-    if settings.local_steps is not None:
-        return settings.local_steps
-    per_step = settings.batch_size * settings.gradient_accumulation
-    return (settings.local_epochs or 1) * math.ceil(count / per_step)
 
 
 def step_batches(count: int, settings: TrainingSection, place: RoundPlace) -> Iterator[list[int]]:

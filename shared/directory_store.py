@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import time
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -39,6 +38,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.files import sync_path
+from shared.keys import KEY_PART, check_key
 from shared.store import ObjectInfo
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 STALE_SECONDS = 3600.0
 TEMPORARY = ".tmp"
-
-_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class DirectoryStore:
@@ -203,14 +201,10 @@ class DirectoryStore:
         return self._grants.key_of(url, method)
 
     def _path(self, key: str) -> Path:
+        check_key(key)
         parts = key.split("/")
-        if parts[0] == TEMPORARY or not all(
-            _PART.fullmatch(part) and part not in (".", "..") for part in parts
-        ):
-            raise StoreError(
-                f"key {key!r}: expected parts of A-Z a-z 0-9 . _ - joined by /, none of them "
-                f"empty, '.' or '..', the first not {TEMPORARY!r}"
-            )
+        if parts[0] == TEMPORARY:
+            raise StoreError(f"key {key!r}: expected any first part but {TEMPORARY!r}")
         return self._root.joinpath(*parts)
 
     def _joined(self, parts: Sequence[ObjectInfo]) -> Iterator[bytes]:
@@ -227,7 +221,7 @@ class DirectoryStore:
                 names = sorted(
                     f"{entry.name}/" if entry.is_dir() else entry.name
                     for entry in entries
-                    if _PART.fullmatch(entry.name)
+                    if KEY_PART.fullmatch(entry.name)
                 )
         except StoreError as error:
             if isinstance(error.__cause__, FileNotFoundError):

@@ -52,6 +52,17 @@ class Outcome(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Patience:
+    """How long a delivery is held while the store or the broker is away, and how one waits."""
+
+    seconds: float
+    pause: Callable[[float], None]
+
+
+NO_PATIENCE = Patience(0.0, time.sleep)
+
+
+@dataclass(frozen=True)
 class Dispatcher:
     """One queue's loop. ``sender_of``: who may have sent this; raises ProtocolError otherwise.
 

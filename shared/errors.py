@@ -1,6 +1,7 @@
 """Every error this project raises on purpose, in one tree.
 
     GradualDiffError            1   anything of ours that has no class of its own
+    |- NoWorkError              3   participant --once: nothing was asked of this site
     |- ConfigError             10   federation.toml, site.toml or a command's argument
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
@@ -44,6 +45,12 @@ class GradualDiffError(Exception):
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
+
+
+class NoWorkError(GradualDiffError):
+    """Nothing was asked of this site in the time it waited."""
+
+    exit_code = 3
 
 
 class ConfigError(GradualDiffError):

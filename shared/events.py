@@ -55,6 +55,8 @@ class RunAnnounced(Event):
     base: WireBase
     lora: WireLora
     training: WireTraining
+    rounds: Annotated[int, Field(ge=1)]
+    participants: Annotated[int, Field(ge=1)]
 
 
 class RoundStarted(Event):
@@ -188,6 +190,25 @@ class TrainingFailed(Event):
     retryable: bool = False
 
 
+class TrainingProgressed(Event):
+    """Site -> coordinator, every few seconds while it works; expires unread within seconds.
+
+    ``activity``: load, evaluate, train or upload; ``step`` of ``of``. ``tokens_per_second`` is of
+    the training, bytes are of this process. No record is made of it.
+    """
+
+    word = "progressed"
+    run: Name
+    round: RoundNumber
+    activity: Annotated[str, Field(max_length=20)]
+    step: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    tokens_per_second: float | None = None
+    bytes_down: Size = 0
+    bytes_up: Size = 0
+
+
 class AdapterEvaluated(Event):
     """Site -> coordinator, on RunFinished: the held-out loss of the final adapter."""
 
@@ -236,6 +257,7 @@ EVENTS: dict[str, type[Event]] = {
         UploadRequested,
         DeltaSubmitted,
         TrainingFailed,
+        TrainingProgressed,
         AdapterEvaluated,
         MessageRefused,
         CoordinatorTick,

@@ -77,13 +77,16 @@ class HeldOut(Fact):
 
 
 class LocalMetrics(Fact):
-    """What a site tells of its local training beside the delta. No text, no per-example values."""
+    """What a site tells of its local training beside the delta. No text, no per-example values.
+
+    A site that sends no metrics leaves all out but steps and seconds.
+    """
 
     steps: Annotated[int, Field(ge=1)]
-    train_nll: float
-    first_step_nll: float
-    last_step_nll: float
-    mean_grad_norm: float
+    train_nll: float | None = None
+    first_step_nll: float | None = None
+    last_step_nll: float | None = None
+    mean_grad_norm: float | None = None
     truncated_examples: Annotated[int, Field(ge=0)] = 0
     dropped_examples: Annotated[int, Field(ge=0)] = 0
     held_out: HeldOut | None = None

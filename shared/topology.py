@@ -21,6 +21,9 @@ ANY_RUN = "any"
 SITE_QUEUE_LENGTH = 1_000
 REFUSED_QUEUE_LENGTH = 10_000
 MIRROR_QUEUE_LENGTH = 1_000
+# What sites say, but for the chatter of work in progress.
+MIRRORED = ("ready", "declined", "requested", "submitted", "failed", "evaluated")
+MIRRORED_ANY = ("online", "refused")
 DELIVERY_LIMIT = 20
 
 
@@ -84,8 +87,8 @@ def run_topology(run: str, sites: tuple[str, ...]) -> Topology:
     bindings = [
         Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{run}.*.*"),
         Binding(EVENTS_EXCHANGE, coordinator_queue(run), f"{ANY_RUN}.*.*"),
-        Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{run}.*.*"),
-        Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{ANY_RUN}.*.*"),
+        *(Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{run}.*.{word}") for word in MIRRORED),
+        *(Binding(EVENTS_EXCHANGE, mirror_queue(run), f"{ANY_RUN}.*.{w}") for w in MIRRORED_ANY),
         Binding(REFUSED_EXCHANGE, REFUSED_QUEUE, REFUSED_KEY),
         *(Binding(SITES_EXCHANGE, site_queue(site), site) for site in sites),
     ]

@@ -43,15 +43,18 @@ logging.getLogger("pika").addHandler(logging.NullHandler())
 logging.getLogger("pika").propagate = False
 
 
-def connect(address: BrokerAddress) -> RabbitConnection:
-    """Connect and log in. Raises BrokerUnavailableError, AccessRefusedError, BrokerError."""
-    return RabbitConnection(address)
+def connect(address: BrokerAddress, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RabbitConnection:
+    """Connect and log in. Raises BrokerUnavailableError, AccessRefusedError, BrokerError.
+
+    A side that is silent for two heartbeats is taken to be gone by the other.
+    """
+    return RabbitConnection(address, heartbeat_seconds)
 
 
 class RabbitConnection:
     """One identity's connection: the ``Broker`` port. Made by :func:`connect`."""
 
-    def __init__(self, address: BrokerAddress) -> None:
+    def __init__(self, address: BrokerAddress, heartbeat_seconds: int) -> None:
         self._address = address
         self._lock = threading.Lock()
         self._pending: set[Future[Any]] = set()
@@ -64,7 +67,10 @@ class RabbitConnection:
         self._pending.add(self._opened)
         self._connection: pika.SelectConnection
         self._thread = threading.Thread(
-            target=self._run, args=(_parameters(address),), name="rabbitmq", daemon=True
+            target=self._run,
+            args=(_parameters(address, heartbeat_seconds),),
+            name="rabbitmq",
+            daemon=True,
         )
         self._thread.start()
         try:
@@ -306,7 +312,7 @@ class RabbitConnection:
             consumer.end(f"the connection is gone{because(error)}")
 
 
-def _parameters(address: BrokerAddress) -> pika.ConnectionParameters:
+def _parameters(address: BrokerAddress, heartbeat_seconds: int) -> pika.ConnectionParameters:
     options = None
     if address.tls:
         context = ssl.create_default_context(
@@ -319,7 +325,7 @@ def _parameters(address: BrokerAddress) -> pika.ConnectionParameters:
         port=address.port,
         virtual_host=address.vhost,
         credentials=pika.PlainCredentials(address.account, address.password),
-        heartbeat=HEARTBEAT_SECONDS,
+        heartbeat=heartbeat_seconds,
         connection_attempts=1,
         socket_timeout=CONNECT_SECONDS,
         stack_timeout=CONNECT_SECONDS,

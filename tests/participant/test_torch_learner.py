@@ -52,6 +52,8 @@ def announce(model, fingerprint=None, **training):
         base=WireBase(model=str(model), fingerprint=fingerprint),
         lora=WireLora(rank=4),
         training=WireTraining(**{**TRAINING, **training}),
+        rounds=3,
+        participants=2,
     )
 
 

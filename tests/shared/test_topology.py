@@ -16,11 +16,14 @@ from shared.topology import (
     ANY_RUN,
     COORDINATOR,
     EVENTS_EXCHANGE,
+    MIRRORED,
+    MIRRORED_ANY,
     REFUSED_EXCHANGE,
     SITES_EXCHANGE,
     coordinator_queue,
     coordinator_rights,
     event_key,
+    mirror_queue,
     run_topology,
     site_of_key,
     site_queue,
@@ -66,7 +69,17 @@ def test_an_events_key_comes_apart_as_it_was_made(run, site, word):
     key = event_key(run, site, word)
     assert site_of_key(key) == site
     assert site_rights(site).topic_write.fullmatch(key)
-    assert takers(run_topology(run, (site,)), key) == {coordinator_queue(run)}
+    assert takers(run_topology(run, (site,)), key) - {mirror_queue(run)} == {coordinator_queue(run)}
+
+
+def test_what_sites_say_is_mirrored_but_for_progress():
+    """All of it, once; what the coordinator tells itself is not."""
+    words = {kind.word for kind in EVENTS.values() if (kind.__doc__ or "").startswith("Site ->")}
+    assert words - {"progressed"} == {*MIRRORED, "online"}
+    for word in WORDS:
+        run = ANY_RUN if word in MIRRORED_ANY else "r1"
+        found = takers(run_topology("r1", ("a",)), event_key(run, "a", word))
+        assert (mirror_queue("r1") in found) == (word in {*MIRRORED, *MIRRORED_ANY})
 
 
 @pytest.mark.parametrize("key", ["", "a", "a.b", "a.b.c.d", "...", "r1..online"])
@@ -101,7 +114,8 @@ def test_a_site_that_comes_online_is_heard_by_every_run():
     """It need not know which runs there are."""
     key = event_key(ANY_RUN, "a", "online")
     for run in ("r1", "r2"):
-        assert takers(run_topology(run, ("a",)), key) == {coordinator_queue(run)}
+        found = takers(run_topology(run, ("a",)), key)
+        assert found == {coordinator_queue(run), mirror_queue(run)}
 
 
 def test_the_coordinators_own_events_reach_its_own_queue_only():
@@ -139,6 +153,8 @@ def object_keys(run: str, site: str, number: int) -> list[str]:
         topology.evaluated_key(run, number, site),
         topology.finished_key(run),
         topology.inbox_key(run, number, site, SHA, 0),
+        topology.status_key(run),
+        topology.account_key(site),
     ]
 
 

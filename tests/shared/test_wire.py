@@ -27,6 +27,7 @@ from shared.events import (
     RunFinished,
     SiteOnline,
     TrainingFailed,
+    TrainingProgressed,
     UploadGranted,
     UploadRequested,
     WireBase,
@@ -47,6 +48,8 @@ EXAMPLES = [
         base=WireBase(model="m", fingerprint=B),
         lora=WireLora(target_modules=("q_proj", "v_proj")),
         training=TRAINING,
+        rounds=15,
+        participants=5,
     ),
     RoundStarted(
         run="r1",
@@ -115,6 +118,9 @@ EXAMPLES = [
         state="kept",
     ),
     TrainingFailed(run="r1", round=3, attempt=2, reason="out of memory", retryable=True),
+    TrainingProgressed(
+        run="r1", round=3, activity="train", step=2, of=4, seconds=3.5, tokens_per_second=99.5
+    ),
     AdapterEvaluated(run="r1", round=3, sha=A, held_out=HELD_OUT),
     MessageRefused(run=None, queue="q", sender=None, reason="no event", data=b"\x00\xff"),
     CoordinatorTick(run="r1", writer="w", now=1.5),
@@ -222,7 +228,7 @@ def test_a_mistyped_field_is_refused_by_name(event):
         (2, "chunk_size", 0),
         (2, "urls", {"0": "u"}),
         (9, "size", 0),
-        (13, "data", "text"),
+        (14, "data", "text"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(index, name, value):

@@ -1,0 +1,258 @@
+"""``gradualdiff sites``: the sites' accounts on the broker, and the kit that a site begins with."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from cli.kits import (
+    PASSWORD_FILE,
+    Office,
+    accounts_of,
+    declare_sites,
+    open_office,
+    prepare_kit,
+    site_url,
+    write_secret,
+)
+from cli.output import JsonOption, console, print_json, print_table
+from shared.errors import BrokerError, ConfigError
+
+if TYPE_CHECKING:
+    from coordinator.accounts import SiteAccount
+    from shared.store import ObjectStore
+
+app = typer.Typer(
+    help="Sites' broker accounts: add, list, rotate, remove, restore.", no_args_is_help=True
+)
+NameArgument = Annotated[str, typer.Argument(help="The site's name.")]
+FederationOption = Annotated[
+    Path, typer.Option("--federation", help="The federation.toml with its [broker] and [store].")
+]
+KitOption = Annotated[
+    Path | None,
+    typer.Option("--kit", help="Folder of what the site needs. Without it: kits/NAME."),
+]
+DEFAULT_FEDERATION = Path("federation.toml")
+
+
+@app.command()
+def add(
+    name: NameArgument,
+    kit: KitOption = None,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a site an account and a queue, and write the kit that it begins with."""
+    office = open_office(federation)
+    accounts = accounts_of(office)
+    accounts.check_new(name)
+    folder = prepare_kit(office, name, kit)
+    # The queue first: whatever fails here, the same command can be given again.
+    declare_sites(office, [name])
+    write_secret(folder / PASSWORD_FILE, accounts.add(name))
+    _tell(office, name, folder, "added", as_json=as_json)
+
+
+@app.command()
+def rotate(
+    name: NameArgument,
+    kit: KitOption = None,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a site another password; the old one, and who is connected with it, is cut off.
+
+    In a kit that is there only the password is written anew.
+    """
+    office = open_office(federation)
+    accounts = accounts_of(office)
+    if not accounts.exists(name):
+        raise _unknown(name)
+    folder = prepare_kit(office, name, kit)
+    write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
+    _tell(office, name, folder, "rotated", as_json=as_json)
+
+
+@app.command()
+def remove(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a site's account away and cut it off. Its queue and its results stay."""
+    office = open_office(federation)
+    _find(office, name)
+    if not yes:
+        question = f"Remove the account of site {name} and cut it off now?"
+        typer.confirm(question, abort=True, err=True)
+    accounts_of(office).remove(name)
+    if as_json:
+        print_json({"site": name, "state": "removed"})
+        return
+    console().print(f"site {name} is removed; its queue stays")
+
+
+@app.command()
+def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+    """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
+    office = open_office(federation)
+    restored = accounts_of(office).restore()
+    declare_sites(office, restored)
+    if as_json:
+        print_json({"restored": restored})
+        return
+    console().print(f"restored {len(restored)} accounts: {', '.join(restored) or 'none'}")
+
+
+@app.command("list")
+def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+    """Every site: its account, whether it listens now, and when it was last seen."""
+    from coordinator.accounts import list_accounts
+
+    office = open_office(federation)
+    sites = _looked_at(office, list_accounts(office.store))
+    if as_json:
+        print_json(sites)
+        return
+    columns = ("site", "account", "version", "created", "listens", "waiting", "last seen")
+    keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen")
+    print_table("Sites", columns, [[_told(site[key]) for key in keys] for site in sites])
+
+
+@app.command()
+def show(
+    name: NameArgument,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """One site: its account, queue and rights, and when it was last seen."""
+    from rich.markup import escape
+
+    from shared.topology import site_queue, site_rights
+
+    office = open_office(federation)
+    (site,) = _looked_at(office, [_find(office, name)])
+    rights = site_rights(name)
+    site |= {
+        "queue": site_queue(name),
+        "may_read": rights.read.pattern,
+        "may_write": rights.write.pattern,
+        "may_publish_as": rights.topic_write.pattern,
+    }
+    if as_json:
+        print_json(site)
+        return
+    # Escaped, since a table takes [a-z] of a pattern for its own mark-up.
+    facts = [(key.replace("_", " "), _told(value)) for key, value in site.items()]
+    facts = [(key, escape(value) if isinstance(value, str) else value) for key, value in facts]
+    print_table(f"Site {name}", ("fact", "value"), facts)
+
+
+# What the commands work with ---------------------------------------------------------------------
+
+
+def _find(office: Office, name: str) -> SiteAccount:
+    from coordinator.accounts import find_account
+
+    found = find_account(office.store, name)
+    if found is None:
+        raise _unknown(name)
+    return found
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"site {name}: expected a site with an account, got none of that name; see gradualdiff "
+        f"sites list, or gradualdiff sites add {name}"
+    )
+
+
+def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
+    """Each site as shown, without its hash. ``listens`` None: the broker was not to be asked."""
+    queues = _queues(office, [account.site for account in accounts])
+    seen = _last_seen(office.store, office.config.run.name)
+    return [
+        {
+            "site": account.site,
+            "state": account.state,
+            "version": account.version,
+            "created": _moment(account.created),
+            "changed": _moment(account.changed),
+            "listens": None if account.site not in queues else queues[account.site][1] > 0,
+            "waiting": None if account.site not in queues else queues[account.site][0],
+            "last_seen": _moment(seen.get(account.site)),
+        }
+        for account in accounts
+    ]
+
+
+def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
+    """Waiting messages and consumers by site; a site without a queue is left out.
+
+    The records are worth a look without the broker too: then a word on stderr, and nothing.
+    """
+    from shared.credentials import broker_address
+    from shared.errors import BrokerUnavailableError
+    from shared.rabbitmq import connect
+    from shared.topology import site_queue
+
+    found: dict[str, tuple[int, int]] = {}
+    if not sites:
+        return found
+    try:
+        with connect(broker_address(office.broker, office.folder)) as connection:
+            for site in sites:
+                try:
+                    found[site] = connection.count(site_queue(site))
+                except BrokerUnavailableError:
+                    raise
+                except BrokerError:
+                    continue  # the queue is not there
+    except BrokerError as error:
+        print(f"the broker cannot say who listens: {error}", file=sys.stderr)  # noqa: T201
+    return found
+
+
+def _last_seen(store: ObjectStore, run: str) -> dict[str, float]:
+    """When the coordinator of ``run`` last heard from each site, in seconds since the epoch."""
+    from coordinator.watch import read_status
+
+    status = read_status(store, run)
+    return {site: told.seen for site, told in status.sites.items()} if status else {}
+
+
+def _moment(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _told(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value
+
+
+def _tell(office: Office, name: str, folder: Path, done: str, *, as_json: bool) -> None:
+    from shared.credentials import is_loopback
+
+    url = site_url(office.broker, name)
+    if as_json:
+        print_json({"site": name, "state": done, "kit": str(folder), "url": url})
+        return
+    out = console()
+    out.print(f"site {name} is {done}; its kit is in {folder}", soft_wrap=True, markup=False)
+    out.print(f"next: bring it to the site on a safe way; {PASSWORD_FILE} is a secret")
+    if is_loopback(urlsplit(url).hostname or ""):
+        out.print(
+            "note: its broker address is this machine's own; for a site elsewhere set "
+            "broker.site_url to HOST:PORT as sites reach it, and rotate into a new kit",
+            soft_wrap=True,
+        )

@@ -1,0 +1,134 @@
+"""The coordinator as a process: connect, stand by, be the active one, finish.
+
+It keeps nothing that the ledger does not hold, so whatever breaks (the line to the broker, a store
+that is away for longer than a delivery may be held, another coordinator that wrote first) has one
+answer: drop everything, connect anew, rebuild from the ledger.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.bootstrap import TICK_SECONDS, build_coordinator
+from shared.backoff import Backoff
+from shared.dispatch import Patience
+from shared.errors import (
+    BrokerError,
+    FencedError,
+    GradualDiffError,
+    InterruptedRunError,
+    RunFailedError,
+)
+from shared.log import get_logger
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from coordinator.bootstrap import CoordinatorRole
+    from coordinator.state import RunState
+    from shared.broker import Broker
+    from shared.config import FederationConfig
+    from shared.store import ObjectStore
+
+HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
+LINGER_SECONDS = 600.0  # after the end, for the sites' word on the last adapter
+
+
+@dataclass(frozen=True)
+class Office:
+    """What a coordinator's process works with. ``connect`` makes a new connection each time."""
+
+    config: FederationConfig
+    store: ObjectStore
+    connect: Callable[[], Broker]
+    spool: Path
+    stopping: threading.Event
+    linger_seconds: float = LINGER_SECONDS
+    clock: Callable[[], float] = time.time
+
+
+def serve(office: Office) -> RunState:
+    """Start or resume the run and bring it to its end, or stand by; the final state.
+
+    Raises InterruptedRunError when the process is to stop, RunFailedError when the run ended
+    without a result, and what forbids a start: wrong accounts, another config on record.
+    """
+    run, stopping = office.config.run.name, office.stopping
+    pauses, was_built = Backoff(), False
+    while not stopping.is_set():
+        try:
+            with office.connect() as broker:
+                role = _build(office, broker)
+                was_built = True
+                get_logger().info("coordinator.connected", run=run)
+                state = _attend(office, role, pauses)
+                if state is not None:
+                    return _result(state)
+        except GradualDiffError as error:
+            if not (
+                error.retryable or (was_built and isinstance(error, BrokerError | FencedError))
+            ):
+                raise
+            pause = pauses.next()
+            get_logger().warning(
+                "coordinator.waits", run=run, reason=str(error), seconds=round(pause, 1)
+            )
+            stopping.wait(pause)
+    raise InterruptedRunError(f"run {run}: stopped; everything finished is on record")
+
+
+def _build(office: Office, broker: Broker) -> CoordinatorRole:
+    def pause(seconds: float) -> None:
+        if office.stopping.wait(seconds):
+            raise InterruptedRunError(f"run {office.config.run.name}: stopped while it waited")
+
+    return build_coordinator(
+        office.config,
+        office.store,
+        broker,
+        office.spool,
+        office.clock,
+        Patience(HOLD_SECONDS, pause),
+    )
+
+
+def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
+    """Handle what comes, tick; the final state, or None when the process is to stop."""
+    coordinator = role.coordinator
+    next_tick = 0.0
+    leave_at: float | None = None
+    while not office.stopping.is_set():
+        now = time.monotonic()
+        if now >= next_tick:
+            role.tick()
+            if coordinator.active:
+                coordinator.watch.write(coordinator.state, office.clock())
+            next_tick = now + TICK_SECONDS
+        was_active = coordinator.active
+        role.dispatcher.handle_next(min(0.5, max(0.0, next_tick - now)))
+        if not coordinator.active:
+            continue
+        if not was_active:
+            get_logger().info("coordinator.active", run=office.config.run.name)
+        pauses.reset()
+        state = coordinator.state
+        if state.finished is not None:
+            if leave_at is None:
+                leave_at = time.monotonic() + office.linger_seconds
+            owed = set(state.members) - state.evaluated if state.finished.sha else set()
+            if not owed or time.monotonic() > leave_at:
+                coordinator.watch.write(state, office.clock())
+                return state
+    return None
+
+
+def _result(state: RunState) -> RunState:
+    if state.finished is not None and state.finished.failed:
+        raise RunFailedError(
+            f"run {state.config.run.name} ended without a result: {state.finished.reason}"
+        )
+    return state

@@ -1,0 +1,272 @@
+"""The participant as a process: one thread listens, the main thread works.
+
+Listening is short: a message is checked, noted and acknowledged, and a training of ten hours keeps
+none of them waiting. It also says every minute that the site is there and how far it is. Working
+happens in the main thread, in turn: what the messages ask for, then the next piece of work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from participant.bootstrap import subscribe
+from participant.handlers import Participant, Site
+from participant.line import Line
+from participant.reporting import Counted, Reporter
+from shared import topology, wire
+from shared.backoff import Backoff
+from shared.broker import Message
+from shared.errors import (
+    GradualDiffError,
+    InterruptedRunError,
+    NoWorkError,
+    RunStuckError,
+    UnroutableError,
+)
+from shared.events import SiteOnline
+from shared.log import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from participant.learning import Learner
+    from participant.workspace import Workspace
+    from shared.broker import Broker
+    from shared.config import AcceptSection
+    from shared.dispatch import Dispatcher
+    from shared.events import Event
+    from shared.store import Transfer
+
+ONLINE_SECONDS = 60.0
+PROGRESS_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Station:
+    """What a participant's process works with. ``connect`` makes a new connection each time."""
+
+    name: str
+    connect: Callable[[], Broker]
+    transfer: Transfer
+    workspace: Workspace
+    learner: Learner
+    accept: AcceptSection
+    stopping: threading.Event
+    clock: Callable[[], float] = time.time
+
+
+class Inbox:
+    """Messages between the two threads: of each kind and run only the newest matters."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._events: dict[tuple[type[Event], str], Event] = {}
+
+    def put(self, event: Event, sender: str) -> None:
+        """A handler for every kind: note it and return."""
+        del sender
+        with self._changed:
+            self._events[type(event), getattr(event, "run", "")] = event
+            self._changed.notify()
+
+    def take(self, timeout_seconds: float) -> Event | None:
+        """The oldest noted, or None when none comes in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._events, timeout_seconds)
+            key = next(iter(self._events), None)
+            return None if key is None else self._events.pop(key)
+
+
+class Listener(threading.Thread):
+    """Connects for ever, notes what comes, says that the site is there."""
+
+    def __init__(self, station: Station, line: Line, inbox: Inbox, reporter: Reporter) -> None:
+        super().__init__(name="listener", daemon=True)
+        self._station = station
+        self._line = line
+        self._inbox = inbox
+        self._reporter = reporter
+        self.participant: Participant | None = None
+        self.failure: BaseException | None = None
+        self._was_connected = False
+
+    def run(self) -> None:
+        """Until the process is to stop, or the first connection fails for good."""
+        pauses, stopping = Backoff(), self._station.stopping
+        while not stopping.is_set():
+            try:
+                self._listen(pauses)
+            except GradualDiffError as error:
+                if not (self._was_connected or error.retryable):
+                    self._give_up(error)
+                    return
+                pause = pauses.next()
+                get_logger().warning("broker.lost", reason=str(error), seconds=round(pause, 1))
+                stopping.wait(pause)
+            except BaseException as error:
+                self._give_up(error)
+                raise
+
+    def _give_up(self, error: BaseException) -> None:
+        self.failure = error
+        self._station.stopping.set()
+
+    def _listen(self, pauses: Backoff) -> None:
+        assert self.participant is not None  # set before the thread starts
+        station = self._station
+        with station.connect() as broker:
+            kinds = self.participant.handlers
+            handlers = dict.fromkeys(kinds, self._inbox.put)
+            dispatcher = subscribe(station.name, broker, handlers, station.clock)
+            self._line.connected(broker)
+            self._was_connected = True
+            get_logger().info("broker.connected", site=station.name)
+            try:
+                self._serve(broker, dispatcher, pauses)
+            finally:
+                self._line.connected(None)
+
+    def _serve(self, broker: Broker, dispatcher: Dispatcher, pauses: Backoff) -> None:
+        next_online = next_progress = 0.0
+        while not self._station.stopping.is_set():
+            now = time.monotonic()
+            if now >= next_online:
+                self._say_online(broker)
+                next_online = now + ONLINE_SECONDS
+            if now >= next_progress:
+                self._say_progress(broker)
+                next_progress = now + PROGRESS_SECONDS
+            dispatcher.handle_next(0.5)
+            pauses.reset()
+
+    def _say_online(self, broker: Broker) -> None:
+        in_hand = self.participant.in_hand if self.participant else None
+        event = SiteOnline(
+            run=in_hand.run if in_hand else None, round=getattr(in_hand, "round", None)
+        )
+        try:
+            broker.publish([self._message(topology.ANY_RUN, event)])
+        except UnroutableError:
+            get_logger().warning("coordinator.absent", reason="no run is open on this broker")
+
+    def _say_progress(self, broker: Broker) -> None:
+        event = self._reporter.newest()
+        if event is not None:
+            with contextlib.suppress(UnroutableError):
+                broker.publish([self._message(event.run, event, 6 * PROGRESS_SECONDS)])
+
+    def _message(self, run: str, event: Event, expires_seconds: float | None = None) -> Message:
+        key = topology.event_key(run, self._station.name, event.word)
+        body = wire.encode(event, self._station.clock())
+        return Message(topology.EVENTS_EXCHANGE, key, body, expires_seconds)
+
+
+class Worker:
+    """The main thread's side of a participant's process."""
+
+    def __init__(self, station: Station) -> None:
+        self._station = station
+        self._inbox = Inbox()
+        self._reporter = Reporter()
+        line = Line(station.stopping)
+        self.participant = Participant(
+            Site(
+                name=station.name,
+                line=line,
+                transfer=Counted(station.transfer, self._reporter),
+                workspace=station.workspace,
+                learner=station.learner,
+                clock=station.clock,
+                accept=station.accept,
+                should_stop=station.stopping.is_set,
+                report=self._reporter.report,
+            )
+        )
+        self._reporter.participant = self.participant
+        self._listener = Listener(station, line, self._inbox, self._reporter)
+        self._listener.participant = self.participant
+        self._pauses = Backoff(longest=LONGEST_PAUSE_SECONDS)
+
+    def run(self, is_done: Callable[[], bool]) -> None:
+        """Work until ``is_done()`` or the process is to stop.
+
+        Raises what the first connection failed with.
+        """
+        stopping = self._station.stopping
+        self._listener.start()
+        try:
+            while not (stopping.is_set() or is_done()):
+                self._turn()
+        finally:
+            stopping.set()
+            self._listener.join(10.0)
+        if self._listener.failure is not None:
+            raise self._listener.failure
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the last turn had nothing to do."""
+        return self._idle
+
+    _idle = False
+
+    def _turn(self) -> None:
+        participant = self.participant
+        event = self._inbox.take(0.0 if participant.has_work else 0.5)
+        self._idle = event is None and not participant.has_work
+        try:
+            if event is not None:
+                participant.handlers[type(event)](event, topology.COORDINATOR)
+            elif participant.has_work:
+                participant.work()
+        except InterruptedRunError:
+            self._station.stopping.set()
+        except GradualDiffError as error:
+            # The work stays on the agenda: it is tried again until it works or is called off.
+            pause = self._pauses.next()
+            get_logger().warning("work.waits", reason=str(error), seconds=round(pause, 1))
+            self._station.stopping.wait(pause)
+        except Exception:  # noqa: BLE001 - a daemon outlives what nobody foresaw, and says it
+            pause = self._pauses.next()
+            get_logger().exception("work.crashed", seconds=round(pause, 1))
+            self._station.stopping.wait(pause)
+        else:
+            self._pauses.reset()
+
+
+def serve(station: Station) -> None:
+    """Take part in whatever comes until the process is to stop. Raises what forbids a start."""
+    Worker(station).run(lambda: False)
+
+
+def serve_once(station: Station, wait_seconds: float) -> None:
+    """Take one round: train, upload, publish. Returns once the broker has the reference.
+
+    Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError
+    when a finished delta finds nobody to take it in that time (it is kept for the next call).
+    """
+    worker = Worker(station)
+    deadline = time.monotonic() + wait_seconds
+
+    def is_done() -> bool:
+        nonlocal deadline
+        if worker.participant.handed_over:
+            return True
+        if not worker.is_idle:
+            deadline = time.monotonic() + wait_seconds
+        return time.monotonic() > deadline
+
+    worker.run(is_done)
+    if worker.participant.handed_over:
+        return
+    if worker.participant.trained is not None:
+        raise RunStuckError(
+            f"{station.name}: round {worker.participant.trained.round} is trained, but no "
+            f"coordinator took it within {wait_seconds:.0f} s; it is kept, run this again"
+        )
+    raise NoWorkError(f"{station.name}: nothing to do within {wait_seconds:.0f} s")

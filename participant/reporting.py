@@ -1,0 +1,80 @@
+"""How far this site is, for those who look on: the newest word only, made when asked for."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from shared.events import TrainingProgressed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from participant.handlers import Participant
+    from participant.learning import Progress
+    from shared.store import Transfer
+
+
+class Reporter:
+    """Takes every report of the working thread; gives the newest to the listening one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.participant: Participant | None = None
+        self._newest: TrainingProgressed | None = None
+        self._activity: tuple[str, int, str] | None = None
+        self._activity_began = 0.0
+        self._last_report = clock()
+        self.bytes_down = 0
+        self.bytes_up = 0
+
+    def report(self, site: str, round_number: int | None, progress: Progress) -> None:
+        """The working thread's side."""
+        del site
+        in_hand = self.participant.in_hand if self.participant else None
+        if in_hand is None:
+            return
+        now = self._clock()
+        activity = (in_hand.run, round_number or 0, progress.activity)
+        if activity != self._activity:
+            # The first report comes after the first step: it began when the one before ended.
+            self._activity, self._activity_began = activity, self._last_report
+        self._last_report = now
+        seconds = max(now - self._activity_began, 0.0)
+        rate = progress.tokens / seconds if progress.tokens and seconds > 0 else None
+        self._newest = TrainingProgressed(
+            run=in_hand.run,
+            round=round_number or 0,
+            activity=progress.activity,
+            step=progress.done,
+            of=progress.total,
+            seconds=round(seconds, 3),
+            tokens_per_second=None if rate is None else round(rate, 1),
+            bytes_down=self.bytes_down,
+            bytes_up=self.bytes_up,
+        )
+
+    def newest(self) -> TrainingProgressed | None:
+        """What was not given out before; None when nothing moved."""
+        newest, self._newest = self._newest, None
+        return newest
+
+
+class Counted:
+    """A ``Transfer`` that counts bytes for the report."""
+
+    def __init__(self, transfer: Transfer, reporter: Reporter) -> None:
+        self._transfer = transfer
+        self._reporter = reporter
+
+    def download(self, url: str, path: Path, sha256: str) -> int:
+        """See the port."""
+        size = self._transfer.download(url, path, sha256)
+        self._reporter.bytes_down += size
+        return size
+
+    def upload(self, url: str, path: Path, start: int, length: int) -> None:
+        """See the port."""
+        self._transfer.upload(url, path, start, length)
+        self._reporter.bytes_up += length

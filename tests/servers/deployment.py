@@ -1,0 +1,160 @@
+"""A whole deployment for tests: real servers, real processes, a tiny real model at two sites."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tests.tiny_model import write_federation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.servers.rabbitmq import RabbitServer
+    from tests.servers.seaweedfs import S3Server
+
+COORDINATOR_PASSWORD = "for-tests"  # noqa: S105
+PATIENCE_SECONDS = 120.0
+
+
+@dataclass
+class Deployment:
+    """One federation over one virtual host and one bucket. Sites ``a`` and ``b``."""
+
+    folder: Path
+    model: Path
+    rabbit: RabbitServer
+    vhost: str
+    s3: S3Server
+    rounds: int = 3
+    extra: str = ""
+    broker_port: int | None = None
+    s3_url: str | None = None
+    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.federation = write_federation(
+            self.folder, self.model, rounds=self.rounds, extra=self.extra + self._servers()
+        )
+        self._secrets()
+        self.rabbit.api(
+            "PUT",
+            "users/coordinator",
+            {"password": COORDINATOR_PASSWORD, "tags": "administrator"},
+        )
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        self.rabbit.api("PUT", f"permissions/{self.vhost}/coordinator", everything)
+        self.command("setup", str(self.federation), "--kits", str(self.folder / "kits"))
+        for name in "ab":
+            self._fill_kit(name)
+
+    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run ``gradualdiff`` to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
+        return done
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        """Start ``gradualdiff``; its log is ``NAME.log``."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "cli.main", *arguments],
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        return self.processes[name]
+
+    def start_coordinator(
+        self, name: str = "coordinator", *arguments: str
+    ) -> subprocess.Popen[str]:
+        """The coordinator, or one more to stand by."""
+        return self.start(name, "coordinator", str(self.federation), *arguments)
+
+    def start_participant(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        """The daemon of a site."""
+        return self.start(name, "participant", str(self.site_toml(name)), *arguments)
+
+    def site_toml(self, name: str) -> Path:
+        """The site's own file."""
+        return self.folder / "kits" / name / "site.toml"
+
+    def log(self, name: str) -> str:
+        """What a process has said so far."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def wait_for(self, text: str, name: str, seconds: float = PATIENCE_SECONDS) -> None:
+        """Wait until a process has said ``text``."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log(name):
+            process = self.processes[name]
+            assert process.poll() is None, f"{name} ended early:\n{self.log(name)[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"{name} never said {text}:\n{self.log(name)[-3000:]}"
+            )
+            time.sleep(0.05)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL; asserts that it was alive."""
+        process = self.processes[name]
+        assert process.poll() is None, f"{name} had ended:\n{self.log(name)[-3000:]}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+    def finish(self, name: str = "coordinator", seconds: float = PATIENCE_SECONDS) -> str:
+        """Wait for a coordinator's end; the final adapter's sha256."""
+        code = self.processes[name].wait(seconds)
+        assert code == 0, f"{name}: exit {code}\n{self.log(name)[-3000:]}"
+        return self.log(name).rpartition("sha256 ")[2].strip()
+
+    def close(self) -> None:
+        """End every process."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+    def _servers(self) -> str:
+        port = self.broker_port or self.rabbit.port
+        return f"""
+[broker]
+url = "amqp://coordinator@127.0.0.1:{port}/{self.vhost}"
+password_file = "broker-password"
+management_url = "{self.rabbit.management_url}"
+[store]
+url = "{self.s3_url or self.s3.url}"
+bucket = "{self.vhost}"
+access_key_file = "access-key"
+secret_key_file = "secret-key"
+"""
+
+    def _secrets(self) -> None:
+        for file, secret in (
+            ("broker-password", COORDINATOR_PASSWORD),
+            ("access-key", self.s3.access_key),
+            ("secret-key", self.s3.secret_key),
+        ):
+            (self.folder / file).write_text(secret + "\n")
+
+    def _fill_kit(self, name: str) -> None:
+        """What the site's engineer does: say where the text is."""
+        text = self.site_toml(name).read_text()
+        head, _, rest = text.partition("\n[data]")
+        data = (self.folder / f"{name}.toml").read_text().partition("[data]")[2]
+        data = data.replace(f"{name}.jsonl", str(self.folder / f"{name}.jsonl"))
+        tail = rest[rest.index("[device]") :]
+        self.site_toml(name).write_text(f"{head}\n[data]{data}\n{tail}")
