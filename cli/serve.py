@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from participant.daemon import Station
+    from participant.learning import Learner
     from shared.broker import Broker
     from shared.config import BrokerSection, SiteConfig
 
@@ -100,13 +101,13 @@ def participant(
     configure(level=log)
     config = load_site(site)
     folder = site.resolve().parent
-    workspace = folder / config.site.workspace
+    learner = _learner(config, folder)
     stopping = threading.Event()
     with (
-        held(workspace / ".lock", f"the workspace of {config.site.name}"),
+        held(folder / config.site.workspace / ".lock", f"the workspace of {config.site.name}"),
         stopped_by_signal(stopping),
     ):
-        station = _station(config, folder, stopping)
+        station = make_station(config, folder, learner, stopping)
         if once:
             serve_once(station, wait)
         else:
@@ -123,7 +124,10 @@ def connect_broker(section: BrokerSection, folder: Path, heartbeat_seconds: int)
     return connect(broker_address(section, folder), heartbeat_seconds)
 
 
-def _station(config: SiteConfig, folder: Path, stopping: threading.Event) -> Station:
+def make_station(
+    config: SiteConfig, folder: Path, learner: Learner, stopping: threading.Event
+) -> Station:
+    """What the participant's process works with. Raises ConfigError."""
     from participant.daemon import Station
     from participant.workspace import Workspace
     from shared.credentials import existing_file
@@ -132,6 +136,21 @@ def _station(config: SiteConfig, folder: Path, stopping: threading.Event) -> Sta
     broker = config.broker
     if broker is None:
         raise ConfigError("broker: expected where to connect to, got nothing; add [broker]")
+    return Station(
+        name=config.site.name,
+        connect=lambda: connect_broker(broker, folder, SITE_HEARTBEAT),
+        transfer=HttpTransfer(
+            ca_file=existing_file(folder, broker.ca_file, "broker.ca_file"),
+            plaintext=broker.transport == "plaintext",
+        ),
+        workspace=Workspace(folder / config.site.workspace),
+        learner=learner,
+        accept=config.accept,
+        stopping=stopping,
+    )
+
+
+def _learner(config: SiteConfig, folder: Path) -> Learner:
     try:
         from participant.model_shelf import ModelShelf
         from participant.torch_learner import TorchLearner
@@ -140,19 +159,8 @@ def _station(config: SiteConfig, folder: Path, stopping: threading.Event) -> Sta
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    name = config.site.name
-    return Station(
-        name=name,
-        connect=lambda: connect_broker(broker, folder, SITE_HEARTBEAT),
-        transfer=HttpTransfer(
-            ca_file=existing_file(folder, broker.ca_file, "broker.ca_file"),
-            plaintext=broker.transport == "plaintext",
-        ),
-        workspace=Workspace(folder / config.site.workspace),
-        learner=TorchLearner(name, config.data, folder, ModelShelf(config.device.kind)),
-        accept=config.accept,
-        stopping=stopping,
-    )
+    shelf = ModelShelf(config.device.kind)
+    return TorchLearner(config.site.name, config.data, folder, shelf)
 
 
 def _check_store(store: object, stopping: threading.Event) -> None:

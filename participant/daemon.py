@@ -195,7 +195,7 @@ class Worker:
     def run(self, is_done: Callable[[], bool]) -> None:
         """Work until ``is_done()`` or the process is to stop.
 
-        Raises what the first connection failed with.
+        Raises InterruptedRunError when stopped, or what the first connection failed with.
         """
         stopping = self._station.stopping
         self._listener.start()
@@ -203,10 +203,15 @@ class Worker:
             while not (stopping.is_set() or is_done()):
                 self._turn()
         finally:
+            interrupted = stopping.is_set()
             stopping.set()
             self._listener.join(10.0)
         if self._listener.failure is not None:
             raise self._listener.failure
+        if interrupted:
+            raise InterruptedRunError(
+                f"{self._station.name}: stopped; what is trained is kept for the next start"
+            )
 
     @property
     def is_idle(self) -> bool:
@@ -240,7 +245,10 @@ class Worker:
 
 
 def serve(station: Station) -> None:
-    """Take part in whatever comes until the process is to stop. Raises what forbids a start."""
+    """Take part in whatever comes until the process is to stop.
+
+    Raises InterruptedRunError then, and what forbids a start.
+    """
     Worker(station).run(lambda: False)
 
 

@@ -7,6 +7,9 @@ from typing import NoReturn
 import pytest
 import structlog
 
+from tests.servers.fixtures_s3 import s3_server  # noqa: F401 - a fixture for all tests
+from tests.servers.rabbitmq import rabbit_server, vhost  # noqa: F401
+
 
 def _drop(logger, method, event) -> NoReturn:
     raise structlog.DropEvent

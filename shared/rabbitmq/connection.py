@@ -20,6 +20,7 @@ from shared.rabbitmq.consumer import RabbitConsumer
 from shared.rabbitmq.declaring import declare
 from shared.rabbitmq.futures import answer, fail, guarded
 from shared.rabbitmq.publisher import Publisher
+from shared.rabbitmq.taking import Taker, check_sent, not_in_that_name, send_as
 from shared.rabbitmq.translation import because, translate
 
 if TYPE_CHECKING:
@@ -146,10 +147,13 @@ class RabbitConnection:
                 if len(found) < limit:
                     channel.basic_get(queue, take)
                 else:
-                    done(None)
+                    give_back()
 
-            # On closing the channel all of them go back.
-            channel.add_callback(lambda _: done(None), [pika.spec.Basic.GetEmpty])
+            def give_back(_: object = None) -> None:
+                channel.basic_nack(0, multiple=True, requeue=True)  # 0: all of them
+                done(None)
+
+            channel.add_callback(give_back, [pika.spec.Basic.GetEmpty])
             more()
 
         self._on_own_channel(start)
@@ -162,6 +166,23 @@ class RabbitConnection:
         )
         count: int = found.method.message_count
         return count
+
+    def take_from(self, queue: str) -> Taker:
+        """Take messages one by one and settle each, or let it go back. Close it when done."""
+        return Taker(self, queue)
+
+    def publish_as(self, sender: str, message: Message) -> None:
+        """Publish one message in ``sender``'s name and wait for the confirm.
+
+        Raises AccessRefusedError unless ``sender`` is this account or it may impersonate, else as
+        ``publish``.
+        """
+        send = functools.partial(send_as, message=message, sender=sender)
+        try:
+            decided = self._on_own_channel(send)
+        except BrokerError as error:
+            raise not_in_that_name(error, self.identity, sender) from None
+        check_sent(decided, message)
 
     def close(self) -> None:
         """End the connection and its consumers. Repeatable."""
@@ -229,8 +250,11 @@ class RabbitConnection:
         """``start(channel, done)`` on a channel of its own, which an error may close."""
 
         def open_channel(future: Future[object]) -> None:
+            results: list[object] = []
+
             def done(result: object) -> None:
-                answer(future, result)
+                # Answered once it is closed: what it held is back in its queue by then.
+                results.append(result)
                 if channel.is_open:
                     channel.close()
 
@@ -239,9 +263,13 @@ class RabbitConnection:
                     future, self._address, lambda: start(opened, done)
                 )
             )
-            channel.add_on_close_callback(
-                lambda _, reason: fail(future, translate(reason, self._address))
-            )
+            def on_close(_channel: object, reason: BaseException) -> None:
+                if results:
+                    answer(future, results[0])
+                else:
+                    fail(future, translate(reason, self._address))
+
+            channel.add_on_close_callback(on_close)
 
         return self._ask(open_channel)
 

@@ -1,13 +1,34 @@
-"""RabbitMQ under the contract, and what only a real server has: restarts, cuts, wrong passwords."""
+"""RabbitMQ under the contract, and what only a real server has: restarts, alarms, TLS, accounts."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pika
 import pytest
 
+from shared.broker import Message
 from shared.credentials import BrokerAddress
+from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError, UnroutableError
 from shared.rabbitmq import connect
-from tests.contracts.broker_contract import BrokerContract
-from tests.servers.rabbitmq import rabbit_server, vhost  # noqa: F401
+from shared.topology import (
+    COORDINATOR,
+    EVENTS_EXCHANGE,
+    SITES_EXCHANGE,
+    coordinator_queue,
+    coordinator_rights,
+    mirror_queue,
+    run_topology,
+    site_queue,
+)
+from tests.contracts.broker_contract import BrokerContract, event
+from tests.servers.faults import make_certificate
+from tests.servers.rabbitmq import ADMIN, RabbitServer
 
 
 class RabbitBus:
@@ -59,7 +80,7 @@ class RabbitBus:
 
 
 @pytest.fixture
-def bus(rabbit_server, vhost):  # noqa: F811
+def bus(rabbit_server, vhost):
     bus = RabbitBus(rabbit_server, vhost)
     yield bus
     bus.close()
@@ -73,3 +94,192 @@ class TestRabbitMQ(BrokerContract):
     @pytest.fixture
     def bus(self, bus):
         return bus
+
+
+@pytest.fixture
+def address(rabbit_server, vhost):
+    """The administrator's."""
+    return BrokerAddress(
+        "127.0.0.1", rabbit_server.port, vhost, ADMIN, rabbit_server.password, tls=False
+    )
+
+
+@pytest.fixture
+def coordinator(bus):
+    broker = bus.connect(COORDINATOR, coordinator_rights())
+    broker.declare(run_topology("r1", ("site-a",)))
+    return broker
+
+
+# Whom it lets in ----------
+
+
+def test_a_wrong_password_names_its_setting(address):
+    """And not the password."""
+    with pytest.raises(AccessRefusedError, match=r"broker\.password_file") as caught:
+        connect(replace(address, password="not-it"))
+    assert "not-it" not in str(caught.value)
+    assert "not-it" not in repr(replace(address, password="not-it"))
+
+
+def test_an_unknown_virtual_host_is_named(address):
+    """By its name and the setting it stands in."""
+    with pytest.raises(AccessRefusedError, match=r"nowhere.*broker\.url"):
+        connect(replace(address, vhost="nowhere"))
+
+
+def test_nobody_there_is_retryable(address):
+    """The port is closed: unavailable, at once."""
+    with pytest.raises(BrokerUnavailableError, match=r"refused.*broker\.url"):
+        connect(replace(address, port=1))
+
+
+def test_a_message_without_user_id_has_no_sender(address, coordinator):
+    """It passes the broker; that it speaks for nobody is for the reader to see."""
+    parameters = pika.ConnectionParameters(
+        "127.0.0.1",
+        address.port,
+        address.vhost,
+        pika.PlainCredentials(address.account, address.password),
+    )
+    with pika.BlockingConnection(parameters) as raw:
+        raw.channel().basic_publish(EVENTS_EXCHANGE, "r1.site-a.ready", b"forged")
+    delivery = coordinator.consume(coordinator_queue("r1")).receive(10)
+    assert (delivery.body, delivery.sender) == (b"forged", None)
+    delivery.acknowledge()
+
+
+# What it endures ----------
+
+
+def test_heartbeats_go_on_while_the_caller_is_busy(address, coordinator):
+    """Two seconds of silence end a connection with a heartbeat of one; five of work do not."""
+    with connect(address, 1) as broker:
+        consumer = broker.consume(coordinator_queue("r1"))
+        broker.publish([event("r1.site-a.ready")])
+        delivery = consumer.receive(10)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            sum(range(1000))
+        delivery.acknowledge()
+        broker.publish([event("r1.site-a.ready")])
+
+
+def test_threads_share_a_connection(coordinator):
+    """Eight publish at once, one of them to nowhere: each gets its own answer."""
+
+    def publish(number: int) -> bool:
+        key = "nobody" if number == 3 else "site-a"
+        try:
+            coordinator.publish([Message(SITES_EXCHANGE, key, b"%d" % number)] * 50)
+        except UnroutableError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(publish, range(8))) == [number != 3 for number in range(8)]
+    assert coordinator.depth(site_queue("site-a")) == 350
+
+
+def test_people_may_look_and_look_again(coordinator):
+    """The mirror's messages stay, in order, however often somebody looks at them."""
+    coordinator.publish([event("r1.site-a.ready", b"%d" % number) for number in range(3)])
+    for _ in range(25):  # more often than a delivery limit would allow
+        seen = coordinator.peek(mirror_queue("r1"), 10)
+        assert [body for _, _, body in seen] == [b"0", b"1", b"2"]
+    assert {sender for _, sender, _ in seen} == {COORDINATOR}
+    assert coordinator.purge(mirror_queue("r1")) == 3
+    assert coordinator.peek(mirror_queue("r1"), 10) == []
+
+
+# Whole servers ----------
+
+
+@pytest.fixture
+def own_server(tmp_path):
+    """A server of its own, with TLS too, to be killed and frightened."""
+    certificate, key = make_certificate(tmp_path, 1)
+    (tmp_path / "node").mkdir()
+    server = RabbitServer(tmp_path / "node", tls=(certificate, key, certificate))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_keeps_what_it_confirmed(own_server):
+    """Waiting readers are told; what was confirmed is there after the restart."""
+    address = BrokerAddress(
+        "127.0.0.1", own_server.port, "/", ADMIN, own_server.password, tls=False
+    )
+    broker = connect(address)
+    broker.declare(run_topology("r1", ("site-a",)))
+    consumer = broker.consume(coordinator_queue("r1"))
+    broker.publish([Message(SITES_EXCHANGE, "site-a", b"kept")] * 100)
+    # 3.10 may leave a quorum queue without a leader when it dies within a second of its making.
+    thread = threading.Timer(3.0, own_server.kill)
+    thread.start()
+    with pytest.raises(BrokerUnavailableError):
+        consumer.receive(30)
+    thread.join()
+    with pytest.raises(BrokerUnavailableError):
+        broker.publish([Message(SITES_EXCHANGE, "site-a", b"x")])
+    broker.close()
+    with pytest.raises(BrokerUnavailableError):
+        connect(address)
+    own_server.start()
+    with connect(address) as again:
+        again.declare(run_topology("r1", ("site-a",)))
+        reader = again.consume(site_queue("site-a"))
+        for _ in range(100):  # a count may lag behind after a restart; the messages do not
+            delivery = reader.receive(10)
+            assert delivery.body == b"kept"
+            delivery.acknowledge()
+
+
+@pytest.mark.slow
+def test_an_alarm_is_named_and_over_when_it_is_over(own_server, monkeypatch):
+    """A server out of memory takes no messages: an error that says so, and no hanging."""
+    monkeypatch.setattr("shared.rabbitmq.connection.ANSWER_SECONDS", 3.0)
+    address = BrokerAddress(
+        "127.0.0.1", own_server.port, "/", ADMIN, own_server.password, tls=False
+    )
+
+    def watermark(part: str) -> None:
+        command = [*own_server.rabbitmqctl, "set_vm_memory_high_watermark", part]
+        subprocess.run(command, check=True, capture_output=True)
+
+    with connect(address) as broker:
+        broker.declare(run_topology("r1", ("site-a",)))
+        watermark("0.0000001")
+        time.sleep(2)  # it looks at its memory once a second
+        with pytest.raises(BrokerUnavailableError, match="memory or disk alarm"):
+            broker.publish([Message(SITES_EXCHANGE, "site-a", b"x")])
+    watermark("0.4")
+    with connect(address) as broker:
+        broker.publish([Message(SITES_EXCHANGE, "site-a", b"x")])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(  # pika leaves the socket of a failed handshake to the collector
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_tls_is_checked(own_server, tmp_path):
+    """The right authority: all well. None, an expired one, the wrong port: named, with the fix."""
+    authority = own_server.tls[2]
+    address = BrokerAddress(
+        "127.0.0.1", own_server.tls_port, "/", ADMIN, own_server.password, True, authority
+    )
+    with connect(address) as broker:
+        broker.declare(run_topology("r1", ("site-a",)))
+        broker.publish([Message(SITES_EXCHANGE, "site-a", b"x")])
+    with pytest.raises(BrokerError, match=r"certificate.*self.signed.*broker\.ca_file"):
+        connect(replace(address, ca_file=None))
+    with pytest.raises(BrokerError, match=r"no TLS there.*port"):
+        connect(replace(address, port=own_server.port))
+    own_server.kill()
+    expired, key = make_certificate(tmp_path, -1)
+    own_server.tls = (expired, key, expired)
+    own_server.start()
+    with pytest.raises(BrokerError, match=re.compile("certificate.*expired.*check the clock")):
+        connect(replace(address, ca_file=expired))

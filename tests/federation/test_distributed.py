@@ -2,34 +2,128 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 
 from tests.servers.deployment import Deployment
-from tests.servers.fixtures_s3 import s3_server  # noqa: F401
-from tests.servers.rabbitmq import rabbit_server, vhost  # noqa: F401
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def deployment(tmp_path, model, rabbit_server, vhost, s3_server):  # noqa: F811
-    made = Deployment(tmp_path, model, rabbit_server, vhost, s3_server)
-    yield made
-    made.close()
+def deploy(tmp_path, rabbit_server, vhost, s3_server):
+    """Makes a deployment; all of its processes are ended at the end."""
+    made = []
+
+    def make(**settings) -> Deployment:
+        folder = tmp_path / str(len(made))
+        settings = {"model": None, "rabbit": rabbit_server, "s3": s3_server, **settings}
+        made.append(Deployment(folder, vhost=vhost, **settings))
+        return made[-1]
+
+    yield make
+    for deployment in made:
+        deployment.close()
 
 
-def test_three_processes_end_where_one_does(deployment):
-    """Coordinator and two participants over RabbitMQ and S3: the embedded run's very bytes."""
-    deployment.start_participant("a")
-    deployment.start_participant("b")
+@pytest.mark.model
+def test_three_processes_end_where_one_does(deploy, tmp_path):
+    """A real model at two sites, over RabbitMQ and S3: the embedded run's very bytes."""
+    deployment = deploy(model=make_tiny_model(tmp_path / "model"))
+    for site in "ab":
+        deployment.start_participant(site)
     deployment.start_coordinator()
     sha = deployment.finish()
     embedded = deployment.command("simulate", str(deployment.federation))
     assert sha in embedded.stdout
     deployment.command("runs", "verify", "tiny", "--federation", str(deployment.federation))
+
+
+def test_any_process_may_be_killed(deploy):
+    """SIGKILL of each in turn, in the middle of a round; nothing finished is trained again."""
+    deployment = deploy()
+    deployment.start_coordinator()
+    for site in "ab":
+        deployment.start_participant(site, slow=1.0)
+    for round_number, victim in enumerate(("coordinator", "a", "b"), start=1):
+        deployment.wait_for("opened.recorded", "coordinator", count=round_number)
+        time.sleep(0.3)
+        deployment.kill(victim)
+        if victim == "coordinator":
+            deployment.start_coordinator()
+        else:
+            deployment.start_participant(victim, slow=1.0)
+    assert deployment.finish() == deployment.wanted()
+    for site in "ab":
+        assert deployment.trained(site) == ["tiny 1", "tiny 2", "tiny 3"]
+
+
+def test_a_standby_takes_over(deploy):
+    """The second coordinator only waits, until the first is killed; then it is the active one."""
+    deployment = deploy()
+    deployment.start_coordinator()
+    deployment.wait_for("coordinator.active", "coordinator")
+    deployment.start_coordinator("standby")
+    deployment.wait_for("coordinator.connected", "standby")
+    for site in "ab":
+        deployment.start_participant(site, slow=1.0)
+    deployment.wait_for("round.closed", "coordinator")
+    assert "coordinator.active" not in deployment.log("standby")
+    deployment.kill("coordinator")
+    deployment.wait_for("coordinator.active", "standby", seconds=15.0)
+    assert deployment.finish("standby") == deployment.wanted()
+
+
+def test_cron_takes_the_rounds_one_by_one(deploy):
+    """``--once`` at both sites again and again: one round each; then there is nothing, exit 3."""
+    deployment = deploy()
+    deployment.start_coordinator("coordinator", "--linger", "5")
+    codes = []
+    for _ in range(30):
+        sites = [deployment.start_participant(site, "--once") for site in "ab"]
+        codes += [site.wait(60) for site in sites]
+        if deployment.processes["coordinator"].poll() is not None:
+            break
+    assert deployment.finish() == deployment.wanted()
+    assert codes.count(0) == 6
+    assert set(codes) <= {0, 3}
+    assert [deployment.start_participant(site, "--once").wait(60) for site in "ab"] == [3, 3]
+    assert deployment.trained("a") == ["tiny 1", "tiny 2", "tiny 3"]
+
+
+@pytest.mark.parametrize("moment", ["broker.connected", "opened.recorded", "delta.accepted"])
+def test_sigterm_ends_each_within_seconds(deploy, moment):
+    """And started again they go on to the same digest."""
+    deployment = deploy(rounds=2)
+    for site in "ab":
+        deployment.start_participant(site, slow=1.0)
+    deployment.start_coordinator()
+    deployment.wait_for(moment, "a" if moment == "broker.connected" else "coordinator")
+    for name, process in deployment.processes.items():
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(9) == 130, deployment.log(name)
+        assert time.monotonic() - began < 9
+    for site in "ab":
+        deployment.start_participant(site)
+    deployment.start_coordinator()
+    assert deployment.finish() == deployment.wanted()
+    assert deployment.trained("a") == ["tiny 1", "tiny 2"]
+
+
+def test_a_run_outside_of_what_a_site_accepts_is_declined(deploy):
+    """With the reason in the coordinator's view, and the training text untouched."""
+    deployment = deploy()
+    toml = deployment.site_toml("a")
+    toml.write_text(
+        toml.read_text().replace("\n[accept]", "\n[accept]\nmax_rank = 2\nmax_rounds = 1")
+    )
+    deployment.start_coordinator()
+    deployment.start_participant("a")
+    deployment.wait_for("run.declined", "coordinator")
+    assert "accept.max_rank: expected at most 2, got 4" in deployment.log("coordinator")
+    assert "accept.max_rounds: expected at most 1, got 3" in deployment.log("coordinator")
+    assert deployment.trained("a") == []

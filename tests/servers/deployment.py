@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shared.config import load_federation
+from tests import federations
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
@@ -19,16 +22,19 @@ if TYPE_CHECKING:
     from tests.servers.rabbitmq import RabbitServer
     from tests.servers.seaweedfs import S3Server
 
-COORDINATOR_PASSWORD = "for-tests"  # noqa: S105
+COORDINATOR_PASSWORD = "for-tests"
 PATIENCE_SECONDS = 120.0
 
 
 @dataclass
 class Deployment:
-    """One federation over one virtual host and one bucket. Sites ``a`` and ``b``."""
+    """One federation over one virtual host and one bucket. Sites ``a`` and ``b``.
+
+    Without a model the sites train in numpy, and start in a blink.
+    """
 
     folder: Path
-    model: Path
+    model: Path | None
     rabbit: RabbitServer
     vhost: str
     s3: S3Server
@@ -40,7 +46,10 @@ class Deployment:
 
     def __post_init__(self) -> None:
         self.federation = write_federation(
-            self.folder, self.model, rounds=self.rounds, extra=self.extra + self._servers()
+            self.folder,
+            self.model or self.folder,
+            rounds=self.rounds,
+            extra=self.extra + self._servers(),
         )
         self._secrets()
         self.rabbit.api(
@@ -67,11 +76,12 @@ class Deployment:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        """Start ``gradualdiff``; its log is ``NAME.log``."""
+    def start(self, name: str, *arguments: str, slow: float = 0.0) -> subprocess.Popen[str]:
+        """Start ``python -m ARGUMENTS``; its log is ``NAME.log``."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "cli.main", *arguments],
+                [sys.executable, "-m", *arguments],
+                env={**os.environ, "SLOW_SECONDS": str(slow)},
                 stdout=log,
                 stderr=log,
                 text=True,
@@ -83,11 +93,26 @@ class Deployment:
         self, name: str = "coordinator", *arguments: str
     ) -> subprocess.Popen[str]:
         """The coordinator, or one more to stand by."""
-        return self.start(name, "coordinator", str(self.federation), *arguments)
+        return self.start(name, "cli.main", "coordinator", str(self.federation), *arguments)
 
-    def start_participant(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        """The daemon of a site."""
-        return self.start(name, "participant", str(self.site_toml(name)), *arguments)
+    def start_participant(
+        self, name: str, *arguments: str, slow: float = 0.0
+    ) -> subprocess.Popen[str]:
+        """A site's process. ``slow``: seconds that a training in numpy takes."""
+        program = ("tests.servers.numpy_site",)
+        if self.model is not None:
+            program = ("cli.main", "participant")
+        return self.start(name, *program, str(self.site_toml(name)), *arguments, slow=slow)
+
+    def trained(self, name: str) -> list[str]:
+        """The trainings that a numpy site finished, in order: run and round."""
+        file = self.site_toml(name).with_name("trained.txt")
+        return file.read_text().splitlines() if file.exists() else []
+
+    def wanted(self) -> str:
+        """The digest of the same federation, undisturbed, in one process."""
+        config = load_federation(self.federation)
+        return federations.run(config, self.folder / "embedded").adapter_sha
 
     def site_toml(self, name: str) -> Path:
         """The site's own file."""
@@ -97,10 +122,12 @@ class Deployment:
         """What a process has said so far."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def wait_for(self, text: str, name: str, seconds: float = PATIENCE_SECONDS) -> None:
-        """Wait until a process has said ``text``."""
+    def wait_for(
+        self, text: str, name: str, seconds: float = PATIENCE_SECONDS, count: int = 1
+    ) -> None:
+        """Wait until a process (and those of its name before it) has said ``text`` so often."""
         deadline = time.monotonic() + seconds
-        while text not in self.log(name):
+        while self.log(name).count(text) < count:
             process = self.processes[name]
             assert process.poll() is None, f"{name} ended early:\n{self.log(name)[-3000:]}"
             assert time.monotonic() < deadline, (
@@ -122,11 +149,14 @@ class Deployment:
         return self.log(name).rpartition("sha256 ")[2].strip()
 
     def close(self) -> None:
-        """End every process."""
+        """End every process; accounts belong to the whole broker, so they go too."""
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+        for name in ("a", "b", "coordinator"):
+            with contextlib.suppress(urllib.error.HTTPError):
+                self.rabbit.api("DELETE", f"users/{name}")
 
     def _servers(self) -> str:
         port = self.broker_port or self.rabbit.port

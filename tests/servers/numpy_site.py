@@ -1,0 +1,58 @@
+"""``python -m tests.servers.numpy_site SITE.toml``: the participant's process without torch.
+
+All of it is the product's but the learner, which takes ``SLOW_SECONDS`` (environment) a round and
+writes a line to ``trained.txt`` beside the site's file for each training it finished.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from cli.serve import make_station, stopped_by_signal
+from participant.daemon import serve, serve_once
+from shared.config import load_site
+from shared.errors import GradualDiffError, InterruptedRunError
+from shared.log import configure
+from tests.numpy_learner import NumpyLearner
+
+
+def main() -> None:
+    """As ``gradualdiff participant`` does."""
+    configure()
+    path = Path(sys.argv[1])
+    config, folder = load_site(path), path.resolve().parent
+    slow = float(os.environ.get("SLOW_SECONDS", "0"))
+    learner = NumpyLearner(config.site.name)
+    trained = learner.learn
+
+    def learn(task, source, state, making, should_stop, report):
+        end = time.monotonic() + slow
+        while time.monotonic() < end:
+            if should_stop():
+                raise InterruptedRunError("stopped")
+            time.sleep(0.02)
+        learned = trained(task, source, state, making, should_stop, report)
+        with (folder / "trained.txt").open("a") as file:
+            file.write(f"{task.run} {task.round}\n")
+        return learned
+
+    learner.learn = learn  # type: ignore[method-assign]
+    stopping = threading.Event()
+    with stopped_by_signal(stopping):
+        station = make_station(config, folder, learner, stopping)
+        if "--once" in sys.argv:
+            serve_once(station, 4.0)
+        else:
+            serve(station)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GradualDiffError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
