@@ -40,8 +40,7 @@ class Deployment:
     s3: S3Server
     rounds: int = 3
     extra: str = ""
-    broker_port: int | None = None
-    s3_url: str | None = None
+    authority: Path | None = None  # with it everything goes over TLS
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,15 +158,20 @@ class Deployment:
                 self.rabbit.api("DELETE", f"users/{name}")
 
     def _servers(self) -> str:
-        port = self.broker_port or self.rabbit.port
+        scheme, port, authority = "amqp", self.rabbit.port, ""
+        if self.authority is not None:
+            scheme, port = "amqps", self.rabbit.tls_port
+            authority = f'ca_file = "{self.authority}"'
         return f"""
 [broker]
-url = "amqp://coordinator@127.0.0.1:{port}/{self.vhost}"
+url = "{scheme}://coordinator@127.0.0.1:{port}/{self.vhost}"
 password_file = "broker-password"
 management_url = "{self.rabbit.management_url}"
+{authority}
 [store]
-url = "{self.s3_url or self.s3.url}"
+url = "{self.s3.url}"
 bucket = "{self.vhost}"
+{authority}
 access_key_file = "access-key"
 secret_key_file = "secret-key"
 """
