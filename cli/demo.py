@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.output import JsonOption, console, fixed, megabytes, print_json, print_table
-from shared.errors import MissingPackageError
+from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,10 @@ def demo(
         bool,
         typer.Option("--prepare", help="Write model, text and settings, and train nothing."),
     ] = False,
+    servers: Annotated[
+        Path | None,
+        typer.Option(help="With --prepare: a TOML with [broker] and [store], to run over them."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """A complete federation on this machine: five participants fine-tune one real model.
@@ -77,7 +81,7 @@ def demo(
             "seed": seed,
         }
         if prepare:
-            path = write_demo(folder, "demo-1", base, sites, settings)
+            path = write_demo(folder, "demo-1", base, sites, settings, _tables(servers))
             typer.echo(f"wrote {path} and {folder / 'sites'}; nothing was trained")
             return
         store = DirectoryStore(folder / "store")
@@ -94,6 +98,28 @@ def demo(
         print_json({"run": summarise_run(history), "rounds": summarise_rounds(history)})
         return
     _show(history, folder, replies, sites)
+
+
+def _tables(servers: Path | None) -> dict[str, dict[str, object]]:
+    """The tables of a ``servers.toml``; its files are named in full, since they move house."""
+    import tomllib
+
+    if servers is None:
+        return {}
+    try:
+        tables = tomllib.loads(servers.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--servers {servers}: cannot be read: {error}") from None
+    unknown = sorted(set(tables) - {"broker", "store"})
+    if unknown or len(tables) != 2:
+        raise ConfigError(
+            f"--servers {servers}: expected the tables broker and store, got {sorted(tables)}"
+        )
+    for table in tables.values():
+        for key, value in table.items():
+            if key.endswith("_file"):
+                table[key] = str((servers.resolve().parent / value).resolve())
+    return tables
 
 
 def _configure_log(folder: Path) -> None:

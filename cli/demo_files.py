@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 HELD_OUT_PER_SITE = 13  # 65 in all: one evaluation takes a few seconds on two cores
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 40
+OWN_STORE: Mapping[str, Mapping[str, object]] = {"store": {"directory": "store"}}
 
 
 def write_demo(
@@ -23,8 +24,12 @@ def write_demo(
     model: str,
     sites: Sequence[SiteFile],
     settings: Mapping[str, float],
+    servers: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Path:
     """Write ``federation.toml`` and one ``sites/<name>.toml`` each; the former's path.
+
+    ``servers``: [broker] and [store] tables to run it over; a site's password is then looked for
+    in its kit, ``kits/<name>``.
 
     The adapter's settings are the paper's (they are the defaults); learning rate and local steps
     are the demo's own, since the paper's move little in so few steps (docs/explanation/demo.md).
@@ -50,12 +55,15 @@ def write_demo(
             "max_answer_tokens": MAX_ANSWER_TOKENS,
             "cpu_threads": 2,
         },
-        "store": {"directory": "store"},
+        **{name: dict(table) for name, table in (servers or OWN_STORE).items()},
         "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
     }
     (folder / "sites").mkdir(parents=True, exist_ok=True)
     for site in sites:
-        _write(folder / "sites" / f"{site.name}.toml", _site(site))
+        tables_of_site = _site(site)
+        if servers:
+            tables_of_site["broker"] = _site_broker(site.name, servers["broker"])
+        _write(folder / "sites" / f"{site.name}.toml", tables_of_site)
     path = folder / "federation.toml"
     _write(path, tables)
     return path
@@ -70,6 +78,16 @@ def _site(site: SiteFile) -> dict[str, dict[str, object]]:
             "max_held_out": HELD_OUT_PER_SITE,
         },
     }
+
+
+def _site_broker(name: str, broker: Mapping[str, object]) -> dict[str, object]:
+    """The broker as the site's own account reaches it; the kit has its password."""
+    scheme, _, rest = str(broker["url"]).partition("://")
+    table: dict[str, object] = {
+        "url": f"{scheme}://{name}@{rest.rpartition('@')[2]}",
+        "password_file": str(Path("..") / "kits" / name / "broker-password"),
+    }
+    return table | {key: broker[key] for key in ("ca_file", "transport") if key in broker}
 
 
 def _write(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:

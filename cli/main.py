@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, rounds, runs, serve, setup, simulate, sites
+from cli import demo, doctor, queues, rounds, runs, serve, setup, simulate, sites
 from cli.output import complain
 from shared.errors import GradualDiffError, StoreError
 
@@ -23,9 +23,11 @@ app.command("simulate")(simulate.simulate)
 app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
+app.command("doctor")(doctor.doctor)
 app.add_typer(sites.app, name="sites")
 app.add_typer(runs.app, name="runs")
 app.add_typer(rounds.app, name="rounds")
+app.add_typer(queues.app, name="queues")
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
+    from rich.table import Table
 
     from shared.errors import GradualDiffError
     from shared.store import ObjectStore
@@ -66,10 +67,16 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; floats with four decimals, None as a dash. Text left, numbers right."""
+    console().print(make_table(title, columns, rows))
+
+
+def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """The table of :func:`print_table`. No cell is taken for rich's mark-up: ``[a-z]`` stays."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=title,
+        title=Text(printable(title), style="table.title"),
         title_justify="left",
         header_style="bold",
         box=None,
@@ -80,8 +87,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         numeric = all(_NUMBER.fullmatch(row[index]) for row in texts)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in texts:
-        table.add_row(*row)
-    console().print(table)
+        table.add_row(*(Text(text) for text in row))
+    return table
 
 
 def cell(value: object) -> str:
@@ -90,7 +97,12 @@ def cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}"
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: what a site wrote may hold codes that move its cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def fixed(value: float | None, digits: int) -> str | None:

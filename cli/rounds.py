@@ -18,6 +18,7 @@ from cli.output import (
     print_json,
     print_table,
 )
+from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from coordinator.inspection import History
@@ -45,12 +46,29 @@ def show(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Write held-out loss by round to this PNG.")
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Watch the newest round (or ROUND) until the run is finished."
+        ),
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """One round site by site, or all rounds; with --plot the held-out loss as a picture."""
+    """One round site by site, or all rounds; with --plot the held-out loss as a picture.
+
+    With --follow each participant's state, again every second: a table on a terminal, lines
+    elsewhere, with --json one object a line. Ctrl-C ends it.
+    """
     from coordinator.inspection import History, show_round, summarise_round
 
+    if follow:
+        from cli.follow import follow as watch_on
+
+        if plot is not None:
+            raise ConfigError("--follow: expected no --plot beside it, got both; give one of them")
+        watch_on(open_store(store), run, round_number, as_json=as_json)
+        return
     history = History(open_store(store), run)
     if plot is not None:
         from cli.plot import plot_held_out

@@ -133,8 +133,6 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """One site: its account, queue and rights, and when it was last seen."""
-    from rich.markup import escape
-
     from shared.topology import site_queue, site_rights
 
     office = open_office(federation)
@@ -149,9 +147,7 @@ def show(
     if as_json:
         print_json(site)
         return
-    # Escaped, since a table takes [a-z] of a pattern for its own mark-up.
     facts = [(key.replace("_", " "), _told(value)) for key, value in site.items()]
-    facts = [(key, escape(value) if isinstance(value, str) else value) for key, value in facts]
     print_table(f"Site {name}", ("fact", "value"), facts)
 
 

@@ -97,6 +97,24 @@ class ManagementDoor:
         """Close the account's open connections."""
         self._call("DELETE", f"connections/username/{quote(account, safe='')}", missing_ok=True)
 
+    def unacknowledged(self, vhost: str, queue: str) -> int | None:
+        """Messages handed out and not acknowledged; None when the broker cannot say (yet).
+
+        It counts them every few seconds only. Raises as the others do.
+        """
+        place = f"{quote(vhost, safe='')}/{quote(queue, safe='')}"
+        answer = self._call("GET", f"queues/{place}", missing_ok=True)
+        if not answer:
+            return None
+        try:
+            counted = json.loads(answer).get("messages_unacknowledged")
+            return None if counted is None else int(counted)
+        except (ValueError, TypeError, AttributeError):
+            raise BrokerError(
+                f"{self._where}: expected RabbitMQ's view of queue {queue} as JSON, got something "
+                "else; check broker.management_url"
+            ) from None
+
     @property
     def _where(self) -> str:
         return f"RabbitMQ's management API at {self._url}"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticUndefined
 
+from coordinator import accounts, watch
 from shared import errors, manifest, records, topology
 from shared.config import NAME_PATTERN, FederationConfig, SiteConfig
 from shared.events import EVENTS
@@ -73,11 +74,29 @@ SETTINGS = {
     "codec.name": 'How a delta travels: `"fp32"`, `"bf16"` or `"int8"`.',
     "convergence.patience": "Stop after so many rounds without a better loss. Without it: never.",
     "convergence.min_delta": "A loss is better if it fell by this many nats.",
-    "store.directory": "The ledger's folder, relative to this file.",
+    "broker.url": "`amqps://ACCOUNT@HOST:PORT/VHOST`, without the password.",
+    "broker.password_file": "File with the account's password, relative to this file.",
+    "broker.ca_file": "Certificate of the authority that signed the broker's (at a site: and the "
+    "store's). Without it: the system's authorities.",
+    "broker.transport": '`"plaintext"` allows a connection without TLS to another machine.',
+    "broker.site_url": "HOST:PORT of the broker as sites reach it, if that differs.",
+    "broker.management_url": "The management API, for `sites` and exact counts of `queues list`.",
+    "broker.management_account": "Its administrator, if the coordinator's account is none.",
+    "broker.management_password_file": "That account's password.",
+    "broker.rabbitmqctl": "Or the command that reaches the broker's own tool, word by word.",
+    "store.directory": "The ledger's folder, relative to this file. Not with `url`.",
+    "store.url": "The S3 server: `https://HOST:PORT`.",
+    "store.bucket": "Its bucket; one bucket holds any number of runs.",
+    "store.region": "As the server names it.",
+    "store.access_key_file": "File with the access key, relative to this file.",
+    "store.secret_key_file": "File with the secret key.",
+    "store.site_url": "The server as sites reach it, if that differs; signed URLs carry it.",
+    "store.ca_file": "Certificate of the authority that signed the server's.",
+    "store.transport": '`"plaintext"` allows a connection without TLS to another machine.',
     "simulation.sites": "The `site.toml` of each participant, relative to this file.",
     "site.name": "One of the run's participants.",
-    "site.workspace": "Folder of the round in hand. `demo` and `simulate` do not read it: they use "
-    "`sites/NAME` beside `federation.toml`.",
+    "site.workspace": "Folder of the round in hand, relative to this file. `demo` and `simulate` "
+    "do not read it: they use `sites/NAME` beside `federation.toml`.",
     "data.path": "The text, relative to this file.",
     "data.format": "What kind of file it is; by default told from its name.",
     "data.messages": "Column with a list of `{role, content}`.",
@@ -89,14 +108,26 @@ SETTINGS = {
     "data.max_held_out": "At most so many held-out examples are measured.",
     "data.split_seed": "Seed of the split. It is the site's own, not the run's.",
     "device.kind": "Where to train. In a simulation it must be the same at every site.",
+    "accept.models": "Base models this site trains, as the run names them.",
+    "accept.runs": "Runs it takes part in.",
+    "accept.max_rank": "Largest r of an adapter.",
+    "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",
+    "accept.max_rounds": "Most rounds of a run.",
+    "accept.min_participants": "Fewest participants of a run, this site among them.",
+    "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens always do.",
 }
 
 # Fields of events, records and their parts. One name means one thing everywhere.
 FIELDS = {
+    "activity": "What it is at: `load`, `evaluate`, `train` or `upload`.",
     "adapter_sha": "The adapter that came out.",
     "adapter_size": "Its bytes.",
     "attempt": "Which try of this round, from 1.",
+    "at": "When this was written, seconds since the epoch.",
     "base": "`[base]` of the run's settings.",
+    "bytes_down": "Bytes fetched by this process.",
+    "bytes_up": "Bytes sent by this process.",
+    "changed": "When it was changed, seconds since the epoch.",
     "chunk_size": "Bytes in a chunk; the last may be shorter.",
     "codec": "How the delta is to travel.",
     "compute_dtype": "The type of the base's arithmetic.",
@@ -105,6 +136,7 @@ FIELDS = {
     "cosines": "By site: cosine between its delta and the mean.",
     "cpu_capability": "Vector instructions that torch uses.",
     "cpu_threads": "Threads of torch.",
+    "created": "When it was made, seconds since the epoch.",
     "data": "The message as it came.",
     "deadline": "When the round is over, seconds since the epoch.",
     "delta_norms": "By site: L2 norm of its delta.",
@@ -136,6 +168,10 @@ FIELDS = {
     "norm": "L2 norm of the delta.",
     "now": "Seconds since the epoch.",
     "numerics": "What the bytes depend on beside settings and text.",
+    "of": "How many steps there are.",
+    "participants": "How many sites the run lists.",
+    "password_hash": "The password's salted hash, as RabbitMQ keeps it.",
+    "progress_at": "When it last told how far it is.",
     "progress_from": "Where the round begins on the schedule, 0 to 1.",
     "progress_to": "Where it ends.",
     "queue": "The queue it came from.",
@@ -143,34 +179,49 @@ FIELDS = {
     "result_sha": "The adapter that came out.",
     "retryable": "Whether trying again may help.",
     "round": "The round.",
+    "rounds": "T of the run.",
     "run": "The run.",
     "seconds": "Seconds by phase.",
+    "seen": "When it was last heard, seconds since the epoch.",
     "seed": "The round's seed, derived from the run's.",
     "selected": "The sites that train.",
     "sender": "The account that sent it.",
     "sha": "sha256 of the bytes in question.",
     "shape": "Its lengths.",
+    "since": "Since when, seconds since the epoch.",
     "site": "The site.",
+    "sites": "Each site that was heard.",
     "size": "Bytes.",
     "source_held_out": "Loss of the adapter the round began with, over all sites.",
     "source_sha": "The adapter the round begins with.",
     "state": "Whether the optimiser began anew or went on.",
+    "step": "How many are done.",
     "steps": "Optimiser steps.",
     "target_modules": "The layers they belong to.",
     "tensors": "All trainable tensors by name.",
     "time": "When it was written, seconds since the epoch.",
     "tokens": "Answer tokens.",
+    "tokens_per_second": "Answer tokens trained on in a second.",
     "train_nll": "Loss over the whole local training.",
     "training": "`[training]` of the run's settings.",
     "truncated_examples": "Examples that were cut.",
     "urls": "Signed URL by chunk number.",
     "verdict": "What became of the delta.",
+    "version": "Grows with every change.",
     "versions": "Libraries and their versions.",
+    "waiting_for": "Sites whose word is missing.",
     "weight": "Its share; the shares of a round sum to 1.",
     "writer": "The process that wrote it.",
 }
 
-OVERRIDES = {"MemberRecord.from_round": "The round from which it takes part."}
+OVERRIDES = {
+    "MemberRecord.from_round": "The round from which it takes part.",
+    "TrainingProgressed.seconds": "Since this activity began.",
+    "SiteStatus.seconds": "Since this activity began.",
+    "SiteStatus.round": "The round it is at.",
+    "RunStatus.state": "`waiting`, `open`, `closing` or `finished`.",
+    "SiteAccount.state": "What is under way, or done.",
+}
 
 SHORT_TYPES = {
     Any: "any",
@@ -187,16 +238,16 @@ def config_page() -> str:
     """Every setting of both TOML files."""
     parts = ["# Settings\n", NOTE]
     parts.append("A setting with a default may be left out. An unknown name is an error.\n")
-    meanings = dict(SETTINGS)
+    unused = set(SETTINGS)
     for title, model in (("federation.toml", FederationConfig), ("site.toml", SiteConfig)):
         parts.append(f"## {title}\n")
         for name, field in model.model_fields.items():
-            section = field.annotation
-            assert inspect.isclass(section)
-            here = {n: meanings.pop(f"{name}.{n}") for n in section.model_fields}
+            section = _section(field.annotation)
+            here = {n: SETTINGS[f"{name}.{n}"] for n in section.model_fields}
+            unused -= {f"{name}.{n}" for n in here}
             parts.append(f"### [{name}]\n\n{_prose(section)}\n")
             parts.append(_table(section, here))
-    _expect_none_left(meanings)
+    _expect_none_left(unused)
     return "\n".join(parts)
 
 
@@ -231,6 +282,13 @@ def ledger_page() -> str:
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
         parts.append(f"Key: `{_sample(kind).key('RUN')}`\n")
         parts.append(_table(kind, FIELDS))
+    parts.append(
+        "## Outside the run\n\nThe status is written again and again and decides nothing; an "
+        "account is no part of any run.\n"
+    )
+    for kind in (watch.RunStatus, watch.SiteStatus, accounts.SiteAccount):
+        parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
+        parts.append(_table(kind, FIELDS))
     parts.append("## Parts\n")
     for part in _parts():
         parts.append(f"### {part.__name__}\n\n{_prose(part)}\n")
@@ -258,6 +316,48 @@ def errors_page() -> str:
     return "\n".join(["# Exit codes and errors\n", NOTE, text, *rows, ""])
 
 
+def queues_page() -> str:
+    """Every exchange, queue and binding of a run, and what each account may do."""
+    declared = topology.run_topology("RUN", ("SITE",))
+    parts = ["# Queues\n", NOTE, "What the coordinator of `RUN` declares, with one site `SITE`.\n"]
+    rows = ["## Exchanges\n", "| exchange | kind |", "|---|---|"]
+    rows += [f"| `{exchange.name}` | {exchange.kind} |" for exchange in declared.exchanges]
+    rows += [
+        "\n## Queues\n",
+        "All are durable. A queue without a delivery limit is a classic one, which people may look "
+        "into as often as they like; the others are quorum queues.\n",
+        "| queue | at most | single active consumer | delivery limit | bound by |",
+        "|---|---|---|---|---|",
+    ]
+    for queue in declared.queues:
+        keys = [
+            f"`{binding.routing_key}` of `{binding.exchange}`"
+            for binding in declared.bindings
+            if binding.queue == queue.name
+        ]
+        limit = "any number" if queue.max_length is None else f"{queue.max_length}, newest kept"
+        single = "yes" if queue.single_active_consumer else ""
+        deliveries = "none" if queue.delivery_limit is None else queue.delivery_limit
+        rows.append(f"| `{queue.name}` | {limit} | {single} | {deliveries} | {', '.join(keys)} |")
+    rights = topology.site_rights("SITE")
+    rows += [
+        "\n## What an account may do\n",
+        "| right | a site | the coordinator |",
+        "|---|---|---|",
+    ]
+    everything = topology.coordinator_rights()
+    for name in ("configure", "write", "read", "topic_write"):
+        patterns = [getattr(kind, name).pattern for kind in (rights, everything)]
+        shown = " | ".join(f"`{pattern}`" for pattern in patterns)
+        rows.append(f"| {name.replace('_', ' ')} | {shown} |")
+    parts += [*rows, ""]
+    parts.append(
+        "How many messages wait in a queue may be asked by any account of the virtual host; what "
+        "they say may not.\n"
+    )
+    return "\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """Each generated file and its text."""
     return {
@@ -265,7 +365,15 @@ def pages() -> dict[Path, str]:
         REFERENCE / "events.md": events_page(),
         REFERENCE / "ledger.md": ledger_page(),
         REFERENCE / "errors.md": errors_page(),
+        REFERENCE / "queues.md": queues_page(),
     }
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    """The section's class, also where the whole section may be left out."""
+    if inspect.isclass(annotation):
+        return annotation
+    return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
 
 
 def _key_functions() -> list[tuple[Any, tuple[object, ...]]]:
@@ -307,7 +415,8 @@ def _parts() -> list[type[BaseModel]]:
 
 
 def _used_fields() -> set[str]:
-    models = [*EVENTS.values(), *_record_kinds(), *_parts()]
+    others = (watch.RunStatus, watch.SiteStatus, accounts.SiteAccount)
+    models = [*EVENTS.values(), *_record_kinds(), *_parts(), *others]
     return {name for model in models for name in model.model_fields}
 
 

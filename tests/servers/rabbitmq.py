@@ -90,6 +90,7 @@ class RabbitServer:
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [str(SERVER)],
+                cwd=self.folder,
                 env={**os.environ, **self._environment()},
                 stdout=log,
                 stderr=log,

@@ -1,0 +1,231 @@
+"""``gradualdiff rounds show --follow``: who is where in the round at hand, again every second.
+
+Reads the store only, and little of it: the status object each second, the ledger every few seconds
+or when the status says that something moved; records that were read are not read again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import typer
+
+from cli.standing import Standing, awaited, is_away
+from coordinator.watch import read_status
+from shared.errors import RunNotFoundError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cli.standing import RoundNow
+    from coordinator.watch import RunStatus, SiteStatus
+    from shared.store import ObjectStore
+
+REFRESH_SECONDS = 1.0
+LEDGER_SECONDS = 3.0
+SILENT_SECONDS = 30.0  # a coordinator writes every five
+DOING = {"load": "loading", "evaluate": "evaluating", "train": "training", "upload": "uploading"}
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class SiteNow:
+    """One participant. Times are seconds since the epoch.
+
+    ``state``: waiting, loading, evaluating, training, uploading, accepted, counted, excluded,
+    declined, joined, idle (not in this round) or away. ``eta_seconds``: to the end of the activity,
+    at the speed so far. ``pending_since``: since when its word is awaited; None if it is not.
+    Rates and bytes are as it told last.
+    """
+
+    site: str
+    state: str
+    step: int | None = None
+    of: int | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    bytes_down: int | None = None
+    bytes_up: int | None = None
+    away_since: float | None = None
+    pending_since: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """The run at one moment. ``round`` -1: before round 0. ``seen``: when a coordinator last wrote.
+
+    ``state``: waiting, open, closing, closed, finished or failed.
+    """
+
+    run: str
+    round: int
+    rounds: int
+    state: str
+    since: float
+    seen: float | None
+    coordinator_silent: bool
+    reason: str = ""
+    adapter_sha: str | None = None
+    sites: list[SiteNow] = field(default_factory=list)
+
+
+def follow(store: ObjectStore, run: str, number: int | None, *, as_json: bool) -> None:
+    """Show the run's newest round, or round ``number``, until the run is finished or it is closed.
+
+    Raises RunNotFoundError. On Ctrl-C the process ends with 130.
+    """
+    from cli.follow_screens import make_screen
+
+    screen = make_screen(as_json=as_json)
+    try:
+        watch(store, run, number, screen.show)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        screen.close()
+
+
+def watch(
+    store: ObjectStore,
+    run: str,
+    number: int | None,
+    show: Callable[[View], None],
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Call ``show`` with each view that differs from the one before, until the end."""
+    standing = Standing(store, run)
+    shown: View | None = None
+    told_by: object = None
+    read_at = -LEDGER_SECONDS
+    away = False
+    while True:
+        try:
+            status = read_status(store, run)
+            moved = status and (status.round, status.state, status.waiting_for)
+            if moved != told_by or time.monotonic() - read_at >= LEDGER_SECONDS:
+                standing.refresh(number)
+                told_by, read_at = moved, time.monotonic()
+                if number is not None and number != standing.round.number:
+                    raise _no_round(run, number)
+            view = look(standing, status, clock())
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            if not away:
+                print(f"the store is away, trying on: {error}", file=sys.stderr)  # noqa: T201
+            away = True
+        else:
+            away = False
+            if shown is None or _lasting(view) != _lasting(shown):
+                show(view)
+                shown = view
+            if view.state in ("finished", "failed") or (
+                number is not None and view.state == "closed"
+            ):
+                return
+        sleep(REFRESH_SECONDS)
+
+
+def look(standing: Standing, status: RunStatus | None, now: float) -> View:
+    """The view that follows from what was read. ``now``: this machine's time."""
+    current, finished = standing.round, standing.finished
+    state = current.state
+    if finished is not None:
+        state = "failed" if finished.failed else "finished"
+    silent = status is not None and finished is None and now - status.at > SILENT_SECONDS
+    return View(
+        run=standing.run,
+        round=current.number,
+        rounds=standing.config.run.rounds,
+        state=state,
+        since=current.since,
+        seen=status.at if status else None,
+        coordinator_silent=silent,
+        reason=finished.reason if finished else "",
+        adapter_sha=finished.sha if finished else None,
+        sites=[
+            _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
+        ],
+    )
+
+
+def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -> SiteNow:
+    current = standing.round
+    told = status.sites.get(site) if status else None
+    pending = not awaited(standing, site).startswith("nothing")
+    done, reason = _settled(standing, site)
+    base = SiteNow(
+        site=site,
+        state=done or "waiting",
+        bytes_down=told.bytes_down if told else None,
+        bytes_up=told.bytes_up if told else None,
+        pending_since=current.since if pending else None,
+        reason=reason,
+    )
+    if done is not None or told is None:
+        return base
+    if is_away(told, status, now):
+        return _changed(base, state="away", away_since=told.seen)
+    if not _is_of(told, current):
+        return base
+    return _changed(
+        base,
+        state=DOING.get(told.activity or "", told.activity or "waiting"),
+        step=told.step,
+        of=told.of,
+        tokens_per_second=told.tokens_per_second if told.activity == "train" else None,
+        eta_seconds=_eta(told),
+    )
+
+
+def _settled(standing: Standing, site: str) -> tuple[str | None, str]:
+    """What the ledger says of it: a state that needs no word of progress, and the reason."""
+    current = standing.round
+    if site in standing.declined:
+        return "declined", standing.declined[site]
+    if site in current.excluded:
+        return "excluded", current.excluded[site]
+    if site in current.accepted:
+        counted = current.state in ("closing", "closed")
+        return ("counted" if counted else "accepted"), ""
+    if current.number < 1:
+        return ("joined" if site in standing.members else None), ""
+    if site not in current.selected:
+        return "idle", ""
+    return None, current.troubles.get(site, "")
+
+
+def _is_of(told: SiteStatus, current: RoundNow) -> bool:
+    """Whether its last word of progress is about this round; both times are the coordinator's."""
+    return (
+        told.progress_at is not None
+        and told.progress_at >= current.since
+        and told.round in (max(current.number, 0), 0)
+    )
+
+
+def _eta(told: SiteStatus) -> float | None:
+    if not told.step or told.of is None or told.seconds is None:
+        return None
+    return round(told.seconds / told.step * max(told.of - told.step, 0), 1)
+
+
+def _changed(site: SiteNow, **values: object) -> SiteNow:
+    return SiteNow(**{**asdict(site), **values})
+
+
+def _lasting(view: View) -> dict[str, object]:
+    """What makes a view another one: the coordinator's clock alone does not."""
+    return {**asdict(view), "seen": None}
+
+
+def _no_round(run: str, number: int) -> RunNotFoundError:
+    return RunNotFoundError(
+        f"run {run} has no round {number} yet; leave it out to follow the newest, or see: "
+        f"gradualdiff rounds list {run}"
+    )

@@ -1,0 +1,147 @@
+"""How a followed round is shown: a table that changes in place, lines, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+from cli.output import console, fixed, make_table, megabytes, printable
+from cli.standing import moment
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cli.follow import SiteNow, View
+
+
+class Screen(Protocol):
+    """Where views go."""
+
+    def show(self, view: View) -> None:
+        """A view that differs from the one before."""
+
+    def close(self) -> None:
+        """The end."""
+
+
+def make_screen(*, as_json: bool) -> Screen:
+    """JSON lines, or a table on a terminal, or lines elsewhere."""
+    if as_json:
+        return JsonLines()
+    return LiveTable() if console().is_terminal else Lines()
+
+
+class JsonLines:
+    """One object a line."""
+
+    def show(self, view: View) -> None:
+        """Print it."""
+        print(json.dumps(asdict(view), sort_keys=True), flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class LiveTable:
+    """One table that changes in place."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._live = Live(console=console(), auto_refresh=False)
+        self._live.start()
+
+    def show(self, view: View) -> None:
+        """Draw it anew."""
+        self._live.update(table_of(view), refresh=True)
+
+    def close(self) -> None:
+        """Leave the last one standing."""
+        self._live.stop()
+
+
+class Lines:
+    """One line for the run and each site whenever it changes."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, str] = {}
+
+    def show(self, view: View) -> None:
+        """Say what is new."""
+        self._say("", headline(view))
+        for site in view.sites:
+            self._say(site.site, f"  {site.site}: {sentence(site)}")
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+    def _say(self, who: str, text: str) -> None:
+        if self._said.get(who) != text:
+            self._said[who] = text
+            print(printable(text), flush=True)  # noqa: T201 - this is the output
+
+
+def headline(view: View) -> str:
+    """The run in one line."""
+    where = f"round {view.round} of {view.rounds}" if view.round >= 0 else "before round 0"
+    parts = [f"Run {view.run}, {where}: {view.state}"]
+    if view.state in ("open", "waiting"):
+        parts.append(f"since {moment(view.since)}")
+    if view.reason:
+        parts.append(f"({view.reason})")
+    if view.adapter_sha:
+        parts.append(f"adapter {view.adapter_sha}")
+    if view.coordinator_silent:
+        parts.append(f"- no coordinator wrote since {moment(view.seen)}")
+    return " ".join(parts)
+
+
+def sentence(site: SiteNow) -> str:
+    """A participant in one line."""
+    parts = [_state(site)]
+    if site.tokens_per_second is not None:
+        parts.append(f"{site.tokens_per_second:.1f} tokens/s")
+    if site.eta_seconds:
+        parts.append(f"{site.eta_seconds:.0f} s to go")
+    if site.bytes_down or site.bytes_up:
+        parts.append(f"{megabytes(site.bytes_down)} MB down, {megabytes(site.bytes_up)} MB up")
+    if site.reason:
+        parts.append(site.reason)
+    return ", ".join(parts)
+
+
+def table_of(view: View) -> Table:
+    """The view as a table."""
+    columns = (
+        "site",
+        "state",
+        "tokens/s",
+        "s to go",
+        "MB down",
+        "MB up",
+        "pending since",
+        "reason",
+    )
+    rows = [
+        (
+            site.site,
+            _state(site),
+            fixed(site.tokens_per_second, 1),
+            fixed(site.eta_seconds, 0),
+            megabytes(site.bytes_down),
+            megabytes(site.bytes_up),
+            moment(site.pending_since),
+            site.reason,
+        )
+        for site in view.sites
+    ]
+    return make_table(headline(view), columns, rows)
+
+
+def _state(site: SiteNow) -> str:
+    if site.away_since is not None:
+        return f"away since {moment(site.away_since)}"
+    if site.of:
+        return f"{site.state} {site.step} of {site.of}"
+    return site.state

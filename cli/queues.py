@@ -1,0 +1,308 @@
+"""``gradualdiff queues``: what waits on the broker, who reads it, and the dead letters."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.kits import Office, open_office
+from cli.output import JsonOption, console, print_json, print_table, printable
+from shared.errors import BrokerError, BrokerUnavailableError, ConfigError, RunNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cli.standing import Standing
+    from coordinator.watch import RunStatus
+    from shared.rabbitmq import RabbitConnection
+
+app = typer.Typer(help="Queues on the broker: list, peek, redrive, purge.", no_args_is_help=True)
+FederationOption = Annotated[
+    Path, typer.Option("--federation", help="The federation.toml with its [broker] and [store].")
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+DEFAULT_FEDERATION = Path("federation.toml")
+REFUSED, EVENTS, SITE = "refused", "events", "site:"
+PEEK_LIMIT = 10
+SITE_PEEK_LIMIT = 1  # each look counts as a delivery, and ten of them are a refusal
+
+
+@dataclass(frozen=True)
+class QueueRow:
+    """One queue. ``role``: coordinator, mirror, refused or site.
+
+    ``ready`` None: there is no such queue. ``unacked`` None: nobody can say. The last four are a
+    site's: ``online`` None if no coordinator can say.
+    """
+
+    queue: str
+    role: str
+    ready: int | None
+    consumers: int | None
+    unacked: int | None
+    site: str | None = None
+    online: bool | None = None
+    last_seen: str | None = None
+    waits_for: str | None = None
+
+
+@dataclass(frozen=True)
+class QueueList:
+    """All queues of a run. ``dead_letters``: messages in the refused queue, of every run."""
+
+    run: str
+    dead_letters: int | None
+    queues: list[QueueRow]
+
+
+@app.command("list")
+def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+    """Each queue of the run: how much waits, who reads, and what each site still owes."""
+    office = open_office(federation)
+    listed = _list(office)
+    if as_json:
+        print_json(listed)
+        return
+    rows = [
+        (
+            row.queue,
+            "no queue" if row.ready is None else row.ready,
+            row.consumers,
+            "unknown" if row.unacked is None else row.unacked,
+            _presence(row),
+            row.waits_for,
+        )
+        for row in listed.queues
+    ]
+    columns = ("queue", "ready", "consumers", "unacked", "site", "awaited from it")
+    print_table(f"Queues of run {listed.run}", columns, rows)
+    if listed.dead_letters:
+        console().print(
+            f"{_letters(listed.dead_letters)}; look: gradualdiff queues peek", soft_wrap=True
+        )
+
+
+@app.command()
+def peek(
+    queue: Annotated[
+        str, typer.Argument(metavar="QUEUE", help="refused, events, or site:NAME.")
+    ] = REFUSED,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="How many messages (default: 10; of a site's queue 1)."),
+    ] = None,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at the first messages of a queue; they stay there. Signed URLs are never shown.
+
+    QUEUE is refused (dead letters, with the reason), events (copies of what sites said last), or
+    site:NAME. Looking at a site's queue counts as a delivery: a message that was delivered ten
+    times is refused, so look at it once or twice, and rather while its participant is stopped.
+    """
+    from cli.messages import lines_of, show_message
+
+    office = open_office(federation)
+    name = _queue_name(office, queue)
+    count = limit or (SITE_PEEK_LIMIT if queue.startswith(SITE) else PEEK_LIMIT)
+    with _connect(office) as broker:
+        found = broker.peek(name, count)
+    messages = [show_message(body, sender, key) for key, sender, body in found]
+    if as_json:
+        print_json({"queue": name, "messages": messages})
+        return
+    if not messages:
+        console().print(f"{name}: no message")
+    for message in messages:
+        for line in lines_of(message):
+            text = printable(line)
+            console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def redrive(
+    yes: YesOption = False,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Send dead letters back to the queue that they came from, once their cause is mended.
+
+    Each goes back in the name of the account that sent it, or stays. What this account sent (all
+    that was meant for sites) can go back. What a site sent can go back only if this account may
+    speak for others: an operator gives it the tag for that long (rabbitmqctl set_user_tags ACCOUNT
+    administrator impersonator). Otherwise restart the site's participant: the ledger rings again
+    for all that is owed. What does not decode would only be refused again, and stays too.
+
+    Each is published and confirmed before it is taken off: a crash in between doubles a message,
+    which does no harm, and loses none. It may be given again.
+    """
+    from cli.redrive import redrive as send_back
+    from shared.topology import REFUSED_QUEUE
+
+    office = open_office(federation)
+    with _connect(office) as broker:
+        count = broker.depth(REFUSED_QUEUE)
+        if count and not yes:
+            question = f"Send {_letters(count)} back to where they came from?"
+            typer.confirm(question, abort=True, err=True)
+        done = send_back(broker)
+    if as_json:
+        print_json(done)
+        return
+    out = console()
+    out.print(f"sent back {done.sent} of {_letters(done.sent + len(done.kept))}")
+    for kept in done.kept:
+        line = f"kept {kept.type or 'a message'} from {kept.sender or 'nobody'}: {kept.why}"
+        out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def purge(
+    yes: YesOption = False,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop all dead letters, of every run on this virtual host. They cannot be brought back."""
+    from shared.topology import REFUSED_QUEUE
+
+    office = open_office(federation)
+    with _connect(office) as broker:
+        count = broker.depth(REFUSED_QUEUE)
+        if count and not yes:
+            typer.confirm(f"Drop {_letters(count)} for ever?", abort=True, err=True)
+        dropped = broker.purge(REFUSED_QUEUE)
+    if as_json:
+        print_json({"dropped": dropped})
+        return
+    console().print(f"dropped {_letters(dropped)}")
+
+
+# What the commands work with ---------------------------------------------------------------------
+
+
+def _connect(office: Office) -> RabbitConnection:
+    from shared.credentials import broker_address
+    from shared.rabbitmq import connect
+
+    return connect(broker_address(office.broker, office.folder))
+
+
+def _queue_name(office: Office, queue: str) -> str:
+    from shared.config import NAME_PATTERN
+    from shared.topology import REFUSED_QUEUE, mirror_queue, site_queue
+
+    if queue == REFUSED:
+        return REFUSED_QUEUE
+    if queue == EVENTS:
+        return mirror_queue(office.config.run.name)
+    site = queue.removeprefix(SITE)
+    if queue.startswith(SITE) and re.match(NAME_PATTERN, site):
+        return site_queue(site)
+    raise ConfigError(f"QUEUE: expected refused, events or site:NAME, got {queue!r}; give one")
+
+
+def _list(office: Office) -> QueueList:
+    from coordinator.watch import read_status
+    from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
+
+    run = office.config.run.name
+    standing, status = _standing(office), read_status(office.store, run)
+    unacked = _unacked(office)
+    with _connect(office) as broker:
+
+        def row(queue: str, role: str) -> QueueRow:
+            ready, consumers = _count(broker, queue)
+            return QueueRow(queue, role, ready, consumers, unacked(queue))
+
+        rows = [
+            row(coordinator_queue(run), "coordinator"),
+            row(mirror_queue(run), "mirror"),
+            row(REFUSED_QUEUE, "refused"),
+        ]
+        letters = rows[-1].ready
+        rows += [
+            _with_site(row(site_queue(site), "site"), site, standing, status)
+            for site in office.config.run.participants
+        ]
+    return QueueList(run, letters, rows)
+
+
+def _with_site(
+    row: QueueRow, site: str, standing: Standing | None, status: RunStatus | None
+) -> QueueRow:
+    from dataclasses import replace
+
+    from cli.standing import awaited, is_away, moment
+
+    told = status.sites.get(site) if status else None
+    away = is_away(told, status, time.time())
+    return replace(
+        row,
+        site=site,
+        online=None if away is None else not away,
+        last_seen=moment(told.seen) if told else None,
+        waits_for="nothing: the run has not begun" if not standing else awaited(standing, site),
+    )
+
+
+def _standing(office: Office) -> Standing | None:
+    """None before the coordinator's first start."""
+    from cli.standing import Standing
+
+    try:
+        standing = Standing(office.store, office.config.run.name)
+    except RunNotFoundError:
+        return None
+    standing.refresh()
+    return standing
+
+
+def _count(broker: RabbitConnection, queue: str) -> tuple[int | None, int | None]:
+    try:
+        return broker.count(queue)
+    except BrokerUnavailableError:
+        raise
+    except BrokerError:
+        return None, None  # it is not there
+
+
+def _unacked(office: Office) -> Callable[[str], int | None]:
+    """Asks the management API, if there is one; its silence is a word on stderr, and no more."""
+    from coordinator.account_doors import ManagementDoor, door_of
+    from shared.credentials import broker_address
+
+    if office.broker.management_url is None:
+        return lambda _queue: None
+    door = door_of(office.broker, office.folder)
+    vhost = broker_address(office.broker, office.folder).vhost
+    failed: list[BrokerError] = []
+
+    def ask(queue: str) -> int | None:
+        if failed or not isinstance(door, ManagementDoor):
+            return None
+        try:
+            return door.unacknowledged(vhost, queue)
+        except BrokerError as error:
+            failed.append(error)
+            print(f"unacknowledged messages are unknown: {error}", file=sys.stderr)  # noqa: T201
+            return None
+
+    return ask
+
+
+def _presence(row: QueueRow) -> str | None:
+    if row.site is None:
+        return None
+    if row.online is None:
+        return f"last heard {row.last_seen}" if row.last_seen else "not heard yet"
+    return "online" if row.online else f"away since {row.last_seen}"
+
+
+def _letters(count: int) -> str:
+    return f"{count} dead letter" + ("" if count == 1 else "s")

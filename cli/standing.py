@@ -1,0 +1,175 @@
+"""Where each participant stands in a run now: from the ledger's newest round and the status object.
+
+Reads one listing and the records that it did not read before, since records never change; so it
+may be asked again and again. Needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+from coordinator.watch import ONLINE_SECONDS
+from shared import topology
+from shared.ledger import Ledger
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    DeclinedRecord,
+    FailedRecord,
+    FinishedRecord,
+    GenesisRecord,
+    OpenedRecord,
+    Record,
+    RefusedRecord,
+)
+
+if TYPE_CHECKING:
+    from coordinator.watch import RunStatus, SiteStatus
+    from shared.config import FederationConfig
+    from shared.store import ObjectStore
+
+# Which record lies where below ``rounds/<t>/``; evaluations tell nothing of a round's standing.
+_PLACES: dict[str, type[Record]] = {
+    "opened.json": OpenedRecord,
+    "accepted": AcceptedRecord,
+    "refused": RefusedRecord,
+    "failed": FailedRecord,
+    "closing.json": ClosingRecord,
+    "closed.json": ClosedRecord,
+}
+
+
+@dataclass(frozen=True)
+class RoundNow:
+    """One round. ``state``: waiting (for sites to join), open, closing or closed.
+
+    ``since``: seconds since the epoch. ``troubles``: a site's newest failure or refusal.
+    """
+
+    number: int
+    state: str
+    since: float
+    selected: tuple[str, ...]
+    accepted: dict[str, AcceptedRecord] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+
+
+class Standing:
+    """A run's newest round, read anew by :meth:`refresh`. Raises RunNotFoundError."""
+
+    def __init__(self, store: ObjectStore, run: str) -> None:
+        self.run = run
+        self._store = store
+        self._ledger = Ledger(store, run, "reader", lambda: 0.0)
+        self._read: dict[str, Record] = {}
+        self._began = self._ledger.federation().time
+        self.config: FederationConfig = self._ledger.config()
+        self.members: frozenset[str] = frozenset()
+        self.declined: dict[str, str] = {}
+        self.finished: FinishedRecord | None = None
+        self.round = self._waiting()
+
+    def refresh(self, number: int | None = None) -> RoundNow:
+        """Read what is new; round ``number``, or the newest one."""
+        prefix = topology.run_prefix(self.run)
+        names = [info.key.removeprefix(prefix) for info in self._store.list(prefix)]
+        self.members = frozenset(PurePosixPath(n).stem for n in names if n.startswith("members/"))
+        self.declined = {
+            record.site: record.reason
+            for name in names
+            if name.startswith("declined/")
+            and isinstance(record := self._record(DeclinedRecord, prefix + name), DeclinedRecord)
+        }
+        if "finished.json" in names:
+            finished = self._record(FinishedRecord, topology.finished_key(self.run))
+            self.finished = finished if isinstance(finished, FinishedRecord) else None
+        rounds = [name.split("/") for name in names if name.startswith("rounds/")]
+        numbers = {int(parts[1]) for parts in rounds if parts[1].isdigit()}
+        wanted = max(numbers, default=-1) if number is None else number
+        if wanted not in numbers:
+            self.round = self._waiting()
+        else:
+            folder = [parts for parts in rounds if parts[1].isdigit() and int(parts[1]) == wanted]
+            self.round = self._fold(wanted, [self._at(prefix, parts) for parts in folder])
+        return self.round
+
+    def _waiting(self) -> RoundNow:
+        return RoundNow(-1, "waiting", self._began, tuple(sorted(self.config.run.participants)))
+
+    def _at(self, prefix: str, parts: list[str]) -> Record | None:
+        kind = _PLACES.get(parts[2])
+        if kind is ClosedRecord and int(parts[1]) == 0:
+            kind = GenesisRecord
+        return None if kind is None else self._record(kind, prefix + "/".join(parts))
+
+    def _record(self, kind: type[Record], key: str) -> Record:
+        if key not in self._read:
+            self._read[key] = self._ledger.read(kind, key)
+        return self._read[key]
+
+    def _fold(self, number: int, records: list[Record | None]) -> RoundNow:
+        accepted: dict[str, AcceptedRecord] = {}
+        troubles: dict[str, tuple[float, str]] = {}
+        excluded: dict[str, str] = {}
+        state, since, selected = "open", self._began, tuple(sorted(self.members))
+        kinds = {type(record) for record in records}
+        for record in records:
+            match record:
+                case OpenedRecord():
+                    since, selected = record.time, record.selected
+                case AcceptedRecord():
+                    accepted[record.site] = record
+                case RefusedRecord():
+                    told = (record.time, f"{record.verdict}: {record.reason}")
+                    troubles[record.site] = max(told, troubles.get(record.site, told))
+                case FailedRecord():
+                    told = (record.time, f"failed (attempt {record.attempt}): {record.reason}")
+                    troubles[record.site] = max(told, troubles.get(record.site, told))
+                case ClosingRecord():
+                    excluded = dict(record.excluded)
+        if kinds & {ClosedRecord, GenesisRecord}:
+            state = "closed"
+        elif ClosingRecord in kinds:
+            state = "closing"
+        reasons = {site: reason for site, (_, reason) in troubles.items()}
+        return RoundNow(number, state, since, selected, accepted, reasons, excluded)
+
+
+def awaited(standing: Standing, site: str) -> str:
+    """What the coordinator waits for from this site, in words; ``nothing`` and why, if so."""
+    now = standing.round
+    if standing.finished is not None:
+        return "nothing: the run is finished"
+    if site in standing.declined:
+        return f"nothing: it declined: {standing.declined[site]}"
+    if site in now.accepted:
+        return f"nothing: its delta of round {now.number} is accepted"
+    if site in standing.members and now.state == "open" and site in now.selected:
+        trouble = f" ({now.troubles[site]})" if site in now.troubles else ""
+        return f"its delta of round {now.number} is awaited since {moment(now.since)}{trouble}"
+    if site in standing.members or now.number >= 0:
+        return "nothing: it joined" if site in standing.members else "nothing: it did not join"
+    return f"its word that it is ready is awaited since {moment(now.since)}"
+
+
+def is_away(told: SiteStatus | None, status: RunStatus | None, now: float) -> bool | None:
+    """Whether a site has gone silent, by the coordinator's own clock.
+
+    None: it was never heard, or no coordinator wrote for so long that nobody can say. ``now`` is
+    this machine's time.
+    """
+    if told is None or status is None or now - status.at > ONLINE_SECONDS:
+        return None
+    return status.at - told.seen > ONLINE_SECONDS
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since the epoch as date and time in UTC; None stays None."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,414 @@
+"""``gradualdiff rounds show --follow``: who is where, from a ledger and a status object alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli import follow, follow_screens
+from cli.main import app
+from coordinator.watch import ONLINE_SECONDS, RunStatus, SiteStatus
+from shared import topology
+from shared.config import canonical_json
+from shared.directory_store import DirectoryStore
+from shared.errors import ConfigError, RunNotFoundError, StoreUnavailableError
+from shared.ledger import Ledger
+from shared.manifest import LocalMetrics
+from shared.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    FailedRecord,
+    FinishedRecord,
+    GenesisRecord,
+    Input,
+    MemberRecord,
+    OpenedRecord,
+)
+from tests.federations import config
+from tests.numpy_learner import MANIFEST, NUMERICS
+from tests.servers.deployment import Deployment
+
+ROOT = Path(__file__).parents[2]
+SHA = "a" * 64
+START = 1_700_000_000.0
+METRICS = LocalMetrics(
+    steps=1, train_nll=1.0, first_step_nll=1.0, last_step_nll=1.0, mean_grad_norm=1.0
+)
+
+
+class Written:
+    """A run ``test`` of sites a, b and c, written step by step; the clock stands still."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        self.store = Counting(folder)
+        self.now = START
+        self.ledger = Ledger(self.store, "test", "w", lambda: self.now)
+        self.ledger.begin(config())
+
+    def join(self, *sites):
+        for site in sites:
+            self.ledger.write(
+                MemberRecord(
+                    site=site, manifest=MANIFEST, fingerprint=SHA, numerics=NUMERICS, examples=1
+                )
+            )
+
+    def genesis(self):
+        self.join("a", "b", "c")
+        self.ledger.write(
+            GenesisRecord(
+                members=("a", "b", "c"),
+                manifest=MANIFEST,
+                fingerprint=SHA,
+                adapter_sha=SHA,
+                adapter_size=1,
+            )
+        )
+
+    def open(self, number=1):
+        self.ledger.write(
+            OpenedRecord(
+                round=number,
+                selected=("a", "b", "c"),
+                source_sha=SHA,
+                seed=1,
+                progress_from=0,
+                progress_to=1,
+            )
+        )
+
+    def accept(self, site, number=1):
+        self.ledger.write(
+            AcceptedRecord(
+                round=number,
+                site=site,
+                sha=SHA,
+                size=1,
+                examples=1,
+                tokens=1,
+                norm=1.0,
+                metrics=METRICS,
+                state="fresh",
+            )
+        )
+
+    def close(self, number=1):
+        one = Input(site="a", from_round=number, sha=SHA, weight=1.0)
+        excluded = {"b": "failed too often"}
+        self.ledger.write(
+            ClosingRecord(round=number, source_sha=SHA, inputs=(one,), excluded=excluded)
+        )
+        self.ledger.write(
+            ClosedRecord(
+                round=number,
+                adapter_sha=SHA,
+                adapter_size=1,
+                mean_norm=1.0,
+                delta_norms={},
+                cosines={},
+                source_held_out=None,
+            )
+        )
+
+    def finish(self):
+        self.ledger.write(FinishedRecord(round=1, sha=SHA, reason="all rounds are closed"))
+
+    def status(self, *, waiting=(), state="open", number=1, **sites):
+        """Each site as keyword: a SiteStatus's values."""
+        status = RunStatus(
+            run="test",
+            writer="w",
+            at=self.now,
+            round=number,
+            state=state,
+            since=START,
+            waiting_for=waiting,
+            sites={name: SiteStatus(**{"seen": self.now, **told}) for name, told in sites.items()},
+        )
+        data = canonical_json(status.model_dump(mode="json"))
+        self.store.put(topology.status_key("test"), data)
+
+    def views(self, *steps, number=None):
+        """What is shown while ``steps`` happen, one a second; then the run has to end."""
+        shown, left = [], list(steps)
+
+        def sleep(_seconds):
+            assert left, f"it goes on: {shown[-1]}"
+            left.pop(0)()
+
+        follow.watch(self.store, "test", number, shown.append, sleep, lambda: self.now)
+        assert not left
+        return shown
+
+
+class Counting(DirectoryStore):
+    """Counts what is read; ``away`` makes it unavailable."""
+
+    def __init__(self, folder) -> None:
+        super().__init__(folder)
+        self.gets: list[str] = []
+        self.lists = 0
+        self.away = False
+
+    def get(self, key):
+        if self.away:
+            raise StoreUnavailableError("the store is away")
+        self.gets.append(key)
+        return super().get(key)
+
+    def list(self, prefix):
+        self.lists += 1
+        return super().list(prefix)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Written(tmp_path / "store")
+
+
+def sites(view):
+    """Each site's view by name."""
+    return {site.site: site for site in view.sites}
+
+
+def test_each_participants_state_is_told(run):
+    """Training with step, rate and time to go; accepted; away; waiting with the last failure."""
+    run.genesis()
+    run.now = START + 10
+    run.open()
+    run.accept("b")
+    run.ledger.write(FailedRecord(round=1, site="c", attempt=1, reason="disk", retryable=True))
+    run.now = START + 400
+    progress = {"progress_at": run.now, "round": 1, "activity": "train", "step": 3, "of": 9}
+    run.status(
+        waiting=("a", "c"),
+        a={**progress, "seconds": 6.0, "tokens_per_second": 50.0, "bytes_down": 7, "bytes_up": 8},
+        b={},
+        c={"seen": run.now - ONLINE_SECONDS - 1},
+    )
+    standing = follow.Standing(run.store, "test")
+    standing.refresh()
+    status = follow.read_status(run.store, "test")
+    view = follow.look(standing, status, run.now)
+    assert (view.round, view.rounds, view.state, view.since) == (1, 3, "open", START + 10)
+    found = sites(view)
+    a, b, c = found["a"], found["b"], found["c"]
+    assert (a.state, a.step, a.of, a.tokens_per_second) == ("training", 3, 9, 50.0)
+    assert (a.eta_seconds, a.bytes_down, a.bytes_up, a.pending_since) == (12.0, 7, 8, START + 10)
+    assert (b.state, b.pending_since) == ("accepted", None)
+    assert (c.state, c.away_since) == ("away", run.now - ONLINE_SECONDS - 1)
+    assert "disk" in c.reason
+    assert "training 3 of 9, 50.0 tokens/s, 12 s to go" in follow_screens.sentence(a)
+    assert "away since 20" in follow_screens.sentence(c)
+    assert not view.coordinator_silent
+    assert follow.look(standing, status, run.now + 31).coordinator_silent
+
+
+def test_a_word_about_an_earlier_round_is_not_shown(run):
+    """A site that told of its last training waits in the new round until it tells of this one."""
+    run.genesis()
+    run.now = START + 10
+    run.open(1)
+    old = {"progress_at": START + 5, "round": 1, "activity": "train", "step": 3, "of": 3}
+    run.status(waiting=("a", "b", "c"), a=old)
+    standing = follow.Standing(run.store, "test")
+    standing.refresh()
+    view = follow.look(standing, follow.read_status(run.store, "test"), run.now)
+    assert sites(view)["a"].state == "waiting"
+    assert sites(view)["b"].state == "waiting"  # never heard
+
+
+def test_it_follows_a_run_from_before_its_first_round_to_its_end(run):
+    """Joining, genesis, a round, the end; only what changed is shown."""
+    views = run.views(
+        lambda: run.status(waiting=("a", "b", "c"), state="waiting", number=0),
+        lambda: (run.join("a"), run.status(waiting=("b", "c"), state="waiting", number=0)),
+        lambda: (run.genesis(), run.open(), run.status(waiting=("a", "b", "c"))),
+        lambda: None,
+        lambda: (run.accept("a"), run.status(waiting=("b", "c"))),
+        lambda: (run.close(), run.status(state="closing")),
+        lambda: (run.finish(), run.status(state="finished")),
+    )
+    assert [(view.round, view.state) for view in views] == [
+        (-1, "waiting"),
+        (-1, "waiting"),
+        (1, "open"),
+        (1, "open"),
+        (1, "closed"),
+        (1, "finished"),
+    ]
+    assert sites(views[1])["a"].state == "joined"
+    assert sites(views[0])["a"].pending_since == START
+    last = {name: site.state for name, site in sites(views[-1]).items()}
+    assert last == {"a": "counted", "b": "excluded", "c": "waiting"}
+    assert views[-1].adapter_sha == SHA
+
+
+def test_one_round_is_followed_to_its_close(run):
+    """Not further, and a round that is not there is an error."""
+    run.genesis()
+    run.open(1)
+    run.accept("a")
+    views = run.views(
+        lambda: (run.close(), run.open(2), run.status(number=2, waiting=("a",))), number=1
+    )
+    assert [(view.round, view.state) for view in views] == [(1, "open"), (1, "closed")]
+    with pytest.raises(RunNotFoundError, match="no round 7"):
+        run.views(number=7)
+
+
+def test_the_store_is_read_gently(run):
+    """A second in which nothing moved costs one object; a record is read once."""
+    run.genesis()
+    run.open()
+    run.status(waiting=("a", "b", "c"))
+    reads = []
+
+    def quiet():
+        reads.append((len(run.store.gets), run.store.lists))
+
+    run.views(quiet, quiet, quiet, lambda: (run.finish(), run.status(state="finished")))
+    assert [now[0] - before[0] for before, now in pairwise(reads)] == [1, 1]
+    assert {lists for _, lists in reads} == {1}
+    records = [key for key in run.store.gets if "/rounds/" in key]
+    assert len(records) == len(set(records))
+
+
+def test_a_store_that_is_away_is_waited_for(run, capsys):
+    """One word on stderr; it goes on when the store is back."""
+    run.genesis()
+    run.open()
+
+    def leave():
+        run.store.away = True
+
+    def come_back():
+        run.store.away = False
+        run.finish()
+        run.status(state="finished")
+
+    views = run.views(leave, lambda: None, come_back)
+    assert views[-1].state == "finished"
+    assert capsys.readouterr().err.count("trying on") == 1
+
+
+def test_the_end_is_shown_in_lines_and_in_json(run):
+    """A finished run is told at once; a run that is not there, and --plot beside it, are errors."""
+    run.genesis()
+    run.open()
+    run.accept("a")
+    run.close()
+    run.finish()
+    shown = CliRunner().invoke(app, command(run))
+    assert shown.exit_code == 0
+    assert "Run test, round 1 of 3: finished (all rounds are closed)" in shown.stdout
+    assert "  b: excluded, failed too often" in shown.stdout
+    (line,) = CliRunner().invoke(app, command(run, "--json")).stdout.splitlines()
+    assert json.loads(line)["sites"][1]["state"] == "excluded"
+    for arguments, error in ((("--plot", "x.png"), ConfigError), (("7",), RunNotFoundError)):
+        assert isinstance(CliRunner().invoke(app, command(run, *arguments)).exception, error)
+
+
+def command(run, *more):
+    """The command line."""
+    return ["rounds", "show", "test", "--follow", "--store", str(run.folder), *more]
+
+
+def spawn(run, out, *more):
+    """A process that follows."""
+    program = "from cli.main import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *command(run, *more)],
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "150"},
+        text=out == subprocess.PIPE,
+    )
+
+
+def test_ctrl_c_ends_it(run):
+    """With 130, and without a traceback."""
+    run.genesis()
+    run.open()
+    with spawn(run, subprocess.PIPE) as process:
+        assert "open" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(10) == 130
+    assert "Traceback" not in rest
+
+
+def test_on_a_terminal_it_is_a_table(run):
+    """Drawn in place; it stays when the run is finished."""
+    run.genesis()
+    run.open()
+    near, far = pty.openpty()
+    shown = bytearray()
+
+    def read():
+        try:
+            while data := os.read(near, 4096):
+                shown.extend(data)
+        except OSError:
+            pass  # the other end is closed
+
+    with spawn(run, far) as process:
+        os.close(far)
+        reader = threading.Thread(target=read)
+        reader.start()
+        deadline = time.monotonic() + 20
+        while b"pending since" not in shown and time.monotonic() < deadline:
+            time.sleep(0.05)
+        run.finish()
+        assert process.wait(20) == 0
+    reader.join(10)
+    os.close(near)
+    assert b"waiting" in shown
+    assert b"finished" in shown
+
+
+@pytest.mark.slow
+def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost, s3_server):
+    """Over S3, while real processes train: somebody is seen waiting or at work, all is counted.
+
+    And what the broker's queues say meanwhile.
+    """
+    deployment = Deployment(tmp_path, None, rabbit_server, vhost, s3_server)
+    try:
+        deployment.start_coordinator()
+        for name in "ab":
+            deployment.start_participant(name, slow=3.0)
+        deployment.wait_for("opened.recorded", "coordinator")
+        where = ("--federation", str(deployment.federation))
+        follower = deployment.start(
+            "follow", "cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
+        )
+        listed = json.loads(deployment.command("queues", "list", "--json", *where).stdout)
+        events = json.loads(deployment.command("queues", "peek", "events", "--json", *where).stdout)
+        deployment.finish()
+        assert follower.wait(20) == 0
+    finally:
+        deployment.close()
+    views = [json.loads(line) for line in deployment.log("follow").splitlines()]
+    assert {view["round"] for view in views} >= {1, 3}
+    assert views[-1]["state"] == "finished"
+    assert [site["state"] for site in views[-1]["sites"]] == ["counted", "counted"]
+    seen = {site["state"] for view in views for site in view["sites"]}
+    assert seen & {"waiting", "training", "loading", "evaluating", "uploading"}
+    rows = {row["site"]: row for row in listed["queues"] if row["site"]}
+    assert rows["a"]["consumers"] == 1
+    assert "of round" in rows["a"]["waits_for"]
+    assert "ParticipantReady" in {message["type"] for message in events["messages"]}
