@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test test-servers test-compose check format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,8 +23,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Run a whole federation with a real model and real text on this machine
 	$(BIN)/gradualdiff demo
 
-test: $(STAMP) ## Run the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
+	$(BIN)/python -m pytest -m "not compose"
+
+test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl
+	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then \
+		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl"; exit 1; fi; \
+	echo "== installing RabbitMQ for the tests"; \
+	apt-get update -qq && \
+	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl >/dev/null
+
+test-compose: $(STAMP) ## Build the images and run compose.yaml on a Docker engine of its own (needs root)
+	$(BIN)/python -m pytest -m compose
 
 check: $(STAMP) ## What CI runs: format, lint, types, import rules, tests
 	$(BIN)/ruff format --check .

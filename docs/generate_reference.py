@@ -114,7 +114,7 @@ SETTINGS = {
     "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",
     "accept.max_rounds": "Most rounds of a run.",
     "accept.min_participants": "Fewest participants of a run, this site among them.",
-    "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens always do.",
+    "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens do.",
 }
 
 # Fields of events, records and their parts. One name means one thing everywhere.
@@ -324,8 +324,10 @@ def queues_page() -> str:
     rows += [f"| `{exchange.name}` | {exchange.kind} |" for exchange in declared.exchanges]
     rows += [
         "\n## Queues\n",
-        "All are durable. A queue without a delivery limit is a classic one, which people may look "
-        "into as often as they like; the others are quorum queues.\n",
+        (
+            "All are durable. A queue without a delivery limit is a classic one, which people may "
+            "look into as often as they like; the others are quorum queues.\n"
+        ),
         "| queue | at most | single active consumer | delivery limit | bound by |",
         "|---|---|---|---|---|",
     ]

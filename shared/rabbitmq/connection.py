@@ -263,6 +263,7 @@ class RabbitConnection:
                     future, self._address, lambda: start(opened, done)
                 )
             )
+
             def on_close(_channel: object, reason: BaseException) -> None:
                 if results:
                     answer(future, results[0])
