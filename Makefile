@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-servers test-compose check format clean
+.PHONY: help install demo test test-servers test-compose check check-deploy format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,14 +35,29 @@ test-servers: ## Install what the tests start, if it is missing (needs root): Ra
 	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl >/dev/null
 
 test-compose: $(STAMP) ## Build the images and run compose.yaml on a Docker engine of its own (needs root)
-	$(BIN)/python -m pytest -m compose
+	@if command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null; \
+	then exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then \
+		echo "as root: apt-get install -y --no-install-recommends docker.io iptables mmdebstrap"; exit 1; fi; \
+	echo "== installing a Docker engine for the test"; \
+	apt-get update -qq && \
+	apt-get install -y -qq --no-install-recommends docker.io iptables mmdebstrap >/dev/null
+	$(BIN)/python -m pytest -m compose -s tests/compose
 
-check: $(STAMP) ## What CI runs: format, lint, types, import rules, tests
+check: $(STAMP) ## What CI runs: format, lint, types, import rules, tests (and then test-compose)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) check-deploy
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
+
+check-deploy: $(STAMP) ## Lint compose.yaml, the Dockerfiles and the shell scripts
+	$(BIN)/yamllint -s -d '{extends: default, rules: {line-length: {max: 100}, document-start: disable}}' compose.yaml
+	$(BIN)/hadolint deploy/compose/Dockerfile.* tests/compose/stand_ins/*/Dockerfile
+	$(BIN)/shellcheck deploy/slurm/participant.sbatch
+	@if docker compose version >/dev/null 2>&1; then docker compose config -q; \
+	else echo "no docker compose here: compose.yaml is read by make test-compose"; fi
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .

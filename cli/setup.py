@@ -45,11 +45,15 @@ def setup(
     out.print(f"broker  queues for run {config.run.name} are there")
     office = open_office(federation)
     accounts = accounts_of(office)
+    accounts.restore()  # the broker may have lost them since
     for name in config.run.participants:
         place = (kits or folder / "kits") / name
-        if accounts.exists(name):
+        # A kit without a password was never handed out: we died before it was written.
+        unfinished = place.exists() and not (place / PASSWORD_FILE).exists()
+        if accounts.exists(name) and not unfinished:
             out.print(f"site    {name}: has an account; its kit is not written again")
             continue
         kit = prepare_kit(office, name, place)
-        write_secret(kit / PASSWORD_FILE, accounts.add(name))
+        password = accounts.rotate(name) if accounts.exists(name) else accounts.add(name)
+        write_secret(kit / PASSWORD_FILE, password)
         out.print(f"site    {name}: kit in {place}", soft_wrap=True)

@@ -8,6 +8,8 @@ import pytest
 import urllib3
 
 from shared.config import load_federation
+from shared.credentials import BrokerAddress
+from shared.rabbitmq import connect
 from shared.stores import open_store
 from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
 
@@ -110,6 +112,23 @@ def test_setup_may_be_repeated(deployment):
     done = deployment.command("setup", str(deployment.federation))
     assert "a: has an account" in done.stdout
     assert (deployment.site_toml("a").with_name("broker-password")).read_text() == before
+
+
+def test_setup_heals_a_broker_without_accounts_and_a_kit_without_a_password(deployment):
+    """The account is made again from its record; a password nobody has is replaced."""
+    file = deployment.site_toml("b").with_name("broker-password")
+    before = file.read_text()
+    deployment.rabbit.api("DELETE", "users/b")
+    deployment.command("setup", str(deployment.federation))
+    deployment.rabbit.api("GET", "users/b")
+    assert file.read_text() == before
+    file.unlink()
+    deployment.command("setup", str(deployment.federation))
+    assert file.read_text() not in ("", before)
+    address = BrokerAddress(
+        "127.0.0.1", deployment.rabbit.port, deployment.vhost, "b", file.read_text().strip(), False
+    )
+    connect(address).close()
 
 
 def test_the_store_is_closed_to_whoever_has_no_url(deployment):

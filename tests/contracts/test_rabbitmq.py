@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import threading
@@ -283,3 +284,4 @@ def test_tls_is_checked(own_server, tmp_path):
     own_server.start()
     with pytest.raises(BrokerError, match=re.compile("certificate.*expired.*check the clock")):
         connect(replace(address, ca_file=expired))
+    gc.collect()  # now, and not in another test

@@ -1,0 +1,142 @@
+"""The setup of ``docker compose up``: the demo's federation, over the servers beside it.
+
+Prepares model, text and settings; makes the bucket, the queues and the accounts; hands each site
+its own kit and its own text and nothing else. Repeatable: what is there stays, what is missing or
+was lost with a server is made again, so it runs before every start.
+"""
+
+# ruff: noqa: T201 - a script of the image; it runs our own command and says so
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+OPERATOR = Path("/operator")  # seen by this setup only
+PREPARED = OPERATOR / "prepared"
+KITS = OPERATOR / "kits"
+FEDERATION = Path("/federation/federation.toml")  # the coordinator's
+SITES = Path("/sites")  # one volume each; a site sees its own, as /site
+MODEL = Path("/model")  # all sites', and at the same path
+
+BROKER = {
+    "url": "amqp://coordinator@rabbitmq:5672/",
+    "password_file": "/secrets/broker/password",
+    "transport": "plaintext",  # one host, one internal network
+    "management_url": "http://rabbitmq:15672",
+}
+STORE = {
+    "url": "http://minio:9000",
+    "bucket": "gradualdiff",
+    "access_key_file": "/secrets/store/access-key",
+    "secret_key_file": "/secrets/store/secret-key",
+    "transport": "plaintext",
+}
+
+Tables = dict[str, dict[str, Any]]
+
+
+def main() -> None:
+    """All of it, in an order in which a kill at any point is healed by the next start."""
+    wanted = {
+        "rounds": int(os.environ["GRADUALDIFF_ROUNDS"]),
+        "local_steps": int(os.environ["GRADUALDIFF_LOCAL_STEPS"]),
+    }
+    if not FEDERATION.exists():
+        prepare(wanted)
+    tables = tomllib.loads(FEDERATION.read_text())
+    say_what_holds(tables, wanted)
+    gradualdiff("setup", FEDERATION, "--kits", KITS)
+    # Accounts are on record in the store: a broker that lost its volume gets them back.
+    gradualdiff("sites", "restore", "--federation", FEDERATION)
+    for name in tables["run"]["participants"]:
+        hand_over(name)
+    print("setup: done")
+
+
+def prepare(wanted: dict[str, int]) -> None:
+    """The demo's model, text and settings; the coordinator's federation.toml is written last."""
+    options = ("--rounds", wanted["rounds"], "--local-steps", wanted["local_steps"])
+    # The demo keeps its converted model in the user's cache folder: here that is the volume.
+    gradualdiff("demo", "--prepare", "--dir", PREPARED, *options, XDG_CACHE_HOME=str(MODEL))
+    tables = tomllib.loads((PREPARED / "federation.toml").read_text())
+    tables.pop("simulation", None)
+    write(FEDERATION, toml({**tables, "broker": BROKER, "store": STORE}))
+
+
+def say_what_holds(tables: Tables, wanted: dict[str, int]) -> None:
+    """A run's settings are fixed; whoever asks for others now is told, and nothing is changed."""
+    fixed = {
+        "rounds": tables["run"]["rounds"],
+        "local_steps": tables["training"]["local_steps"],
+    }
+    for name, value in fixed.items():
+        if value != wanted[name]:
+            print(
+                f"setup: this run has {name} = {value}, and {wanted[name]} is asked for; it stays. "
+                "To begin anew, losing this run: docker compose down --volumes",
+                file=sys.stderr,
+            )
+
+
+def hand_over(name: str) -> None:
+    """A site's volume: its kit, its text, and the settings that join the two."""
+    folder = SITES / name
+    if not folder.is_dir():
+        sys.exit(f"setup: no volume for participant {name}; compose.yaml has one for each site")
+    kit = tomllib.loads((KITS / name / "site.toml").read_text())
+    password = Path(kit["broker"]["password_file"]).name
+    if not (KITS / name / password).exists():
+        # A setup that was killed between the account and its kit: nobody knows that password.
+        gradualdiff("sites", "rotate", name, "--kit", KITS / name, "--federation", FEDERATION)
+    own = tomllib.loads((PREPARED / "sites" / f"{name}.toml").read_text())
+    text = (PREPARED / "sites" / own["data"]["path"]).resolve()
+    tables: Tables = {
+        "site": {**own["site"], "workspace": "/workspace"},
+        "data": {**own["data"], "path": text.name},
+    }
+    # How it reaches the broker, and what the kit lets it take part in.
+    tables |= {table: kit[table] for table in ("broker", "accept") if table in kit}
+    write(folder / text.name, text.read_bytes())
+    write(folder / password, (KITS / name / password).read_bytes())
+    write(folder / "site.toml", toml(tables))
+
+
+def gradualdiff(*arguments: object, **environment: str) -> None:
+    """The command line; its exit code ends this setup, its message is on the screen already."""
+    command = ["gradualdiff", *map(str, arguments)]
+    print(f"setup: {' '.join(command)}")
+    done = subprocess.run(command, env={**os.environ, **environment}, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def toml(tables: Tables) -> bytes:
+    """Strings, numbers, booleans and lists of strings: their JSON form is TOML too."""
+    lines: list[str] = []
+    for table, values in tables.items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines).encode()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a site may be reading the file of the start before."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.unlink(missing_ok=True)
+    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+if __name__ == "__main__":
+    main()
