@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from shared.dispatch import Handler
     from shared.store import Transfer
 
+ASK_SECONDS = 60.0
+ASKS = 3  # in that time
+
 Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
 
 
@@ -95,6 +98,7 @@ class Participant:
         # Runs whose base model is loaded; work for another run waits for its announcement.
         self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
+        self._asked: list[float] = []
         self.trained: Submission | None = None
         self.handed_over = False
         self.in_hand: Task | None = None
@@ -130,7 +134,7 @@ class Participant:
         """Note to train, unless it is trained already. Idempotent: the same bytes are announced."""
         del sender
         if event.expires_at <= self._site.clock():
-            self.start(event.run)
+            self._ask_again(event.run, "a round's URL is over already; is this clock right?")
             return
         done = self._site.workspace.submission(event.run, event.round, event.source_sha)
         if done is not None:
@@ -239,8 +243,9 @@ class Participant:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task.run, task.round, task.source_sha)
             self.trained = submission = done or self._trained(task)
-        except GrantError:
-            self.start(task.run)  # the URL is stale; a fresh one comes with the next RoundStarted
+        except GrantError as error:
+            # The URL is stale; a fresh one comes with the next RoundStarted.
+            self._ask_again(task.run, str(error))
             return
         except GradualDiffError as error:
             if error.retryable or isinstance(error, InterruptedRunError):
@@ -299,8 +304,9 @@ class Participant:
                 start = number * task.chunk_size
                 length = min(task.chunk_size, submission.size - start)
                 self._site.transfer.upload(url, path, start, length)
-        except GrantError:
-            self._request_upload(submission)  # expired: the chunks still missing are granted anew
+        except GrantError as error:
+            # The chunks still missing are granted anew: the answer names the round, we the delta.
+            self._ask_again(task.run, str(error))
             return
         self._publish(DeltaSubmitted(**submission.model_dump()))
         self.handed_over = True
@@ -310,8 +316,8 @@ class Participant:
             return
         try:
             source = self._fetch(task.run, task.sha, task.get_url)
-        except GrantError:
-            self.start(task.run)
+        except GrantError as error:
+            self._ask_again(task.run, str(error))
             return
         if not self._site.accept.send_metrics:
             return
@@ -325,6 +331,19 @@ class Participant:
 
     def _note(self, task: Task) -> None:
         self._agenda[type(task), task.run] = task
+
+    def _ask_again(self, run: str, reason: str) -> None:
+        """Ask what is owed, but not on and on: a store that refuses every URL would make us spin.
+
+        Whoever listens asks once a minute anyway.
+        """
+        now = time.monotonic()
+        self._asked = [then for then in self._asked if now - then < ASK_SECONDS]
+        if len(self._asked) < ASKS:
+            self._asked.append(now)
+            self.start(run)
+            return
+        get_logger().warning("grant.refused", run=run, reason=reason)
 
     def _request_upload(self, submission: Submission) -> None:
         self._publish(

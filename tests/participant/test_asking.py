@@ -1,0 +1,95 @@
+"""A site that is refused asks again, and does not spin."""
+
+from __future__ import annotations
+
+import pytest
+
+from participant.handlers import ASKS, Participant, Site
+from participant.workspace import Workspace
+from shared import wire
+from shared.errors import GrantError
+from shared.events import RoundStarted, RunAnnounced, SiteOnline, WireBase, WireLora, WireTraining
+from tests.numpy_learner import NumpyLearner
+
+TRAINING = WireTraining(local_steps=1)
+
+
+class Line:
+    """Keeps what is published."""
+
+    def __init__(self):
+        self.events = []
+
+    def publish(self, messages):
+        self.events += [wire.decode(message.body).event for message in messages]
+
+
+class Refusing:
+    """A store that takes no URL: another host was signed for, or a clock is wrong."""
+
+    def download(self, url, path, sha256):
+        raise GrantError("signed URL: refused")
+
+    upload = download
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(
+        name="a",
+        line=Line(),
+        transfer=Refusing(),
+        workspace=Workspace(tmp_path),
+        learner=NumpyLearner("a"),
+        clock=lambda: 1000.0,
+    )
+
+
+def round_started(expires_at: float) -> RoundStarted:
+    return RoundStarted(
+        run="r",
+        round=1,
+        source_sha="a" * 64,
+        get_url="https://store/k",
+        expires_at=expires_at,
+        training=TRAINING,
+        progress_from=0.0,
+        progress_to=1.0,
+        seed=1,
+        codec="fp32",
+    )
+
+
+def asked(site: Site) -> int:
+    return sum(isinstance(event, SiteOnline) for event in site.line.events)
+
+
+def test_a_round_whose_url_is_over_is_asked_for_a_few_times_a_minute(site):
+    """However often the coordinator answers with another: this clock may be wrong."""
+    participant = Participant(site)
+    for _ in range(20):
+        participant.on_round_started(round_started(999.0), "coordinator")
+    assert asked(site) == ASKS
+    assert not participant.has_work
+
+
+def test_a_store_that_refuses_every_url_is_not_asked_on_and_on(site):
+    """Twenty grants, twenty refusals, three questions."""
+    participant = Participant(site)
+    participant.on_run_announced(
+        RunAnnounced(
+            run="r",
+            config_digest="b" * 64,
+            base=WireBase(model="m"),
+            lora=WireLora(),
+            training=TRAINING,
+            rounds=1,
+            participants=1,
+        ),
+        "coordinator",
+    )
+    participant.work()
+    for _ in range(20):
+        participant.on_round_started(round_started(2000.0), "coordinator")
+        participant.work()
+    assert asked(site) == ASKS
