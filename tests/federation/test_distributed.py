@@ -77,6 +77,25 @@ def test_a_standby_takes_over(deploy):
     assert deployment.finish("standby") == deployment.wanted()
 
 
+def test_a_frozen_coordinator_is_replaced_and_changes_nothing_when_it_wakes(deploy):
+    """SIGSTOP in the middle: the other takes over; woken up, the first one stands by."""
+    deployment = deploy()
+    active = deployment.start_coordinator()
+    deployment.wait_for("coordinator.active", "coordinator")
+    deployment.start_coordinator("standby")
+    deployment.wait_for("coordinator.connected", "standby")
+    for site in "ab":
+        deployment.start_participant(site, slow=1.0)
+    deployment.wait_for("round.closed", "coordinator")
+    active.send_signal(signal.SIGSTOP)
+    deployment.wait_for("coordinator.active", "standby", seconds=25.0)
+    active.send_signal(signal.SIGCONT)
+    deployment.wait_for("coordinator.waits", "coordinator")
+    assert deployment.finish("standby") == deployment.wanted()
+    for site in "ab":
+        assert deployment.trained(site) == ["tiny 1", "tiny 2", "tiny 3"]
+
+
 def test_cron_takes_the_rounds_one_by_one(deploy):
     """``--once`` at both sites again and again: one round each; then there is nothing, exit 3."""
     deployment = deploy()
