@@ -191,6 +191,7 @@ class _Closing:
             values = self._adapter.read(spec.name).reshape(-1)
         with self.watch.phase("accumulate"):
             _accumulate(mean, values, 1.0)
+            self._adapter.release(spec.name)
             result = buffers.result[: spec.elements]
             _cast(mean, result, spec)
         return result.reshape(spec.shape)
@@ -218,6 +219,7 @@ class _Closing:
             square, product = square_and_product(values, mean)
             self._squares[delta.site].append(square)
             self._products[delta.site].append(product)
+            file.release(spec)
 
 
 def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:

@@ -7,6 +7,7 @@ content-addressed object: nobody who still holds an upload URL can change what w
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from shared.errors import (
     ObjectChangedError,
     ObjectMissingError,
 )
-from shared.files import READ_BYTES, digest_file
+from shared.files import digest_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,10 +87,10 @@ class Intake:
         Raises DeltaRefusedError with the reason. Repeatable: a delta that is stored already is
         checked again from there.
         """
-        with file_errors(self.spool):
-            parts = self._collect(upload)
         path = self._path(upload.round, upload.site, upload.sha)
-        if digest_file(path)[0] != upload.sha:
+        with file_errors(self.spool):
+            parts, digest = self._collect(upload, path)
+        if digest != upload.sha:
             self.discard(upload)
             raise DeltaRefusedError(
                 f"sha256: expected {upload.sha[:12]} as announced, got other bytes; "
@@ -137,34 +138,20 @@ class Intake:
         self.spool.mkdir(parents=True, exist_ok=True)
         return self.spool / name
 
-    def _collect(self, upload: Upload) -> list[ObjectInfo]:
-        """Spool the chunks; what was read. Empty when the delta is in the store already."""
+    def _collect(self, upload: Upload, target: Path) -> tuple[list[ObjectInfo], str]:
+        """Spool the chunks: what was read, its sha256. No parts if the delta is stored already."""
         self.spool.mkdir(parents=True, exist_ok=True)
-        target = self._path(upload.round, upload.site, upload.sha)
         key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
-        try:
-            self._store.fetch_file(key, target)
-        except ObjectMissingError:
-            pass
-        else:
-            return []
+        with contextlib.suppress(ObjectMissingError):
+            return [], self._store.spool([key], target).sha256
         absent = self.missing_chunks(upload)
         if absent:
             raise DeltaRefusedError(
                 f"size: expected {upload.size} bytes in {upload.chunks} chunks, but chunk "
                 f"{absent[0]} is absent or has another size; upload it, then submit again"
             )
-        parts = [self._store.stat(upload.chunk_key(n)) for n in range(upload.chunks)]
-        if len(parts) == 1:
-            self._store.fetch_file(parts[0].key, target)
-            return parts
-        temporary = target.with_suffix(".part")
-        with temporary.open("wb") as out:
-            for part in parts:
-                for start in range(0, part.size, READ_BYTES):
-                    out.write(self._store.get_range(part.key, start, READ_BYTES))
-        temporary.replace(target)
-        return parts
+        spooled = self._store.spool([upload.chunk_key(n) for n in range(upload.chunks)], target)
+        return spooled.parts, spooled.sha256
 
     def _clear_inbox(self, upload: Upload) -> None:
         for number in range(upload.chunks):
@@ -176,12 +163,12 @@ class Intake:
             return path
         self.spool.mkdir(parents=True, exist_ok=True)
         try:
-            self._store.fetch_file(key, path)
+            digest = self._store.spool([key], path).sha256
         except ObjectMissingError:
             raise LedgerDamagedError(
                 f"{key}: is missing; restore this object from a copy of the store"
             ) from None
-        if digest_file(path)[0] != sha:
+        if digest != sha:
             raise LedgerDamagedError(
                 f"{key}: its bytes do not have the sha256 of its name; "
                 "restore this object from a copy of the store"

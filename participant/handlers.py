@@ -8,6 +8,7 @@ online. Done work is committed to the workspace first and announced after, and a
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 ASK_SECONDS = 60.0
 ASKS = 3  # in that time
+UPLOADS = 3  # chunks under way at once
 
 Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
 
@@ -296,20 +298,29 @@ class Participant:
             # The disk lost it since it was announced: ask what is owed, and train it again.
             self.start(task.run)
             return
-        path = self._site.workspace.delta_path(submission)
-        report = self._reporter(task.round)
         try:
-            for count, (number, url) in enumerate(sorted(task.urls.items())):
-                report(Progress("upload", count, len(task.urls)))
-                start = number * task.chunk_size
-                length = min(task.chunk_size, submission.size - start)
-                self._site.transfer.upload(url, path, start, length)
+            self._send_chunks(task, submission)
         except GrantError as error:
             # The chunks still missing are granted anew: the answer names the round, we the delta.
             self._ask_again(task.run, str(error))
             return
         self._publish(DeltaSubmitted(**submission.model_dump()))
         self.handed_over = True
+
+    def _send_chunks(self, task: UploadGranted, submission: Submission) -> None:
+        path = self._site.workspace.delta_path(submission)
+        report = self._reporter(task.round)
+
+        def send(item: tuple[int, str]) -> None:
+            number, url = item
+            start = number * task.chunk_size
+            length = min(task.chunk_size, submission.size - start)
+            self._site.transfer.upload(url, path, start, length)
+
+        report(Progress("upload", 0, len(task.urls)))
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            for count, _ in enumerate(pool.map(send, sorted(task.urls.items())), start=1):
+                report(Progress("upload", count, len(task.urls)))
 
     def _evaluate(self, task: RunFinished) -> None:
         if task.sha is None or task.get_url is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,7 @@ class Counted:
     def __init__(self, transfer: Transfer, reporter: Reporter) -> None:
         self._transfer = transfer
         self._reporter = reporter
+        self._sending = threading.Lock()
 
     def download(self, url: str, path: Path, sha256: str) -> int:
         """See the port."""
@@ -77,4 +79,5 @@ class Counted:
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """See the port."""
         self._transfer.upload(url, path, start, length)
-        self._reporter.bytes_up += length
+        with self._sending:  # several chunks are under way at once
+            self._reporter.bytes_up += length

@@ -108,6 +108,11 @@ class DeltaFile:
         """Let go of the file; arrays that were read keep it mapped until they are gone."""
         self._file.close()
 
+    def release(self, spec: TensorSpec) -> None:
+        """Give back the pages of a tensor that was read."""
+        for layout in self._codec.layout(spec):
+            self._file.release(layout.name)
+
     def read(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The decoded values: fp32 of ``spec.shape``; read-only for a codec that copies nothing."""
         parts = [self._file.read(layout.name) for layout in self._codec.layout(spec)]
@@ -129,6 +134,7 @@ def check_delta(
             if not is_finite(values):
                 raise DeltaRefusedError(_not_finite(spec, values))
             squares.append(squared_norm(values))
+            delta.release(spec)
     norm = math.sqrt(math.fsum(squares))
     if max_norm is not None and norm > max_norm:
         raise DeltaRefusedError(

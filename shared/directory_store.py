@@ -37,9 +37,9 @@ from shared.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from shared.files import sync_path
+from shared.files import digest_file, sync_path
 from shared.keys import KEY_PART, check_key
-from shared.store import ObjectInfo
+from shared.store import ObjectInfo, Spooled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -144,6 +144,23 @@ class DirectoryStore:
             fetched = link_or_copy(self._path(key), temp)
             _move(temp, path)
         return _info(key, fetched)
+
+    def spool(self, keys: Sequence[str], path: Path) -> Spooled:
+        """A link to one object, or a copy of several. Raises ObjectMissingError."""
+        if len(keys) == 1:
+            part = self.fetch_file(keys[0], path)
+            return Spooled([part], digest_file(path)[0])
+        digest, parts = hashlib.sha256(), []
+        with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
+            with temp.open("wb") as out:
+                for key in keys:
+                    with self.open(key) as file:
+                        parts.append(_info(key, os.fstat(file.fileno())))
+                        for chunk in read_chunks(file):
+                            digest.update(chunk)
+                            out.write(chunk)
+            temp.replace(path)
+        return Spooled(parts, digest.hexdigest())
 
     def stat(self, key: str) -> ObjectInfo:
         """Size and etag. Raises ObjectMissingError."""

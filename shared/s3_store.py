@@ -48,7 +48,7 @@ from shared.errors import (
 )
 from shared.files import READ_BYTES, sync_path
 from shared.keys import check_key, is_key
-from shared.store import ObjectInfo
+from shared.store import ObjectInfo, Spooled
 from shared.transfer import (
     RETRY_STATUSES,
     TRIES,
@@ -239,6 +239,19 @@ class S3Store:
                 sync_path(path.parent)
         return found[0]
 
+    def spool(self, keys: Sequence[str], path: Path) -> Spooled:
+        """One pass: what comes is hashed and written. Raises ObjectMissingError."""
+        digest = hashlib.sha256()
+        parts: list[ObjectInfo] = []
+        with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
+            with temp.open("wb") as out:
+                for key in keys:
+                    for chunk in self._read(key, tell=parts.append):
+                        digest.update(chunk)
+                        out.write(chunk)
+            temp.replace(path)
+        return Spooled(parts, digest.hexdigest())
+
     def stat(self, key: str) -> ObjectInfo:
         """Size and etag. Raises ObjectMissingError."""
         check_key(key)
@@ -285,7 +298,6 @@ class S3Store:
         check_key(key)
         if not parts:
             raise StoreError(f"{key}: expected at least one part to compose, got none")
-        size = self._check_parts(parts)
         for part in parts[:-1]:
             if part.size < MIN_PART_BYTES:
                 raise StoreError(
@@ -310,7 +322,8 @@ class S3Store:
                         f"{key}: a part is not the object that was read; check them again"
                     ) from None
                 raise
-        return ObjectInfo(key, size, made.etag or "")
+        # Each part had the etag that was read, and so its size.
+        return ObjectInfo(key, sum(part.size for part in parts), made.etag or "")
 
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""
@@ -414,16 +427,13 @@ class S3Store:
     def _try_bucket(self) -> None:
         next(self._listed(".probe/"), None)
 
-    def _check_parts(self, parts: Sequence[ObjectInfo]) -> int:
-        size = 0
+    def _check_parts(self, parts: Sequence[ObjectInfo]) -> None:
         for part in parts:
             found = self.stat(part.key)
             if found.etag != part.etag:
                 raise ObjectChangedError(
                     f"{part.key}: is not the object that was read; check it again"
                 )
-            size += found.size
-        return size
 
     def _sign(self, method: str, key: str, expires_at: float) -> str:
         check_key(key)

@@ -29,6 +29,14 @@ class ObjectInfo:
     etag: str
 
 
+@dataclass(frozen=True)
+class Spooled:
+    """What :meth:`ObjectStore.spool` read: each object, and the sha256 of all the bytes."""
+
+    parts: list[ObjectInfo]
+    sha256: str
+
+
 class ObjectStore(Protocol):
     """Objects by key. All sizes in bytes, all times in seconds since the epoch."""
 
@@ -49,6 +57,13 @@ class ObjectStore(Protocol):
 
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
         """Copy (or link) the object to a new local file, replacing it whole."""
+
+    def spool(self, keys: Sequence[str], path: Path) -> Spooled:
+        """Objects one after another in a new local file, hashed on the way (or link one).
+
+        Not made to survive a crash: whoever finds such a file later hashes it before use. Raises
+        ObjectMissingError.
+        """
 
     def stat(self, key: str) -> ObjectInfo:
         """Size and etag. Raises ObjectMissingError."""

@@ -152,6 +152,18 @@ class TensorFile:
         """Let go of the file; arrays that were read keep it mapped until they are gone."""
         self._mapped = None
 
+    def release(self, name: str) -> None:
+        """Give back the pages of a tensor that was read; it may be read again.
+
+        They stay in the kernel's cache, and count no more as this process's memory.
+        """
+        if self._mapped is not None:
+            begin = self._starts[name]
+            start = begin - begin % mmap.PAGESIZE
+            length = begin + self.layouts[name].size_bytes - start
+            if length:
+                self._mapped.madvise(mmap.MADV_DONTNEED, start, length)
+
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of the file's pages, in its own dtype and shape.
 

@@ -49,23 +49,27 @@ class Int8:
         self, spec: TensorSpec, values: NDArray[np.float32], _seed: int, /
     ) -> tuple[NDArray[Any], ...]:
         """Whole numbers from -127 to 127 and scales. Divides in fp64, so that the bound holds."""
-        rows = _blocks(values.astype(np.float64), spec.elements)
-        scales = _rounded_up(np.abs(rows).max(axis=1) / _LEVELS)
+        rows = _blocks(values, spec.elements)
+        largest = np.abs(rows).max(axis=1)
+        scales = _rounded_up(largest.astype(np.float64) / _LEVELS)
         divisors = np.where(scales == 0, 1, scales).astype(np.float64)
-        whole = np.rint(rows / divisors[:, np.newaxis]).astype(np.int8)
+        wide = np.divide(rows, divisors[:, np.newaxis], dtype=np.float64)
+        whole = np.rint(wide, out=wide).astype(np.int8)
         return whole.reshape(-1)[: spec.elements].reshape(spec.shape), scales
 
     def decode(self, spec: TensorSpec, parts: Sequence[NDArray[Any]], /) -> NDArray[np.float32]:
         """Whole numbers times scales; a scale that is not finite gives values that are not."""
-        rows = _blocks(parts[0].astype(np.float32), spec.elements)
+        rows = _blocks(parts[0], spec.elements).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            values = rows * parts[1].astype(np.float32)[:, np.newaxis]
+            values = np.multiply(rows, parts[1].astype(np.float32)[:, np.newaxis], out=rows)
         return values.reshape(-1)[: spec.elements].reshape(spec.shape)
 
 
 def _blocks(values: NDArray[Any], elements: int) -> NDArray[Any]:
     """The flattened values as rows of BLOCK, the last row filled up with zeros."""
-    flat = np.pad(values.reshape(-1), (0, -elements % BLOCK))
+    flat = values.reshape(-1)
+    if elements % BLOCK:
+        flat = np.pad(flat, (0, -elements % BLOCK))
     return flat.reshape(-1, BLOCK)
 
 

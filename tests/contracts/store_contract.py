@@ -230,6 +230,24 @@ class StoreContract:
         store.delete("k")
         assert (tmp_path / "out").read_bytes() == b"first"
 
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_objects_are_spooled_in_the_order_given(self, store, tmp_path, count):
+        """Into one file, whose sha256 is told with each part; what was there is replaced."""
+        target = tmp_path / "out"
+        target.write_bytes(b"older and longer than what comes")
+        data = [b"%d" % number * 9000 for number in range(count)]
+        keys = [f"inbox/{count - number}" for number in range(count)]
+        parts = [store.put(key, piece) for key, piece in zip(keys, data, strict=True)]
+        spooled = store.spool(keys, target)
+        assert target.read_bytes() == b"".join(data)
+        assert spooled.parts == parts
+        assert spooled.sha256 == sha256(b"".join(data))
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        store.delete(keys[0])
+        with pytest.raises(ObjectMissingError, match=keys[0]):
+            store.spool(keys, target)
+        assert target.read_bytes() == b"".join(data)
+
     # Listing ----------
 
     def test_a_listing_is_in_key_order_and_by_prefix(self, store):
