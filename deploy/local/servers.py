@@ -12,6 +12,7 @@ for them with one node each and no TLS.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -89,8 +90,9 @@ def _free_ports(count: int) -> list[int]:
     while len(found) < count:
         with socket.socket() as listener:
             # SeaweedFS also opens each of its ports + 10000.
-            listener.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
-            found.add(listener.getsockname()[1])
+            with contextlib.suppress(OSError):  # taken: draw another
+                listener.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+                found.add(listener.getsockname()[1])
     return sorted(found)
 
 
