@@ -88,11 +88,10 @@ def _settings(folder: Path) -> dict[str, object]:
 def _free_ports(count: int) -> list[int]:
     found: set[int] = set()
     while len(found) < count:
-        with socket.socket() as listener:
-            # SeaweedFS also opens each of its ports + 10000.
-            with contextlib.suppress(OSError):  # taken: draw another
-                listener.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
-                found.add(listener.getsockname()[1])
+        # Taken: draw another. SeaweedFS also opens each of its ports + 10000.
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+            found.add(listener.getsockname()[1])
     return sorted(found)
 
 
