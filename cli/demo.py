@@ -55,7 +55,9 @@ def demo(
     ] = False,
     servers: Annotated[
         Path | None,
-        typer.Option(help="With --prepare: a TOML with [broker] and [store], to run over them."),
+        typer.Option(
+            help="With --prepare: a TOML with the tables broker and store, to run over them."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

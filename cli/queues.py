@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Queues on the broker: list, peek, redrive, purge.", no_args_is_help=True)
 FederationOption = Annotated[
-    Path, typer.Option("--federation", help="The federation.toml with its [broker] and [store].")
+    Path,
+    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DEFAULT_FEDERATION = Path("federation.toml")

@@ -32,7 +32,8 @@ app = typer.Typer(
 )
 NameArgument = Annotated[str, typer.Argument(help="The site's name.")]
 FederationOption = Annotated[
-    Path, typer.Option("--federation", help="The federation.toml with its [broker] and [store].")
+    Path,
+    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
 ]
 KitOption = Annotated[
     Path | None,

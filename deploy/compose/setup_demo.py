@@ -50,9 +50,8 @@ def main() -> None:
         prepare(wanted)
     tables = tomllib.loads(FEDERATION.read_text())
     say_what_holds(tables, wanted)
+    # A broker that lost its volume gets its accounts back from the record in the store.
     gradualdiff("setup", FEDERATION, "--kits", KITS)
-    # Accounts are on record in the store: a broker that lost its volume gets them back.
-    gradualdiff("sites", "restore", "--federation", FEDERATION)
     for name in tables["run"]["participants"]:
         hand_over(name)
     print("setup: done")
@@ -90,9 +89,6 @@ def hand_over(name: str) -> None:
         sys.exit(f"setup: no volume for participant {name}; compose.yaml has one for each site")
     kit = tomllib.loads((KITS / name / "site.toml").read_text())
     password = Path(kit["broker"]["password_file"]).name
-    if not (KITS / name / password).exists():
-        # A setup that was killed between the account and its kit: nobody knows that password.
-        gradualdiff("sites", "rotate", name, "--kit", KITS / name, "--federation", FEDERATION)
     own = tomllib.loads((PREPARED / "sites" / f"{name}.toml").read_text())
     text = (PREPARED / "sites" / own["data"]["path"]).resolve()
     tables: Tables = {
