@@ -134,11 +134,12 @@ def redrive(
 ) -> None:
     """Send dead letters back to the queue that they came from, once their cause is mended.
 
-    Each goes back in the name of the account that sent it, or stays. What this account sent (all
-    that was meant for sites) can go back. What a site sent can go back only if this account may
-    speak for others: an operator gives it the tag for that long (rabbitmqctl set_user_tags ACCOUNT
-    administrator impersonator). Otherwise restart the site's participant: the ledger rings again
-    for all that is owed. What does not decode would only be refused again, and stays too.
+    Each goes back in the name of the account that sent it, or stays. What a site sent can go back
+    only if this account may speak for others: an operator gives it the tag for that long
+    (rabbitmqctl set_user_tags ACCOUNT administrator impersonator). Otherwise restart the site's
+    participant: the ledger rings again for all that is owed. What a site reported stays, since its
+    word for the sender counts for nothing. What does not decode would only be refused again, and
+    stays too.
 
     Each is published and confirmed before it is taken off: a crash in between doubles a message,
     which does no harm, and loses none. It may be given again.

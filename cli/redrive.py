@@ -142,6 +142,11 @@ def _inner(refusal: MessageRefused) -> Event:
 def _destination(refusal: MessageRefused, event: Event) -> tuple[Message, str]:
     """Where it goes and under which name. The key is built anew, from the checked sender."""
     queue, sender, data = refusal.queue, refusal.sender, refusal.data
+    if refusal.reported_by is not None:
+        raise _StaysError(
+            f"{refusal.reported_by} reported it, and a site's word for a sender counts for "
+            f"nothing: restart the participant of {refusal.reported_by}, and the ledger rings again"
+        )
     if sender is None:
         raise _StaysError("nobody knows who sent it, so nobody would take it")
     if queue.startswith(_SITE):

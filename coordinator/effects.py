@@ -138,7 +138,7 @@ class Effects:
             source_held_out=pool_held_out(r.metrics.held_out for r in counted),
         )
         closed = self._ledger.write(record)
-        self._intake.clear_round(keep_adapter=closed.adapter_sha)
+        self._intake.clear_round(run, closed.round, keep_adapter=closed.adapter_sha)
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
 

@@ -43,7 +43,7 @@ from shared.records import (
     Record,
     RefusedRecord,
 )
-from shared.topology import accepted_key
+from shared.topology import accepted_key, site_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -127,7 +127,7 @@ class Coordinator:
     def on_site_online(self, event: SiteOnline, sender: str) -> None:
         """Answer with what the ledger owes the site. Idempotent: writes nothing."""
         get_logger().info("site.online", holds_round=event.round)
-        for bell in debts(self.state, sender):
+        for bell in debts(self.state, sender, first=event.first):
             self._effects.ring(bell, self.state)
 
     def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
@@ -162,7 +162,7 @@ class Coordinator:
         """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
         upload = self._upload(event, sender)
         if self._open_round_for(event.round, sender) is None:
-            self._answer_closed(upload)
+            self._answer_closed(upload, record=False)
             return
         expires_at = self._clock() + GRANT_SECONDS
         urls = {
@@ -228,6 +228,15 @@ class Coordinator:
         """Record the failed attempt. Idempotent: one record per attempt, named by its number."""
         if self._open_round_for(event.round, sender) is None:
             return
+        known = self.state.troubles.get(sender)
+        expected = known.attempts + 1 if known else 1
+        if event.attempt < expected:
+            return
+        if event.attempt > expected:
+            raise ProtocolError(
+                f"attempt: expected {expected} of {sender} in round {event.round}, "
+                f"got {event.attempt}"
+            )
         get_logger().warning("training.failed", reason=event.reason)
         self._record(
             FailedRecord(
@@ -259,7 +268,10 @@ class Coordinator:
     def on_message_refused(self, event: MessageRefused, sender: str) -> None:
         """Keep what a site could not use where people look. Idempotent: a copy more is no harm."""
         get_logger().warning("message.refused", site=sender, reason=event.reason)
-        self._effects.keep_refused(event)
+        # What a site says of queue and sender is not checked by anybody: nothing may act on it.
+        self._effects.keep_refused(
+            event.model_copy(update={"reported_by": sender, "queue": site_queue(sender)})
+        )
 
     def on_tick(self, event: CoordinatorTick, sender: str) -> None:
         """Fold the time in. Idempotent: the time is what it is.
@@ -294,8 +306,11 @@ class Coordinator:
             RefusedRecord(round=upload.round, site=upload.site, sha=upload.sha, reason=reason)
         )
 
-    def _answer_closed(self, upload: Upload) -> None:
-        """Answer a delta that the open round does not wait for: counted already, or too late."""
+    def _answer_closed(self, upload: Upload, *, record: bool = True) -> None:
+        """Answer a delta that the open round does not wait for: counted already, or too late.
+
+        Without ``record`` nothing is kept of it: a request is not a delta, and costs nothing.
+        """
         key = accepted_key(upload.run, upload.round, upload.site)
         try:
             accepted = self._ledger.read(AcceptedRecord, key)
@@ -313,7 +328,8 @@ class Coordinator:
         late = RefusedRecord(
             round=upload.round, site=upload.site, sha=upload.sha, verdict="late", reason=reason
         )
-        self._effects.tell({upload.site: answer_of(upload.run, self._ledger.write(late))})
+        written = self._ledger.write(late) if record else late
+        self._effects.tell({upload.site: answer_of(upload.run, written)})
 
     # What is known -----------------------------------------------------------------------------
 

@@ -126,8 +126,13 @@ class Intake:
         self._path(upload.round, upload.site, upload.sha).unlink(missing_ok=True)
         self._clear_inbox(upload)
 
-    def clear_round(self, keep_adapter: str) -> None:
-        """Empty the spool after a round closed, but for the newest adapter."""
+    def clear_round(self, run: str, round_number: int, keep_adapter: str) -> None:
+        """After a round closed: empty the spool, but for the newest adapter, and its inbox.
+
+        What lies in the inbox still was never submitted, or never asked for.
+        """
+        for info in self._store.list(topology.inbox_prefix(run, round_number)):
+            self._store.delete(info.key)
         self._hashed = {p for p in self._hashed if p.name == f"adapter-{keep_adapter}"}
         for path in self.spool.iterdir():
             if path.name != f"adapter-{keep_adapter}":
@@ -151,6 +156,12 @@ class Intake:
                 f"{absent[0]} is absent or has another size; upload it, then submit again"
             )
         spooled = self._store.spool([upload.chunk_key(n) for n in range(upload.chunks)], target)
+        for number, part in enumerate(spooled.parts):
+            if part.size != upload.chunk_size(number):
+                raise DeltaRefusedError(
+                    f"size: expected {upload.chunk_size(number)} bytes in chunk {number}, got "
+                    f"{part.size}; it changed while it was read: upload it, then submit again"
+                )
         return spooled.parts, spooled.sha256
 
     def _clear_inbox(self, upload: Upload) -> None:

@@ -85,8 +85,12 @@ def resume(state: RunState) -> tuple[Effect, ...]:
     return (*bells, *((step,) if step else ()))
 
 
-def debts(state: RunState, site: str) -> tuple[Bell, ...]:
-    """What the ledger owes a site that came online, in the order it needs it."""
+def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]:
+    """What the ledger owes a site that came online, in the order it needs it.
+
+    ``first``: its process has just begun. A site that is given up in the open round gets another
+    try then, when somebody may have mended it, and not every minute.
+    """
     if site not in state.config.run.participants:
         return ()
     if state.finished is not None:
@@ -101,7 +105,11 @@ def debts(state: RunState, site: str) -> tuple[Bell, ...]:
     opened = state.open_round
     if opened is not None and site in opened.selected:
         mine = state.uncounted.get((site, opened.round))
-        bells.append(AnswerDelta(mine) if mine else AnnounceRound((site,)))
+        trouble = state.troubles.get(site)
+        if mine is not None:
+            bells.append(AnswerDelta(mine))
+        elif first or trouble is None or not given_up(state.config.policy, trouble):
+            bells.append(AnnounceRound((site,)))
     return tuple(bells)
 
 

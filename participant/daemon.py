@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from participant.bootstrap import subscribe
-from participant.handlers import Participant, Site
+from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site
 from participant.line import Line
 from participant.reporting import Counted, Reporter
 from shared import topology, wire
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 ONLINE_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
-LONGEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,9 @@ class Listener(threading.Thread):
         self._reporter = reporter
         self.participant: Participant | None = None
         self.failure: BaseException | None = None
-        self._was_connected = False
+        self.was_connected = False
+        self.lost: GradualDiffError | None = None
+        self._said_online = False
 
     def run(self) -> None:
         """Until the process is to stop, or the first connection fails for good."""
@@ -102,7 +103,8 @@ class Listener(threading.Thread):
             try:
                 self._listen(pauses)
             except GradualDiffError as error:
-                if not (self._was_connected or error.retryable):
+                self.lost = error
+                if not (self.was_connected or error.retryable):
                     self._give_up(error)
                     return
                 pause = pauses.next()
@@ -124,7 +126,7 @@ class Listener(threading.Thread):
             handlers = dict.fromkeys(kinds, self._inbox.put)
             dispatcher = subscribe(station.name, broker, handlers, station.clock)
             self._line.connected(broker)
-            self._was_connected = True
+            self.was_connected = True
             get_logger().info("broker.connected", site=station.name)
             try:
                 self._serve(broker, dispatcher, pauses)
@@ -147,10 +149,13 @@ class Listener(threading.Thread):
     def _say_online(self, broker: Broker) -> None:
         in_hand = self.participant.in_hand if self.participant else None
         event = SiteOnline(
-            run=in_hand.run if in_hand else None, round=getattr(in_hand, "round", None)
+            run=in_hand.run if in_hand else None,
+            round=getattr(in_hand, "round", None),
+            first=not self._said_online,
         )
+        self._said_online = True
         try:
-            broker.publish([self._message(topology.ANY_RUN, event)])
+            broker.publish([self._message(topology.ANY_RUN, event, ONLINE_EXPIRES_SECONDS)])
         except UnroutableError:
             get_logger().warning("coordinator.absent", reason="no run is open on this broker")
 
@@ -169,11 +174,11 @@ class Listener(threading.Thread):
 class Worker:
     """The main thread's side of a participant's process."""
 
-    def __init__(self, station: Station) -> None:
+    def __init__(self, station: Station, patience_seconds: float | None = None) -> None:
         self._station = station
         self._inbox = Inbox()
         self._reporter = Reporter()
-        line = Line(station.stopping)
+        line = Line(station.stopping, patience_seconds)
         self.participant = Participant(
             Site(
                 name=station.name,
@@ -190,7 +195,6 @@ class Worker:
         self._reporter.participant = self.participant
         self._listener = Listener(station, line, self._inbox, self._reporter)
         self._listener.participant = self.participant
-        self._pauses = Backoff(longest=LONGEST_PAUSE_SECONDS)
 
     def run(self, is_done: Callable[[], bool]) -> None:
         """Work until ``is_done()`` or the process is to stop.
@@ -214,6 +218,11 @@ class Worker:
             )
 
     @property
+    def not_connected(self) -> GradualDiffError | None:
+        """Why there never was a connection; None when there was one."""
+        return None if self._listener.was_connected else self._listener.lost
+
+    @property
     def is_idle(self) -> bool:
         """Whether the last turn had nothing to do."""
         return self._idle
@@ -233,15 +242,11 @@ class Worker:
             self._station.stopping.set()
         except GradualDiffError as error:
             # The work stays on the agenda: it is tried again until it works or is called off.
-            pause = self._pauses.next()
+            pause = participant.defer()
             get_logger().warning("work.waits", reason=str(error), seconds=round(pause, 1))
-            self._station.stopping.wait(pause)
         except Exception:  # noqa: BLE001 - a daemon outlives what nobody foresaw, and says it
-            pause = self._pauses.next()
+            pause = participant.defer()
             get_logger().exception("work.crashed", seconds=round(pause, 1))
-            self._station.stopping.wait(pause)
-        else:
-            self._pauses.reset()
 
 
 def serve(station: Station) -> None:
@@ -256,9 +261,10 @@ def serve_once(station: Station, wait_seconds: float) -> None:
     """Take one round: train, upload, publish. Returns once the broker has the reference.
 
     Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError
-    when a finished delta finds nobody to take it in that time (it is kept for the next call).
+    when a finished delta finds nobody to take it in that time (it is kept for the next call),
+    BrokerUnavailableError when the broker could not be reached in that time.
     """
-    worker = Worker(station)
+    worker = Worker(station, wait_seconds)
     deadline = time.monotonic() + wait_seconds
 
     def is_done() -> bool:
@@ -277,4 +283,6 @@ def serve_once(station: Station, wait_seconds: float) -> None:
             f"{station.name}: round {worker.participant.trained.round} is trained, but no "
             f"coordinator took it within {wait_seconds:.0f} s; it is kept, run this again"
         )
+    if worker.not_connected is not None:
+        raise worker.not_connected
     raise NoWorkError(f"{station.name}: nothing to do within {wait_seconds:.0f} s")

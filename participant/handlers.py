@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from shared.dispatch import Handler
     from shared.store import Transfer
 
+ONLINE_EXPIRES_SECONDS = 150.0
+LONGEST_DEFER_SECONDS = 60.0
 ASK_SECONDS = 60.0
 ASKS = 3  # in that time
 UPLOADS = 3  # chunks under way at once
@@ -101,6 +103,10 @@ class Participant:
         self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
+        # Uploads asked for, by sha: the same round is rung again while one is under way.
+        self._requested: dict[str, float] = {}
+        # Work that failed for now: not before this moment, after so many tries.
+        self._deferred: dict[tuple[type[Event], str], tuple[float, int]] = {}
         self.trained: Submission | None = None
         self.handed_over = False
         self.in_hand: Task | None = None
@@ -113,11 +119,16 @@ class Participant:
             RunFinished: self.on_run_finished,
         }
 
-    def start(self, run: str | None = None) -> None:
-        """Come online: ask what is owed."""
+    def start(self, run: str | None = None, *, first: bool = True) -> None:
+        """Come online: ask what is owed. ``first``: in this process, so give it another try."""
         last = self._site.workspace.last_submission(run) if run else None
         self._publish(
-            SiteOnline(run=run, round=last.round if last else None, sha=last.sha if last else None)
+            SiteOnline(
+                run=run,
+                round=last.round if last else None,
+                sha=last.sha if last else None,
+                first=first,
+            )
         )
 
     @property
@@ -140,7 +151,9 @@ class Participant:
             return
         done = self._site.workspace.submission(event.run, event.round, event.source_sha)
         if done is not None:
-            self._request_upload(done)
+            asked = self._requested.get(done.sha)
+            if asked is None or time.monotonic() - asked > ASK_SECONDS / 2:
+                self._request_upload(done)
             return
         self._note(event)
 
@@ -191,12 +204,28 @@ class Participant:
                 self._upload(task)
             case RunFinished():
                 self._evaluate(task)
+        self._deferred.pop((type(task), task.run), None)
         if self._agenda.get((type(task), task.run)) is task:
             del self._agenda[type(task), task.run]
 
+    def defer(self) -> float:
+        """The work in hand failed for now: other work comes first; seconds until it is due."""
+        if self.in_hand is None:
+            return 0.0
+        key = (type(self.in_hand), self.in_hand.run)
+        _, tries = self._deferred.get(key, (0.0, 0))
+        pause = min(2.0**tries, LONGEST_DEFER_SECONDS)
+        self._deferred[key] = (time.monotonic() + pause, tries + 1)
+        return pause
+
     def _next_task(self) -> Task | None:
         """Getting ready comes first: the queue may hold a round's bell from before a restart."""
-        tasks = self._agenda.values()
+        now = time.monotonic()
+        tasks = [
+            task
+            for key, task in self._agenda.items()
+            if key not in self._deferred or self._deferred[key][0] <= now
+        ]
         ready = (t for t in tasks if isinstance(t, RunAnnounced))
         later = (t for t in tasks if t.run in self._prepared)
         return next(ready, None) or next(later, None)
@@ -323,16 +352,14 @@ class Participant:
                 report(Progress("upload", count, len(task.urls)))
 
     def _evaluate(self, task: RunFinished) -> None:
-        if task.sha is None or task.get_url is None:
+        if task.sha is None or task.get_url is None or not self._site.accept.send_metrics:
             return
         try:
             source = self._fetch(task.run, task.sha, task.get_url)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return
-        if not self._site.accept.send_metrics:
-            return
-        held_out = self._site.learner.evaluate(source, self._reporter(None))
+        held_out = self._site.learner.evaluate(task.run, source, self._reporter(None))
         if held_out is not None:
             self._publish(
                 AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
@@ -352,11 +379,12 @@ class Participant:
         self._asked = [then for then in self._asked if now - then < ASK_SECONDS]
         if len(self._asked) < ASKS:
             self._asked.append(now)
-            self.start(run)
+            self.start(run, first=False)
             return
         get_logger().warning("grant.refused", run=run, reason=reason)
 
     def _request_upload(self, submission: Submission) -> None:
+        self._requested = {submission.sha: time.monotonic()}
         self._publish(
             UploadRequested(
                 run=submission.run,
@@ -379,7 +407,9 @@ class Participant:
         run: str = topology.ANY_RUN if to_all else getattr(event, "run", topology.ANY_RUN)
         key = topology.event_key(run, self._site.name, event.word)
         body = wire.encode(event, self._site.clock())
-        self._site.line.publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+        # Nobody needs an old one: it is said again every minute.
+        expires = ONLINE_EXPIRES_SECONDS if to_all else None
+        self._site.line.publish([Message(topology.EVENTS_EXCHANGE, key, body, expires)])
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)

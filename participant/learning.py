@@ -85,5 +85,7 @@ class Learner(Protocol):
         InterruptedRunError when ``should_stop()`` turns true, checked between micro-batches.
         """
 
-    def evaluate(self, source: Path, report: Callable[[Progress], None]) -> HeldOut | None:
-        """Held-out loss of an adapter file; None where the site holds no held-out text."""
+    def evaluate(
+        self, run: str, source: Path, report: Callable[[Progress], None]
+    ) -> HeldOut | None:
+        """Held-out loss of an adapter file of ``run``; None where there is no held-out text."""

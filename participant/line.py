@@ -8,6 +8,7 @@ the ledger.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from shared.backoff import Backoff
@@ -25,8 +26,9 @@ UNROUTABLE_SECONDS = 600.0
 class Line:
     """``publish`` of the ``Broker`` port over changing connections."""
 
-    def __init__(self, stopping: threading.Event) -> None:
+    def __init__(self, stopping: threading.Event, patience_seconds: float | None = None) -> None:
         self._stopping = stopping
+        self._patience = patience_seconds
         self._changed = threading.Condition()
         self._broker: Broker | None = None
 
@@ -40,7 +42,8 @@ class Line:
         """Publish, however many connections it takes.
 
         Without a coordinator's queue it waits for that too, for ten minutes. Raises
-        InterruptedRunError when the process is to stop, UnroutableError, AccessRefusedError.
+        InterruptedRunError when the process is to stop, UnroutableError, AccessRefusedError, and
+        BrokerUnavailableError when there was no connection for ``patience_seconds``.
         """
         pauses, waited = Backoff(), 0.0
         while True:
@@ -63,9 +66,14 @@ class Line:
                 return
 
     def _connection(self) -> Broker:
+        began = time.monotonic()
         with self._changed:
             while self._broker is None or self._stopping.is_set():
                 if self._stopping.is_set():
                     raise InterruptedRunError("stopped before this could be published")
+                if self._patience is not None and time.monotonic() - began > self._patience:
+                    raise BrokerUnavailableError(
+                        f"no connection to the broker for {self._patience:.0f} s"
+                    )
                 self._changed.wait(0.5)
             return self._broker

@@ -47,7 +47,7 @@ class TorchLearner:
         self._config = data
         self._folder = folder
         self._models = models
-        self._announced: RunAnnounced | None = None
+        self._announced: dict[str, RunAnnounced] = {}
         self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
 
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
@@ -65,7 +65,7 @@ class TorchLearner:
             ready = Readiness(
                 model.manifest(), model.fingerprint, model.numerics(), len(data.train)
             )
-        self._announced = announced
+        self._announced[announced.run] = announced
         report(Progress("load", 2, 2))
         return ready
 
@@ -79,12 +79,7 @@ class TorchLearner:
         report: Callable[[Progress], None],
     ) -> Learned:
         """See the port. Raises ProtocolError for a run that was not prepared in this process."""
-        announced = self._announced
-        if announced is None or announced.run != task.run:
-            raise ProtocolError(
-                f"round {task.round} of {task.run}: expected RunAnnounced first, got none; "
-                "the coordinator announces the run again when this site comes online"
-            )
+        announced = self._prepared(task.run)
         clock = _Clock()
         place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
         kept = state if task.training.optimizer_state == "keep" else None
@@ -117,9 +112,11 @@ class TorchLearner:
             state="fresh" if kept is None else "kept",
         )
 
-    def evaluate(self, source: Path, report: Callable[[Progress], None]) -> HeldOut | None:
-        """See the port. Raises ProtocolError before the first ``prepare``."""
-        announced = self._prepared()
+    def evaluate(
+        self, run: str, source: Path, report: Callable[[Progress], None]
+    ) -> HeldOut | None:
+        """See the port. Raises ProtocolError for a run that was not prepared."""
+        announced = self._prepared(run)
         with self._borrowed(announced) as model, _adapter(source) as adapter:
             data = self._data(model, announced.training)
             if not data.held_out:
@@ -128,15 +125,22 @@ class TorchLearner:
             return evaluate_held_out(model, data.held_out, lambda: False, report)
 
     def replies(self, source: Path, prompts: Sequence[str], max_new_tokens: int = 60) -> list[str]:
-        """What the base answers with an adapter file, greedily. Raises as ``evaluate`` does."""
-        with self._borrowed(self._prepared()) as model, _adapter(source) as adapter:
+        """What the last prepared run's base answers with an adapter file, greedily.
+
+        Raises as ``evaluate`` does.
+        """
+        last = next(reversed(self._announced), "")
+        with self._borrowed(self._prepared(last)) as model, _adapter(source) as adapter:
             model.load_adapter(adapter.read)
             return [generate_reply(model, prompt, max_new_tokens) for prompt in prompts]
 
-    def _prepared(self) -> RunAnnounced:
-        if self._announced is None:
-            raise ProtocolError("expected RunAnnounced before an evaluation, got none")
-        return self._announced
+    def _prepared(self, run: str) -> RunAnnounced:
+        if run not in self._announced:
+            raise ProtocolError(
+                f"run {run}: expected RunAnnounced first, got none; "
+                "the coordinator announces the run again when this site comes online"
+            )
+        return self._announced[run]
 
     def _borrowed(self, run: RunAnnounced) -> contextlib.AbstractContextManager[LocalModel]:
         return self._models.borrow(run.base, run.lora, run.training.cpu_threads)

@@ -3,8 +3,9 @@
 Handlers never acknowledge; what becomes of a delivery is decided here, by the type of the error:
 
 - none: acknowledged, because the handler's durable write is done.
-- retryable (the store or the broker is away): kept, tried again with growing pauses for at most
-  ``patience_seconds``, then requeued; the error goes on to whoever runs the loop.
+- retryable (the store is away): kept, tried again with growing pauses for at most
+  ``patience_seconds``, then requeued; the error goes on to whoever runs the loop. When the broker
+  is away it goes on at once: only a new connection helps.
 - about this message (DecodeError, ProtocolError, or an error nobody foresaw): refused, that is
   published with its bytes and the reason, and acknowledged only after that was confirmed.
 - anything else of ours (a damaged ledger, a fenced writer, a person's interrupt): requeued, and
@@ -23,6 +24,7 @@ from structlog.contextvars import bound_contextvars
 
 from shared import wire
 from shared.errors import (
+    BrokerError,
     DecodeError,
     DeltaRefusedError,
     GradualDiffError,
@@ -140,7 +142,9 @@ class Dispatcher:
             try:
                 handler(event, sender)
             except GradualDiffError as error:
-                if not error.retryable or waited + pause > self.patience_seconds:
+                # A connection that is lost is never found again by waiting: only the store is.
+                waits = error.retryable and not isinstance(error, BrokerError)
+                if not waits or waited + pause > self.patience_seconds:
                     raise
                 get_logger().warning("handler.waits", reason=str(error), seconds=pause)
                 self.pause(pause)

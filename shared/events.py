@@ -131,6 +131,7 @@ class SiteOnline(Event):
     run: Name | None = None
     round: RoundNumber | None = None
     sha: Sha256 | None = None
+    first: bool = True
     versions: dict[str, str] = Field(default_factory=dict)
 
 
@@ -185,7 +186,7 @@ class TrainingFailed(Event):
     word = "failed"
     run: Name
     round: RoundNumber
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=1, le=1_000_000)]
     reason: str
     retryable: bool = False
 
@@ -220,10 +221,14 @@ class AdapterEvaluated(Event):
 
 
 class MessageRefused(Event):
-    """Whoever could not use a message -> the refused queue: its bytes, its sender and why."""
+    """Whoever could not use a message -> the refused queue: its bytes, its sender and why.
+
+    ``reported_by``: a site that told the coordinator; queue and sender are then its word alone.
+    """
 
     word = "refused"
     run: Name | None = None
+    reported_by: Name | None = None
     queue: str
     sender: str | None
     reason: str

@@ -228,6 +228,11 @@ def finished_key(run: str) -> str:
     return f"runs/{run}/finished.json"
 
 
+def inbox_prefix(run: str, round_number: int) -> str:
+    """All that sites upload in a round."""
+    return f"inbox/{run}/{round_number:05d}/"
+
+
 def inbox_key(run: str, round_number: int, site: str, sha256: str, chunk: int) -> str:
     """Where a site uploads one chunk; outside the run, nothing is committed by it."""
-    return f"inbox/{run}/{round_number:05d}/{site}/{sha256}/{chunk:05d}"
+    return f"{inbox_prefix(run, round_number)}{site}/{sha256}/{chunk:05d}"

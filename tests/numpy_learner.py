@@ -49,12 +49,15 @@ class NumpyLearner:
     manifest: Manifest = MANIFEST
     fault: Callable[[object], object] = lambda task: None
     trained: list[int] = field(default_factory=list)
+    prepared: set[str] = field(default_factory=set)
 
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
+        self.prepared.add(announced.run)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
     def learn(self, task, source, state, folder, should_stop, report):
+        assert task.run in self.prepared
         spoil = self.fault(task)
         if should_stop():
             raise InterruptedRunError("stopped")
@@ -86,12 +89,13 @@ class NumpyLearner:
             first_step_nll=1.0,
             last_step_nll=1.0,
             mean_grad_norm=1.0,
-            held_out=self.evaluate(source, report),
+            held_out=self.evaluate(task.run, source, report),
             seconds={"train": 0.0},
         )
         return Learned(self.examples, self.examples * 7, metrics, "fresh")
 
-    def evaluate(self, source, report):
+    def evaluate(self, run, source, report):
+        assert run in self.prepared
         target = derive_seed("target", self.site) % 1000 / 1000
         with TensorFile(source) as adapter:
             gaps = [np.mean((adapter.read(s.name) - target) ** 2) for s in self.manifest.tensors]

@@ -14,8 +14,9 @@ import pika
 import pika.exceptions
 
 from shared.broker import MAX_MESSAGE_BYTES
-from shared.errors import BrokerError, BrokerUnavailableError
+from shared.errors import BrokerError, BrokerUnavailableError, ConfigError
 from shared.log import get_logger
+from shared.rabbitmq import decoding
 from shared.rabbitmq.consumer import RabbitConsumer
 from shared.rabbitmq.declaring import declare
 from shared.rabbitmq.futures import answer, fail, guarded
@@ -42,6 +43,7 @@ Answer = TypeVar("Answer")
 # pika logs every lost connection with a traceback; what it knows is in our errors.
 logging.getLogger("pika").addHandler(logging.NullHandler())
 logging.getLogger("pika").propagate = False
+decoding.install()
 
 
 def connect(address: BrokerAddress, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RabbitConnection:
@@ -118,9 +120,9 @@ class RabbitConnection:
     def consume(self, queue: str) -> RabbitConsumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""
         consumer = RabbitConsumer(self, queue)
-        self._ask(consumer.subscribe)
         with self._lock:
-            self._consumers.append(consumer)
+            self._consumers.append(consumer)  # before it is asked for: the end may come meanwhile
+        self._ask(consumer.subscribe)
         return consumer
 
     def depth(self, queue: str) -> int:
@@ -344,9 +346,14 @@ class RabbitConnection:
 def _parameters(address: BrokerAddress, heartbeat_seconds: int) -> pika.ConnectionParameters:
     options = None
     if address.tls:
-        context = ssl.create_default_context(
-            cafile=None if address.ca_file is None else str(address.ca_file)
-        )
+        try:
+            context = ssl.create_default_context(
+                cafile=None if address.ca_file is None else str(address.ca_file)
+            )
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(
+                f"broker.ca_file: expected certificates (PEM) in {address.ca_file}, got: {error}"
+            ) from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         options = pika.SSLOptions(context, address.host)
     return pika.ConnectionParameters(

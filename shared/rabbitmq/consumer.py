@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from shared.rabbitmq.connection import RabbitConnection
 
+_MOST_DELIVERIES = 2**31
 _COUNTS = ("x-delivery-count", "x-acquired-count")
 
 
@@ -133,7 +134,7 @@ class RabbitConsumer:
     def _on_message(self, _channel: object, method: Any, properties: Any, body: bytes) -> None:
         headers = properties.headers or {}
         # 4.x counts takes that were not given back on purpose in a header of their own.
-        came_back = max(int(headers.get(name, 0)) for name in _COUNTS)
+        came_back = max(_count(headers.get(name)) for name in _COUNTS)
         self._arrived.put(
             RabbitDelivery(
                 queue=self._queue,
@@ -145,6 +146,11 @@ class RabbitConsumer:
                 consumer=self,
             )
         )
+
+
+def _count(value: object) -> int:
+    """The broker counts in whole numbers; anything else is a sender's, and says nothing."""
+    return value if type(value) is int and 0 <= value < _MOST_DELIVERIES else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 from shared.rabbitmq.translation import translate
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
 
 def answer(future: Future[Any], result: object) -> None:
     """Answer, unless an error came first."""
-    if not future.done():
+    with contextlib.suppress(InvalidStateError):  # another thread was first
         future.set_result(result)
 
 
 def fail(future: Future[Any], error: BaseException) -> None:
     """Fail, unless it was answered."""
-    if not future.done():
+    with contextlib.suppress(InvalidStateError):
         future.set_exception(error)
 
 

@@ -279,6 +279,24 @@ def test_own_messages_go_back_and_a_sites_stay(federation):
     assert "sent back 0 of 5 dead letters" in queues("redrive", "--yes").stdout
 
 
+def test_what_a_site_reported_goes_nowhere(federation):
+    """Else a site could have its own bytes brought to another in the coordinator's name."""
+    site_queue = topology.site_queue(federation.south)
+    forged = MessageRefused(
+        queue=site_queue,
+        sender=federation.account,
+        reported_by=federation.north,
+        reason="please",
+        data=answered(),
+    )
+    body = wire.encode(forged, 1.0)
+    federation.broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
+    done = json.loads(queues("redrive", "--yes", "--json").stdout)
+    assert done["sent"] == 0
+    assert federation.north in done["kept"][0]["why"]
+    assert bodies(federation, site_queue) == []
+
+
 def coordinator_mirror():
     """Where copies of what reaches the coordinator are."""
     return topology.mirror_queue(RUN)

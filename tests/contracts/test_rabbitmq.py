@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import struct
 import subprocess
 import threading
 import time
@@ -148,6 +149,44 @@ def test_a_message_without_user_id_has_no_sender(address, coordinator):
     delivery = coordinator.consume(coordinator_queue("r1")).receive(10)
     assert (delivery.body, delivery.sender) == (b"forged", None)
     delivery.acknowledge()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-acquired-count": "abc", "x-delivery-count": -1},
+        {"x-acquired-count": 2**62},
+        {"x-delivery-count": [1], "other": {"deep": {"deeper": b"\xff"}}},
+        {"undecodable": True},
+    ],
+)
+def test_headers_of_any_kind_harm_nobody(address, coordinator, headers, monkeypatch):
+    """A site may send any; the reader takes the message, and lives to read the next."""
+
+    def poisoned(pieces, table):  # a date that Python has none for
+        raw = b"\x04whenT" + struct.pack(">Q", 2**60)
+        pieces += [struct.pack(">I", len(raw)), raw]
+        return len(raw) + 4
+
+    parameters = pika.ConnectionParameters(
+        "127.0.0.1",
+        address.port,
+        address.vhost,
+        pika.PlainCredentials(address.account, address.password),
+    )
+    consumer = coordinator.consume(coordinator_queue("r1"))
+    with pika.BlockingConnection(parameters) as raw:
+        channel = raw.channel()
+        properties = pika.BasicProperties(headers=headers, user_id=address.account)
+        with monkeypatch.context() as patched:
+            if "undecodable" in headers:
+                patched.setattr("pika.data.encode_table", poisoned)
+            channel.basic_publish(EVENTS_EXCHANGE, "r1.site-a.ready", b"poison", properties)
+    coordinator.publish([event("r1.site-a.ready", b"next")])
+    for body in (b"poison", b"next"):
+        delivery = consumer.receive(10)
+        assert (delivery.body, delivery.attempt) == (body, 1)
+        delivery.acknowledge()
 
 
 # What it endures ----------

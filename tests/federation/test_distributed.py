@@ -146,3 +146,27 @@ def test_a_run_outside_of_what_a_site_accepts_is_declined(deploy):
     assert "accept.max_rank: expected at most 2, got 4" in deployment.log("coordinator")
     assert "accept.max_rounds: expected at most 1, got 3" in deployment.log("coordinator")
     assert deployment.trained("a") == []
+
+
+def test_one_run_in_trouble_holds_up_no_other(deploy, tmp_path):
+    """Two runs at the same two sites; the store of one refuses every URL: the other ends."""
+    deployment = deploy()
+    text = deployment.federation.read_text().replace('name = "tiny"', 'name = "stuck"')
+    stuck = deployment.folder / "stuck.toml"
+    stuck.write_text(text.replace("[store]", '[store]\nsite_url = "http://127.0.0.1:9"'))
+    for site in "ab":
+        deployment.start_participant(site)
+    deployment.start("stuck", "cli.main", "coordinator", str(stuck))
+    deployment.wait_for("opened.recorded", "stuck")
+    deployment.wait_for("work.waits", "a")
+    deployment.start_coordinator()
+    assert deployment.finish() == deployment.wanted()
+    assert deployment.processes["stuck"].poll() is None
+
+
+def test_once_says_that_the_broker_is_away(deploy):
+    """Not that there is nothing to do: cron and Slurm would take it for idleness."""
+    deployment = deploy()
+    toml = deployment.site_toml("a")
+    toml.write_text(toml.read_text().replace(f":{deployment.rabbit.port}/", ":1/"))
+    assert deployment.start_participant("a", "--once").wait(60) == 41

@@ -30,9 +30,9 @@ from shared.errors import (
     RunStuckError,
     StoreUnavailableError,
 )
-from shared.events import UploadRequested
+from shared.events import DeltaSubmitted, MessageRefused, TrainingFailed, UploadRequested
 from shared.ledger import Ledger
-from shared.manifest import Manifest, TensorSpec
+from shared.manifest import LocalMetrics, Manifest, TensorSpec
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -621,14 +621,26 @@ def test_what_a_site_may_not_say_is_refused_and_leaves_no_trace(tmp_path, opened
     assert verify(tmp_path / "noisy").findings == []
 
 
-def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, opened):
-    """A delta announced for a closed round is on record as late; the result is the same."""
+@pytest.mark.parametrize("kind", ["requested", "submitted"])
+def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, opened, kind):
+    """The result is the same. A delta is on record as late; a mere request leaves no trace."""
     wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
     sent = []
 
     def disturb(state):
         if state.last_round == 2 and not sent:
             event = UploadRequested(run="test", round=1, sha="a" * 64, size=9)
+            if kind == "submitted":
+                event = DeltaSubmitted(
+                    run="test",
+                    round=1,
+                    source_sha="b" * 64,
+                    sha="a" * 64,
+                    size=9,
+                    examples=1,
+                    tokens=1,
+                    metrics=LocalMetrics(steps=1),
+                )
             sent.append(event)
             key = topology.event_key("test", "b", event.word)
             body = wire.encode(event, 1.0)
@@ -637,8 +649,50 @@ def test_a_late_delta_is_answered_late_and_not_counted(tmp_path, opened):
     state = federations.run(federations.config(), tmp_path / "late", moved=disturb)
     assert state.adapter_sha == wanted
     assert len(sent) == 1
-    (late,) = records(tmp_path / "late", RefusedRecord)
-    assert (late.site, late.round, late.verdict) == ("b", 1, "late")
+    late = [(r.site, r.round, r.verdict) for r in records(tmp_path / "late", RefusedRecord)]
+    assert late == ([("b", 1, "late")] if kind == "submitted" else [])
+
+
+def test_a_refusal_that_a_site_reports_is_marked_as_its_word(tmp_path, opened):
+    """Queue and sender in it are whatever the site says: the copy that is kept says so."""
+    sent = []
+
+    def disturb(state):
+        if state.last_round == 1 and not sent:
+            sent.append(
+                MessageRefused(
+                    queue="gradualdiff.site.a", sender="coordinator", reason="", data=b"x"
+                )
+            )
+            key = topology.event_key("any", "b", MessageRefused.word)
+            body = wire.encode(sent[0], 1.0)
+            opened["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+
+    federations.run(federations.config(), tmp_path, moved=disturb)
+    delivery = opened["coordinator"].consume(topology.REFUSED_QUEUE).receive()
+    kept = wire.decode(delivery.body).event
+    assert (kept.reported_by, kept.queue, kept.data) == ("b", topology.site_queue("b"), b"x")
+
+
+def test_a_failed_attempt_that_nobody_made_is_refused(tmp_path, opened):
+    """A number out of turn would stand in every later announcement; it leaves no trace."""
+    wanted = federations.run(federations.config(), tmp_path / "whole").adapter_sha
+    sent = []
+
+    def disturb(state):
+        if state.last_round == 1 and not sent:
+            sent.append(
+                TrainingFailed(run="test", round=2, attempt=1_000_000, reason="x", retryable=True)
+            )
+            key = topology.event_key("test", "b", TrainingFailed.word)
+            body = wire.encode(sent[0], 1.0)
+            opened["b"].publish([Message(topology.EVENTS_EXCHANGE, key, body)])
+
+    state = federations.run(federations.config(), tmp_path / "noisy", moved=disturb)
+    assert state.adapter_sha == wanted
+    assert len(sent) == 1
+    assert records(tmp_path / "noisy", FailedRecord) == []
+    assert opened["coordinator"].depth(topology.REFUSED_QUEUE) == 1
 
 
 # Damage --------------------------------------------------------------------------------------

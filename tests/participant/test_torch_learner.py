@@ -183,7 +183,7 @@ def test_the_same_round_gives_the_same_file_whoever_used_the_base_in_between(
     other.prepare(announce(tiny_model), ignore)
     learn(learner, source, tmp_path / "first")
     learn(other, source, tmp_path / "theirs")
-    learner.evaluate(source, ignore)
+    learner.evaluate("run", source, ignore)
     torch.manual_seed(1234)
     learn(learner, source, tmp_path / "second")
     assert digest(tmp_path / "first") == digest(tmp_path / "second")
@@ -193,7 +193,7 @@ def test_the_same_round_gives_the_same_file_whoever_used_the_base_in_between(
 def test_a_round_is_evaluated_from_the_adapter_it_starts_from(learner, source, tmp_path):
     """Held-out loss of A(t), which is also what evaluate says of that file."""
     held_out = learn(learner, source, tmp_path / "out").metrics.held_out
-    assert held_out == learner.evaluate(source, ignore)
+    assert held_out == learner.evaluate("run", source, ignore)
     assert held_out.examples == 4
 
 
@@ -204,7 +204,7 @@ def test_a_site_without_held_out_text_trains_and_says_nothing_of_it(
     learner = make_learner(tmp_path / "all", shelf, held_out=0.0)
     learner.prepare(announce(tiny_model), ignore)
     assert learn(learner, source, tmp_path / "out").metrics.held_out is None
-    assert learner.evaluate(source, ignore) is None
+    assert learner.evaluate("run", source, ignore) is None
 
 
 def test_a_kept_optimiser_travels_through_its_file(learner, source, tmp_path):
@@ -243,10 +243,10 @@ def test_what_cannot_be_done_is_refused_by_type(source, tmp_path, shelf, learner
     with pytest.raises(ProtocolError, match="RunAnnounced"):
         learn(fresh, source, tmp_path / "out")
     with pytest.raises(ProtocolError, match="RunAnnounced"):
-        fresh.evaluate(source, ignore)
+        fresh.evaluate("run", source, ignore)
     (tmp_path / "torn").write_bytes(b"torn")
     with pytest.raises(ModelError, match="adapter torn"):
-        learner.evaluate(tmp_path / "torn", ignore)
+        learner.evaluate("run", tmp_path / "torn", ignore)
 
 
 @pytest.mark.parametrize("asked_before", [0, 2])
