@@ -153,11 +153,12 @@ class Listener(threading.Thread):
             round=getattr(in_hand, "round", None),
             first=not self._said_online,
         )
-        self._said_online = True
         try:
             broker.publish([self._message(topology.ANY_RUN, event, ONLINE_EXPIRES_SECONDS)])
         except UnroutableError:
             get_logger().warning("coordinator.absent", reason="no run is open on this broker")
+        else:
+            self._said_online = True
 
     def _say_progress(self, broker: Broker) -> None:
         event = self._reporter.newest()
@@ -178,6 +179,8 @@ class Worker:
         self._station = station
         self._inbox = Inbox()
         self._reporter = Reporter()
+        self.is_idle = False  # whether the last turn had nothing to do
+        self.failed: GradualDiffError | None = None  # why the last work did not work
         line = Line(station.stopping, patience_seconds)
         self.participant = Participant(
             Site(
@@ -222,26 +225,21 @@ class Worker:
         """Why there never was a connection; None when there was one."""
         return None if self._listener.was_connected else self._listener.lost
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the last turn had nothing to do."""
-        return self._idle
-
-    _idle = False
-
     def _turn(self) -> None:
         participant = self.participant
         event = self._inbox.take(0.0 if participant.has_work else 0.5)
-        self._idle = event is None and not participant.has_work
+        self.is_idle = event is None and not participant.has_work
         try:
             if event is not None:
                 participant.handlers[type(event)](event, topology.COORDINATOR)
             elif participant.has_work:
                 participant.work()
+                self.failed = None
         except InterruptedRunError:
             self._station.stopping.set()
         except GradualDiffError as error:
             # The work stays on the agenda: it is tried again until it works or is called off.
+            self.failed = error
             pause = participant.defer()
             get_logger().warning("work.waits", reason=str(error), seconds=round(pause, 1))
         except Exception:  # noqa: BLE001 - a daemon outlives what nobody foresaw, and says it
@@ -262,7 +260,8 @@ def serve_once(station: Station, wait_seconds: float) -> None:
 
     Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError
     when a finished delta finds nobody to take it in that time (it is kept for the next call),
-    BrokerUnavailableError when the broker could not be reached in that time.
+    BrokerUnavailableError when the broker could not be reached in that time, and what the work
+    failed with.
     """
     worker = Worker(station, wait_seconds)
     deadline = time.monotonic() + wait_seconds
@@ -283,6 +282,7 @@ def serve_once(station: Station, wait_seconds: float) -> None:
             f"{station.name}: round {worker.participant.trained.round} is trained, but no "
             f"coordinator took it within {wait_seconds:.0f} s; it is kept, run this again"
         )
-    if worker.not_connected is not None:
-        raise worker.not_connected
+    for error in (worker.failed, worker.not_connected):
+        if error is not None:
+            raise error
     raise NoWorkError(f"{station.name}: nothing to do within {wait_seconds:.0f} s")

@@ -1,8 +1,6 @@
 """A real RabbitMQ for tests: Debian's server on free ports in a folder of its own.
 
-``GRADUALDIFF_TEST_AMQP_URL`` (an administrator's, with its password) and
-``GRADUALDIFF_TEST_MANAGEMENT_URL`` name another one to use instead; what kills servers needs its
-own. Where none can be started that is a failure, with the command that mends it, and no skip.
+Where none can be started that is a failure, with the command that mends it, and no skip.
 """
 
 from __future__ import annotations
@@ -84,8 +82,7 @@ class RabbitServer:
         if not SERVER.exists():
             pytest.fail(
                 "RabbitMQ is not installed, which these tests need. As root: "
-                "apt-get install -y --no-install-recommends rabbitmq-server "
-                "(or set GRADUALDIFF_TEST_AMQP_URL and GRADUALDIFF_TEST_MANAGEMENT_URL)"
+                "apt-get install -y --no-install-recommends rabbitmq-server"
             )
         self._write_configuration()
         with (self.folder / "server.log").open("ab") as log:
