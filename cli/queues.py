@@ -101,7 +101,7 @@ def peek(
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at the first messages of a queue; they stay there. Signed URLs are never shown.
+    """Look at messages in a queue; they stay there. Signed URLs are never shown.
 
     QUEUE is refused (dead letters, with the reason), events (copies of what sites said last), or
     site:NAME. Looking at a site's queue counts as a delivery: a message that was delivered ten
@@ -113,7 +113,10 @@ def peek(
     name = _queue_name(office, queue)
     count = limit or (SITE_PEEK_LIMIT if queue.startswith(SITE) else PEEK_LIMIT)
     with _connect(office) as broker:
-        found = broker.peek(name, count)
+        if queue == EVENTS:  # it is bounded, and what was said last stands at its end
+            found = broker.peek(name, broker.depth(name))[-count:]
+        else:
+            found = broker.peek(name, count)
     messages = [show_message(body, sender, key) for key, sender, body in found]
     if as_json:
         print_json({"queue": name, "messages": messages})
