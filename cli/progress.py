@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from coordinator.state import RunState
     from participant.learning import Progress as Step
 
-WORDS = {"load": "loading the model", "evaluate": "measuring held-out loss", "train": "training"}
+WORDS = {
+    "load": "loading the model",
+    "evaluate": "measuring held-out loss",
+    "train": "training",
+    "upload": "sending the delta",
+}
 
 
 class Display(Protocol):
