@@ -325,7 +325,7 @@ class BrokerContract:
         while (delivery := self.expect(consumer)).body == b"bad":
             attempts.append(delivery.attempt)
             delivery.requeue()
-        assert attempts == [1, 2, 3]
+        assert attempts == [1, 2, 3], attempts
         assert delivery.body == b"good"
 
     # Limits ----------
