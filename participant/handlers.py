@@ -331,6 +331,7 @@ class Participant:
             self._send_chunks(task, submission)
         except GrantError as error:
             # The chunks still missing are granted anew: the answer names the round, we the delta.
+            self._requested.clear()
             self._ask_again(task.run, str(error))
             return
         self._publish(DeltaSubmitted(**submission.model_dump()))

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import pytest
 
+from coordinator.genesis import draw_adapter
 from participant.handlers import ASKS, Participant, Site
 from participant.workspace import Workspace
 from shared import wire
 from shared.errors import GrantError
-from shared.events import RoundStarted, RunAnnounced, SiteOnline, WireBase, WireLora, WireTraining
-from tests.numpy_learner import NumpyLearner
+from shared.events import (
+    DeltaSubmitted,
+    RoundStarted,
+    RunAnnounced,
+    SiteOnline,
+    UploadGranted,
+    UploadRequested,
+    WireBase,
+    WireLora,
+    WireTraining,
+)
+from tests.numpy_learner import MANIFEST, NumpyLearner
 
 TRAINING = WireTraining(local_steps=1)
+ANNOUNCED = RunAnnounced(
+    run="r",
+    config_digest="b" * 64,
+    base=WireBase(model="m"),
+    lora=WireLora(),
+    training=TRAINING,
+    rounds=1,
+    participants=1,
+)
 
 
 class Line:
@@ -73,21 +93,68 @@ def test_a_round_whose_url_is_over_is_asked_for_a_few_times_a_minute(site):
     assert not participant.has_work
 
 
+class Sending:
+    """Brings any adapter, takes no chunk the first time."""
+
+    def __init__(self, adapter):
+        self.adapter, self.refused = adapter, 0
+
+    def download(self, url, path, sha256):
+        path.write_bytes(self.adapter)
+        return len(self.adapter)
+
+    def upload(self, url, path, start, length):
+        if not self.refused:
+            self.refused += 1
+            raise GrantError("signed URL: expired")
+
+
+def test_an_expired_upload_is_granted_anew(tmp_path):
+    """The round is rung again at once, and the same delta is asked for, not trained, again."""
+    adapter = tmp_path / "adapter"
+    digest = draw_adapter(MANIFEST, 1, adapter)
+    line = Line()
+    learner = NumpyLearner("a")
+    site = Site(
+        name="a",
+        line=line,
+        transfer=Sending(adapter.read_bytes()),
+        workspace=Workspace(tmp_path / "w"),
+        learner=learner,
+        clock=lambda: 1000.0,
+    )
+    participant = Participant(site)
+    participant.on_run_announced(ANNOUNCED, "coordinator")
+    participant.work()
+    started = round_started(2000.0).model_copy(update={"source_sha": digest.sha256})
+    participant.on_round_started(started, "coordinator")
+    participant.work()
+    for _ in range(2):
+        (wanted,) = [e for e in line.events if isinstance(e, UploadRequested)]
+        line.events.clear()
+        participant.on_round_started(started, "coordinator")  # rung again while it is under way
+        assert line.events == []
+        granted = UploadGranted(
+            run="r",
+            round=1,
+            sha=wanted.sha,
+            chunk_size=2**24,
+            urls={0: "https://store/0"},
+            expires_at=2000.0,
+        )
+        participant.on_upload_granted(granted, "coordinator")
+        participant.work()
+        if asked(site):
+            participant.on_round_started(started, "coordinator")
+    assert site.transfer.refused == 1
+    assert learner.trained == [1]
+    assert [type(e) for e in line.events] == [DeltaSubmitted]
+
+
 def test_a_store_that_refuses_every_url_is_not_asked_on_and_on(site):
     """Twenty grants, twenty refusals, three questions."""
     participant = Participant(site)
-    participant.on_run_announced(
-        RunAnnounced(
-            run="r",
-            config_digest="b" * 64,
-            base=WireBase(model="m"),
-            lora=WireLora(),
-            training=TRAINING,
-            rounds=1,
-            participants=1,
-        ),
-        "coordinator",
-    )
+    participant.on_run_announced(ANNOUNCED, "coordinator")
     participant.work()
     for _ in range(20):
         participant.on_round_started(round_started(2000.0), "coordinator")
