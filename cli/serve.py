@@ -151,6 +151,9 @@ def make_station(
 
 
 def _learner(config: SiteConfig, folder: Path) -> Learner:
+    # Read by OpenMP when torch is loaded: a thread that waits sleeps. Spinning, two sites on one
+    # machine take each other's cores, and a step of a second takes most of a minute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from participant.model_shelf import ModelShelf
         from participant.torch_learner import TorchLearner
