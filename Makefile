@@ -63,5 +63,5 @@ format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and the demo's folder
+clean: ## Remove the virtual environment and the folder of the demo
 	rm -rf $(VENV) gradualdiff-demo
