@@ -75,7 +75,7 @@ def coordinator(
     typer.echo(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")
 
 
-COORDINATOR_HEARTBEAT = 6  # a frozen coordinator is replaced within two of these
+COORDINATOR_HEARTBEAT = 5  # a frozen coordinator is replaced within about three of these
 SITE_HEARTBEAT = 30
 
 
