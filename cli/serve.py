@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from participant.learning import Learner
     from shared.broker import Broker
     from shared.config import BrokerSection, SiteConfig
+    from shared.s3_store import S3Store
 
 STOP_SECONDS = 10.0
+COORDINATOR_HEARTBEAT = 5  # a frozen coordinator is replaced within about three of these
+SITE_HEARTBEAT = 30
 LogOption = Annotated[
     str, typer.Option("--log", help="Lines of this level and above: debug, info, warning, error.")
 ]
@@ -73,10 +76,6 @@ def coordinator(
         )
         state = serve(office)
     typer.echo(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")
-
-
-COORDINATOR_HEARTBEAT = 5  # a frozen coordinator is replaced within about three of these
-SITE_HEARTBEAT = 30
 
 
 def participant(
@@ -166,14 +165,12 @@ def _learner(config: SiteConfig, folder: Path) -> Learner:
     return TorchLearner(config.site.name, config.data, folder, shelf)
 
 
-def _check_store(store: object, stopping: threading.Event) -> None:
+def _check_store(store: S3Store, stopping: threading.Event) -> None:
     """Wait for the store, then let it show that it is one the ledger can live in."""
     from shared.backoff import Backoff
     from shared.errors import InterruptedRunError, StoreUnavailableError
     from shared.log import get_logger
-    from shared.s3_store import S3Store
 
-    assert isinstance(store, S3Store)
     pauses = Backoff()
     while not stopping.is_set():
         try:

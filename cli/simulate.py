@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,6 @@ import typer
 from cli.output import JsonOption, console, print_json
 from shared.errors import (
     ConfigError,
-    FencedError,
     InterruptedRunError,
     MissingPackageError,
     RunExistsError,
@@ -136,8 +134,12 @@ def run_here(
     Raises InterruptedRunError (naming ``again``) on Ctrl-C or SIGTERM, and what the run raises.
     """
     from cli.federation import Embedding, run_embedded
+    from shared.locks import held
 
-    with _only_one(folder, config.run.name), _stop_on_signal() as should_stop:
+    run = config.run.name
+    # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
+    lock = held(folder / f".{run}.lock", f"run {run} in {folder}")
+    with lock, _stop_on_signal() as should_stop:
         embedding = Embedding(
             store=store,
             folder=folder,
@@ -152,22 +154,6 @@ def run_here(
                 f"run {config.run.name} was stopped; everything finished is on record. "
                 f"Go on with: {again}"
             ) from None
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path, run: str) -> Iterator[None]:
-    """Hold this folder's run; the kernel lets go when the process ends, however it ends.
-
-    Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
-    """
-    with (folder / f".{run}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FencedError(
-                f"another process is at work on run {run} in {folder}; wait for it, or end it"
-            ) from None
-        yield
 
 
 @contextlib.contextmanager

@@ -21,13 +21,13 @@ from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, StoreError
 from shared.rabbitmq import connect
 from shared.topology import site_queue
-from tests.servers.rabbitmq import ADMIN, rabbit_server, vhost  # noqa: F401
+from tests.servers.rabbitmq import ADMIN
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=["management", "command"])
-def office(rabbit_server, vhost, tmp_path, monkeypatch, request):  # noqa: F811
+def office(rabbit_server, vhost, tmp_path, monkeypatch, request):
     """A federation's folder as the working directory, with one of the two doors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

@@ -28,7 +28,6 @@ from shared.s3_store import S3Store
 from shared.transfer import HttpTransfer
 from tests.contracts.store_contract import StoreContract, sha256
 from tests.servers.faults import CuttingProxy, ToldServer, make_certificate, reply
-from tests.servers.fixtures_s3 import s3_server  # noqa: F401 - a fixture
 from tests.servers.seaweedfs import SeaweedFS
 
 
@@ -38,7 +37,7 @@ class TestS3Store(StoreContract):
     part_bytes = 5 * 1024 * 1024
 
     @pytest.fixture
-    def store(self, s3_server):  # noqa: F811
+    def store(self, s3_server):
         return s3_server.store(s3_server.new_bucket())
 
     @pytest.fixture
@@ -61,24 +60,24 @@ class TestS3Store(StoreContract):
 
 
 @pytest.fixture
-def bucket(s3_server):  # noqa: F811
+def bucket(s3_server):
     return s3_server.new_bucket()
 
 
 @pytest.fixture
-def store(s3_server, bucket):  # noqa: F811
+def store(s3_server, bucket):
     return s3_server.store(bucket)
 
 
 @pytest.fixture
-def proxy(s3_server):  # noqa: F811
+def proxy(s3_server):
     parts = urlsplit(s3_server.url)
     with CuttingProxy((parts.hostname, parts.port)) as proxy:
         yield proxy
 
 
 @pytest.fixture
-def through(s3_server, bucket, proxy):  # noqa: F811
+def through(s3_server, bucket, proxy):
     """The same bucket, reached through the proxy; signed URLs lead through it too."""
     return s3_server.store(bucket, endpoint=proxy.url)
 
@@ -124,7 +123,7 @@ def test_a_good_server_passes_the_check_and_keeps_nothing_of_it(store):
         ("bucket", "there is no bucket no-such-bucket; `gradualdiff setup FEDERATION.toml`"),
     ],
 )
-def test_the_check_names_the_setting_to_mend(s3_server, bucket, wrong, setting):  # noqa: F811
+def test_the_check_names_the_setting_to_mend(s3_server, bucket, wrong, setting):
     """StoreError that is not retryable and tells no secret; the same from put, stat and create."""
     keys = {"access_key": s3_server.access_key, "secret_key": s3_server.secret_key}
     if wrong in keys:
@@ -338,7 +337,7 @@ def test_a_listing_of_several_pages_is_in_key_order(store):
     assert next(store.list("runs/a/")).key == "runs/a/0000"
 
 
-def test_a_file_of_many_parts_does_not_grow_memory(s3_server, bucket, tmp_path):  # noqa: F811
+def test_a_file_of_many_parts_does_not_grow_memory(s3_server, bucket, tmp_path):
     """160 MiB there and back: the process stays within a few parts of 16 MiB."""
     with (tmp_path / "in").open("wb") as file:
         file.truncate(160 << 20)

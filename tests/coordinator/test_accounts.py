@@ -42,13 +42,13 @@ from shared.topology import (
     run_topology,
     site_queue,
 )
-from tests.servers.rabbitmq import ADMIN, rabbit_server, vhost  # noqa: F401
+from tests.servers.rabbitmq import ADMIN
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def world(rabbit_server, vhost, tmp_path):  # noqa: F811
+def world(rabbit_server, vhost, tmp_path):
     """A store, a clock, and two sites' names; both queues and a run's are on the broker."""
     north, south = (f"{name}-{secrets.token_hex(4)}" for name in ("north", "south"))
     address = BrokerAddress(

@@ -50,7 +50,6 @@ class RabbitServer:
     folder: Path
     tls: tuple[Path, Path, Path] | None = None
     password: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    extra_conf: str = ""
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -192,7 +191,6 @@ class RabbitServer:
             "management.tcp.ip = 127.0.0.1",
             f"management.tcp.port = {self.management_port}",
             "collect_statistics_interval = 1000",
-            self.extra_conf,
         ]
         if self.tls is not None:
             certificate, key, authority = self.tls
