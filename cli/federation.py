@@ -81,11 +81,19 @@ def run_embedded(
             idle_ticks = 0
         elif role.coordinator.state.finished is not None:
             return _result(role.coordinator.state)
+        elif (left := _seconds_to_deadline(role.coordinator.state, embedding)) > 0:
+            time.sleep(min(left, 0.2))
         elif idle_ticks:
             raise RunStuckError(_why_stuck(role.coordinator.state))
         else:
             role.tick()  # nobody has anything to do: perhaps time decides
             idle_ticks += 1
+
+
+def _seconds_to_deadline(state: RunState, embedding: Embedding) -> float:
+    """How long the open round still waits for everybody; 0 where no deadline is ahead."""
+    closes_at = state.open_round.closes_at if state.open_round else None
+    return 0.0 if closes_at is None else closes_at - embedding.clock()
 
 
 def _participant(

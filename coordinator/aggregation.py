@@ -60,7 +60,10 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightedDelta:
-    """One input of a round: a checked delta file and its share."""
+    """One input of a round: a checked delta file and its share.
+
+    ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
+    """
 
     site: str
     path: Path
@@ -82,14 +85,23 @@ class Aggregated:
 
 
 def weights(
-    mode: Literal["equal", "examples", "tokens"], counts: Mapping[str, Counts]
+    mode: Literal["equal", "examples", "tokens"],
+    counts: Mapping[str, Counts],
+    staleness: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """Each site's share, in name order. ``equal``: 1/K, else in proportion to what it trained on.
+    """Each delta's share, in name order. ``equal``: 1/K, else in proportion to what it trained on.
 
-    Raises ConfigError where there is nothing to share by.
+    A delta that is s rounds old weighs 1 / sqrt(1 + s) of that (FedBuff, arXiv:2106.06639,
+    section 5); unlike there, the shares of a round still sum to 1. Raises ConfigError where there
+    is nothing to share by.
     """
     sites = sorted(counts)
-    parts = {site: 1 if mode == "equal" else getattr(counts[site], mode) for site in sites}
+    parts: dict[str, float] = {}
+    for site in sites:
+        parts[site] = 1 if mode == "equal" else getattr(counts[site], mode)
+        age = (staleness or {}).get(site, 0)
+        if age:
+            parts[site] /= math.sqrt(1 + age)
     total = sum(parts.values())
     if total <= 0 or min(parts.values()) < 0:
         raise ConfigError(

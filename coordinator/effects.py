@@ -117,7 +117,7 @@ class Effects:
         source = self._intake.local_adapter(run, closing.source_sha)
         deltas = [
             WeightedDelta(
-                item.site,
+                item.label(closing.round),
                 self._intake.local_delta(run, item.from_round, item.site, item.sha),
                 item.weight,
             )
@@ -138,7 +138,9 @@ class Effects:
             source_held_out=pool_held_out(r.metrics.held_out for r in counted),
         )
         closed = self._ledger.write(record)
-        self._intake.clear_round(run, closed.round, keep_adapter=closed.adapter_sha)
+        # Where late deltas are taken, an upload may be under way for rounds to come.
+        age = self._config.policy.max_staleness if self._config.policy.carries else 0
+        self._intake.clear_round(run, closed.round - age, keep_adapter=closed.adapter_sha)
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
 
@@ -182,7 +184,12 @@ class Effects:
             case AnswerDelta(record):
                 return {record.site: answer_of(run, record)}
             case AnnounceClosed(closed, sites):
-                event = RoundClosed(run=run, round=closed.round, result_sha=closed.adapter_sha)
+                event = RoundClosed(
+                    run=run,
+                    round=closed.round,
+                    result_sha=closed.adapter_sha,
+                    late_counts=self._config.policy.carries,
+                )
                 return dict.fromkeys(sites, event)
             case AnnounceFinished(sites):
                 return {site: self._finish_for(site, state) for site in sites}
@@ -217,6 +224,7 @@ class Effects:
             codec=self._config.codec.name,
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
+            deadline=opened.closes_at,
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
+from coordinator.members import disagreement
 from coordinator.rounds import apply, debts, replay, resume
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from coordinator.watch import Watch
@@ -141,8 +142,9 @@ class Coordinator:
         if known is not None:
             self._check_same_member(known, event, sender)
             return
-        if self.state.genesis is not None:
-            raise ProtocolError(f"{sender} came after the run began with {self._members()}")
+        genesis = self.state.genesis
+        if genesis is not None:
+            self._check_joins(event, sender)
         self._record(
             MemberRecord(
                 site=sender,
@@ -150,6 +152,7 @@ class Coordinator:
                 fingerprint=event.fingerprint,
                 numerics=event.numerics,
                 examples=event.examples,
+                from_round=self._next_round() if genesis is not None else 0,
             )
         )
 
@@ -161,7 +164,8 @@ class Coordinator:
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
         """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
         upload = self._upload(event, sender)
-        if self._open_round_for(event.round, sender) is None:
+        known = (sender, event.round) in self.state.uncounted
+        if known or self.state.takes(sender, event.round) is None:
             self._answer_closed(upload, record=False)
             return
         expires_at = self._clock() + GRANT_SECONDS
@@ -182,7 +186,7 @@ class Coordinator:
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
         upload = self._upload(event, sender)
-        opened = self._open_round_for(event.round, sender)
+        opened = self.state.takes(sender, event.round)
         if opened is None or (sender, event.round) in self.state.uncounted:
             self._answer_closed(upload)
             return
@@ -344,8 +348,9 @@ class Coordinator:
             raise ProtocolError("the run has not begun yet")
         return self.state.genesis
 
-    def _members(self) -> str:
-        return ", ".join(sorted(self.state.members))
+    def _next_round(self) -> int:
+        """The first round that is not open yet."""
+        return self.state.last_round + (2 if self.state.opened is not None else 1)
 
     def _upload(self, event: UploadRequested | DeltaSubmitted, sender: str) -> Upload:
         """What a site says it sends. Raises ProtocolError for what cannot be of this run.
@@ -367,6 +372,26 @@ class Coordinator:
         """No codec here needs more than fp32 does; the rest is room for the file's header."""
         tensors = self._genesis().manifest.tensors
         return sum(4 * spec.elements for spec in tensors) + 1_000 * len(tensors) + 65_536
+
+    def _check_joins(self, event: ParticipantReady, sender: str) -> None:
+        """A site that comes after the run began must fit to those that are in it."""
+        genesis = self._genesis()
+        for name in ("fingerprint", "manifest"):
+            if getattr(genesis, name) != getattr(event, name):
+                raise ProtocolError(
+                    f"{name}: {sender} came after the run began with another one; give it the "
+                    "base model and the release that the others have"
+                )
+        newcomer = MemberRecord(
+            site=sender,
+            manifest=event.manifest,
+            fingerprint=event.fingerprint,
+            numerics=event.numerics,
+            examples=event.examples,
+        )
+        against = disagreement({**self.state.members, sender: newcomer}, self._config)
+        if against is not None:
+            raise ProtocolError(f"{sender} cannot join: {against}")
 
     def _check_same_member(self, known: MemberRecord, event: ParticipantReady, sender: str) -> None:
         for name in ("fingerprint", "manifest", "numerics"):

@@ -127,9 +127,10 @@ class Intake:
         self._clear_inbox(upload)
 
     def clear_round(self, run: str, round_number: int, keep_adapter: str) -> None:
-        """After a round closed: empty the spool, but for the newest adapter, and its inbox.
+        """After a round closed: empty the spool, but for the newest adapter, and the inbox.
 
-        What lies in the inbox still was never submitted, or never asked for.
+        ``round_number``: whose inbox. What lies there still was never submitted, or never asked
+        for. A round before the first one has none.
         """
         for info in self._store.list(topology.inbox_prefix(run, round_number)):
             self._store.delete(info.key)

@@ -1,20 +1,25 @@
 """When a round closes, as a value: a policy looks at an open round and decides, or not yet.
 
-A decision lists which accepted deltas count and who is left out, and why. A further policy
-(quorum, deadline, buffered) is one more function in ``POLICIES``; everything after the decision
-(``closing.json``, aggregation, verification) is the same for all.
+A decision lists which accepted deltas count and who is left out, and why. A further policy is one
+more function in ``POLICIES``; everything after the decision (``closing.json``, aggregation,
+verification) is the same for all.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from shared.config import PolicySection
     from shared.records import AcceptedRecord, OpenedRecord
+
+LEAST_TIMES = 3  # fewer past times say nothing about the next
+LEAST_SPREAD = 0.1  # of the median: equal times in the past are no promise of the same second
+MAD_TO_DEVIATION = 1.4826  # of a normal distribution (Rousseeuw and Croux, 1993)
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,63 @@ def all_in(
     A site that is given up is excluded only with ``on_failure = "exclude"``, and a round that
     nobody is left in is never closed: it waits for a person.
     """
-    counted = {
-        site: uncounted[site, opened.round]
-        for site in opened.selected
-        if (site, opened.round) in uncounted
-    }
+    fresh = _fresh(opened, uncounted)
     excluded = {
         site: troubles[site].reason
         for site in opened.selected
-        if site not in counted and site in troubles and given_up(section, troubles[site])
+        if site not in fresh and site in troubles and given_up(section, troubles[site])
     }
     if section.on_failure != "exclude":
         excluded = {}
-    if not counted or len(counted) + len(excluded) < len(opened.selected):
+    if not fresh or len(fresh) + len(excluded) < len(opened.selected):
         return None
-    return Decision(tuple(counted[site] for site in sorted(counted)), excluded)
+    return Decision(_in_order(fresh.values()), excluded)
+
+
+def quorum(
+    section: PolicySection,
+    opened: OpenedRecord,
+    uncounted: Mapping[tuple[str, int], AcceptedRecord],
+    troubles: Mapping[str, Trouble],
+    now: float,
+) -> Decision | None:
+    """As ``all_in``; once deadline and grace are over, ``section.quorum`` deltas are enough.
+
+    Below the quorum the round stays open: too few deltas are worse than a late round. With
+    ``late = "carry"`` the uncounted deltas of earlier rounds count too, but not for the quorum.
+    """
+    assert section.quorum is not None  # the config says so
+    complete = all_in(section, opened, uncounted, troubles, now)
+    fresh = _fresh(opened, uncounted)
+    over = opened.closes_at is not None and now >= opened.closes_at
+    if complete is None and not (over and len(fresh) >= section.quorum):
+        return None
+    waited = (opened.deadline_seconds or 0.0) + opened.grace_seconds
+    missing = f"no delta within {waited:.0f} s"
+    excluded = {
+        site: troubles[site].reason if site in troubles else missing
+        for site in opened.selected
+        if site not in fresh
+    }
+    carried = _carried(section, opened, uncounted)
+    return Decision(_in_order((*fresh.values(), *carried)), excluded)
+
+
+def buffered(
+    section: PolicySection,
+    opened: OpenedRecord,
+    uncounted: Mapping[tuple[str, int], AcceptedRecord],
+    troubles: Mapping[str, Trouble],  # noqa: ARG001 - whoever fails is just not in the buffer
+    now: float,  # noqa: ARG001 - there is no deadline
+) -> Decision | None:
+    """As soon as ``section.buffer`` deltas are there, of this round or an earlier one.
+
+    Nobody is left out: who is still at work counts in a later round.
+    """
+    assert section.buffer is not None  # the config says so
+    fresh = _fresh(opened, uncounted)
+    there = (*fresh.values(), *_carried(section, opened, uncounted))
+    return Decision(_in_order(there), {}) if len(there) >= section.buffer else None
 
 
 def given_up(section: PolicySection, trouble: Trouble) -> bool:
@@ -82,4 +129,46 @@ def given_up(section: PolicySection, trouble: Trouble) -> bool:
     return trouble.final or trouble.attempts >= section.max_attempts
 
 
-POLICIES: Mapping[str, Policy] = {"all": all_in}
+def deadline_seconds(section: PolicySection, times: Sequence[float]) -> float | None:
+    """How long the next round waits for everybody. ``times``: seconds that past deltas took.
+
+    ``adaptive``: median + k times the (normalised) median absolute deviation, at most the fixed
+    one, which also serves until there are enough times.
+    """
+    limit = section.deadline_seconds
+    if limit is None or section.deadline == "fixed" or len(times) < LEAST_TIMES:
+        return limit
+    median = statistics.median(times)
+    spread = MAD_TO_DEVIATION * statistics.median(abs(time - median) for time in times)
+    spread = max(spread, LEAST_SPREAD * median)
+    return min(limit, round(median + section.deadline_spread * spread, 3))
+
+
+def _fresh(
+    opened: OpenedRecord, uncounted: Mapping[tuple[str, int], AcceptedRecord]
+) -> dict[str, AcceptedRecord]:
+    """The open round's own deltas by site."""
+    return {
+        site: uncounted[site, opened.round]
+        for site in opened.selected
+        if (site, opened.round) in uncounted
+    }
+
+
+def _carried(
+    section: PolicySection,
+    opened: OpenedRecord,
+    uncounted: Mapping[tuple[str, int], AcceptedRecord],
+) -> list[AcceptedRecord]:
+    """Uncounted deltas of earlier rounds that are not too old."""
+    if not section.carries:
+        return []
+    oldest = opened.round - section.max_staleness
+    return [record for (_, number), record in uncounted.items() if oldest <= number < opened.round]
+
+
+def _in_order(records: Iterable[AcceptedRecord]) -> tuple[AcceptedRecord, ...]:
+    return tuple(sorted(records, key=lambda record: (record.site, record.round)))
+
+
+POLICIES: Mapping[str, Policy] = {"all": all_in, "quorum": quorum, "buffered": buffered}

@@ -11,11 +11,11 @@ What must happen next is at most one durable step and is derived from the state 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation import Counts, weights
 from coordinator.members import disagreement
-from coordinator.policies import POLICIES, Trouble, given_up
+from coordinator.policies import POLICIES, Trouble, deadline_seconds, given_up
 from coordinator.selection import select
 from coordinator.state import (
     Aggregate,
@@ -48,6 +48,7 @@ from shared.records import (
     OpenedRecord,
     Record,
     RefusedRecord,
+    delta_label,
 )
 from shared.seeds import derive_seed
 
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from shared.config import FederationConfig
+
+REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
 
 
 def apply(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:
@@ -99,8 +102,6 @@ def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]
         nothing_to_do = state.finished.sha is None or site in state.evaluated
         end = AnnounceFinished((site,))
         return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
-    if state.genesis is not None and site not in state.genesis.members:
-        return ()
     bells: list[Bell] = [AnnounceRun((site,))]
     opened = state.open_round
     if opened is not None and site in opened.selected:
@@ -154,7 +155,7 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return replace(state, now=max(state.now, fact.now)), ()
         case FederationRecord():
             return replace(state, began=fact.time, now=fact.time), ()
-        case MemberRecord() if state.genesis is None:
+        case MemberRecord() if state.genesis is None or fact.from_round > 0:
             declined = {s: r for s, r in state.declined.items() if s != fact.site}
             members = {**state.members, fact.site: fact}
             return replace(state, members=members, declined=declined), ()
@@ -163,7 +164,9 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
         case GenesisRecord():
             return replace(state, genesis=fact), ()
         case OpenedRecord() if fact.round == state.last_round + 1:
-            return replace(state, opened=fact, troubles={}), (AnnounceRound(fact.selected),)
+            openings = {**state.openings, fact.round: fact}
+            after = replace(state, opened=fact, openings=openings, troubles={})
+            return after, (AnnounceRound(fact.selected),)
         case AcceptedRecord() | RefusedRecord():
             return _fold_delta(state, fact)
         case FailedRecord():
@@ -185,13 +188,13 @@ def _fold_delta(
     state: RunState, fact: AcceptedRecord | RefusedRecord
 ) -> tuple[RunState, tuple[Effect, ...]]:
     opened, key = state.open_round, (fact.site, fact.round)
-    if opened is None or fact.round != opened.round or fact.site not in opened.selected:
-        return state, (AnswerDelta(fact),)
     if isinstance(fact, AcceptedRecord):
-        if key in state.uncounted or fact.round in state.counted_rounds.get(fact.site, ()):
+        counted = fact.round in state.counted_rounds.get(fact.site, ())
+        if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
             return state, (AnswerDelta(fact),)
         return replace(state, uncounted={**state.uncounted, key: fact}), (AnswerDelta(fact),)
-    if fact.verdict == "late" or key in state.uncounted:
+    here = opened is not None and fact.round == opened.round and fact.site in opened.selected
+    if not here or fact.verdict == "late" or key in state.uncounted:
         return state, (AnswerDelta(fact),)
     # The same text and seed give the same bytes again, so asking again by itself is no use.
     before = state.troubles.get(fact.site)
@@ -222,6 +225,11 @@ def _fold_closed(
     for site, number in counted:
         rounds[site] = (*rounds.get(site, ()), number)
     held_out = fact.source_held_out.nll if fact.source_held_out else None
+    last = dict(state.last_counted)
+    for (site, number), sha in sorted(counted.items()):
+        # A carried delta may be older than the one that was counted last.
+        if number == max(rounds[site]):
+            last[site] = sha
     after = replace(
         state,
         closed=fact,
@@ -231,9 +239,18 @@ def _fold_closed(
         held_out=(*state.held_out, held_out),
         uncounted=uncounted,
         counted_rounds=rounds,
-        last_counted={**state.last_counted, **{site: sha for (site, _), sha in counted.items()}},
+        last_counted=last,
+        times=(*state.times, _arrivals(state, closing))[-REMEMBERED_ROUNDS:],
     )
     return after, (AnnounceClosed(fact, tuple(sorted(state.members))),)
+
+
+def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:
+    """Seconds from a round's opening to each of its own deltas' acceptance."""
+    opened = state.openings[closing.round]
+    own = (item for item in closing.inputs if item.from_round == closing.round)
+    records = (state.uncounted.get((item.site, item.from_round)) for item in own)
+    return tuple(max(0.0, record.time - opened.time) for record in records if record is not None)
 
 
 def _toward_genesis(state: RunState) -> Step | None:
@@ -251,15 +268,19 @@ def _toward_genesis(state: RunState) -> Step | None:
 
 def _open_next(state: RunState) -> Step:
     section, number = state.config.run, state.last_round + 1
-    assert state.genesis is not None and state.adapter_sha is not None  # noqa: PT018
+    policy = state.config.policy
+    assert state.adapter_sha is not None  # genesis drew one
+    times = [time for one in state.times for time in one]
     return WriteRecord(
         OpenedRecord(
             round=number,
-            selected=select(state.config.selection, state.genesis.members, section.seed, number),
+            selected=select(state.config.selection, state.members_in(number), section.seed, number),
             source_sha=state.adapter_sha,
             seed=derive_seed(section.seed, "round", number),
             progress_from=(number - 1) / section.rounds,
             progress_to=number / section.rounds,
+            deadline_seconds=deadline_seconds(policy, times),
+            grace_seconds=policy.grace_seconds,
         )
     )
 
@@ -269,10 +290,15 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
     decision = policy(state.config.policy, opened, state.uncounted, state.troubles, state.now)
     if decision is None:
         return None
-    counts = {record.site: Counts(record.examples, record.tokens) for record in decision.counted}
-    share = weights(state.config.aggregation.weights, counts)
+    mode = state.config.aggregation.weights
+    share = shares(mode, decision.counted, opened.round)
     inputs = tuple(
-        Input(site=r.site, from_round=r.round, sha=r.sha, weight=share[r.site])
+        Input(
+            site=r.site,
+            from_round=r.round,
+            sha=r.sha,
+            weight=share[delta_label(r.site, r.round, opened.round)],
+        )
         for r in decision.counted
     )
     return WriteRecord(
@@ -281,8 +307,18 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             source_sha=opened.source_sha,
             inputs=inputs,
             excluded=dict(decision.excluded),
+            weighting=f"{mode} / sqrt(1 + staleness)" if state.config.policy.carries else mode,
         )
     )
+
+
+def shares(
+    mode: Literal["equal", "examples", "tokens"], counted: Iterable[AcceptedRecord], number: int
+) -> dict[str, float]:
+    """Each delta's share in round ``number``, by its label there; they sum to 1."""
+    labelled = {delta_label(record.site, record.round, number): record for record in counted}
+    counts = {label: Counts(r.examples, r.tokens) for label, r in labelled.items()}
+    return weights(mode, counts, {label: number - r.round for label, r in labelled.items()})
 
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:

@@ -102,7 +102,11 @@ Fact = Record | Ticked
 
 @dataclass(frozen=True)
 class RunState:
-    """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown."""
+    """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown.
+
+    ``openings``: every round that was opened. ``times``: of each closed round, the seconds that its
+    deltas took to arrive.
+    """
 
     config: FederationConfig
     began: float = 0.0
@@ -118,6 +122,8 @@ class RunState:
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
     counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     last_counted: Mapping[str, str] = field(default_factory=dict)
+    openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
+    times: tuple[tuple[float, ...], ...] = ()
     finished: FinishedRecord | None = None
     evaluated: frozenset[str] = frozenset()
 
@@ -137,6 +143,28 @@ class RunState:
     def open_round(self) -> OpenedRecord | None:
         """The round that sites may submit to; None once its decision is on record."""
         return self.opened if self.closing is None and self.finished is None else None
+
+    def takes(self, site: str, number: int) -> OpenedRecord | None:
+        """The round ``number`` as it was opened, if a delta of ``site`` for it is still taken.
+
+        That is the open round; where late deltas are carried, also an earlier one that is not too
+        old. A delta that was counted already is not taken again.
+        """
+        opened, policy = self.openings.get(number), self.config.policy
+        if opened is None or site not in opened.selected or self.finished is not None:
+            return None
+        if opened is self.open_round:
+            return opened
+        late = number <= self.last_round and number > self.last_round - policy.max_staleness
+        if not (policy.carries and late) or number in self.counted_rounds.get(site, ()):
+            return None
+        return opened
+
+    def members_in(self, number: int) -> tuple[str, ...]:
+        """Who takes part in round ``number``: who was there at the start, and who joined since."""
+        assert self.genesis is not None  # no round comes before it
+        joined = {s for s, m in self.members.items() if 1 <= m.from_round <= number}
+        return tuple(sorted(joined.union(self.genesis.members)))
 
     @property
     def waiting_for(self) -> tuple[str, ...]:

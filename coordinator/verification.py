@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import Counts, WeightedDelta, aggregate, weights
+from coordinator.aggregation import WeightedDelta, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
+from coordinator.rounds import shares
 from coordinator.selection import select
 from shared import topology
 from shared.codecs import get_codec
@@ -25,6 +26,7 @@ from shared.records import (
     ClosingRecord,
     FinishedRecord,
     GenesisRecord,
+    MemberRecord,
     OpenedRecord,
     Record,
     pool_held_out,
@@ -78,12 +80,15 @@ class _Verifier:
         self._fingerprints: set[str] = set()
         self._manifests: set[str] = set()
         self._genesis: GenesisRecord | None = None
+        self._members: dict[str, MemberRecord] = {}
+        self._opened: dict[int, OpenedRecord] = {}
         self.result = Verification(ledger.run)
 
     def verify(self, report: Callable[[int], None]) -> Verification:
         for member in self._ledger.members():
             self._fingerprints.add(member.fingerprint)
             self._manifests.add(member.manifest.digest)
+            self._members[member.site] = member
         for number, records in self._ledger.rounds():
             report(number)
             for record in records:
@@ -127,7 +132,9 @@ class _Verifier:
     def _check_opened(self, record: OpenedRecord) -> None:
         run, number = self._config.run, record.round
         key = record.key(self._ledger.run)
-        members = self._genesis.members if self._genesis else ()
+        self._opened[number] = record
+        members = set(self._genesis.members if self._genesis else ())
+        members |= {s for s, m in self._members.items() if 1 <= m.from_round <= number}
         self._expect(number, key, "source_sha", self.result.adapter_sha, record.source_sha)
         self._expect(number, key, "seed", derive_seed(run.seed, "round", number), record.seed)
         chosen = select(self._config.selection, members, run.seed, number)
@@ -175,7 +182,7 @@ class _Verifier:
 
     def _check_weights(self, closing: ClosingRecord) -> None:
         number, key = closing.round, closing.key(self._ledger.run)
-        counts: dict[str, Counts] = {}
+        known: list[AcceptedRecord] = []
         for item in closing.inputs:
             pair = (item.site, item.from_round)
             record = self._accepted.get(pair)
@@ -185,10 +192,10 @@ class _Verifier:
                 self._find(number, key, f"counts {item.site} {item.sha[:12]}, never accepted")
                 continue
             self._counted.add(pair)
-            counts[item.site] = Counts(record.examples, record.tokens)
-        if len(counts) == len(closing.inputs):
-            share = weights(self._config.aggregation.weights, counts)
-            on_record = {item.site: item.weight for item in closing.inputs}
+            known.append(record)
+        if len(known) == len(closing.inputs):
+            share = shares(self._config.aggregation.weights, known, number)
+            on_record = {item.label(number): item.weight for item in closing.inputs}
             self._expect(number, key, "weights", share, on_record)
 
     def _delta(self, closing: ClosingRecord, index: int) -> WeightedDelta | None:
@@ -208,15 +215,16 @@ class _Verifier:
             on_record = record.key(self._ledger.run)
             self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
             self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
-        return WeightedDelta(item.site, path, item.weight)
+        return WeightedDelta(item.label(closing.round), path, item.weight)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
         item, codec = closing.inputs[index], get_codec(self._config.codec.name)
+        opened = self._opened.get(item.from_round)
         return DeltaHeader(
             run=self._ledger.run,
             round=item.from_round,
             site=item.site,
-            source_sha=closing.source_sha,
+            source_sha=opened.source_sha if opened else closing.source_sha,
             codec=codec.name,
             codec_version=codec.version,
         )

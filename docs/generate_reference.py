@@ -66,9 +66,22 @@ SETTINGS = {
     "training.cpu_threads": "Threads of torch on the CPU. The bytes of a delta depend on it.",
     "selection.method": "Who trains in a round: every member, or some drawn by the seed.",
     "selection.fraction": 'With `"random"`: this part of the members, rounded up.',
-    "policy.kind": "When a round closes: when all selected sites are in or excluded.",
+    "policy.kind": "When a round closes: when all selected sites are in or excluded; likewise, "
+    "but from the deadline on with a quorum; or as soon as a buffer is full.",
     "policy.on_failure": "A site that is given up: the round waits for it, or goes on without it.",
     "policy.max_attempts": "After so many failed trainings in a round a site is given up.",
+    "policy.quorum": "With `quorum`: so many of a round's own deltas are enough once deadline and "
+    "grace are over. Below it the round stays open.",
+    "policy.deadline_seconds": "With `quorum`: how long a round waits for everybody.",
+    "policy.deadline": "`adaptive`: median + `deadline_spread` x MAD of the seconds that the deltas "
+    "of the last five rounds took, at most `deadline_seconds`.",
+    "policy.deadline_spread": "With `adaptive`: how many deviations (1.4826 x MAD, at least a "
+    "tenth of the median) beyond the median.",
+    "policy.grace_seconds": "So much longer the coordinator waits than it tells the sites.",
+    "policy.late": "With `quorum`: a delta that comes after its round closed is dropped, or counts "
+    "in a later round with 1 / sqrt(1 + rounds since) of its weight.",
+    "policy.max_staleness": "A delta that is more rounds old than this is not taken.",
+    "policy.buffer": "With `buffered`: a round closes with so many deltas, of whatever round.",
     "aggregation.weights": "1/K each, or in proportion to the site's examples or tokens.",
     "aggregation.max_delta_norm": "A delta with a larger norm is refused.",
     "codec.name": 'How a delta travels: `"fp32"`, `"bf16"` or `"int8"`.',
@@ -138,7 +151,11 @@ FIELDS = {
     "cpu_threads": "Threads of torch.",
     "created": "When it was made, seconds since the epoch.",
     "data": "The message as it came.",
-    "deadline": "When the round is over, seconds since the epoch.",
+    "deadline": "Until when everybody is waited for, seconds since the epoch.",
+    "deadline_seconds": "How long everybody is waited for.",
+    "grace_seconds": "How much longer the coordinator waits than it tells the sites.",
+    "weighting": "The rule that gave the weights.",
+    "late_counts": "Whether a delta of a closed round is still taken.",
     "delta_norms": "By site: L2 norm of its delta.",
     "device": "`cpu`, or the GPU.",
     "digest": "sha256 of the settings.",

@@ -151,9 +151,7 @@ class Participant:
             return
         done = self._site.workspace.submission(event.run, event.round, event.source_sha)
         if done is not None:
-            asked = self._requested.get(done.sha)
-            if asked is None or time.monotonic() - asked > ASK_SECONDS / 2:
-                self._request_upload(done)
+            self._request_once(done)
             return
         self._note(event)
 
@@ -165,8 +163,12 @@ class Participant:
     def on_delta_answered(self, event: DeltaAnswered, sender: str) -> None:
         """Drop a refused delta. Idempotent: dropping twice is dropping once."""
         del sender
-        self._agenda.pop((UploadGranted, event.run), None)
+        granted = self._agenda.get((UploadGranted, event.run))
+        if isinstance(granted, UploadGranted) and granted.sha == event.sha:
+            del self._agenda[UploadGranted, event.run]
+        self._requested.pop(event.sha, None)
         if event.verdict == "accepted":
+            self._site.workspace.mark_accepted(event.run, event.round, event.sha)
             get_logger().debug("delta.answered", verdict=event.verdict, sha=event.sha)
             return
         get_logger().warning("delta.answered", verdict=event.verdict, reason=event.reason)
@@ -178,7 +180,9 @@ class Participant:
         waiting = self._agenda.get((RoundStarted, event.run))
         if isinstance(waiting, RoundStarted) and waiting.round <= event.round:
             del self._agenda[RoundStarted, event.run]
-        self._site.workspace.sweep(event.run, event.round, event.result_sha)
+        self._site.workspace.sweep(
+            event.run, event.round, event.result_sha, keep_unanswered=event.late_counts
+        )
 
     def on_run_finished(self, event: RunFinished, sender: str) -> None:
         """Note to evaluate the result. Idempotent: the same loss is told again."""
@@ -219,7 +223,10 @@ class Participant:
         return pause
 
     def _next_task(self) -> Task | None:
-        """Getting ready comes first: the queue may hold a round's bell from before a restart."""
+        """Getting ready comes first: the queue may hold a round's bell from before a restart.
+
+        Then uploads: a delta that waits behind another training would be late.
+        """
         now = time.monotonic()
         tasks = [
             task
@@ -228,7 +235,8 @@ class Participant:
         ]
         ready = (t for t in tasks if isinstance(t, RunAnnounced))
         later = (t for t in tasks if t.run in self._prepared)
-        return next(ready, None) or next(later, None)
+        ordered = sorted(later, key=lambda task: not isinstance(task, UploadGranted))
+        return next(ready, None) or next(iter(ordered), None)
 
     def _prepare(self, task: RunAnnounced) -> None:
         against = objections(task, self._site.accept)
@@ -264,6 +272,9 @@ class Participant:
                 examples=ready.examples,
             )
         )
+        # One that came too late, or whose upload a kill cut off: the run may take it still.
+        for submission in self._site.workspace.unanswered(task.run):
+            self._request_once(submission)
 
     def _decline(self, task: RunAnnounced, reason: str) -> None:
         get_logger().warning("run.declined", run=task.run, reason=reason)
@@ -384,8 +395,14 @@ class Participant:
             return
         get_logger().warning("grant.refused", run=run, reason=reason)
 
+    def _request_once(self, submission: Submission) -> None:
+        """Request the upload unless that was done a moment ago: bells ring more than once."""
+        asked = self._requested.get(submission.sha)
+        if asked is None or time.monotonic() - asked > ASK_SECONDS / 2:
+            self._request_upload(submission)
+
     def _request_upload(self, submission: Submission) -> None:
-        self._requested = {submission.sha: time.monotonic()}
+        self._requested[submission.sha] = time.monotonic()
         self._publish(
             UploadRequested(
                 run=submission.run,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SUBMISSION_FILE = "submission.json"
+ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 
 
 class Submission(Fact):
@@ -76,6 +77,18 @@ class Workspace:
                 return found
         return None
 
+    def mark_accepted(self, run: str, round_number: int, sha: str) -> None:
+        """Remember that the coordinator has this delta; no harm where it is gone."""
+        folder = self._trained(run, round_number, sha)
+        if folder.is_dir():
+            (folder / ACCEPTED_FILE).touch()
+
+    def unanswered(self, run: str) -> list[Submission]:
+        """Committed deltas that the coordinator did not take yet, oldest first."""
+        folders = sorted(self._folder(run, "trained").iterdir())
+        waiting = (self._read(f) for f in folders if not (f / ACCEPTED_FILE).exists())
+        return [submission for submission in waiting if submission is not None]
+
     def committed(self, run: str, round_number: int, sha: str) -> Submission | None:
         """The committed delta of this sha, if it is here and whole."""
         return self._read(self._trained(run, round_number, sha))
@@ -103,12 +116,19 @@ class Workspace:
         """Remove a delta that was refused, so that the round is trained anew when asked for."""
         shutil.rmtree(self._trained(run, round_number, sha), ignore_errors=True)
 
-    def sweep(self, run: str, closed_round: int, adapter_sha: str) -> None:
-        """After a round closed keep its folder (its state may be needed) and the new adapter."""
+    def sweep(
+        self, run: str, closed_round: int, adapter_sha: str, *, keep_unanswered: bool = False
+    ) -> None:
+        """After a round closed keep its folder (its state may be needed) and the new adapter.
+
+        ``keep_unanswered``: and every delta that the coordinator did not take yet.
+        """
         for folder in self._folder(run, "trained").iterdir():
             number, _, _ = folder.name.partition("-")
             # Names that are not ours are left alone.
             if number.isdigit() and int(number) < closed_round:
+                if keep_unanswered and not (folder / ACCEPTED_FILE).exists():
+                    continue
                 shutil.rmtree(folder, ignore_errors=True)
         for path in self._folder(run, "adapters").iterdir():
             if path.name != f"{adapter_sha}.safetensors" and path.is_file():

@@ -120,11 +120,54 @@ class SelectionSection(Section):
 
 
 class PolicySection(Section):
-    """When a round closes. ``all``: every selected participant's delta is in, or it is excluded."""
+    """When a round closes, and what becomes of a delta that comes after it.
 
-    kind: Literal["all"] = "all"
+    ``all``: every selected participant's delta is in, or it is excluded. ``quorum``: likewise, but
+    once deadline and grace are over ``quorum`` deltas are enough. ``buffered``: as soon as
+    ``buffer`` deltas are in, of whatever round (FedBuff, arXiv:2106.06639).
+    """
+
+    kind: Literal["all", "quorum", "buffered"] = "all"
     on_failure: Literal["wait", "exclude"] = "wait"
     max_attempts: Positive = 3
+    quorum: Positive | None = None
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    deadline: Literal["fixed", "adaptive"] = "fixed"
+    deadline_spread: Annotated[float, Field(gt=0)] = 3.0
+    grace_seconds: Annotated[float, Field(ge=0)] = 0.0
+    late: Literal["drop", "carry"] = "drop"
+    max_staleness: Positive = 10
+    buffer: Positive | None = None
+
+    @property
+    def carries(self) -> bool:
+        """Whether a delta that comes after its round closed counts in a later one."""
+        return self.kind == "buffered" or (self.kind == "quorum" and self.late == "carry")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_kind(self) -> Self:
+        needed = {"all": (), "quorum": ("quorum", "deadline_seconds"), "buffered": ("buffer",)}
+        for name in needed[self.kind]:
+            if getattr(self, name) is None:
+                raise ValueError(f'kind = "{self.kind}" needs {name}; add it')
+        for name, kind in (
+            ("quorum", "quorum"),
+            ("deadline_seconds", "quorum"),
+            ("buffer", "buffered"),
+        ):
+            if self.kind != kind and getattr(self, name) is not None:
+                raise ValueError(
+                    f'{name} goes with kind = "{kind}", got kind = "{self.kind}"; '
+                    "remove it or change the kind"
+                )
+        if self.kind != "quorum" and (
+            self.late != "drop" or self.deadline != "fixed" or self.grace_seconds
+        ):
+            raise ValueError(
+                f'late, deadline and grace_seconds go with kind = "quorum", got kind = '
+                f'"{self.kind}"; remove them or change the kind'
+            )
+        return self
 
 
 class AggregationSection(Section):
@@ -234,6 +277,13 @@ class FederationConfig(Section):
             )
         if self.run.name == ANY_RUN:
             raise ValueError(f"run.name: {ANY_RUN} is a reserved name; choose another")
+        for setting in ("quorum", "buffer"):
+            wanted = getattr(self.policy, setting)
+            if wanted is not None and wanted > len(names):
+                raise ValueError(
+                    f"policy.{setting} is {wanted}, but run.participants lists {len(names)}: no "
+                    "round could ever close"
+                )
         if (self.run.min_participants or 1) > len(names):
             raise ValueError(
                 f"run.min_participants is {self.run.min_participants}, "

@@ -75,6 +75,7 @@ class RoundStarted(Event):
     codec: str
     attempt: Annotated[int, Field(ge=1)] = 1
     last_counted: Sha256 | None = None
+    deadline: float | None = None
 
 
 class UploadGranted(Event):
@@ -101,12 +102,16 @@ class DeltaAnswered(Event):
 
 
 class RoundClosed(Event):
-    """Coordinator -> every member, when a round's result is on record."""
+    """Coordinator -> every member, when a round's result is on record.
+
+    ``late_counts``: a delta of a closed round is still taken, so whoever is at it goes on.
+    """
 
     word = "closed"
     run: Name
     round: RoundNumber
     result_sha: Sha256
+    late_counts: bool = False
 
 
 class RunFinished(Event):

@@ -104,7 +104,15 @@ class OpenedRecord(StampedRecord):
     seed: int
     progress_from: float
     progress_to: float
-    deadline: float | None = None
+    deadline_seconds: float | None = None
+    grace_seconds: float = 0.0
+
+    @property
+    def closes_at(self) -> float | None:
+        """When a quorum is enough: seconds since the epoch; None without a deadline."""
+        if self.deadline_seconds is None:
+            return None
+        return self.time + self.deadline_seconds + self.grace_seconds
 
     def key(self, run: str) -> str:
         """One per round."""
@@ -159,12 +167,19 @@ class FailedRecord(StampedRecord):
 
 
 class Input(Fact):
-    """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1."""
+    """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1.
+
+    ``from_round`` is the round it was trained in, which may be an earlier one.
+    """
 
     site: Name
     from_round: Annotated[int, Field(ge=1)]
     sha: Sha256
     weight: float
+
+    def label(self, round_number: int) -> str:
+        """What it is called in round ``round_number``'s figures: ``site``, or ``site@round``."""
+        return delta_label(self.site, self.from_round, round_number)
 
 
 class ClosingRecord(StampedRecord):
@@ -175,6 +190,7 @@ class ClosingRecord(StampedRecord):
     source_sha: Sha256
     inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
     excluded: dict[str, str] = Field(default_factory=dict)
+    weighting: str = ""
 
     def key(self, run: str) -> str:
         """One per round."""
@@ -222,6 +238,11 @@ class FinishedRecord(StampedRecord):
     def key(self, run: str) -> str:
         """One per run."""
         return topology.finished_key(run)
+
+
+def delta_label(site: str, from_round: int, round_number: int) -> str:
+    """A delta's name among those that a round counts; no site's name holds an ``@``."""
+    return site if from_round == round_number else f"{site}@{from_round}"
 
 
 def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
