@@ -123,6 +123,16 @@ class History:
         records = self.by_round.get(number, ())
         return {r.site: r for r in records if isinstance(r, AcceptedRecord)}
 
+    def counted(self, site: str, number: int) -> tuple[int | None, float | None]:
+        """Which round counted the delta that a site made in round ``number``, and its weight."""
+        for records in self.by_round.values():
+            for closing in records:
+                if isinstance(closing, ClosingRecord):
+                    for item in closing.inputs:
+                        if (item.site, item.from_round) == (site, number):
+                            return closing.round, item.weight
+        return None, None
+
     def held_out(self, number: int) -> dict[str, HeldOut]:
         """Each site's loss of the adapter that round ``number`` produced, as far as it is known.
 
@@ -228,15 +238,18 @@ def _row(history: History, number: int, site: str) -> SiteRow:
     accepted = history.accepted(number).get(site)
     if accepted is None:
         return SiteRow(site, *_trouble(history.by_round[number], site))
-    closing = history.one(number, ClosingRecord)
     closed = history.one(number, ClosedRecord)
-    inputs = closing.inputs if isinstance(closing, ClosingRecord) else ()
-    weight = next((i.weight for i in inputs if i.site == site and i.from_round == number), None)
+    counted_in, weight = history.counted(site, number)
+    state, reason = "accepted", ""
+    if counted_in is not None:
+        state = "counted" if counted_in == number else f"counted in {counted_in}"
+    elif closed is not None:
+        state, reason = "late", f"came after round {number} closed"
     metrics = accepted.metrics
     return SiteRow(
         site=site,
-        state="counted" if weight is not None else "accepted",
-        reason="",
+        state=state,
+        reason=reason,
         held_out_nll=metrics.held_out.nll if metrics.held_out else None,
         perplexity=perplexity(metrics.held_out),
         first_step_nll=metrics.first_step_nll,

@@ -73,8 +73,8 @@ SETTINGS = {
     "policy.quorum": "With `quorum`: so many of a round's own deltas are enough once deadline and "
     "grace are over. Below it the round stays open.",
     "policy.deadline_seconds": "With `quorum`: how long a round waits for everybody.",
-    "policy.deadline": "`adaptive`: median + `deadline_spread` x MAD of the seconds that the deltas "
-    "of the last five rounds took, at most `deadline_seconds`.",
+    "policy.deadline": "`adaptive`: median + `deadline_spread` x MAD of the seconds that the "
+    "deltas of the last five rounds took, at most `deadline_seconds`.",
     "policy.deadline_spread": "With `adaptive`: how many deviations (1.4826 x MAD, at least a "
     "tenth of the median) beyond the median.",
     "policy.grace_seconds": "So much longer the coordinator waits than it tells the sites.",

@@ -180,9 +180,11 @@ class Participant:
         waiting = self._agenda.get((RoundStarted, event.run))
         if isinstance(waiting, RoundStarted) and waiting.round <= event.round:
             del self._agenda[RoundStarted, event.run]
-        self._site.workspace.sweep(
+        lost = self._site.workspace.sweep(
             event.run, event.round, event.result_sha, keep_unanswered=event.late_counts
         )
+        for number in lost:
+            get_logger().warning("delta.late", run=event.run, round=number, reason="round closed")
 
     def on_run_finished(self, event: RunFinished, sender: str) -> None:
         """Note to evaluate the result. Idempotent: the same loss is told again."""

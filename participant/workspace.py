@@ -118,21 +118,26 @@ class Workspace:
 
     def sweep(
         self, run: str, closed_round: int, adapter_sha: str, *, keep_unanswered: bool = False
-    ) -> None:
+    ) -> list[int]:
         """After a round closed keep its folder (its state may be needed) and the new adapter.
 
-        ``keep_unanswered``: and every delta that the coordinator did not take yet.
+        ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
+        rounds whose delta was removed though nobody had taken it.
         """
+        lost = []
         for folder in self._folder(run, "trained").iterdir():
             number, _, _ = folder.name.partition("-")
             # Names that are not ours are left alone.
             if number.isdigit() and int(number) < closed_round:
-                if keep_unanswered and not (folder / ACCEPTED_FILE).exists():
-                    continue
+                if not (folder / ACCEPTED_FILE).exists():
+                    if keep_unanswered:
+                        continue
+                    lost.append(int(number))
                 shutil.rmtree(folder, ignore_errors=True)
         for path in self._folder(run, "adapters").iterdir():
             if path.name != f"{adapter_sha}.safetensors" and path.is_file():
                 path.unlink(missing_ok=True)
+        return lost
 
     def _folder(self, run: str, name: str) -> Path:
         folder = self._root / run / name

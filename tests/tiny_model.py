@@ -53,8 +53,12 @@ def write_federation(
     quantisation: str = "nf4",
     rounds: int = 3,
     extra: str = "",
+    run: str = "",
 ) -> Path:
-    """A federation of two sites over ``model``; the path of its federation.toml."""
+    """A federation of two sites over ``model``; the path of its federation.toml.
+
+    ``run``: further lines of its [run]; ``extra``: further sections.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "federation.toml").write_text(
         f"""
@@ -62,6 +66,7 @@ def write_federation(
 name = "tiny"
 rounds = {rounds}
 participants = ["a", "b"]
+{run}
 [base]
 model = {json.dumps(str(model))}
 quantisation = "{quantisation}"

@@ -7,6 +7,7 @@ is on record, each (site, round) counts at most once, weights follow the rule, m
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -45,7 +46,7 @@ class ClockedLedger(Ledger):
 
 
 class Quorum(AnyOrder):
-    policy: dict = {  # noqa: RUF012 - hypothesis makes instances, nobody writes it
+    policy: ClassVar = {
         "kind": "quorum",
         "quorum": 2,
         "deadline_seconds": 10.0,
@@ -160,11 +161,11 @@ class Quorum(AnyOrder):
 
 
 class Carry(Quorum):
-    policy = {**Quorum.policy, "late": "carry", "deadline": "adaptive"}
+    policy: ClassVar = {**Quorum.policy, "late": "carry", "deadline": "adaptive"}
 
 
 class Buffered(Quorum):
-    policy = {"kind": "buffered", "buffer": 2, "max_staleness": STALENESS}  # noqa: RUF012
+    policy: ClassVar = {"kind": "buffered", "buffer": 2, "max_staleness": STALENESS}
 
     @invariant()
     def a_round_closes_complete_or_after_its_deadline_with_a_quorum(self) -> None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared.config import load_federation
+from shared.ledger import Ledger
+from shared.records import ClosingRecord
+from shared.stores import open_s3
 from tests import federations
 from tests.tiny_model import write_federation
 
@@ -40,6 +43,7 @@ class Deployment:
     s3: S3Server
     rounds: int = 3
     extra: str = ""
+    run: str = ""
     authority: Path | None = None  # with it everything goes over TLS
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
@@ -49,6 +53,7 @@ class Deployment:
             self.model or self.folder,
             rounds=self.rounds,
             extra=self.extra + self._servers(),
+            run=self.run,
         )
         self._secrets()
         self.rabbit.api(
@@ -107,6 +112,12 @@ class Deployment:
         """The trainings that a numpy site finished, in order: run and round."""
         file = self.site_toml(name).with_name("trained.txt")
         return file.read_text().splitlines() if file.exists() else []
+
+    def closings(self) -> list[ClosingRecord]:
+        """The decisions on record, round by round."""
+        config = load_federation(self.federation)
+        ledger = Ledger(open_s3(config.store, self.folder), config.run.name, "reader", lambda: 0.0)
+        return [record for record in ledger.history() if isinstance(record, ClosingRecord)]
 
     def wanted(self) -> str:
         """The digest of the same federation, undisturbed, in one process."""
