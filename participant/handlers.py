@@ -309,7 +309,13 @@ class Participant:
         state = workspace.state_path(task.run, task.last_counted)
         with file_errors(making):
             learned = site.learner.learn(
-                task, source, state, making, site.should_stop, self._reporter(task.round)
+                task,
+                source,
+                state,
+                making,
+                site.should_stop,
+                self._reporter(task.round),
+                workspace.checkpoints(task, site.name),
             )
             submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
             submission.metrics.seconds["fetch"] = round(fetched - started, 3)
