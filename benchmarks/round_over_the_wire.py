@@ -486,14 +486,14 @@ class IdleLearner:
         return Readiness(manifest, "f" * 64, numerics, 1)
 
     def learn(
-        self, task: Any, source: Path, state: object, folder: Path, stop: object, report: object
+        self, task: Any, source: Path, state: object, folder: Path, *others: object
     ) -> object:
         """Encode and write them."""
         from participant.learning import DELTA_FILE, Learned
         from shared.codecs import get_codec
         from shared.delta_file import DeltaHeader, write_delta
 
-        del source, state, stop, report
+        del source, state, others
         header = DeltaHeader(
             run=task.run, round=task.round, site=self.site, source_sha=task.source_sha,
             codec=task.codec, codec_version=get_codec(task.codec).version,

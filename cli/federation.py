@@ -8,11 +8,12 @@ ones that run apart; nothing of them is known here but ``drain``, ``work`` and `
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
 from participant.bootstrap import ParticipantRole, build_participant
+from participant.checkpoints import DEFAULT_SECONDS
 from participant.handlers import Site
 from participant.workspace import Workspace
 from shared.directory_store import DirectoryTransfer
@@ -36,6 +37,7 @@ class Embedding:
 
     ``should_stop`` is asked between a training's micro-batches; ``report(site, round, progress)``
     feeds a display; ``moved(state)`` is called whenever the coordinator may have learnt something.
+    ``checkpoint_seconds``: each site's own, by name.
     """
 
     store: DirectoryStore
@@ -44,6 +46,7 @@ class Embedding:
     moved: Callable[[RunState], None]
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time
+    checkpoint_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def run_embedded(
@@ -104,7 +107,10 @@ def _participant(
         name=name,
         line=broker,
         transfer=DirectoryTransfer(embedding.store),
-        workspace=Workspace(embedding.folder / "sites" / name),
+        workspace=Workspace(
+            embedding.folder / "sites" / name,
+            embedding.checkpoint_seconds.get(name, DEFAULT_SECONDS),
+        ),
         learner=learner,
         clock=embedding.clock,
         should_stop=embedding.should_stop,

@@ -142,7 +142,7 @@ def make_station(
             ca_file=existing_file(folder, broker.ca_file, "broker.ca_file"),
             plaintext=broker.transport == "plaintext",
         ),
-        workspace=Workspace(folder / config.site.workspace),
+        workspace=Workspace(folder / config.site.workspace, config.site.checkpoint_seconds),
         learner=learner,
         accept=config.accept,
         stopping=stopping,

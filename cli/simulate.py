@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cli.progress import Display
     from coordinator.state import RunState
     from participant.torch_learner import TorchLearner
-    from shared.config import FederationConfig
+    from shared.config import FederationConfig, SiteConfig
     from shared.directory_store import DirectoryStore
 
 
@@ -38,7 +38,7 @@ def simulate(
     """Run a whole federation in this process: all roles, one base model, no server.
 
     The sites are the files that simulation.sites in it names. Ctrl-C or a kill loses at most the
-    local training in hand; --resume goes on.
+    last minute of the local training in hand; --resume goes on.
     """
     from cli.progress import make_display
     from shared.config import load_federation
@@ -86,21 +86,9 @@ def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: boo
 def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLearner]:
     """One learner per participant over one shared base model, from the sites' files.
 
-    Raises ConfigError when the files are not those of the run's participants.
+    Raises as ``load_sites`` does, and where the sites do not agree on a device.
     """
-    from shared.config import load_site
-
-    paths = [folder / name for name in config.simulation.sites]
-    if not paths:
-        raise ConfigError("simulation.sites: expected the sites' files, got none; list them")
-    sites = [(load_site(path), path.resolve().parent) for path in paths]
-    names = [site.site.name for site, _ in sites]
-    wanted = sorted(config.run.participants)
-    if sorted(names) != wanted:
-        raise ConfigError(
-            f"simulation.sites: expected the files of {', '.join(wanted)} (run.participants), "
-            f"got those of {', '.join(sorted(names))}"
-        )
+    sites = load_sites(config, folder)
     devices = {site.device.kind for site, _ in sites}
     if len(devices) > 1:
         raise ConfigError(
@@ -121,6 +109,27 @@ def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLear
     }
 
 
+def load_sites(config: FederationConfig, folder: Path) -> list[tuple[SiteConfig, Path]]:
+    """The sites of a simulation, each with the folder that its paths are relative to.
+
+    Raises ConfigError when the files are not those of the run's participants.
+    """
+    from shared.config import load_site
+
+    paths = [folder / name for name in config.simulation.sites]
+    if not paths:
+        raise ConfigError("simulation.sites: expected the sites' files, got none; list them")
+    sites = [(load_site(path), path.resolve().parent) for path in paths]
+    names = [site.site.name for site, _ in sites]
+    wanted = sorted(config.run.participants)
+    if sorted(names) != wanted:
+        raise ConfigError(
+            f"simulation.sites: expected the files of {', '.join(wanted)} (run.participants), "
+            f"got those of {', '.join(sorted(names))}"
+        )
+    return sites
+
+
 def run_here(
     config: FederationConfig,
     store: DirectoryStore,
@@ -137,6 +146,7 @@ def run_here(
     from shared.locks import held
 
     run = config.run.name
+    sites = [site.site for site, _ in load_sites(config, folder)]
     # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
     lock = held(folder / f".{run}.lock", f"run {run} in {folder}")
     with lock, _stop_on_signal() as should_stop:
@@ -146,6 +156,7 @@ def run_here(
             report=display.report,
             moved=display.moved,
             should_stop=should_stop,
+            checkpoint_seconds={site.name: site.checkpoint_seconds for site in sites},
         )
         try:
             return run_embedded(config, learners, embedding)

@@ -110,6 +110,8 @@ SETTINGS = {
     "site.name": "One of the run's participants.",
     "site.workspace": "Folder of the round in hand, relative to this file. `demo` and `simulate` "
     "do not read it: they use `sites/NAME` beside `federation.toml`.",
+    "site.checkpoint_seconds": "While a round is trained, write adapter and optimiser state to the "
+    "workspace this often, in seconds. A kill costs at most what was trained since.",
     "data.path": "The text, relative to this file.",
     "data.format": "What kind of file it is; by default told from its name.",
     "data.messages": "Column with a list of `{role, content}`.",

@@ -324,7 +324,13 @@ class Participant:
         failpoint("learn.before")
         with file_errors(making):
             learned = site.learner.learn(
-                task, source, state, making, site.should_stop, self._reporter(task.round)
+                task,
+                source,
+                state,
+                making,
+                site.should_stop,
+                self._reporter(task.round),
+                workspace.checkpoints(task, site.name),
             )
             failpoint("learn.after")
             submission = _submission(task, learned, *digest_file(making / DELTA_FILE))

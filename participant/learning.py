@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from participant.checkpoints import Checkpoints
     from shared.config import TrainingSection
     from shared.events import RoundStarted, RunAnnounced
     from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics
@@ -45,13 +46,17 @@ class Learned:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a piece of work stands. ``tokens``: answer tokens trained on in this round so far."""
+    """Where a piece of work stands. ``tokens``: answer tokens trained on in this round so far.
+
+    ``seconds_before``: what earlier processes spent on the part that is done.
+    """
 
     activity: Literal["load", "evaluate", "train", "upload"]
     done: int
     total: int
     loss: float | None = None
     tokens: int = 0
+    seconds_before: float = 0.0
 
 
 def steps_in_round(count: int, settings: TrainingSection) -> int:
@@ -76,13 +81,15 @@ class Learner(Protocol):
         folder: Path,
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
+        checkpoints: Checkpoints,
     ) -> Learned:
         """Evaluate ``source`` on held-out text, train from it, write the encoded delta.
 
         Writes ``DELTA_FILE`` into ``folder``, and ``STATE_FILE`` too where the run keeps optimiser
         state (``state`` is last counted round's file, None to start fresh). The bytes are a
-        function of task, site name, data, base, numerics and state alone. Raises
-        InterruptedRunError when ``should_stop()`` turns true, checked between micro-batches.
+        function of task, site name, data, base, numerics and state alone, whether the training
+        ran through or went on from ``checkpoints``. Raises InterruptedRunError when
+        ``should_stop()`` turns true, checked between micro-batches.
         """
 
     def evaluate(

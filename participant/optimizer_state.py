@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shared.errors import DecodeError, ModelError
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.tensors import FileDigest, TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save_optimizer(
     optimizer: torch.optim.AdamW, parameters: Mapping[str, torch.nn.Parameter], path: Path
-) -> None:
+) -> FileDigest:
     """Write the state of every parameter; the bytes are a function of the state alone."""
     layouts = [
         TensorLayout(f"{moment}.{name}", "F32", tuple(parameters[name].shape))
@@ -41,7 +41,7 @@ def save_optimizer(
         first = optimizer.state[next(iter(parameters.values()))]
         yield np.array([int(first["step"])], dtype=np.int64)
 
-    write_tensors(path, layouts, values())
+    return write_tensors(path, layouts, values())
 
 
 def load_optimizer(

@@ -42,7 +42,7 @@ class Reporter:
             # The first report comes after the first step: it began when the one before ended.
             self._activity, self._activity_began = activity, self._last_report
         self._last_report = now
-        seconds = max(now - self._activity_began, 0.0)
+        seconds = max(now - self._activity_began, 0.0) + progress.seconds_before
         rate = progress.tokens / seconds if progress.tokens and seconds > 0 else None
         self._newest = TrainingProgressed(
             run=in_hand.run,

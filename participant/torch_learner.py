@@ -7,6 +7,7 @@ two calls but the run's announcement and the site's tokenised text; the base is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from participant.data import load_site_data
 from participant.evaluation import evaluate_held_out, generate_reply
 from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
 from participant.optimizer_state import save_optimizer
+from participant.resuming import Resumable
 from participant.training import RoundPlace, train_round
 from shared.codecs import get_codec
+from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
 from shared.errors import DecodeError, ModelError, ProtocolError
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from participant.checkpoints import Checkpoints
     from participant.data import SiteData
     from participant.model import LocalModel
     from participant.model_shelf import ModelShelf
@@ -77,6 +81,7 @@ class TorchLearner:
         folder: Path,
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
+        checkpoints: Checkpoints,
     ) -> Learned:
         """See the port. Raises ProtocolError for a run that was not prepared in this process."""
         announced = self._prepared(task.run)
@@ -85,22 +90,24 @@ class TorchLearner:
         kept = state if task.training.optimizer_state == "keep" else None
         with self._borrowed(announced) as model, _adapter(source) as adapter:
             data = self._data(model, task.training)
+            course = Resumable(model, checkpoints, _basis(announced, model, data), kept)
             model.load_adapter(adapter.read)
             clock.lap("load")
-            held_out = None
-            if data.held_out:
-                held_out = evaluate_held_out(model, data.held_out, should_stop, report)
+            if data.held_out and not course.is_evaluated:
+                course.evaluated(evaluate_held_out(model, data.held_out, should_stop, report))
             clock.lap("evaluate")
             result = train_round(
                 model,
                 data.train,
                 task.training,
                 place,
-                state=kept,
+                begin=course.begin(task, adapter.read),
                 should_stop=should_stop,
                 report=report,
+                keep=course.keep,
             )
             clock.lap("train")
+            clock.seconds["train"] = round(course.seconds(), 3)
             self._write_delta(task, model, adapter, folder / DELTA_FILE)
             if task.training.optimizer_state == "keep":
                 save_optimizer(result.optimizer, model.parameters, folder / STATE_FILE)
@@ -108,8 +115,8 @@ class TorchLearner:
         return Learned(
             examples=len(data.train),
             tokens=result.tokens,
-            metrics=_metrics(result, data, held_out, clock.seconds),
-            state="fresh" if kept is None else "kept",
+            metrics=_metrics(result, data, course.held_out, clock.seconds),
+            state=course.state,
         )
 
     def evaluate(
@@ -195,6 +202,17 @@ def _adapter(path: Path) -> Iterator[TensorFile]:
         raise ModelError(f"adapter {path.name}: cannot be read: {error}; fetch it again") from error
     with file:
         yield file
+
+
+def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:
+    """Digest of what a training's bytes depend on beside its task: base, adapter, machine, text."""
+    parts = {
+        "fingerprint": model.fingerprint,
+        "lora": announced.lora.model_dump(mode="json"),
+        "numerics": model.numerics().model_dump(mode="json"),
+        "data": data.digest,
+    }
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
 def _metrics(

@@ -8,7 +8,8 @@ knows which stretch of it is its own. Knows nothing of files but the optimiser's
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from participant.learning import Progress, steps_in_round
 from participant.model.batches import scored_tokens
 from participant.optimizer_state import load_optimizer
 from shared.errors import DataError, InterruptedRunError, ModelError
+from shared.failpoints import failpoint
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -38,6 +40,36 @@ class RoundPlace:
     seed: int
     progress_from: float
     progress_to: float
+
+
+@dataclass
+class StepsDone:
+    """What the optimiser steps of a round came to, one entry for each.
+
+    ``losses``: summed nats before the step's update, and answer tokens; ``norms``: gradient norms
+    before clipping. ``seconds``: what earlier processes spent on these steps.
+    """
+
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Number of steps."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a training begins: an optimiser state (None: a new one), and steps done already."""
+
+    state: Path | None = None
+    done: StepsDone = field(default_factory=StepsDone)
+
+
+def keep_nothing(done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
+    """The default for ``keep``: what is lost is trained again."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +94,17 @@ def train_round(
     settings: TrainingSection,
     place: RoundPlace,
     *,
-    state: Path | None,
+    begin: Beginning,
     should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
+    keep: Callable[[StepsDone, torch.optim.AdamW, bool], None] = keep_nothing,
 ) -> TrainingResult:
-    """Train the adapter in ``model`` from where it stands.
+    """Train the adapter in ``model`` from where it stands, which is after the steps of ``begin``.
 
-    ``state``: an optimiser state to go on from. Raises DataError without examples, ModelError if
-    loss or gradient is not finite or ``state`` does not fit, InterruptedRunError when
-    ``should_stop()`` turns true; the adapter is then of no use.
+    ``keep(done, optimizer, stopped)`` is called after every step, and with ``stopped`` before this
+    ends early with at least one step done: then the model holds what these steps made of it.
+    Raises DataError without examples, ModelError if loss or gradient is not finite or the state
+    does not fit, InterruptedRunError when ``should_stop()`` turns true.
     """
     if not examples:
         raise DataError("training: expected at least one example, found none")
@@ -78,15 +112,22 @@ def train_round(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
-    if state is not None:
-        load_optimizer(optimizer, model.parameters, state)
+    if begin.state is not None:
+        load_optimizer(optimizer, model.parameters, begin.state)
     steps = steps_in_round(len(examples), settings)
-    losses: list[tuple[float, int]] = []
-    norms: list[float] = []
+    done = StepsDone([*begin.done.losses], [*begin.done.norms], begin.done.seconds)
+    batches = enumerate(step_batches(len(examples), settings, place))
     with model.training(gradient_checkpointing=settings.gradient_checkpointing):
-        for step, indices in enumerate(step_batches(len(examples), settings, place)):
+        for step, indices in islice(batches, done.count, None):
             batch = [examples[index] for index in indices]
-            nll, tokens = _accumulate(model, batch, settings.batch_size, place, step, should_stop)
+            try:
+                nll, tokens = _accumulate(
+                    model, batch, settings.batch_size, place, step, should_stop
+                )
+            except InterruptedRunError:
+                if done.count:
+                    keep(done, optimizer, True)
+                raise
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
             _check_finite(nll, norm, step, place)
             progress = place.progress_from + (place.progress_to - place.progress_from) * (
@@ -95,11 +136,13 @@ def train_round(
             optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append((nll, tokens))
-            norms.append(norm)
-            trained = sum(count for _, count in losses)
-            report(Progress("train", step + 1, steps, nll / tokens, trained))
-    return _result(losses, norms, optimizer)
+            done.losses.append((nll, tokens))
+            done.norms.append(norm)
+            failpoint("training.stepped")
+            trained = sum(count for _, count in done.losses)
+            report(Progress("train", step + 1, steps, nll / tokens, trained, done.seconds))
+            keep(done, optimizer, False)
+    return _result(done, optimizer)
 
 
 def step_batches(count: int, settings: TrainingSection, place: RoundPlace) -> Iterator[list[int]]:
@@ -168,7 +211,7 @@ def _accumulate(
         if should_stop():
             raise InterruptedRunError(
                 f"round {place.number} of {place.site} was stopped in step {step + 1}; "
-                "it begins again from the round's adapter"
+                "it goes on from there at the next start"
             )
         torch.manual_seed(derive_seed(place.seed, place.site, place.number, step, micro))
         loss = model.answer_nll(batch[start : start + micro_size])
@@ -186,9 +229,8 @@ def _check_finite(nll: float, norm: float, step: int, place: RoundPlace) -> None
     )
 
 
-def _result(
-    losses: Sequence[tuple[float, int]], norms: Sequence[float], optimizer: torch.optim.AdamW
-) -> TrainingResult:
+def _result(done: StepsDone, optimizer: torch.optim.AdamW) -> TrainingResult:
+    losses = done.losses
     tokens = sum(count for _, count in losses)
     return TrainingResult(
         steps=len(losses),
@@ -196,6 +238,6 @@ def _result(
         train_nll=math.fsum(nll for nll, _ in losses) / tokens,
         first_step_nll=losses[0][0] / losses[0][1],
         last_step_nll=losses[-1][0] / losses[-1][1],
-        mean_grad_norm=math.fsum(norms) / len(norms),
+        mean_grad_norm=math.fsum(done.norms) / done.count,
         optimizer=optimizer,
     )

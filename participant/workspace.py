@@ -7,6 +7,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
     <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...
     <root>/<run>/making/                         the round in hand, not committed
+    <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from participant.checkpoints import DEFAULT_SECONDS, Checkpoints, checkpoint_folder_name
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import StoreUnavailableError
@@ -25,6 +27,8 @@ from shared.manifest import Fact, LocalMetrics
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from shared.events import RoundStarted
 
 SUBMISSION_FILE = "submission.json"
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
@@ -47,8 +51,9 @@ class Submission(Fact):
 class Workspace:
     """One site's folder. Raises StoreUnavailableError where the disk is full or read-only."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, checkpoint_seconds: float = DEFAULT_SECONDS) -> None:
         self._root = root
+        self._checkpoint_seconds = checkpoint_seconds
 
     def adapter_path(self, run: str, sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
@@ -60,8 +65,16 @@ class Workspace:
         shutil.rmtree(folder, ignore_errors=True)
         return self._folder(run, "making")
 
+    def checkpoints(self, task: RoundStarted, site: str) -> Checkpoints:
+        """Where the training of this round in ``site`` keeps how far it is."""
+        folder = self._checkpoints(task.run, task.round, task.source_sha)
+        return Checkpoints(folder, task, site, self._checkpoint_seconds)
+
     def commit(self, making: Path, submission: Submission) -> None:
-        """Commit delta and state of the round in hand by one rename, durably."""
+        """Commit delta and state of the round in hand by one rename, durably.
+
+        Its checkpoints go: they hold nothing that the delta does not.
+        """
         (making / SUBMISSION_FILE).write_bytes(canonical_json(submission.model_dump(mode="json")))
         failpoint("commit.written")
         target = self._trained(submission.run, submission.round, submission.sha)
@@ -73,6 +86,9 @@ class Workspace:
         failpoint("commit.renamed")
         sync_path(target.parent)
         failpoint("commit.after")
+        done = self._checkpoints(submission.run, submission.round, submission.source_sha)
+        shutil.rmtree(done, ignore_errors=True)
+        failpoint("checkpoint.cleared")
 
     def submission(self, run: str, round_number: int, source_sha: str) -> Submission | None:
         """What this site trained in a round from this source, if it is committed."""
@@ -129,7 +145,8 @@ class Workspace:
         """After a round closed keep its folder (its state may be needed) and the new adapter.
 
         ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
-        rounds whose delta was removed though nobody had taken it.
+        rounds whose delta was removed though nobody had taken it. A training of a closed round is
+        not gone on with after a kill: its checkpoints go.
         """
         lost = []
         failpoint("sweep.before")
@@ -141,6 +158,10 @@ class Workspace:
                     if keep_unanswered:
                         continue
                     lost.append(int(number))
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._folder(run, "checkpoints").iterdir():
+            number, _, _ = folder.name.partition("-")
+            if number.isdigit() and int(number) <= closed_round:
                 shutil.rmtree(folder, ignore_errors=True)
         for path in self._folder(run, "adapters").iterdir():
             if path.name != f"{adapter_sha}.safetensors" and path.is_file():
@@ -157,6 +178,9 @@ class Workspace:
                 f"{folder}: cannot be made ({error.strerror}); free space or mend its rights"
             ) from None
         return folder
+
+    def _checkpoints(self, run: str, round_number: int, source_sha: str) -> Path:
+        return self._root / run / "checkpoints" / checkpoint_folder_name(round_number, source_sha)
 
     def _trained(self, run: str, round_number: int, sha: str) -> Path:
         return self._folder(run, "trained") / f"{round_number:05d}-{sha}"

@@ -302,10 +302,11 @@ class FederationConfig(Section):
 
 
 class SiteSection(Section):
-    """Who this site is and where it keeps the round in hand."""
+    """Who this site is and where it keeps the round in hand, and how often."""
 
     name: Name
     workspace: str = "workspace"
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
 
 
 class DataSection(Section):

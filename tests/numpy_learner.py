@@ -56,7 +56,7 @@ class NumpyLearner:
         self.prepared.add(announced.run)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
-    def learn(self, task, source, state, folder, should_stop, report):
+    def learn(self, task, source, state, folder, should_stop, report, checkpoints):
         assert task.run in self.prepared
         spoil = self.fault(task)
         if should_stop():

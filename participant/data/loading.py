@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from participant.data.examples import Unusable, columns_of, map_rows
 from participant.data.reading import read_table
@@ -33,6 +37,17 @@ class SiteData:
     held_out: tuple[TokenisedExample, ...]
     truncated: int
     dropped: int
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all tokens on both sides: equal where training and evaluation see the same."""
+        whole = hashlib.sha256()
+        for side in (self.train, self.held_out):
+            whole.update(len(side).to_bytes(8, "little"))
+            for example in side:
+                row = [len(example.input_ids), example.answer_start, *example.input_ids]
+                whole.update(np.array(row, dtype="<i8").tobytes())
+        return whole.hexdigest()
 
 
 def load_site_data(

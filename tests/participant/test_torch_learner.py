@@ -12,7 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from participant.learning import DELTA_FILE, STATE_FILE  # noqa: E402  # after the skip
+from participant.checkpoints import Checkpoints  # noqa: E402  # after the skip
+from participant.learning import DELTA_FILE, STATE_FILE  # noqa: E402
 from participant.model_shelf import ModelShelf  # noqa: E402
 from participant.torch_learner import TorchLearner  # noqa: E402
 from shared.codecs import get_codec  # noqa: E402
@@ -105,13 +106,16 @@ def source(tmp_path, tiny_model, learner, draw):
 
 def learn(learner, source, folder, task=None, state=None, **settings):
     folder.mkdir()
+    task = task or start_round()
+    kept = folder.with_name(f"{folder.name}-checkpoints")
     return learner.learn(
-        task or start_round(),
+        task,
         source,
         state,
         folder,
         settings.get("should_stop", lambda: False),
         settings.get("report", ignore),
+        settings.get("checkpoints") or Checkpoints(kept, task, "site-a", 60.0),
     )
 
 
@@ -304,4 +308,4 @@ def test_two_processes_give_the_same_delta(source, tmp_path, tiny_model, learner
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [digest(tmp_path / "here")]
+    assert done.stdout.split()[-1] == digest(tmp_path / "here")

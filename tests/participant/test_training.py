@@ -14,6 +14,7 @@ from participant.evaluation import evaluate_held_out
 from participant.model import LocalModel, pick_device, settle_threads
 from participant.optimizer_state import save_optimizer
 from participant.training import (
+    Beginning,
     RoundPlace,
     learning_rate,
     step_batches,
@@ -81,7 +82,7 @@ def train(model, place=PLACE, data=None, state=None, should_stop=lambda: False, 
         data or examples(),
         settings(**values),
         place,
-        state=state,
+        begin=Beginning(state),
         should_stop=should_stop,
         report=lambda _: None,
     )

@@ -29,13 +29,13 @@ def main() -> None:
     learner = NumpyLearner(config.site.name)
     trained = learner.learn
 
-    def learn(task, source, state, making, should_stop, report):
+    def learn(task, source, state, making, should_stop, *others):
         end = time.monotonic() + slow
         while time.monotonic() < end:
             if should_stop():
                 raise InterruptedRunError("stopped")
             time.sleep(0.02)
-        learned = trained(task, source, state, making, should_stop, report)
+        learned = trained(task, source, state, making, should_stop, *others)
         with (folder / "trained.txt").open("a") as file:
             file.write(f"{task.run} {task.round}\n")
         return learned

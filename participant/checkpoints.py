@@ -1,0 +1,268 @@
+"""Where the training of one round stands, on the site's own disk, so that a kill loses little.
+
+A checkpoint is a folder made under another name, synced and renamed: it is whole or not there. What
+is found at a start is trusted only if it belongs to exactly this round on exactly this ground and
+every byte of it is as it was written; otherwise the one before is taken, or none, and the round is
+trained from its beginning, to the same bytes. No file here can run code: JSON and safetensors.
+
+    <workspace>/<run>/checkpoints/<round>-<source sha, 12 digits>/step-<n>/
+        progress.json, adapter.safetensors, optimizer.safetensors (no tensors at step 0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from shared.config import Name, Sha256, canonical_json
+from shared.durable_files import make_directories
+from shared.failpoints import failpoint
+from shared.files import digest_file, sync_path
+from shared.log import get_logger
+from shared.manifest import Fact, HeldOut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from shared.events import RoundStarted
+    from shared.tensors import FileDigest
+
+ADAPTER_FILE = "adapter.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+PROGRESS_FILE = "progress.json"
+MAKING = ".making"
+DEFAULT_SECONDS = 60.0
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Belonging(Fact):
+    """What a checkpoint is of. ``settings``: digest of all in the task that training reads.
+
+    ``basis``: the learner's digest of everything else that its bytes depend on.
+    """
+
+    run: Name
+    round: Annotated[int, Field(ge=1)]
+    source_sha: Sha256
+    site: Name
+    seed: int
+    settings: Sha256
+    basis: Sha256
+
+
+class Standing(Fact):
+    """How far a round is after ``step`` optimiser steps, tensors apart.
+
+    ``nll``: summed nats of each step's batch before its update, ``tokens``: its answer tokens,
+    ``norms``: its gradient norm. ``seconds``: spent in these steps. ``held_out``: of the round's
+    source; None where the site holds no text out.
+    """
+
+    step: Count = 0
+    state: Literal["fresh", "kept"] = "fresh"
+    held_out: HeldOut | None = None
+    nll: tuple[float, ...] = ()
+    tokens: tuple[Count, ...] = ()
+    norms: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _one_entry_a_step(self) -> Self:
+        if {len(self.nll), len(self.tokens), len(self.norms)} != {self.step}:
+            raise ValueError(f"expected {self.step} entries each in nll, tokens and norms")
+        return self
+
+
+class WrittenFile(Fact):
+    """A file of a checkpoint; ``size`` in bytes."""
+
+    sha256: Sha256
+    size: Count
+
+
+class Record(Fact):
+    """``progress.json``. Without files: nothing but the evaluation is done."""
+
+    belonging: Belonging
+    standing: Standing
+    files: dict[str, WrittenFile]
+
+    @model_validator(mode="after")
+    def _tensors_after_the_first_step(self) -> Self:
+        wanted = {ADAPTER_FILE, OPTIMIZER_FILE} if self.standing.step else set()
+        if set(self.files) != wanted:
+            raise ValueError(f"expected the files {sorted(wanted)}, got {sorted(self.files)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Writes what a checkpoint holds beside its record: each makes the file it is given."""
+
+    adapter: Callable[[Path], FileDigest]
+    optimizer: Callable[[Path], FileDigest]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole and of this round. The files are there if ``standing.step``."""
+
+    folder: Path
+    standing: Standing
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter as trained so far, float32."""
+        return self.folder / ADAPTER_FILE
+
+    @property
+    def optimizer(self) -> Path:
+        """AdamW's state, see ``participant/optimizer_state.py``."""
+        return self.folder / OPTIMIZER_FILE
+
+
+class Checkpoints:
+    """The checkpoints of one site's training in one round.
+
+    ``newest`` comes first: it says on what ground the training stands. ``every_seconds``: how often
+    one is due, counted from the end of the last. Two are kept: one may turn out damaged.
+    """
+
+    def __init__(self, folder: Path, task: RoundStarted, site: str, every_seconds: float) -> None:
+        self._folder = folder
+        self._task = task
+        self._site = site
+        self._every_seconds = every_seconds
+        self._saved_at = time.monotonic()
+        self._belonging: Belonging | None = None
+        self._good: Path | None = None  # the newest that is known to be whole
+
+    def due(self) -> bool:
+        """Whether it is time for the next one."""
+        return time.monotonic() - self._saved_at >= self._every_seconds
+
+    def newest(self, basis: str) -> Checkpoint | None:
+        """The newest that is whole and of this round on this ground (a sha256)."""
+        self._belonging = _belonging(self._task, self._site, basis)
+        self._saved_at = time.monotonic()
+        for step, folder in sorted(self._steps().items(), reverse=True):
+            try:
+                standing = _read(folder, self._belonging, step)
+            except (OSError, ValueError) as error:  # pydantic's is a ValueError
+                reason = _first_line(error)
+                get_logger().warning("checkpoint.ignored", path=str(folder), reason=reason)
+                continue
+            self._good = folder
+            return Checkpoint(folder, standing)
+        return None
+
+    def save(self, standing: Standing, tensors: Tensors | None = None) -> bool:
+        """Write one durably and drop what is older than the one before it; whether that worked.
+
+        A disk that is full or fails ends no training: it is said in a log line.
+        """
+        started = time.monotonic()
+        where = {"run": self._task.run, "round": self._task.round, "step": standing.step}
+        try:
+            self._write(standing, tensors)
+        except OSError as error:
+            shutil.rmtree(self._folder / MAKING, ignore_errors=True)
+            get_logger().warning("checkpoint.failed", **where, reason=str(error))
+            return False
+        finally:
+            self._saved_at = time.monotonic()
+        seconds = round(self._saved_at - started, 3)
+        get_logger().debug("checkpoint.saved", **where, seconds=seconds)
+        return True
+
+    def _write(self, standing: Standing, tensors: Tensors | None) -> None:
+        assert self._belonging is not None  # newest() came first
+        make_directories(self._folder)
+        making = self._folder / MAKING
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        files = {}
+        if tensors is not None:
+            failpoint("checkpoint.begun")
+            files[ADAPTER_FILE] = _written(tensors.adapter(making / ADAPTER_FILE))
+            failpoint("checkpoint.adapter_written")
+            files[OPTIMIZER_FILE] = _written(tensors.optimizer(making / OPTIMIZER_FILE))
+            failpoint("checkpoint.optimizer_written")
+        record = Record(belonging=self._belonging, standing=standing, files=files)
+        (making / PROGRESS_FILE).write_bytes(canonical_json(record.model_dump(mode="json")))
+        sync_path(making / PROGRESS_FILE)
+        sync_path(making)
+        failpoint("checkpoint.progress_written")
+        target = self._folder / f"step-{standing.step:08d}"
+        shutil.rmtree(target, ignore_errors=True)  # there only if it could not be used
+        making.rename(target)
+        failpoint("checkpoint.renamed")
+        sync_path(self._folder)
+        failpoint("checkpoint.synced")
+        for folder in self._steps().values():
+            if folder not in (target, self._good):
+                shutil.rmtree(folder, ignore_errors=True)
+        failpoint("checkpoint.old_removed")
+        self._good = target
+
+    def _steps(self) -> dict[int, Path]:
+        """The folders by step; names that are not ours are left alone."""
+        if not self._folder.is_dir():
+            return {}
+        named = ((path.name.removeprefix("step-"), path) for path in self._folder.glob("step-*"))
+        return {int(digits): path for digits, path in named if digits.isdigit()}
+
+
+def checkpoint_folder_name(round_number: int, source_sha: str) -> str:
+    """One folder for each round and adapter it starts from; begins with the round's number."""
+    return f"{round_number:05d}-{source_sha[:12]}"
+
+
+def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
+    settings = {
+        "training": task.training.model_dump(mode="json"),
+        "progress": [task.progress_from, task.progress_to],
+        # Which state the round began from, where it began from any.
+        "state": task.last_counted if task.training.optimizer_state == "keep" else None,
+    }
+    return Belonging(
+        run=task.run,
+        round=task.round,
+        source_sha=task.source_sha,
+        site=site,
+        seed=task.seed,
+        settings=hashlib.sha256(canonical_json(settings)).hexdigest(),
+        basis=basis,
+    )
+
+
+def _read(folder: Path, wanted: Belonging, step: int) -> Standing:
+    """Raises OSError, ValidationError or ValueError for whatever cannot be gone on from."""
+    record = Record.model_validate_json((folder / PROGRESS_FILE).read_bytes())
+    if record.belonging != wanted:
+        given = record.belonging.model_dump()
+        other = [key for key, value in wanted.model_dump().items() if given[key] != value]
+        raise ValueError(f"it belongs to something else: {', '.join(other)} differ")
+    if record.standing.step != step:
+        raise ValueError(f"it holds step {record.standing.step}")
+    for name, file in record.files.items():
+        if digest_file(folder / name) != (file.sha256, file.size):
+            raise ValueError(f"{name} is not as it was written")
+    return record.standing
+
+
+def _written(digest: FileDigest) -> WrittenFile:
+    return WrittenFile(sha256=digest.sha256, size=digest.size)
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return f"{PROGRESS_FILE} is torn or altered: {error.errors()[0]['msg']}"
+    return str(error)
