@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation import Counts, weights
+from coordinator.branching import misfit
+from coordinator.controls import added
 from coordinator.members import disagreement
 from coordinator.policies import POLICIES, Trouble, given_up
 from coordinator.selection import select
@@ -37,6 +39,7 @@ from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
+    ControlRecord,
     DeclinedRecord,
     EvaluatedRecord,
     FailedRecord,
@@ -46,6 +49,7 @@ from shared.records import (
     Input,
     MemberRecord,
     OpenedRecord,
+    OriginRecord,
     Record,
     RefusedRecord,
 )
@@ -103,7 +107,7 @@ def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]
         return ()
     bells: list[Bell] = [AnnounceRun((site,))]
     opened = state.open_round
-    if opened is not None and site in opened.selected:
+    if opened is not None and site in state.steering.in_force(opened.selected):
         mine = state.uncounted.get((site, opened.round))
         trouble = state.troubles.get(site)
         if mine is not None:
@@ -117,18 +121,25 @@ def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per
     """The one durable step that the state calls for, or None while it waits for facts."""
     if state.finished is not None:
         return None
-    if state.genesis is None:
-        return _toward_genesis(state)
+    steering = state.steering
     if state.closing is not None:
         return Aggregate(state.closing)
+    if steering.stopped is not None:
+        return _finish(state, f"stopped: {steering.stopped}", failed=state.genesis is None)
+    if state.genesis is None:
+        return _toward_genesis(state)
     if state.opened is not None:
         return _toward_closing(state, state.opened)
-    if state.last_round >= state.config.run.rounds:
-        return _finish(state, f"all {state.config.run.rounds} rounds are closed")
+    if steering.paused is not None:
+        return None  # not the end either: what is paused may still be extended
+    if state.last_round >= state.total_rounds:
+        return _finish(state, f"all {state.total_rounds} rounds are closed")
     if has_converged(state):
         return _finish(
             state, f"converged: held-out loss stopped falling at round {state.last_round}"
         )
+    if not steering.in_force(state.genesis.members):
+        return None  # every site was taken out: only a person can say what now
     return _open_next(state)
 
 
@@ -154,6 +165,10 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return replace(state, now=max(state.now, fact.now)), ()
         case FederationRecord():
             return replace(state, began=fact.time, now=fact.time), ()
+        case OriginRecord():
+            return replace(state, origin=fact), ()
+        case ControlRecord():
+            return replace(state, controls=added(state.controls, fact)), ()
         case MemberRecord() if state.genesis is None:
             declined = {s: r for s, r in state.declined.items() if s != fact.site}
             members = {**state.members, fact.site: fact}
@@ -238,7 +253,7 @@ def _fold_closed(
 
 def _toward_genesis(state: RunState) -> Step | None:
     section = state.config.run
-    problem = disagreement(state.members, state.config)
+    problem = disagreement(state.members, state.config) or misfit(state)
     if problem is not None:
         return _finish(state, problem, failed=True)
     # Too few because a site declined is no end: its operator mends the cause and starts it again.
@@ -252,21 +267,27 @@ def _toward_genesis(state: RunState) -> Step | None:
 def _open_next(state: RunState) -> Step:
     section, number = state.config.run, state.last_round + 1
     assert state.genesis is not None and state.adapter_sha is not None  # noqa: PT018
+    members, total = state.steering.in_force(state.genesis.members), state.total_rounds
     return WriteRecord(
         OpenedRecord(
             round=number,
-            selected=select(state.config.selection, state.genesis.members, section.seed, number),
+            selected=select(state.config.selection, members, section.seed, number),
             source_sha=state.adapter_sha,
             seed=derive_seed(section.seed, "round", number),
-            progress_from=(number - 1) / section.rounds,
-            progress_to=number / section.rounds,
+            progress_from=(number - 1) / total,
+            progress_to=number / total,
+            rounds=total,
+            members=members,
+            controls=state.steering.number,
         )
     )
 
 
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
-    policy = POLICIES[state.config.policy.kind]
-    decision = policy(state.config.policy, opened, state.uncounted, state.troubles, state.now)
+    policy, steering = POLICIES[state.config.policy.kind], state.steering
+    uncounted = steering.reachable(state.uncounted)
+    here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
+    decision = policy(state.config.policy, here, uncounted, state.troubles, state.now)
     if decision is None:
         return None
     counts = {record.site: Counts(record.examples, record.tokens) for record in decision.counted}
@@ -280,13 +301,18 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             round=opened.round,
             source_sha=opened.source_sha,
             inputs=inputs,
-            excluded=dict(decision.excluded),
+            excluded={**decision.excluded, **steering.left_out(opened.selected)},
+            controls=steering.number,
         )
     )
 
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:
     record = FinishedRecord(
-        round=max(state.last_round, 0), sha=state.adapter_sha, reason=reason, failed=failed
+        round=max(state.last_round, 0),
+        sha=state.adapter_sha,
+        reason=reason,
+        failed=failed,
+        controls=state.steering.number,
     )
     return WriteRecord(record)
