@@ -98,19 +98,29 @@ class Effects:
 
     def _make_genesis(self, step: MakeGenesis, state: RunState) -> GenesisRecord:
         first = state.members[step.members[0]]
-        path = self._intake.scratch("genesis.safetensors")
-        digest = draw_adapter(first.manifest, self._config.run.seed, path)
-        failpoint("genesis.drawn")
-        self._store_adapter(digest.sha256, path, state)
-        path.unlink()
+        origin = state.origin
+        if origin is None:
+            path = self._intake.scratch("genesis.safetensors")
+            digest = draw_adapter(first.manifest, self._config.run.seed, path)
+            failpoint("genesis.drawn")
+            sha, size = digest.sha256, digest.size
+            self._store_adapter(sha, path, state)
+            path.unlink()
+        else:  # the branch brought the tensors; what stands beside them is this run's own
+            sha, size = origin.adapter_sha, origin.adapter_size
+            self._intake.local_adapter(self._config.run.name, sha)
+            self._store_adapter_config(sha, state)
         record = GenesisRecord(
             members=step.members,
             manifest=first.manifest,
             fingerprint=first.fingerprint,
-            adapter_sha=digest.sha256,
-            adapter_size=digest.size,
+            adapter_sha=sha,
+            adapter_size=size,
+            origin=origin.label if origin else None,
         )
-        get_logger().info("run.began", members=list(step.members), adapter=digest.sha256)
+        get_logger().info(
+            "run.began", members=list(step.members), adapter=sha, origin=record.origin
+        )
         return self._ledger.write(record)
 
     def _aggregate(self, closing: ClosingRecord, state: RunState) -> ClosedRecord:
@@ -149,15 +159,16 @@ class Effects:
 
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
+        self._store_adapter_config(sha, state)
+        self._ledger.store.put_file(topology.adapter_key(self._config.run.name, sha), path)
+
+    def _store_adapter_config(self, sha: str, state: RunState) -> None:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all members' are equal
         config = adapter_config(self._config.base, self._config.lora, manifest)
         failpoint("adapter.before", "config")
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
         failpoint("adapter.after", "config")
-        failpoint("adapter.before", "tensors")
-        self._ledger.store.put_file(topology.adapter_key(run, sha), path)
-        failpoint("adapter.after", "tensors")
 
     # Bells ---------------------------------------------------------------------------------------
 

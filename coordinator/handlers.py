@@ -289,6 +289,7 @@ class Coordinator:
         """
         del sender  # a tick comes from a coordinator's own account, checked by the dispatcher
         if event.writer == self._ledger.writer:
+            self.notice_controls()
             self.feed(Ticked(event.now))
 
     # Facts and effects -------------------------------------------------------------------------
@@ -297,6 +298,19 @@ class Coordinator:
         """Fold a fact in and carry out what follows from it."""
         self.state, effects = apply(self.state, fact)
         self._carry_out(effects)
+
+    def notice_controls(self) -> None:
+        """Fold in what operators asked since the last look, and carry it out."""
+        for control in self._ledger.controls(after=self.state.steering.number):
+            get_logger().info(
+                "control.noticed",
+                number=control.number,
+                action=control.action,
+                site=control.site,
+                rounds=control.rounds,
+                reason=control.reason,
+            )
+            self.feed(control)
 
     def _carry_out(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
@@ -328,11 +342,12 @@ class Coordinator:
             self._effects.tell({upload.site: answer_of(upload.run, accepted)})
             return
         self._intake.discard(upload)
-        reason = (
-            f"round {upload.round} holds this site's delta {accepted.sha[:12]} already"
-            if accepted
-            else f"round {upload.round} is not open for this site"
-        )
+        out = self.state.steering.excluded.get(upload.site)
+        reason = f"round {upload.round} is not open for this site"
+        if accepted is not None:
+            reason = f"round {upload.round} holds this site's delta {accepted.sha[:12]} already"
+        elif out is not None:
+            reason = f"this site was taken out of the run: {out}"
         late = RefusedRecord(
             round=upload.round, site=upload.site, sha=upload.sha, verdict="late", reason=reason
         )
@@ -343,9 +358,9 @@ class Coordinator:
 
     def _open_round_for(self, number: int, site: str) -> OpenedRecord | None:
         opened = self.state.open_round
-        if opened is None or opened.round != number or site not in opened.selected:
+        if opened is None or opened.round != number:
             return None
-        return opened
+        return opened if site in self.state.steering.in_force(opened.selected) else None
 
     def _genesis(self) -> GenesisRecord:
         if self.state.genesis is None:

@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation import Counts, weights
+from coordinator.branching import misfit
+from coordinator.controls import added
 from coordinator.members import disagreement
 from coordinator.policies import POLICIES, Trouble, deadline_seconds, given_up
 from coordinator.selection import select
@@ -37,6 +39,7 @@ from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
+    ControlRecord,
     DeclinedRecord,
     EvaluatedRecord,
     FailedRecord,
@@ -46,6 +49,7 @@ from shared.records import (
     Input,
     MemberRecord,
     OpenedRecord,
+    OriginRecord,
     Record,
     RefusedRecord,
     delta_label,
@@ -104,7 +108,7 @@ def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]
         return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
     bells: list[Bell] = [AnnounceRun((site,))]
     opened = state.open_round
-    if opened is not None and site in opened.selected:
+    if opened is not None and site in state.steering.in_force(opened.selected):
         mine = state.uncounted.get((site, opened.round))
         trouble = state.troubles.get(site)
         if mine is not None:
@@ -118,18 +122,25 @@ def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per
     """The one durable step that the state calls for, or None while it waits for facts."""
     if state.finished is not None:
         return None
-    if state.genesis is None:
-        return _toward_genesis(state)
+    steering = state.steering
     if state.closing is not None:
         return Aggregate(state.closing)
+    if steering.stopped is not None:
+        return _finish(state, f"stopped: {steering.stopped}", failed=state.genesis is None)
+    if state.genesis is None:
+        return _toward_genesis(state)
     if state.opened is not None:
         return _toward_closing(state, state.opened)
-    if state.last_round >= state.config.run.rounds:
-        return _finish(state, f"all {state.config.run.rounds} rounds are closed")
+    if steering.paused is not None:
+        return None  # not the end either: what is paused may still be extended
+    if state.last_round >= state.total_rounds:
+        return _finish(state, f"all {state.total_rounds} rounds are closed")
     if has_converged(state):
         return _finish(
             state, f"converged: held-out loss stopped falling at round {state.last_round}"
         )
+    if not steering.in_force(state.genesis.members):
+        return None  # every site was taken out: only a person can say what now
     return _open_next(state)
 
 
@@ -155,6 +166,10 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return replace(state, now=max(state.now, fact.now)), ()
         case FederationRecord():
             return replace(state, began=fact.time, now=fact.time), ()
+        case OriginRecord():
+            return replace(state, origin=fact), ()
+        case ControlRecord():
+            return replace(state, controls=added(state.controls, fact)), ()
         case MemberRecord() if state.genesis is None or fact.from_round > 0:
             declined = {s: r for s, r in state.declined.items() if s != fact.site}
             members = {**state.members, fact.site: fact}
@@ -255,7 +270,7 @@ def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:
 
 def _toward_genesis(state: RunState) -> Step | None:
     section = state.config.run
-    problem = disagreement(state.members, state.config)
+    problem = disagreement(state.members, state.config) or misfit(state)
     if problem is not None:
         return _finish(state, problem, failed=True)
     # Too few because a site declined is no end: its operator mends the cause and starts it again.
@@ -268,26 +283,32 @@ def _toward_genesis(state: RunState) -> Step | None:
 
 def _open_next(state: RunState) -> Step:
     section, number = state.config.run, state.last_round + 1
-    policy = state.config.policy
+    policy, total = state.config.policy, state.total_rounds
     assert state.adapter_sha is not None  # genesis drew one
+    members = state.steering.in_force(state.members_in(number))
     times = [time for one in state.times for time in one]
     return WriteRecord(
         OpenedRecord(
             round=number,
-            selected=select(state.config.selection, state.members_in(number), section.seed, number),
+            selected=select(state.config.selection, members, section.seed, number),
             source_sha=state.adapter_sha,
             seed=derive_seed(section.seed, "round", number),
-            progress_from=(number - 1) / section.rounds,
-            progress_to=number / section.rounds,
+            progress_from=(number - 1) / total,
+            progress_to=number / total,
             deadline_seconds=deadline_seconds(policy, times),
             grace_seconds=policy.grace_seconds,
+            rounds=total,
+            members=members,
+            controls=state.steering.number,
         )
     )
 
 
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
-    policy = POLICIES[state.config.policy.kind]
-    decision = policy(state.config.policy, opened, state.uncounted, state.troubles, state.now)
+    policy, steering = POLICIES[state.config.policy.kind], state.steering
+    uncounted = steering.reachable(state.uncounted)
+    here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
+    decision = policy(state.config.policy, here, uncounted, state.troubles, state.now)
     if decision is None:
         return None
     mode = state.config.aggregation.weights
@@ -306,8 +327,9 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             round=opened.round,
             source_sha=opened.source_sha,
             inputs=inputs,
-            excluded=dict(decision.excluded),
+            excluded={**decision.excluded, **steering.left_out(opened.selected)},
             weighting=f"{mode} / sqrt(1 + staleness)" if state.config.policy.carries else mode,
+            controls=steering.number,
         )
     )
 
@@ -323,6 +345,10 @@ def shares(
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:
     record = FinishedRecord(
-        round=max(state.last_round, 0), sha=state.adapter_sha, reason=reason, failed=failed
+        round=max(state.last_round, 0),
+        sha=state.adapter_sha,
+        reason=reason,
+        failed=failed,
+        controls=state.steering.number,
     )
     return WriteRecord(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from coordinator.controls import Steering, steer
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from coordinator.policies import Trouble
     from shared.config import FederationConfig
-    from shared.records import MemberRecord
+    from shared.records import ControlRecord, MemberRecord, OriginRecord
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class RunState:
     last_counted: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
     times: tuple[tuple[float, ...], ...] = ()
+    controls: tuple[ControlRecord, ...] = ()
+    origin: OriginRecord | None = None
     finished: FinishedRecord | None = None
     evaluated: frozenset[str] = frozenset()
 
@@ -177,4 +180,16 @@ class RunState:
         opened = self.open_round
         if opened is None:
             return ()
-        return tuple(s for s in opened.selected if (s, opened.round) not in self.uncounted)
+        out = self.steering.excluded
+        waited = (s for s in opened.selected if s not in out)
+        return tuple(s for s in waited if (s, opened.round) not in self.uncounted)
+
+    @property
+    def steering(self) -> Steering:
+        """What the operators' records mean for what happens next."""
+        return steer(self.controls)
+
+    @property
+    def total_rounds(self) -> int:
+        """T with every extension."""
+        return self.config.run.rounds + self.steering.more_rounds

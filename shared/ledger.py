@@ -26,6 +26,7 @@ from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
+    ControlRecord,
     DeclinedRecord,
     EvaluatedRecord,
     FailedRecord,
@@ -34,6 +35,8 @@ from shared.records import (
     GenesisRecord,
     MemberRecord,
     OpenedRecord,
+    OriginRecord,
+    PrunedRecord,
     Record,
     RefusedRecord,
     StampedRecord,
@@ -161,9 +164,13 @@ class Ledger:
     def history(self) -> Iterator[Record]:
         """Every record of the run in the order in which it is folded."""
         yield self.federation()
+        origin = self.origin()
+        if origin is not None:
+            yield origin
         declined = f"{topology.run_prefix(self.run)}declined/"
         yield from self.members()
         yield from (self.read(DeclinedRecord, info.key) for info in self.store.list(declined))
+        yield from self.controls()
         for _, records in self.rounds():
             yield from records
         try:
@@ -175,6 +182,38 @@ class Ledger:
         """Every site that joined, in name order."""
         prefix = f"{topology.run_prefix(self.run)}members/"
         yield from (self.read(MemberRecord, info.key) for info in self.store.list(prefix))
+
+    def origin(self) -> OriginRecord | None:
+        """Where the run branches from; None for a run of its own."""
+        try:
+            return self.read(OriginRecord, topology.origin_key(self.run))
+        except ObjectMissingError:
+            return None
+
+    def controls(self, after: int = 0) -> Iterator[ControlRecord]:
+        """What operators asked beyond record number ``after``, in order."""
+        for info in self.store.list(topology.control_prefix(self.run)):
+            if info.key > topology.control_key(self.run, after):
+                yield self.read(ControlRecord, info.key)
+
+    def pruned(self) -> Iterator[PrunedRecord]:
+        """What was deleted on purpose, in order."""
+        prefix = topology.pruned_prefix(self.run)
+        yield from (self.read(PrunedRecord, info.key) for info in self.store.list(prefix))
+
+    def append(self, make: Callable[[int], AnyRecord], prefix: str) -> AnyRecord:
+        """Write the record ``make(number)`` at the next free number below ``prefix``.
+
+        Whoever is not first takes the next: no number is left out, and none is written twice.
+        """
+        taken = [info.key for info in self.store.list(prefix)]
+        number = int(taken[-1].removeprefix(prefix).removesuffix(".json")) + 1 if taken else 1
+        while True:
+            mine = make(number)
+            written = self.write(mine)
+            if getattr(written, "writer", None) == self.writer:
+                return written
+            number += 1
 
     def rounds(self) -> Iterator[tuple[int, list[Record]]]:
         """Each round's number and its records in order, round 0 (genesis) first."""

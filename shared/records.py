@@ -9,9 +9,9 @@ records before them, so whoever computes them writes the same bytes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, model_validator
 
 from shared import topology
 from shared.config import Name, Sha256
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 RoundNumber = Annotated[int, Field(ge=0)]
+ControlNumber = Annotated[int, Field(ge=0)]
 Names = Annotated[tuple[Name, ...], Strict(False)]
 
 
@@ -79,8 +80,67 @@ class DeclinedRecord(StampedRecord):
         return topology.declined_key(run, self.site)
 
 
+class OriginRecord(StampedRecord):
+    """A branch: the run begins with this adapter of another run, not with a drawn one."""
+
+    parent: Name
+    parent_digest: Sha256
+    parent_round: RoundNumber
+    adapter_sha: Sha256
+    adapter_size: Annotated[int, Field(ge=1)]
+    manifest: Manifest
+    fingerprint: Sha256
+    lora_alpha: float
+
+    @property
+    def label(self) -> str:
+        """``PARENT@ROUND``; no run's name holds an ``@``."""
+        return f"{self.parent}@{self.parent_round}"
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.origin_key(run)
+
+
+class ControlRecord(StampedRecord):
+    """What an operator asks of a run. ``coordinator.controls`` says what it means."""
+
+    number: Annotated[int, Field(ge=1)]
+    action: Literal["pause", "resume", "stop", "extend", "exclude"]
+    rounds: Annotated[int, Field(ge=1)] | None = None
+    site: Name | None = None
+    reason: str
+    by: str
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.rounds is not None) != (self.action == "extend"):
+            raise ValueError("rounds: expected with extend, and only there")
+        if (self.site is not None) != (self.action == "exclude"):
+            raise ValueError("site: expected with exclude, and only there")
+        return self
+
+    def key(self, run: str) -> str:
+        """Numbered from 1."""
+        return topology.control_key(run, self.number)
+
+
+class PrunedRecord(StampedRecord):
+    """Objects that an operator had deleted: on record before the first of them was."""
+
+    number: Annotated[int, Field(ge=1)]
+    keep: str
+    keys: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+    reason: str
+    by: str
+
+    def key(self, run: str) -> str:
+        """Numbered from 1."""
+        return topology.pruned_key(run, self.number)
+
+
 class GenesisRecord(Record):
-    """Round 0: who is in, and the adapter drawn from the run's seed."""
+    """Round 0: who is in, and the adapter drawn from the run's seed (or its origin's)."""
 
     round: Literal[0] = 0
     members: Names
@@ -88,6 +148,7 @@ class GenesisRecord(Record):
     fingerprint: Sha256
     adapter_sha: Sha256
     adapter_size: Annotated[int, Field(ge=1)]
+    origin: str | None = None
 
     def key(self, run: str) -> str:
         """The result of round 0."""
@@ -106,6 +167,9 @@ class OpenedRecord(StampedRecord):
     progress_to: float
     deadline_seconds: float | None = None
     grace_seconds: float = 0.0
+    rounds: int | None = None
+    members: Names = ()
+    controls: ControlNumber = 0
 
     @property
     def closes_at(self) -> float | None:
@@ -191,6 +255,7 @@ class ClosingRecord(StampedRecord):
     inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
     excluded: dict[str, str] = Field(default_factory=dict)
     weighting: str = ""
+    controls: ControlNumber = 0
 
     def key(self, run: str) -> str:
         """One per round."""
@@ -234,6 +299,7 @@ class FinishedRecord(StampedRecord):
     sha: Sha256 | None
     reason: str
     failed: bool = False
+    controls: ControlNumber = 0
 
     def key(self, run: str) -> str:
         """One per run."""

@@ -228,6 +228,31 @@ def finished_key(run: str) -> str:
     return f"runs/{run}/finished.json"
 
 
+def origin_key(run: str) -> str:
+    """Where a branch comes from; there before the run begins."""
+    return f"runs/{run}/origin.json"
+
+
+def control_prefix(run: str) -> str:
+    """All that operators asked of the run."""
+    return f"runs/{run}/control/"
+
+
+def control_key(run: str, number: int) -> str:
+    """What an operator asked of the run: the first is 1, and no number is left out."""
+    return f"{control_prefix(run)}{number:05d}.json"
+
+
+def pruned_prefix(run: str) -> str:
+    """All that was deleted on purpose."""
+    return f"runs/{run}/pruned/"
+
+
+def pruned_key(run: str, number: int) -> str:
+    """Which objects were deleted on purpose, written before they were."""
+    return f"{pruned_prefix(run)}{number:05d}.json"
+
+
 def inbox_prefix(run: str, round_number: int) -> str:
     """All that sites upload in a round."""
     return f"inbox/{run}/{round_number:05d}/"

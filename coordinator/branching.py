@@ -1,0 +1,131 @@
+"""A new run that begins with an adapter of another one: ``runs/NEW/origin.json`` and a copy of it.
+
+The copy comes first and the record last, so that a branch is whole or not there; repeating one that
+was cut off is no harm. The branch needs nothing of its parent afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared import topology
+from shared.errors import (
+    LedgerDamagedError,
+    ObjectMissingError,
+    RunExistsError,
+    RunNotFoundError,
+)
+from shared.records import ClosedRecord, GenesisRecord, OriginRecord
+
+if TYPE_CHECKING:
+    from coordinator.state import RunState
+    from shared.ledger import Ledger
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # the tensors come last
+
+
+def misfit(state: RunState) -> str | None:
+    """Why the sites that joined cannot go on from the run's origin; None when they can."""
+    origin = state.origin
+    if origin is None:
+        return None
+    if state.config.lora.alpha != origin.lora_alpha:
+        return (
+            f"lora.alpha is {state.config.lora.alpha:g}, but the adapter of {origin.label} was "
+            f"trained with {origin.lora_alpha:g}: with another scale it is another model"
+        )
+    for site, member in sorted(state.members.items()):
+        if member.fingerprint != origin.fingerprint:
+            return (
+                f"base: {site} loaded {member.fingerprint[:12]}, but the adapter of "
+                f"{origin.label} was trained over {origin.fingerprint[:12]}; a branch keeps its "
+                "parent's base model"
+            )
+        if member.manifest.digest != origin.manifest.digest:
+            return (
+                f"manifest: {site} trains other tensors than the adapter of {origin.label} has; "
+                "a branch keeps its parent's lora.rank and lora.target_modules"
+            )
+    return None
+
+
+def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
+    """Give ``child`` the adapter that round ``number`` of ``parent`` produced, to begin with.
+
+    Raises RunNotFoundError (no such run, or no result of that round), RunExistsError,
+    LedgerDamagedError (the adapter is missing, altered or pruned).
+    """
+    config = parent.config()
+    genesis, result = _results(parent, number)
+    _check_is_new(child)
+    sha = result.adapter_sha
+    _check_adapter(parent, sha)
+    for file in ADAPTER_FILES:
+        part = parent.store.stat(topology.adapter_key(parent.run, sha, file))
+        parent.store.compose(topology.adapter_key(child.run, sha, file), [part])
+    record = OriginRecord(
+        parent=parent.run,
+        parent_digest=config.digest,
+        parent_round=number,
+        adapter_sha=sha,
+        adapter_size=result.adapter_size,
+        manifest=genesis.manifest,
+        fingerprint=genesis.fingerprint,
+        lora_alpha=config.lora.alpha,
+    )
+    written = child.write(record)
+    if written.writer != child.writer:
+        raise RunExistsError(_taken(child.run, written))
+    return written
+
+
+def _results(parent: Ledger, number: int) -> tuple[GenesisRecord, GenesisRecord | ClosedRecord]:
+    try:
+        genesis = parent.read(GenesisRecord, topology.round_key(parent.run, 0, "closed"))
+        if number == 0:
+            return genesis, genesis
+        key = topology.round_key(parent.run, number, "closed")
+        return genesis, parent.read(ClosedRecord, key)
+    except ObjectMissingError:
+        raise RunNotFoundError(
+            f"run {parent.run} has no result of round {number} to branch from; see: "
+            f"gradualdiff rounds list {parent.run}"
+        ) from None
+
+
+def _check_is_new(child: Ledger) -> None:
+    origin = child.origin()
+    if origin is not None:
+        raise RunExistsError(_taken(child.run, origin))
+    try:
+        child.store.stat(topology.federation_key(child.run))
+    except ObjectMissingError:
+        return
+    raise RunExistsError(f"run {child.run} is in this store already; choose another --name")
+
+
+def _taken(run: str, origin: OriginRecord) -> str:
+    return (
+        f"run {run} is in this store already, as a branch of {origin.label}; start it, or choose "
+        "another --name"
+    )
+
+
+def _check_adapter(parent: Ledger, sha: str) -> None:
+    key = topology.adapter_key(parent.run, sha)
+    pruned = next((record for record in parent.pruned() if key in record.keys), None)
+    try:
+        found = parent.store.sha256(key)
+        parent.store.stat(topology.adapter_key(parent.run, sha, ADAPTER_FILES[0]))
+    except ObjectMissingError as error:
+        if pruned is not None:
+            raise LedgerDamagedError(
+                f"{key}: was pruned ({pruned.key(parent.run)}: {pruned.reason}); choose a round "
+                "whose adapter was kept"
+            ) from None
+        raise LedgerDamagedError(f"{error}; restore it from a copy of the store") from None
+    if found != sha:
+        raise LedgerDamagedError(
+            f"{key}: its bytes do not have the sha256 of its name; restore this object from a "
+            "copy of the store"
+        )
