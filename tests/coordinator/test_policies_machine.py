@@ -38,8 +38,9 @@ class ClockedLedger(Ledger):
     now = 1.0
 
     def write(self, record, writer: str):
+        is_new = record.key("test") not in self.records
         written = super().write(record, writer)
-        if isinstance(written, StampedRecord) and written.time == 1.0 != self.now:
+        if is_new and isinstance(written, StampedRecord):
             written = written.model_copy(update={"time": self.now})
             self.records[record.key("test")] = written
         return written
