@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from participant.bootstrap import subscribe
-from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site
+from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site, is_overtaken
 from participant.line import Line
 from participant.reporting import Counted, Reporter
 from shared import topology, wire
@@ -69,8 +69,10 @@ class Inbox:
     def put(self, event: Event, sender: str) -> None:
         """A handler for every kind: note it and return."""
         del sender
+        key = (type(event), getattr(event, "run", ""))
         with self._changed:
-            self._events[type(event), getattr(event, "run", "")] = event
+            if not is_overtaken(event, self._events.get(key)):
+                self._events[key] = event
             self._changed.notify()
 
     def take(self, timeout_seconds: float) -> Event | None:

@@ -64,6 +64,15 @@ UPLOADS = 3  # chunks under way at once
 Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
 
 
+def is_overtaken(event: Event, other: Event | None) -> bool:
+    """Whether ``event`` is about an earlier round than ``other``: said before it, come after it.
+
+    A broker may give out a message again or late; a word on an old round must not displace the
+    word on the round that is open.
+    """
+    return other is not None and getattr(event, "round", 0) < getattr(other, "round", 0)
+
+
 def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
     """The default for ``report``: nobody watches."""
 
@@ -145,8 +154,15 @@ class Participant:
         self._note(event)
 
     def on_round_started(self, event: RoundStarted, sender: str) -> None:
-        """Note to train, unless it is trained already. Idempotent: the same bytes are announced."""
+        """Note to train, unless it is trained already. Idempotent: the same bytes are announced.
+
+        A word on a round before the last one trained is an old one that was repeated on its way:
+        that round is over, and its delta is swept.
+        """
         del sender
+        if event.round < self._site.workspace.newest_round(event.run):
+            get_logger().info("round.overtaken", run=event.run, round=event.round)
+            return
         if event.expires_at <= self._site.clock():
             self._ask_again(event.run, "a round's URL is over already; is this clock right?")
             return
@@ -393,7 +409,9 @@ class Participant:
     # Parts -------------------------------------------------------------------------------------
 
     def _note(self, task: Task) -> None:
-        self._agenda[type(task), task.run] = task
+        key = (type(task), task.run)
+        if not is_overtaken(task, self._agenda.get(key)):
+            self._agenda[key] = task
 
     def _ask_again(self, run: str, reason: str) -> None:
         """Ask what is owed, but not on and on: a store that refuses every URL would make us spin.

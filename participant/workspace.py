@@ -119,6 +119,11 @@ class Workspace:
         folders = sorted(self._folder(run, "trained").iterdir(), reverse=True)
         return next((found for f in folders if (found := self._read(f)) is not None), None)
 
+    def newest_round(self, run: str) -> int:
+        """The last round of a run that was ever committed and not forgotten here; 0 for none."""
+        numbers = (f.name.partition("-")[0] for f in self._folder(run, "trained").iterdir())
+        return max((int(number) for number in numbers if number.isdigit()), default=0)
+
     def delta_path(self, submission: Submission) -> Path:
         """The delta's file."""
         return self._trained(submission.run, submission.round, submission.sha) / DELTA_FILE

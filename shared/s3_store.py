@@ -21,6 +21,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import re
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -464,6 +465,9 @@ class S3Store:
         except (HTTPError, HTTPException) as error:
             raise network_error(error, f"{what}: store at {self._where}", "store.ca_file") from None
         except (MinioException, ParseError, ValueError) as error:
+            status = _status(error)
+            if status >= 500:
+                raise self._refusal(f"HTTP {status}", status, None, what) from None
             kind = "no XML" if isinstance(error, InvalidResponseError) else type(error).__name__
             raise StoreError(
                 f"{what}: expected the answer of an S3 server at {self._where}, got something "
@@ -508,6 +512,15 @@ class S3Store:
             f"{what}; without that two coordinators can overwrite each other: use a server or "
             "version that has conditional writes (SeaweedFS, MinIO, AWS S3)"
         )
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status of an answer that is not S3's, from a balancer in front of it say; 0: none.
+
+    The SDK keeps it in the text alone.
+    """
+    found = re.search(r"Response code: (\d{3})", str(error))
+    return int(found[1]) if isinstance(error, InvalidResponseError) and found else 0
 
 
 def _etag(response: BaseHTTPResponse) -> str:

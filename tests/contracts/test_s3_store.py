@@ -215,6 +215,17 @@ def test_a_busy_or_full_server_is_unavailable(status, code):
     assert len(server.seen) == (1 if status == 507 else 5)
 
 
+@pytest.mark.parametrize("status", [500, 502, 503])
+def test_a_balancer_without_a_server_behind_it_is_unavailable(status):
+    """Its answer is a page or nothing, not S3's XML; retryable all the same."""
+    with ToldServer(lambda handler: reply(handler, status, b"<html>secret</html>")) as server:
+        store = elsewhere(server.url)
+        for call in (lambda: store.put("k", b"x"), lambda: store.get("k")):
+            with pytest.raises(StoreUnavailableError, match=str(status)) as caught:
+                call()
+            assert "secret" not in str(caught.value)
+
+
 def test_503s_are_tried_again():
     """Two refusals, then it goes through: nobody hears of it."""
     left = [503, 503, 200]

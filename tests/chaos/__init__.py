@@ -1,0 +1,1 @@
+"""Random faults, drawn from a seed, over a whole deployment: ``python -m tests.chaos --help``."""

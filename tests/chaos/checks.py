@@ -1,0 +1,166 @@
+"""What must hold after every run, whatever fell on it. Each check returns its complaints."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shared.errors import AccessRefusedError, BrokerError
+from shared.ledger import Ledger
+from shared.records import ClosingRecord
+from shared.topology import round_key
+from tests.chaos.names import COORDINATORS, SITES, TRACE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tests.chaos.schedule import RunShape
+    from tests.chaos.stand import Exit, Stand
+
+NOT_THERE = (BrokerError.exit_code, AccessRefusedError.exit_code)
+UNFORESEEN = re.compile(r"^.*(?:\.crashed|Traceback \(most recent).*$", re.MULTILINE)
+
+
+@dataclass
+class Trainings:
+    """What a trace says of one run at one site.
+
+    ``again``: trainings that had written their delta once before and were killed before the rename
+    that commits it. ``unfinished``: trainings that a kill ended in the middle. ``finished_again``:
+    trainings of a round that was finished; there must be none.
+    """
+
+    again: int = 0
+    unfinished: int = 0
+    finished_again: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+
+def account_for(
+    trace: Sequence[str], run: str, rounds: int, killed: set[int], site: str = ""
+) -> Trainings:
+    """Each round trained to its commit once; what was trained twice, a kill accounts for exactly.
+
+    An attempt may only end without its commit where its process was killed, and that must be the
+    last that this process said. After a commit there is no further attempt, unless the kill fell
+    into the commit itself: then there is at most one.
+    """
+    found = Trainings()
+    attempts = _attempts(trace, run)
+    by_round: dict[int, list[str]] = defaultdict(list)
+    for attempt in attempts:
+        if attempt.stage != "committed" and not (attempt.is_last and attempt.pid in killed):
+            found.complaints.append(
+                f"{site}: {run} round {attempt.round}: process {attempt.pid} came to "
+                f"'{attempt.stage}' and no further, and no kill of ours explains it"
+            )
+        if attempt.stage == "begun":
+            found.unfinished += 1
+        else:
+            by_round[attempt.round].append(attempt.stage)
+    for number in range(1, rounds + 1):
+        stages = by_round.pop(number, [])
+        found.again += max(0, len(stages) - 1)
+        if "committed" in stages[:-1]:
+            found.finished_again += 1
+            found.complaints.append(f"{site}: {run} round {number}: trained after it was finished")
+        if not stages or stages[-1] == "trained":
+            found.complaints.append(f"{site}: {run} round {number}: never finished: {stages}")
+    if by_round:
+        found.complaints.append(f"{site}: {run}: rounds that there are not: {sorted(by_round)}")
+    return found
+
+
+@dataclass
+class _Attempt:
+    pid: int
+    stage: str
+    round: int
+    is_last: bool = False  # whether its process said nothing more, in this run or another
+
+
+def _attempts(trace: Sequence[str], run: str) -> list[_Attempt]:
+    """One for each ``begun``, with the last stage that it came to."""
+    attempts: list[_Attempt] = []
+    newest: dict[int, _Attempt] = {}  # by process
+    for line in trace:
+        pid, stage, name, number = line.split()
+        if stage == "begun":
+            newest[int(pid)] = _Attempt(int(pid), stage, 0)
+            if name == run:
+                attempts.append(newest[int(pid)])
+        else:
+            newest[int(pid)].stage, newest[int(pid)].round = stage, int(number)
+    for attempt in newest.values():
+        attempt.is_last = True
+    return attempts
+
+
+def counted_once(closings: Iterable[ClosingRecord], sites: Sequence[str]) -> list[str]:
+    """Each site's delta of each round counts in exactly one closing, with all others of it."""
+    complaints, counts = [], Counter()
+    for closing in closings:
+        counts.update((item.site, item.from_round) for item in closing.inputs)
+        wanted = [(site, closing.round) for site in sorted(sites)]
+        got = sorted((item.site, item.from_round) for item in closing.inputs)
+        if got != wanted:
+            complaints.append(f"round {closing.round}: expected inputs {wanted}, got {got}")
+        if abs(sum(item.weight for item in closing.inputs) - 1.0) > 1e-12:
+            complaints.append(f"round {closing.round}: its weights do not sum to 1")
+    return complaints + [f"{key}: counted {n} times" for key, n in counts.items() if n > 1]
+
+
+def explained(exits: Sequence[Exit], wipes: Sequence[tuple[float, float]]) -> list[str]:
+    """A process may end by itself only if it began while the broker did not know its account."""
+    complaints = []
+    for one in exits:
+        met = any(one.started < end + 5.0 and one.ended > began for began, end in wipes)
+        if one.code not in NOT_THERE or not met:
+            complaints.append(f"{one.name} ended by itself with code {one.code}: {one.said}")
+    return complaints
+
+
+def unforeseen(log: str) -> list[str]:
+    """Lines about errors that nobody foresaw."""
+    return UNFORESEEN.findall(log)
+
+
+@dataclass
+class Verdict:
+    """What one run came to."""
+
+    digest_equal: bool
+    trainings: Trainings
+    complaints: list[str]
+
+
+def check(stand: Stand, shape: RunShape) -> Verdict:
+    """All of the above, the digests, and ``runs verify``."""
+    wanted = stand.wanted(shape)
+    got = {name: stand.digest(shape, name) for name in COORDINATORS}
+    complaints = [
+        f"{name}: expected adapter {wanted}, got {sha}"
+        for name, sha in got.items()
+        if sha != wanted
+    ]
+    equal = not complaints
+    ledger = Ledger(stand.store, shape.name, "chaos", lambda: 0.0)
+    keys = [round_key(shape.name, n, "closing") for n in range(1, shape.rounds + 1)]
+    complaints += counted_once([ledger.read(ClosingRecord, key) for key in keys], shape.sites)
+    verified = stand.command("runs", "verify", shape.name, "--store", str(stand.federation(shape)))
+    if verified.returncode:
+        complaints.append(f"runs verify: {verified.stderr}")
+    total = Trainings()
+    for site in shape.sites:
+        trace = (stand.kit(site) / TRACE).read_text().splitlines()
+        found = account_for(trace, shape.name, shape.rounds, stand.killed, site)
+        total.again += found.again
+        total.unfinished += found.unfinished
+        total.finished_again += found.finished_again
+        complaints += found.complaints
+    complaints += explained(stand.exits, stand.wipes)
+    for name in (*COORDINATORS, *SITES):
+        complaints += [f"{name}: {line}" for line in unforeseen(stand.log(name))]
+    return Verdict(equal, total, complaints)

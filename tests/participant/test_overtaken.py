@@ -1,0 +1,137 @@
+"""A broker may say something again, or late: a word on an old round changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from coordinator.genesis import draw_adapter
+from participant.daemon import Inbox
+from participant.handlers import Participant, Site
+from participant.workspace import Workspace
+from shared.events import DeltaAnswered, RoundClosed, RoundStarted, UploadGranted, UploadRequested
+from tests.numpy_learner import MANIFEST, NumpyLearner
+from tests.participant.test_asking import ANNOUNCED, Line, round_started
+
+
+class Bringing:
+    """Brings any adapter; notes what it sent."""
+
+    def __init__(self, adapter):
+        self.adapter, self.sent = adapter, []
+
+    def download(self, url, path, sha256):
+        path.write_bytes(self.adapter)
+        return len(self.adapter)
+
+    def upload(self, url, path, start, length):
+        self.sent.append(url)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    path = tmp_path / "adapter"
+    return draw_adapter(MANIFEST, 1, path), path.read_bytes()
+
+
+@pytest.fixture
+def site(tmp_path, adapter):
+    return Site(
+        name="a",
+        line=Line(),
+        transfer=Bringing(adapter[1]),
+        workspace=Workspace(tmp_path / "workspace"),
+        learner=NumpyLearner("a"),
+        clock=lambda: 1000.0,
+    )
+
+
+@pytest.fixture
+def participant(site):
+    made = Participant(site)
+    made.on_run_announced(ANNOUNCED, "coordinator")
+    made.work()
+    return made
+
+
+@pytest.fixture
+def started(adapter):
+    def make(number: int) -> RoundStarted:
+        update = {"round": number, "source_sha": adapter[0].sha256}
+        return round_started(2000.0).model_copy(update=update)
+
+    return make
+
+
+def train(participant, started, number):
+    """One round, counted and closed."""
+    participant.on_round_started(started(number), "coordinator")
+    while participant.has_work:
+        participant.work()
+    closed = RoundClosed(run="r", round=number, result_sha=started(number).source_sha)
+    participant.on_round_closed(closed, "coordinator")
+
+
+def granted(site, number) -> UploadGranted:
+    request = next(
+        e for e in site.line.events if isinstance(e, UploadRequested) and e.round == number
+    )
+    return UploadGranted(
+        run="r",
+        round=number,
+        sha=request.sha,
+        chunk_size=1 << 24,
+        urls={0: f"https://store/{number}"},
+        expires_at=2000.0,
+    )
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_round_that_is_over_is_not_trained_again(participant, site, started, again):
+    """Its delta is swept, so only the workspace's newest round tells; after a restart as well."""
+    for number in (1, 2, 3):
+        train(participant, started, number)
+    if again:
+        participant = Participant(site)
+        participant.on_run_announced(ANNOUNCED, "coordinator")
+        participant.work()
+    participant.on_round_started(started(1), "coordinator")
+    assert not participant.has_work
+    assert site.learner.trained == [1, 2, 3]
+
+
+def test_an_old_round_does_not_displace_the_open_one(participant, site, started):
+    """Neither on the agenda nor before it."""
+    train(participant, started, 1)
+    participant.on_round_started(started(3), "coordinator")
+    participant.on_round_started(started(2), "coordinator")
+    while participant.has_work:
+        participant.work()
+    assert site.learner.trained == [1, 3]
+    inbox = Inbox()
+    for number in (3, 2):
+        inbox.put(started(number), "coordinator")
+    assert inbox.take(0.0).round == 3
+    assert inbox.take(0.0) is None
+
+
+def test_an_old_grant_does_not_displace_the_new_one(participant, site, started):
+    """Or the upload would wait for the next time that the site says it is there."""
+    for number in (1, 2):
+        train(participant, started, number)
+    participant.on_upload_granted(granted(site, 2), "coordinator")
+    participant.on_upload_granted(granted(site, 1), "coordinator")
+    while participant.has_work:
+        participant.work()
+    assert site.transfer.sent == ["https://store/2"]
+
+
+def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
+    """Only the answer about the very delta does."""
+    for number in (1, 2):
+        train(participant, started, number)
+    participant.on_upload_granted(granted(site, 2), "coordinator")
+    old = granted(site, 1).sha
+    for sha, waits in ((old, True), (granted(site, 2).sha, False)):
+        answer = DeltaAnswered(run="r", round=1, sha=sha, verdict="accepted")
+        participant.on_delta_answered(answer, "coordinator")
+        assert participant.has_work == waits
