@@ -125,7 +125,7 @@ class Listener(threading.Thread):
         station = self._station
         with station.connect() as broker:
             kinds = self.participant.handlers
-            handlers = dict.fromkeys(kinds, self._inbox.put)
+            handlers = dict.fromkeys(kinds, self._note)
             dispatcher = subscribe(station.name, broker, handlers, station.clock)
             self._line.connected(broker)
             self.was_connected = True
@@ -134,6 +134,11 @@ class Listener(threading.Thread):
                 self._serve(broker, dispatcher, pauses)
             finally:
                 self._line.connected(None)
+
+    def _note(self, event: Event, sender: str) -> None:
+        assert self.participant is not None  # set before the thread starts
+        self.participant.hear(event)
+        self._inbox.put(event, sender)
 
     def _serve(self, broker: Broker, dispatcher: Dispatcher, pauses: Backoff) -> None:
         next_online = next_progress = 0.0

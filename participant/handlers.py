@@ -117,6 +117,8 @@ class Participant:
         self._requested: dict[str, float] = {}
         # Work that failed for now: not before this moment, after so many tries.
         self._deferred: dict[tuple[type[Event], str], tuple[float, int]] = {}
+        # The last round of each run whose deltas are no longer taken; written by the listener.
+        self._over: dict[str, int] = {}
         self.trained: Submission | None = None
         self.handed_over = False
         self.in_hand: Task | None = None
@@ -210,6 +212,20 @@ class Participant:
         self._agenda.pop((RoundStarted, event.run), None)
         if event.get_url is not None:
             self._note(event)
+
+    def hear(self, event: Event) -> None:
+        """Take note at once, in whatever thread, of what may call off the work in hand.
+
+        The handlers come to it only when that work is done.
+        """
+        if isinstance(event, RunFinished):
+            self._over[event.run] = event.round + 1
+        elif isinstance(event, RoundClosed) and not event.late_counts:
+            self._over[event.run] = max(event.round, self._over.get(event.run, 0))
+
+    def _is_over(self, task: RoundStarted) -> bool:
+        """Whether nobody takes a delta of this round any more, so that no step of it is of use."""
+        return task.round <= self._over.get(task.run, 0) and not self._site.should_stop()
 
     # Work --------------------------------------------------------------------------------------
 
@@ -309,6 +325,9 @@ class Participant:
             self._ask_again(task.run, str(error))
             return
         except GradualDiffError as error:
+            if isinstance(error, InterruptedRunError) and self._is_over(task):
+                get_logger().info("round.called_off", run=task.run, round=task.round)
+                return
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise
             self._fail(task, str(error), retryable=False)
@@ -344,7 +363,7 @@ class Participant:
                 source,
                 state,
                 making,
-                site.should_stop,
+                lambda: site.should_stop() or self._is_over(task),
                 self._reporter(task.round),
                 workspace.checkpoints(task, site.name),
             )

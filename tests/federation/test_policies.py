@@ -60,6 +60,8 @@ def test_a_quorum_goes_on_without_a_straggler_and_drops_what_it_sends_later(depl
     sha = deployment.finish()
     assert deployment.closings()[0] == first[0]
     assert first[0].excluded == {"b": "no delta within 2 s"}
+    assert "round.called_off" in deployment.log("b")
+    assert deployment.trained("b") == []
     assert [(site, number) for site, number, _, _ in verified(deployment)] == [("a", 1), ("a", 2)]
     assert (
         sha
