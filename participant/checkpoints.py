@@ -88,11 +88,20 @@ class WrittenFile(Fact):
 
 
 class Record(Fact):
-    """``progress.json``. Without files: nothing but the evaluation is done."""
+    """``progress.json``. Without files: nothing but the evaluation is done.
+
+    ``digest``: sha256 of the canonical JSON of all the rest.
+    """
 
     belonging: Belonging
     standing: Standing
     files: dict[str, WrittenFile]
+    digest: str = ""
+
+    @property
+    def true_digest(self) -> str:
+        """What ``digest`` must be."""
+        return _digest(self.model_dump(mode="json", exclude={"digest"}))
 
     @model_validator(mode="after")
     def _tensors_after_the_first_step(self) -> Self:
@@ -196,6 +205,7 @@ class Checkpoints:
             files[OPTIMIZER_FILE] = _written(tensors.optimizer(making / OPTIMIZER_FILE))
             failpoint("checkpoint.optimizer_written")
         record = Record(belonging=self._belonging, standing=standing, files=files)
+        record = record.model_copy(update={"digest": record.true_digest})
         (making / PROGRESS_FILE).write_bytes(canonical_json(record.model_dump(mode="json")))
         sync_path(making / PROGRESS_FILE)
         sync_path(making)
@@ -238,7 +248,7 @@ def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
         source_sha=task.source_sha,
         site=site,
         seed=task.seed,
-        settings=hashlib.sha256(canonical_json(settings)).hexdigest(),
+        settings=_digest(settings),
         basis=basis,
     )
 
@@ -246,6 +256,8 @@ def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
 def _read(folder: Path, wanted: Belonging, step: int) -> Standing:
     """Raises OSError, ValidationError or ValueError for whatever cannot be gone on from."""
     record = Record.model_validate_json((folder / PROGRESS_FILE).read_bytes())
+    if record.digest != record.true_digest:
+        raise ValueError(f"{PROGRESS_FILE} is not as it was written")
     if record.belonging != wanted:
         given = record.belonging.model_dump()
         other = [key for key, value in wanted.model_dump().items() if given[key] != value]
@@ -256,6 +268,10 @@ def _read(folder: Path, wanted: Belonging, step: int) -> Standing:
         if digest_file(folder / name) != (file.sha256, file.size):
             raise ValueError(f"{name} is not as it was written")
     return record.standing
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def _written(digest: FileDigest) -> WrittenFile:

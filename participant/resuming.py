@@ -42,6 +42,7 @@ class Resumable:
         self._checkpoints = checkpoints
         self._found = found = checkpoints.newest(basis)
         self._began = time.monotonic()
+        self._saved = found.standing.step if found else 0
         self.is_evaluated = found is not None
         self.held_out: HeldOut | None = found.standing.held_out if found else None
         self.state: Literal["fresh", "kept"] = "fresh" if kept is None else "kept"
@@ -74,7 +75,7 @@ class Resumable:
     def keep(self, done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
         """After a step: write a checkpoint if one is due, or if there will be no other chance."""
         model = self._model
-        if not (stopped or self._checkpoints.due()):
+        if done.count == self._saved or not (stopped or self._checkpoints.due()):
             return
         specs = model.manifest().tensors
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in specs]
@@ -87,7 +88,8 @@ class Resumable:
         def write_optimizer(path: Path) -> FileDigest:
             return save_optimizer(optimizer, model.parameters, path)
 
-        self._checkpoints.save(self._standing(done), Tensors(write_adapter, write_optimizer))
+        if self._checkpoints.save(self._standing(done), Tensors(write_adapter, write_optimizer)):
+            self._saved = done.count
 
     def seconds(self) -> float:
         """Spent on this round's steps, in earlier processes too."""
