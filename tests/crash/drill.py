@@ -1,0 +1,336 @@
+"""One row of the crash table carried out: real servers, real processes, one SIGKILL, one restart.
+
+Servers, accounts and kits are made once (``Ground``); each ``Drill`` has a run, site queues and
+workspaces of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from cli.federation import Embedding, run_embedded
+from cli.kits import declare_sites, open_office
+from shared.broker import Message
+from shared.config import load_federation
+from shared.credentials import broker_address
+from shared.directory_store import DirectoryStore
+from shared.ledger import Ledger
+from shared.rabbitmq import connect
+from shared.records import ClosingRecord, FinishedRecord
+from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
+from tests.crash.armed import Orders, run_forked
+from tests.crash.tiny_trainer import STEPS, TinyTrainer
+from tests.servers.deployment import Deployment
+from tests.tiny_model import make_tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.crash.table import Row
+    from tests.servers.rabbitmq import RabbitServer
+    from tests.servers.seaweedfs import S3Server
+
+ROUNDS = 2
+SITES = ("a", "b")
+PATIENCE_SECONDS = 90.0
+# Loaded by the server that processes are forked from.
+PRELOAD = [
+    "tests.crash.drill",
+    "cli.main",
+    "coordinator.daemon",
+    "shared.s3_store",
+    "participant.torch_learner",
+    "participant.model_shelf",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "bitsandbytes",
+]
+# The first of these after a restart is the next useful effect. Ticks and greetings are none.
+USEFUL = ("record.after", "publish.confirmed", "upload.after", "commit.renamed", "adapter.after")
+IDLE_WORDS = ("CoordinatorTick", "SiteOnline", "TrainingProgressed")
+
+
+@dataclass
+class Life:
+    """One process from start to end. ``name``: coordinator, a or b; ``began``: before its start."""
+
+    name: str
+    process: Any  # multiprocessing.Process or subprocess.Popen
+    trace: Path
+    log: Path
+    began: float
+
+    def code(self) -> int | None:
+        """The exit code, negative for a signal; None while it lives."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll()
+        return self.process.exitcode
+
+    def points(self) -> list[tuple[float, str]]:
+        """Time and name of every point reached."""
+        lines = self.trace.read_text().splitlines() if self.trace.exists() else []
+        return [(float(when), name) for when, name in (line.split(" ", 1) for line in lines)]
+
+    def tail(self) -> str:
+        """The end of its log and trace, for a failure."""
+        log = self.log.read_text(errors="replace")[-2500:] if self.log.exists() else ""
+        return f"{self.name}: {[name for _, name in self.points()][-12:]}\n{log}"
+
+    def kill(self) -> None:
+        """SIGKILL, if it still lives."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.code() is None:
+                os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait() if isinstance(self.process, subprocess.Popen) else self.process.join()
+
+
+@dataclass
+class Ground:
+    """What all drills stand on. ``forked``: start processes as forks; else as programs."""
+
+    folder: Path
+    rabbit: RabbitServer
+    s3: S3Server
+    forked: bool = True
+
+    def __post_init__(self) -> None:
+        self._runs = 0
+        self._forks = multiprocessing.get_context("forkserver")
+        self._forks.set_forkserver_preload(PRELOAD)
+        self.vhost = self.rabbit.new_vhost()
+        self.deployment = Deployment(
+            self.folder / "base",
+            make_tiny_model(self.folder / "model"),
+            self.rabbit,
+            self.vhost,
+            self.s3,
+            rounds=ROUNDS,
+            extra='optimizer_state = "keep"\n',
+        )
+        self._wanted: dict[bool, str] = {}
+
+    def wanted(self, *, real: bool) -> str:
+        """The digest of the undisturbed federation, in one process."""
+        if real not in self._wanted:
+            self._wanted[real] = self._simulated() if real else self._embedded()
+        return self._wanted[real]
+
+    def _simulated(self) -> str:
+        done = self.deployment.command("simulate", str(self.deployment.federation), "--json")
+        return json.loads(done.stdout)["adapter_sha"]
+
+    def _embedded(self) -> str:
+        config, folder = load_federation(self.deployment.federation), self.folder / "embedded"
+        trainers = {}
+        for site in SITES:
+            (folder / site).mkdir(parents=True)
+            trainers[site] = TinyTrainer(site, folder / site)
+        embedding = Embedding(
+            DirectoryStore(folder / "store"), folder, lambda *_: None, lambda _: None
+        )
+        return run_embedded(config, trainers, embedding).adapter_sha
+
+    @contextlib.contextmanager
+    def drill(self) -> Iterator[Drill]:
+        """A new run, to be started; all of its processes and queues are gone afterwards."""
+        self._runs += 1
+        drill = Drill(self, f"run-{self._runs}")
+        try:
+            yield drill
+        finally:
+            drill.close()
+
+    def start(self, life: str, arguments: list[str], orders: Orders, log: Path) -> Life:
+        """Start one process."""
+        began = time.time()
+        process: Any
+        if self.forked:
+            process = self._forks.Process(
+                target=run_forked, args=(arguments, orders, str(log)), daemon=True
+            )
+            process.start()
+        else:
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.crash.armed", *arguments],
+                    env={**os.environ, **orders.environment},
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                )
+        return Life(life, process, orders.trace, log, began)
+
+    def drop_queue(self, name: str) -> None:
+        """Delete a queue with all that is in it."""
+        with contextlib.suppress(urllib.error.HTTPError):
+            self.rabbit.api("DELETE", f"queues/{self.vhost}/{quote(name, safe='')}")
+
+    def close(self) -> None:
+        """Take back what the servers were given."""
+        self.deployment.close()
+        self.rabbit.delete_vhost(self.vhost)
+
+
+@dataclass
+class Drill:
+    """One run of two sites, whose processes are started, killed and started again."""
+
+    ground: Ground
+    run: str
+    lives: list[Life] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        base = self.ground.deployment
+        self.folder = self.ground.folder / self.run
+        self.folder.mkdir()
+        for secret in ("broker-password", "access-key", "secret-key"):
+            shutil.copy(base.folder / secret, self.folder)
+        self.federation = self.folder / "federation.toml"
+        text = base.federation.read_text()
+        self.federation.write_text(text.replace('name = "tiny"', f'name = "{self.run}"', 1))
+        for site in SITES:
+            shutil.copytree(base.site_toml(site).parent, self.folder / site)
+        office = open_office(self.federation)
+        self.store = office.store
+        declare_sites(office, list(SITES))
+
+    def start(self, name: str, *, real: bool = False, **orders: Any) -> Life:
+        """Start the coordinator or a site; ``orders`` as in ``Orders``."""
+        number = sum(life.name == name for life in self.lives)
+        place = Orders(self.folder / f"{name}.{number}.trace", **orders)
+        if name == "coordinator":
+            arguments = ["coordinator", str(self.federation), "--linger", "30"]
+        else:
+            arguments = ["participant" if real else "tiny", str(self.folder / name / "site.toml")]
+        log = self.folder / f"{name}.{number}.log"
+        self.lives.append(self.ground.start(name, arguments, place, log))
+        return self.lives[-1]
+
+    def spoil_queue(self, site: str) -> None:
+        """Put a message that nobody can read into a site's queue."""
+        config = load_federation(self.federation)
+        with connect(broker_address(config.broker, self.folder)) as broker:
+            broker.publish([Message(SITES_EXCHANGE, site, b"nobody can read this")])
+
+    def wait(self, what: str, is_there: Callable[[], bool]) -> None:
+        """Wait for it, or fail with what everybody said last."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not is_there():
+            assert time.monotonic() < deadline, f"never: {what}\n{self.tails()}"
+            time.sleep(0.01)
+
+    def tails(self) -> str:
+        """The end of every log."""
+        return "\n".join(life.tail() for life in self.lives)
+
+    def points(self, name: str) -> list[str]:
+        """All points that the lives of this name reached."""
+        return [point for life in self.lives if life.name == name for _, point in life.points()]
+
+    def steps(self, site: str) -> list[str]:
+        """Round and step of every optimiser step that a tiny site made."""
+        file = self.folder / site / "steps.txt"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def close(self) -> None:
+        """End all of it."""
+        for life in self.lives:
+            life.kill()
+        for queue in (coordinator_queue(self.run), *map(site_queue, SITES)):
+            self.ground.drop_queue(queue)
+
+    def ledger(self) -> Ledger:
+        """What is on record."""
+        return Ledger(self.store, self.run, "reader", time.time)
+
+
+def carry_out(drill: Drill, row: Row) -> float | None:
+    """Kill at the row's point, start again, wait for the end.
+
+    Seconds from the restart to its next useful effect; None where there was none left to do.
+    Asserts that the kill happened there, and that the coordinator ended well.
+    """
+    victim_name = "coordinator" if row.role == "coordinator" else "a"
+    if row.fault == "garbage":
+        drill.spoil_queue("a")
+    armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
+    for name in ("coordinator", *SITES):
+        orders: dict[str, Any] = {"fault": row.fault} if name == "a" else {}
+        orders |= armed if name == victim_name else {}
+        drill.start(name, real=row.real, **orders)
+    victim = next(life for life in drill.lives if life.name == victim_name)
+    drill.wait(f"{row.name}: the kill", lambda: victim.code() is not None)
+    assert victim.code() == -signal.SIGKILL, f"{row.name}: ended by itself\n{victim.tail()}"
+    reached = [name for _, name in victim.points()]
+    assert reached[-1] == row.point, f"{row.name}: {reached[-3:]}"
+    assert reached.count(row.point) == row.hit, row.name
+    fault = row.fault if victim_name == "a" else ""
+    reborn = drill.start(victim_name, real=row.real, fault=fault)
+    if victim_name == "coordinator" and row.fault in MENDED_BY_RESTART:
+        _mend(drill, row)
+    _finish(drill, row)
+    return next_useful(reborn)
+
+
+# What a site's operator mends by starting it again, and what its log says before.
+MENDED_BY_RESTART = {"declined": "run.declined", "spoilt": "delta.answered"}
+
+
+def _mend(drill: Drill, row: Row) -> None:
+    sick = next(life for life in drill.lives if life.name == "a")
+    said = MENDED_BY_RESTART[row.fault]
+    drill.wait(f"{row.name}: {said}", lambda: said in sick.log.read_text(errors="replace"))
+    if row.fault == "declined":  # the word of it must have come through before it is taken back
+        prefix = f"runs/{drill.run}/declined/"
+        drill.wait(f"{row.name}: on record", lambda: any(drill.store.list(prefix)))
+    sick.kill()
+    drill.start("a", fault=row.fault)
+
+
+def _finish(drill: Drill, row: Row) -> None:
+    coordinators = [life for life in drill.lives if life.name == "coordinator"]
+    drill.wait(f"{row.name}: the end", lambda: coordinators[-1].code() is not None)
+    assert coordinators[-1].code() == 0, f"{row.name}: {coordinators[-1].tail()}"
+
+
+def next_useful(life: Life) -> float | None:
+    """Seconds from this process's start to its first effect that moves the run on."""
+    for when, point in life.points():
+        stage, _, subject = point.partition(":")
+        if stage in USEFUL and subject not in IDLE_WORDS:
+            return when - life.began
+    return None
+
+
+def check(drill: Drill, row: Row | None) -> None:
+    """The end is the undisturbed one: same adapter, each training once, each delta counted once."""
+    name, real = (row.name, row.real) if row else ("undisturbed", False)
+    history = list(drill.ledger().history())
+    finished = [record for record in history if isinstance(record, FinishedRecord)]
+    assert [record.sha for record in finished] == [drill.ground.wanted(real=real)], name
+    closings = [record for record in history if isinstance(record, ClosingRecord)]
+    counted = [[(i.site, i.from_round) for i in closing.inputs] for closing in closings]
+    assert counted == [[(site, number) for site in SITES] for number in (1, ROUNDS)], name
+    again = row.again if row else 0
+    for site in SITES:
+        extra = again if site == "a" else 0
+        trained = drill.points(site).count("learn.after")
+        assert trained == ROUNDS + extra, f"{name}: {site} trained {trained} times"
+        if not real:
+            steps = drill.steps(site)
+            assert len(steps) == (ROUNDS + extra) * STEPS, f"{name}: {site}: {steps}"
+            assert set(steps) == {f"{r} {s}" for r in (1, ROUNDS) for s in range(STEPS)}, name

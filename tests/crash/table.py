@@ -1,0 +1,213 @@
+"""The crash table: one row for each point at which a role's process is killed and started again.
+
+A row is a run of two sites over two rounds in which one process dies at one point. Points stand in
+the order in which a run reaches them. To add a point: a line in the right list, and where needed
+what is special about it in ``SPECIAL``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+PUBLISHED = ("publish.before", "publish.sent", "publish.confirmed")
+ACKNOWLEDGED = ("acknowledge.before", "acknowledge.after")
+RECORDED = ("record.before", "record.after")
+
+
+def around(stages: tuple[str, ...], *subjects: str) -> list[str]:
+    """Each stage of each subject."""
+    return [f"{stage}:{subject}" for subject in subjects for stage in stages]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Kill ``role`` at the ``hit``-th time that it reaches ``point``.
+
+    ``fault``: what goes wrong by itself in this run. ``again``: how many rounds the site trains
+    once more, because the kill or the fault took an unfinished or refused training away. ``real``:
+    the sites train a real model.
+    """
+
+    role: str
+    point: str
+    hit: int = 1
+    fault: str = ""
+    again: int = 0
+    real: bool = False
+
+    @property
+    def name(self) -> str:
+        """For the test's report."""
+        words = [self.role, self.point, self.fault, "real" if self.real else ""]
+        words.append(f"{self.hit}nd" if self.hit == 2 else "")
+        return "-".join(word for word in words if word)
+
+    @property
+    def pause(self) -> float:
+        """An acknowledgement is handed over to another thread, which may need this time."""
+        return 0.05 if self.point.startswith("acknowledge.after") else 0.0
+
+
+COORDINATOR = [
+    "queues.before",
+    "queues.after",
+    *around(RECORDED, "federation"),
+    *around(PUBLISHED, "CoordinatorTick"),
+    "start.before",
+    "start.reloaded",
+    "start.after",
+    *around(ACKNOWLEDGED, "CoordinatorTick"),
+    "status.before",
+    "status.after",
+    *around(PUBLISHED, "RunAnnounced"),
+    *around(ACKNOWLEDGED, "SiteOnline"),
+    *around(RECORDED, "member"),
+    *around(ACKNOWLEDGED, "ParticipantReady"),
+    "genesis.drawn",
+    *around(("adapter.before", "adapter.after"), "config", "tensors"),
+    *around(RECORDED, "genesis", "opened"),
+    *around(PUBLISHED, "RoundStarted", "UploadGranted"),
+    *around(ACKNOWLEDGED, "UploadRequested"),
+    "delta.spooled",
+    "delta.checked",
+    "delta.composed",
+    "inbox.cleared",
+    *around(RECORDED, "accepted"),
+    *around(PUBLISHED, "DeltaAnswered"),
+    *around(RECORDED, "closing"),
+    "round.aggregated",
+    *around(RECORDED, "closed"),
+    "round.swept",
+    *around(PUBLISHED, "RoundClosed"),
+    *around(ACKNOWLEDGED, "DeltaSubmitted"),
+    *around(RECORDED, "finished"),
+    *around(PUBLISHED, "RunFinished"),
+    *around(RECORDED, "evaluated"),
+    *around(ACKNOWLEDGED, "AdapterEvaluated"),
+]
+
+PARTICIPANT = [
+    *around(PUBLISHED, "SiteOnline"),
+    *around(ACKNOWLEDGED, "RunAnnounced"),
+    *around(PUBLISHED, "ParticipantReady"),
+    *around(ACKNOWLEDGED, "RoundStarted"),
+    "download.before",
+    "download.after",
+    "learn.before",
+    "learn.after",
+    "commit.written",
+    "commit.before",
+    "commit.renamed",
+    "commit.after",
+    *around(PUBLISHED, "UploadRequested"),
+    *around(ACKNOWLEDGED, "UploadGranted"),
+    "upload.before",
+    "upload.after",
+    *around(PUBLISHED, "DeltaSubmitted"),
+    *around(ACKNOWLEDGED, "DeltaAnswered", "RoundClosed"),
+    "sweep.before",
+    "sweep.after",
+    *around(ACKNOWLEDGED, "RunFinished"),
+    *around(PUBLISHED, "AdapterEvaluated"),
+]
+
+# What is reached only where something else goes wrong first: FAULT -> role -> points.
+# garbage: a message nobody can read lies in the site's queue; the others: see the tiny trainer.
+FAULTS: dict[str, dict[str, list[str]]] = {
+    "garbage": {
+        "participant": [
+            *around(PUBLISHED, "MessageRefused"),
+            *around(ACKNOWLEDGED, "unknown"),
+        ],
+        "coordinator": [
+            *around(PUBLISHED, "MessageRefused"),
+            *around(ACKNOWLEDGED, "MessageRefused"),
+        ],
+    },
+    "declined": {
+        "participant": around(PUBLISHED, "RunDeclined"),
+        "coordinator": [
+            *around(RECORDED, "declined"),
+            *around(ACKNOWLEDGED, "RunDeclined"),
+        ],
+    },
+    "failed": {
+        "participant": around(PUBLISHED, "TrainingFailed"),
+        "coordinator": [
+            *around(RECORDED, "failed"),
+            *around(ACKNOWLEDGED, "TrainingFailed"),
+        ],
+    },
+    "spoilt": {
+        "participant": ["forget.before", "forget.after"],
+        "coordinator": around(RECORDED, "refused"),
+    },
+}
+
+# What a kill at a point costs, and points that are worth a second kill, later in the run.
+SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("participant", "learn.after"): {"again": 1},
+    ("participant", "commit.written"): {"again": 1},
+    ("participant", "commit.before"): {"again": 1},
+    ("participant", "forget.after"): {"again": 1},
+    ("coordinator", "record.before:refused"): {"again": 1},
+    ("coordinator", "record.after:refused"): {"again": 1},
+}
+SECOND: dict[str, list[str]] = {
+    "coordinator": [
+        "record.before:accepted",
+        "record.after:accepted",
+        "record.after:opened",
+        "record.after:closing",
+        "record.before:closed",
+    ],
+    "participant": ["learn.after", "commit.renamed", "sweep.after"],
+}
+# With the real model, in the round that starts from a kept optimiser state or the one before.
+REAL = [
+    ("participant", "acknowledge.before:RoundStarted", 1),
+    ("participant", "download.after", 1),
+    ("participant", "learn.after", 1),
+    ("participant", "commit.before", 2),
+    ("participant", "commit.renamed", 1),
+    ("participant", "upload.after", 2),
+    ("participant", "publish.sent:DeltaSubmitted", 1),
+    ("coordinator", "record.after:closing", 2),
+]
+
+# (role, whole point or its subject) -> why no row kills there.
+EXEMPT: dict[tuple[str, str], str] = {
+    (role, f"{stage}:TrainingProgressed"): (
+        "only trainings of more than 5 s say it, it expires, and nothing but a display hears it"
+    )
+    for role, stages in (("participant", PUBLISHED), ("coordinator", ACKNOWLEDGED))
+    for stage in stages
+}
+
+
+def _rows() -> list[Row]:
+    usual = {"coordinator": COORDINATOR, "participant": PARTICIPANT}
+    found = [
+        Row(role, point, **SPECIAL.get((role, point), {}))
+        for role, points in usual.items()
+        for point in points
+    ]
+    found += [
+        Row(role, point, hit=2, **SPECIAL.get((role, point), {}))
+        for role, points in SECOND.items()
+        for point in points
+    ]
+    found += [
+        Row(role, point, fault=fault, **SPECIAL.get((role, point), {}))
+        for fault, roles in FAULTS.items()
+        for role, points in roles.items()
+        for point in points
+    ]
+    return found + [
+        Row(role, point, hit, real=True, **SPECIAL.get((role, point), {}))
+        for role, point, hit in REAL
+    ]
+
+
+ROWS = _rows()

@@ -1,0 +1,159 @@
+"""A trainer in a few lines of torch: a low-rank correction of a linear map, AdamW kept by round.
+
+Deterministic in site, round and seed. Each step is a line in ``steps.txt`` beside the site's file,
+so that a test can count what was really trained. One fault may be ordered, which happens once in a
+site's life: ``failed`` (the first training raises), ``declined`` (the first preparation finds the
+wrong model), ``spoilt`` (the first upload sends other bytes than were announced).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from cli.serve import make_station, stopped_by_signal
+from participant.daemon import serve
+from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
+from participant.optimizer_state import load_optimizer, save_optimizer
+from shared.codecs import get_codec
+from shared.config import load_site
+from shared.delta_file import DeltaHeader, write_delta
+from shared.errors import ModelError
+from shared.log import configure
+from shared.manifest import HeldOut, LocalMetrics
+from shared.seeds import derive_seed
+from shared.tensors import TensorFile
+from tests.numpy_learner import MANIFEST, NUMERICS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS = 3
+EXAMPLES = 16
+
+
+class TinyTrainer:
+    """The ``Learner`` port for ``site``; ``folder`` is where it keeps ``steps.txt`` and faults."""
+
+    def __init__(self, site: str, folder: Path, fault: str = "") -> None:
+        self._site = site
+        self._folder = folder
+        self._fault = fault
+
+    def prepare(self, announced, report):
+        report(Progress("load", 1, 1))
+        if self.strikes("declined"):
+            raise ModelError("base.model: expected the run's, got another; give it the same files")
+        return Readiness(MANIFEST, "f" * 64, NUMERICS, EXAMPLES)
+
+    def learn(self, task, source, state, folder, should_stop, report, *_checkpoints):
+        if self.strikes("failed"):
+            raise RuntimeError("the first training fails, as was ordered")
+        torch.set_num_threads(1)
+        before = _read(source)
+        factors = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
+        optimizer = torch.optim.AdamW(factors.values(), lr=0.05)
+        if state is not None:
+            load_optimizer(optimizer, factors, state)
+        draw = torch.Generator().manual_seed(derive_seed(task.seed, self._site) % 2**63)
+        losses = []
+        for step in range(STEPS):
+            loss = self._loss(factors, torch.randn((EXAMPLES, 8), generator=draw))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            self._say(f"{task.round} {step}")
+            report(Progress("train", step + 1, STEPS, losses[-1]))
+        codec = get_codec(task.codec)
+        header = DeltaHeader(
+            run=task.run,
+            round=task.round,
+            site=self._site,
+            source_sha=task.source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+
+        def change(spec):
+            return (factors[spec.name].detach() - before[spec.name]).numpy()
+
+        write_delta(folder / DELTA_FILE, MANIFEST, task.codec, header, change, task.seed)
+        save_optimizer(optimizer, factors, folder / STATE_FILE)
+        metrics = LocalMetrics(
+            steps=STEPS,
+            train_nll=sum(losses) / STEPS,
+            first_step_nll=losses[0],
+            last_step_nll=losses[-1],
+            mean_grad_norm=1.0,
+            held_out=self.evaluate(task.run, source, report),
+            seconds={"train": 0.0},
+        )
+        return Learned(EXAMPLES, EXAMPLES * 7, metrics, "fresh" if state is None else "kept")
+
+    def evaluate(self, run, source, report):
+        inputs = torch.randn((EXAMPLES, 8), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            loss = self._loss(_read(source), inputs).item()
+        return HeldOut(nll=loss, tokens=EXAMPLES, examples=1)
+
+    def strikes(self, fault: str) -> bool:
+        """Whether the ordered fault is this one and has not happened yet; now it has."""
+        if fault != self._fault:
+            return False
+        mark = self._folder / f"{fault}.happened"
+        happened = mark.exists()
+        mark.touch()
+        return not happened
+
+    def _loss(self, factors, inputs):
+        draw = torch.Generator().manual_seed(derive_seed("target", self._site) % 2**63)
+        target = torch.randn((8, 8), generator=draw)
+        made = inputs @ factors["layer.lora_A.weight"].T @ factors["layer.lora_B.weight"].T
+        return (made - inputs @ target).square().mean()
+
+    def _say(self, line: str) -> None:
+        handle = os.open(self._folder / "steps.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(handle, f"{line}\n".encode())
+        os.close(handle)
+
+
+class SpoilingTransfer:
+    """A ``Transfer`` whose first upload sends other bytes, if that was ordered."""
+
+    def __init__(self, transfer, trainer: TinyTrainer) -> None:
+        self._transfer = transfer
+        self._trainer = trainer
+
+    def download(self, url, path, sha256):
+        return self._transfer.download(url, path, sha256)
+
+    def upload(self, url, path, start, length):
+        if self._trainer.strikes("spoilt"):
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 255
+            path = path.with_name("spoilt")
+            path.write_bytes(data)
+        self._transfer.upload(url, path, start, length)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    with TensorFile(path) as file:
+        return {
+            spec.name: torch.from_numpy(file.read(spec.name).copy()) for spec in MANIFEST.tensors
+        }
+
+
+def take_part(site_toml: Path, fault: str) -> None:
+    """As ``gradualdiff participant`` does, but for the trainer."""
+    configure()
+    config, folder = load_site(site_toml), site_toml.resolve().parent
+    trainer = TinyTrainer(config.site.name, folder, fault)
+    stopping = threading.Event()
+    with stopped_by_signal(stopping):
+        station = make_station(config, folder, trainer, stopping)
+        object.__setattr__(station, "transfer", SpoilingTransfer(station.transfer, trainer))
+        serve(station)
