@@ -69,9 +69,7 @@ def steer(controls: Sequence[ControlRecord], known: int | None = None) -> Steeri
     return Steering(number, paused, stopped, more, excluded)
 
 
-def added(
-    controls: tuple[ControlRecord, ...], control: ControlRecord
-) -> tuple[ControlRecord, ...]:
+def added(controls: tuple[ControlRecord, ...], control: ControlRecord) -> tuple[ControlRecord, ...]:
     """The list with one more, in order; one that is known already changes nothing."""
     if any(known.number == control.number for known in controls):
         return controls
