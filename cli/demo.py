@@ -73,7 +73,7 @@ def demo(
     from shared.directory_store import DirectoryStore
 
     _configure_log(folder)
-    with make_display(rounds, quiet=as_json) as display:
+    with make_display(quiet=as_json) as display:
         base = model or str(_packaged_model(display))
         sites = _site_files(folder, data, group, participants)
         settings = {

@@ -79,6 +79,8 @@ def run_embedded(
             raise InterruptedRunError(
                 f"run {config.run.name} was stopped; nothing finished is lost"
             )
+        if role.coordinator.notice_controls():
+            continue
         if worker is not None:
             worker.participant.work()
             idle_ticks = 0
@@ -87,7 +89,7 @@ def run_embedded(
         elif (left := _seconds_to_deadline(role.coordinator.state, embedding)) > 0:
             time.sleep(min(left, 0.2))
         elif idle_ticks:
-            raise RunStuckError(_why_stuck(role.coordinator.state))
+            raise RunStuckError(_why_stuck(role.coordinator.state, embedding.store.root))
         else:
             role.tick()  # nobody has anything to do: perhaps time decides
             idle_ticks += 1
@@ -127,8 +129,19 @@ def _result(state: RunState) -> RunState:
     return state
 
 
-def _why_stuck(state: RunState) -> str:
-    run = state.config.run.name
+def _why_stuck(state: RunState, store: Path) -> str:
+    run, steering = state.config.run.name, state.steering
+    if steering.paused is not None and state.genesis is not None and state.opened is None:
+        return (
+            f"run {run} is paused after round {state.last_round}: {steering.paused}. Go on with: "
+            f"gradualdiff runs resume {run} --store {store}, then start this again"
+        )
+    if steering.excluded and not state.waiting_for and state.genesis is not None:
+        out = "; ".join(f"{site} ({why})" for site, why in sorted(steering.excluded.items()))
+        return (
+            f"run {run} cannot go on: nobody is left to wait for, operators took out {out}. End it "
+            f"with its last result: gradualdiff runs stop {run} --reason WHY --store {store}"
+        )
     where = f"round {state.opened.round}" if state.opened else "the start"
     known = {**state.declined, **{site: t.reason for site, t in state.troubles.items()}}
     waiting = [f"{site} ({known.get(site, 'no word from it')})" for site in state.waiting_for]

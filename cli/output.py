@@ -53,6 +53,14 @@ def open_store(path: Path) -> ObjectStore:
     return DirectoryStore(path, create=False)
 
 
+def writable_store(path: Path) -> ObjectStore:
+    """As :func:`open_store`, to write into. Raises StoreError, StoreUnavailableError."""
+    from shared.directory_store import DirectoryStore
+
+    store = open_store(path)
+    return DirectoryStore(store.root) if isinstance(store, DirectoryStore) else store
+
+
 def console() -> Console:
     """Where tables go."""
     from rich.console import Console

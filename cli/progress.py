@@ -42,17 +42,16 @@ class Display(Protocol):
         """The base model's conversion moved on."""
 
 
-def make_display(rounds: int, *, quiet: bool = False) -> Display:
+def make_display(*, quiet: bool = False) -> Display:
     """Bars when stderr is a terminal, else lines; nothing at all with ``quiet``."""
     console = Console(stderr=True, quiet=quiet)
-    return Bars(console, rounds) if console.is_terminal else Lines(console, rounds)
+    return Bars(console) if console.is_terminal else Lines(console)
 
 
 class Bars:
     """One bar for the run, one for the round, one for each participant at work."""
 
-    def __init__(self, console: Console, rounds: int) -> None:
-        self._rounds = rounds
+    def __init__(self, console: Console) -> None:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,7 +80,7 @@ class Bars:
         closed = max(state.last_round, 0)
         loss = state.held_out[-1] if state.held_out else None
         note = "" if loss is None else f"held-out loss {loss:.3f} before this round"
-        self._set("run", "rounds", closed, self._rounds, note)
+        self._set("run", "rounds", closed, state.total_rounds, note)
         total = len(state.opened.selected) if state.opened else len(state.members)
         done = total - len(state.waiting_for) if state.opened else total
         number = state.opened.round if state.opened else closed
@@ -102,9 +101,8 @@ class Bars:
 class Lines:
     """One line whenever a participant is done with something or a round closes."""
 
-    def __init__(self, console: Console, rounds: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._rounds = rounds
         self._closed = -1
         self._started = time.monotonic()
 
@@ -127,7 +125,7 @@ class Lines:
         if state.last_round > self._closed:
             self._closed = state.last_round
             sha = (state.adapter_sha or "")[:12]
-            self._say(f"round {self._closed} of {self._rounds} is closed: adapter {sha}")
+            self._say(f"round {self._closed} of {state.total_rounds} is closed: adapter {sha}")
 
     def converted(self, done: int, total: int) -> None:
         """Say that the conversion is done."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli import pruning, steering
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -17,8 +18,21 @@ from cli.output import (
     print_table,
 )
 
-app = typer.Typer(help="Runs in a store: list, show, verify, export.", no_args_is_help=True)
+app = typer.Typer(
+    help="Runs in a store: list, show, verify, export, steer, branch, prune.", no_args_is_help=True
+)
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
+
+for command in (
+    steering.pause,
+    steering.resume,
+    steering.stop,
+    steering.extend,
+    steering.exclude,
+    steering.branch,
+    pruning.prune,
+):
+    app.command()(command)
 
 
 @app.command("list")
@@ -60,6 +74,9 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         ("state", summary.state),
         ("reason", summary.reason or None),
         ("rounds closed", f"{summary.rounds_closed} of {summary.rounds}"),
+        ("paused", summary.paused),
+        ("branch of", summary.origin),
+        *((f"without {site}", why) for site, why in summary.excluded.items()),
         ("held-out loss", summary.held_out_nll),
         ("adapter", summary.adapter_sha),
         ("config digest", history.federation.digest),
@@ -95,6 +112,13 @@ def verify(
             f"[green]run {run} is what it says[/green]: {found.rounds} rounds recomputed from "
             f"{found.deltas} deltas, adapter sha256 {found.adapter_sha}"
         )
+    if not as_json:
+        for note in found.notes:
+            console().print(
+                f"note: round {note.round}: {note.key}: {note.problem}",
+                markup=False,
+                soft_wrap=True,
+            )
     if found.findings:
         lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
         raise LedgerDamagedError(

@@ -52,7 +52,7 @@ def simulate(
     check_resume(store, config, resume=resume)
     learners = load_learners(config, folder)
     again = f"gradualdiff simulate {federation} --resume"
-    with make_display(config.run.rounds, quiet=as_json) as display:
+    with make_display(quiet=as_json) as display:
         state = run_here(config, store, folder, learners, display, again)
     if as_json:
         from coordinator.inspection import History, summarise_run

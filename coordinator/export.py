@@ -91,7 +91,7 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
                 f"training), fingerprint `{next(iter(history.members.values())).fingerprint}`"
             ),
             (
-                f"- Rounds: {number} of {config.run.rounds}; "
+                f"- Rounds: {number} of {history.total_rounds}; "
                 f"weights: {config.aggregation.weights}; "
                 f"codec: {config.codec.name}; seed: {config.run.seed}"
             ),

@@ -299,9 +299,10 @@ class Coordinator:
         self.state, effects = apply(self.state, fact)
         self._carry_out(effects)
 
-    def notice_controls(self) -> None:
-        """Fold in what operators asked since the last look, and carry it out."""
-        for control in self._ledger.controls(after=self.state.steering.number):
+    def notice_controls(self) -> bool:
+        """Fold in what operators asked since the last look and carry it out; whether it was any."""
+        known = self.state.steering.number
+        for control in self._ledger.controls(after=known):
             get_logger().info(
                 "control.noticed",
                 number=control.number,
@@ -311,6 +312,7 @@ class Coordinator:
                 reason=control.reason,
             )
             self.feed(control)
+        return self.state.steering.number > known
 
     def _carry_out(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

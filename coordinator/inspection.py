@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from coordinator.controls import Steering, steer
 from shared.errors import RunNotFoundError
 from shared.ledger import Ledger, list_runs
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
+    ControlRecord,
     EvaluatedRecord,
     FailedRecord,
     FederationRecord,
@@ -24,6 +26,7 @@ from shared.records import (
     GenesisRecord,
     MemberRecord,
     OpenedRecord,
+    OriginRecord,
     Record,
     RefusedRecord,
     pool_held_out,
@@ -40,7 +43,11 @@ READER = "reader"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line on a run. ``state``: waiting, round n open, finished or failed."""
+    """One line on a run. ``state``: waiting, round n open or closed, paused, finished or failed.
+
+    ``rounds`` counts every extension. ``paused``: the reason, also while a round is still open.
+    ``excluded``: by an operator. ``origin``: what it branches from, ``RUN@ROUND``.
+    """
 
     run: str
     state: str
@@ -51,6 +58,9 @@ class RunSummary:
     adapter_sha: str | None
     held_out_nll: float | None
     reason: str
+    paused: str | None = None
+    excluded: dict[str, str] = field(default_factory=dict)
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class History:
         self.by_round: dict[int, list[Record]] = defaultdict(list)
         self.members: dict[str, MemberRecord] = {}
         self.finished: FinishedRecord | None = None
+        self.controls: list[ControlRecord] = []
+        self.origin: OriginRecord | None = None
         ledger = Ledger(store, run, READER, lambda: 0.0)
         self.config = ledger.config()
         for record in ledger.history():
@@ -109,6 +121,10 @@ class History:
                     self.members[record.site] = record
                 case FinishedRecord():
                     self.finished = record
+                case ControlRecord():
+                    self.controls.append(record)
+                case OriginRecord():
+                    self.origin = record
                 case _:
                     number = getattr(record, "round", None)
                     if number is not None:
@@ -148,6 +164,16 @@ class History:
         return found
 
     @property
+    def steering(self) -> Steering:
+        """What operators asked, as far as it came before the end."""
+        return steer(self.controls, self.finished.controls if self.finished else None)
+
+    @property
+    def total_rounds(self) -> int:
+        """T with every extension."""
+        return self.config.run.rounds + self.steering.more_rounds
+
+    @property
     def last_closed(self) -> int:
         """The last round with a result; 0 is genesis; -1 before it."""
         closed = [
@@ -168,23 +194,29 @@ def summarise_run(history: History) -> RunSummary:
     last = history.last_closed
     result = history.one(last, ClosedRecord) or history.one(last, GenesisRecord)
     pooled = pool_held_out(history.held_out(last).values())
-    finished = history.finished
+    finished, steering = history.finished, history.steering
+    paused = steering.paused if finished is None else None
     if finished is not None:
         state = "failed" if finished.failed else "finished"
     elif history.one(last + 1, OpenedRecord):
-        state = f"round {last + 1} open"
+        state = f"round {last + 1} open" + (", then paused" if paused is not None else "")
+    elif paused is not None and last >= 0:
+        state = f"paused after round {last}"
     else:
         state = "waiting for sites" if last < 0 else f"round {last} closed"
     return RunSummary(
         run=history.run,
         state=state,
         rounds_closed=max(last, 0),
-        rounds=history.config.run.rounds,
+        rounds=history.total_rounds,
         participants=len(history.members),
         began=history.federation.time,
         adapter_sha=getattr(result, "adapter_sha", None),
         held_out_nll=pooled.nll if pooled else None,
         reason=finished.reason if finished else "",
+        paused=paused,
+        excluded=dict(steering.excluded),
+        origin=history.origin.label if history.origin else None,
     )
 
 

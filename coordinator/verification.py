@@ -1,32 +1,43 @@
 """Recompute a run from its objects: anybody with the ledger can tell whether it is what it says.
 
 Reads everything and writes nothing into the store. What only a site can know (its examples, tokens
-and losses) is taken as recorded. A finding names the round and the object; one
-damaged object does not hide the findings of the rounds after it.
+and losses) is taken as recorded, and a record that nothing follows from (a site that declined, an
+evaluation) is not missed. A finding names the round and the object; one damaged object hides no
+other: what it should say is taken from what was made of it, and the check goes on from there.
+
+What was deleted on purpose is a note and no finding; all that does not need it is still checked.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.chain import Chain, Finding, accepted_records, read_chain
+from coordinator.chain_checks import check_origin, check_records
+from coordinator.controls import steer
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.rounds import shares
 from coordinator.selection import select
 from shared import topology
 from shared.codecs import get_codec
+from shared.config import FederationConfig, parse
 from shared.delta_file import DeltaHeader, check_delta
-from shared.errors import DeltaRefusedError, LedgerError, ObjectMissingError
+from shared.errors import (
+    DeltaRefusedError,
+    LedgerError,
+    ObjectMissingError,
+)
 from shared.files import digest_file
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
-    FinishedRecord,
     GenesisRecord,
-    MemberRecord,
+    Input,
     OpenedRecord,
     Record,
     pool_held_out,
@@ -42,30 +53,23 @@ if TYPE_CHECKING:
 NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is not as it should be."""
-
-    round: int
-    key: str
-    problem: str
-
-
 @dataclass
 class Verification:
-    """What was recomputed, and what was found."""
+    """What was recomputed, and what was found. ``notes``: what can no longer be told, and why."""
 
     run: str
     rounds: int = 0
     deltas: int = 0
     adapter_sha: str | None = None
     findings: list[Finding] = field(default_factory=list)
+    notes: list[Finding] = field(default_factory=list)
 
 
 def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> Verification:
     """Check the whole chain of a run. ``scratch``: an empty local folder; ``report(round)``.
 
-    Raises RunNotFoundError, LedgerDamagedError (a record that cannot be read names its key).
+    Raises RunNotFoundError, and LedgerDamagedError when the run's first record cannot be read:
+    without its settings nothing can be recomputed.
     """
     return _Verifier(ledger, scratch).verify(report)
 
@@ -74,88 +78,141 @@ class _Verifier:
     def __init__(self, ledger: Ledger, scratch: Path) -> None:
         self._ledger = ledger
         self._scratch = scratch
-        self._config = ledger.config()
+        self.result = Verification(ledger.run)
+        self._config = self._settings()
+        self._chain = Chain(ledger.run)
         self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
         self._counted: set[tuple[str, int]] = set()
-        self._fingerprints: set[str] = set()
-        self._manifests: set[str] = set()
         self._genesis: GenesisRecord | None = None
-        self._members: dict[str, MemberRecord] = {}
-        self._opened: dict[int, OpenedRecord] = {}
-        self.result = Verification(ledger.run)
+        self._sources: dict[int, str] = {}
+
+    def _settings(self) -> FederationConfig:
+        record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
+        config = parse(FederationConfig, record.config, key)
+        if config.digest != record.digest:
+            self._expect(0, key, "digest", record.digest, config.digest)
+        return config
 
     def verify(self, report: Callable[[int], None]) -> Verification:
-        for member in self._ledger.members():
-            self._fingerprints.add(member.fingerprint)
-            self._manifests.add(member.manifest.digest)
-            self._members[member.site] = member
-        for number, records in self._ledger.rounds():
+        self._chain = chain = read_chain(self._ledger)
+        chain.findings[:0] = self.result.findings
+        self.result.findings = chain.findings
+        check_records(chain, self._config)
+        self._accepted = accepted_records(chain)
+        for number in chain.numbers:
             report(number)
-            for record in records:
-                self._check(number, record, records)
+            for record in chain.rounds.get(number, ()):
+                self._check(number, record)
+            if chain.needs_result(number) and not chain.has_result(number):
+                self._go_on_without(number)
         self._check_end()
         return self.result
 
-    def _check(self, number: int, record: Record, records: list[Record]) -> None:
+    def _check(self, number: int, record: Record) -> None:
         match record:
             case GenesisRecord():
                 self._check_genesis(record)
             case OpenedRecord():
                 self._check_opened(record)
-            case AcceptedRecord():
-                self._accepted[record.site, record.round] = record
             case ClosedRecord():
-                if not any(isinstance(r, OpenedRecord) for r in records):
-                    key = topology.round_key(self._ledger.run, number, "opened")
-                    self._find(number, key, "is missing, but the round has a result")
-                closing = next((r for r in records if isinstance(r, ClosingRecord)), None)
-                if closing is None:
-                    key = topology.round_key(self._ledger.run, number, "closing")
-                    self._find(number, key, "is missing, but the round has a result")
-                else:
-                    self._check_closed(closing, record)
+                self.result.rounds += 1
+                closing = self._chain.one(number, ClosingRecord)
+                again = self._check_closed(closing, record) if closing is not None else None
+                self._settle(record, again)
+
+    def _go_on_without(self, number: int) -> None:
+        """A result that is missing is a finding already; what was made of it says which it was."""
+        self.result.rounds += number > 0
+        sha = self._chain.result_after(number)
+        members = sorted(self._chain.members)
+        if number == 0 and sha is not None and members:
+            one = self._chain.members[members[0]]
+            self._genesis = GenesisRecord(
+                members=tuple(members),
+                manifest=one.manifest,
+                fingerprint=one.fingerprint,
+                adapter_sha=sha,
+                adapter_size=1,
+                origin=self._chain.origin.label if self._chain.origin else None,
+            )
+        if sha is not None:
+            self._check_adapter(number, sha)
+        self.result.adapter_sha = sha
+
+    def _settle(self, closed: ClosedRecord, again: str | None) -> None:
+        """Which adapter the round produced: of two words the one that the run went on from."""
+        sha = closed.adapter_sha
+        if again is not None and again == self._chain.result_after(closed.round):
+            sha = again
+        self._check_adapter(closed.round, sha)
+        self.result.adapter_sha = sha
 
     def _check_genesis(self, record: GenesisRecord) -> None:
         self._genesis = record
-        drawn = self._scratch / "genesis"
-        digest = draw_adapter(record.manifest, self._config.run.seed, drawn)
-        drawn.unlink()
-        key = record.key(self._ledger.run)
-        self._expect(0, key, "adapter_sha", digest.sha256, record.adapter_sha)
-        self._expect(0, key, "adapter_size", digest.size, record.adapter_size)
-        members = f"{topology.run_prefix(self._ledger.run)}members/"
-        self._expect(0, members, "fingerprints", {record.fingerprint}, self._fingerprints)
-        self._expect(0, members, "manifests", {record.manifest.digest}, self._manifests)
-        self._check_adapter(0, record.adapter_sha)
-        self.result.adapter_sha = record.adapter_sha
+        key, origin = record.key(self._ledger.run), self._chain.origin
+        sha = record.adapter_sha
+        if origin is not None:
+            notes = check_origin(self._ledger, self._chain, record, self._config.lora.alpha)
+            self.result.notes += notes
+            sha = self._chain.result_after(0) or sha
+        elif record.origin is not None:
+            why = f"the run branches from {record.origin}"
+            self._chain.miss(0, topology.origin_key(self._ledger.run), why)
+        else:
+            drawn = self._scratch / "genesis"
+            digest = draw_adapter(record.manifest, self._config.run.seed, drawn)
+            drawn.unlink()
+            self._expect(0, key, "adapter_sha", digest.sha256, record.adapter_sha)
+            self._expect(0, key, "adapter_size", digest.size, record.adapter_size)
+            if digest.sha256 == self._chain.result_after(0):
+                sha = digest.sha256
+        self._check_adapter(0, sha)
+        self.result.adapter_sha = sha
+
+    def _members_in(self, number: int) -> tuple[str, ...]:
+        """Who was there at the start and who joined since; nobody if the start is not on record."""
+        if self._genesis is None:
+            return ()
+        joined = {s for s, m in self._chain.members.items() if 1 <= m.from_round <= number}
+        return tuple(sorted(joined.union(self._genesis.members)))
 
     def _check_opened(self, record: OpenedRecord) -> None:
         run, number = self._config.run, record.round
         key = record.key(self._ledger.run)
-        self._opened[number] = record
-        members = set(self._genesis.members if self._genesis else ())
-        members |= {s for s, m in self._members.items() if 1 <= m.from_round <= number}
-        self._expect(number, key, "source_sha", self.result.adapter_sha, record.source_sha)
+        members = self._members_in(number) or record.members
+        total = record.rounds or run.rounds
+        if self._chain.knows(record.controls):
+            members = steer(self._chain.controls, record.controls).in_force(members)
+        if record.rounds is not None:  # a record of before there were any controls names nobody
+            self._expect(number, key, "members", members, record.members)
+        if self.result.adapter_sha is not None:
+            self._sources[number] = self.result.adapter_sha
+            self._expect(number, key, "source_sha", self.result.adapter_sha, record.source_sha)
         self._expect(number, key, "seed", derive_seed(run.seed, "round", number), record.seed)
         chosen = select(self._config.selection, members, run.seed, number)
         self._expect(number, key, "selected", chosen, record.selected)
-        span = ((number - 1) / run.rounds, number / run.rounds)
+        span = ((number - 1) / total, number / total)
         self._expect(number, key, "progress", span, (record.progress_from, record.progress_to))
 
-    def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
+    def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> str | None:
+        """Everything a round's result comes from; the recomputed adapter's sha256, if any."""
         number, key = closing.round, closing.key(self._ledger.run)
-        self.result.rounds += 1
-        self._expect(number, key, "source_sha", self.result.adapter_sha, closing.source_sha)
+        if self.result.adapter_sha is not None:
+            self._sources.setdefault(number, self.result.adapter_sha)
+            self._expect(number, key, "source_sha", self.result.adapter_sha, closing.source_sha)
         self._check_weights(closing)
-        source = self._adapter_file(number, closing.source_sha)
+        # What a wrong decision gives is no word against the result of the right one.
+        decided = not any(finding.key == key for finding in self.result.findings)
+        source = self._adapter_file(number, self._sources.get(number, closing.source_sha))
         deltas = [self._delta(closing, index) for index in range(len(closing.inputs))]
-        self._check_adapter(number, closed.adapter_sha)
-        self.result.adapter_sha = closed.adapter_sha
+        self._check_held_out(closing, closed)
         whole = [delta for delta in deltas if delta is not None]
-        if source is not None and len(whole) == len(deltas) and self._genesis is not None:
-            self._recompute(closing, closed, source, whole)
+        again = None
+        if decided and source is not None and len(whole) == len(deltas):
+            again = self._recompute(closing, closed, source, whole)
         for path in self._scratch.iterdir():
             path.unlink()
+        return again
 
     def _recompute(
         self,
@@ -163,22 +220,28 @@ class _Verifier:
         closed: ClosedRecord,
         source: Path,
         deltas: list[WeightedDelta],
-    ) -> None:
-        assert self._genesis is not None  # checked by the caller
+    ) -> str | None:
+        assert self._genesis is not None  # without it no delta was found whole
         number, key = closed.round, closed.key(self._ledger.run)
         try:
             again = aggregate(source, deltas, self._genesis.manifest, self._scratch / "again")
         except LedgerError as error:  # the decision itself cannot be carried out
             self._find(number, closing.key(self._ledger.run), str(error))
-            return
+            return None
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
         mine = _figures(again.mean_norm, again.delta_norms, again.cosines)
         theirs = _figures(closed.mean_norm, closed.delta_norms, closed.cosines)
         self._compare(number, key, mine, theirs)
+        return again.digest.sha256
+
+    def _check_held_out(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
         accepted = [self._accepted.get((i.site, i.from_round)) for i in closing.inputs]
-        pooled = pool_held_out(r.metrics.held_out for r in accepted if r is not None)
-        self._expect(number, key, "source_held_out", pooled, closed.source_held_out)
+        found = [record for record in accepted if record is not None]
+        if len(found) == len(closing.inputs):
+            pooled = pool_held_out(record.metrics.held_out for record in found)
+            key = closed.key(self._ledger.run)
+            self._expect(closed.round, key, "source_held_out", pooled, closed.source_held_out)
 
     def _check_weights(self, closing: ClosingRecord) -> None:
         number, key = closing.round, closing.key(self._ledger.run)
@@ -189,7 +252,7 @@ class _Verifier:
             if pair in self._counted:
                 self._find(number, key, f"counts {item.site} of round {item.from_round} again")
             if record is None or record.sha != item.sha:
-                self._find(number, key, f"counts {item.site} {item.sha[:12]}, never accepted")
+                self._find_unaccepted(number, item, record)
                 continue
             self._counted.add(pair)
             known.append(record)
@@ -197,6 +260,13 @@ class _Verifier:
             share = shares(self._config.aggregation.weights, known, number)
             on_record = {item.label(number): item.weight for item in closing.inputs}
             self._expect(number, key, "weights", share, on_record)
+
+    def _find_unaccepted(self, number: int, item: Input, record: AcceptedRecord | None) -> None:
+        key = topology.accepted_key(self._ledger.run, item.from_round, item.site)
+        if record is None:
+            self._chain.miss(number, key, f"round {number} counts {item.site} {item.sha[:12]}")
+        else:
+            self._expect(number, key, "sha", item.sha, record.sha)
 
     def _delta(self, closing: ClosingRecord, index: int) -> WeightedDelta | None:
         item = closing.inputs[index]
@@ -219,12 +289,11 @@ class _Verifier:
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
         item, codec = closing.inputs[index], get_codec(self._config.codec.name)
-        opened = self._opened.get(item.from_round)
         return DeltaHeader(
             run=self._ledger.run,
             round=item.from_round,
             site=item.site,
-            source_sha=opened.source_sha if opened else closing.source_sha,
+            source_sha=self._sources.get(item.from_round, closing.source_sha),
             codec=codec.name,
             codec_version=codec.version,
         )
@@ -236,12 +305,15 @@ class _Verifier:
         """Both files of the PEFT directory that a round produced."""
         run = self._ledger.run
         key = topology.adapter_key(run, sha)
+        config_key = topology.adapter_key(run, sha, "adapter_config.json")
         try:
             self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
-            config_key = topology.adapter_key(run, sha, "adapter_config.json")
+        except ObjectMissingError:
+            self._find_missing(number, key)
+        try:
             stored = self._ledger.store.get(config_key)
-        except ObjectMissingError as error:
-            self._find(number, key, f"is missing: {error}")
+        except ObjectMissingError:
+            self._find_missing(number, config_key)
             return
         if self._genesis is not None:
             made = adapter_config(self._config.base, self._config.lora, self._genesis.manifest)
@@ -249,10 +321,8 @@ class _Verifier:
                 self._find(number, config_key, "is not the config that the run's record gives")
 
     def _check_end(self) -> None:
-        key = topology.finished_key(self._ledger.run)
-        try:
-            finished = self._ledger.read(FinishedRecord, key)
-        except ObjectMissingError:
+        key, finished = topology.finished_key(self._ledger.run), self._chain.finished
+        if finished is None:
             return
         failed = self.result.adapter_sha is None
         self._expect(finished.round, key, "failed", failed, finished.failed)
@@ -264,11 +334,24 @@ class _Verifier:
         try:
             self._ledger.store.fetch_file(key, path)
         except ObjectMissingError:
-            self._find(number, key, "is missing")
+            self._find_missing(number, key)
             return None
         found, _ = digest_file(path)
         self._expect(number, key, "sha256", sha, found)
         return path if found == sha else None
+
+    def _find_missing(self, number: int, key: str) -> None:
+        pruned = self._chain.pruned_by(key)
+        if pruned is None:
+            self._find(number, key, "is missing")
+            return
+        day = datetime.fromtimestamp(pruned.time, UTC).strftime("%Y-%m-%d")
+        self._note(number, key, f"pruned on {day}: cannot be recomputed")
+
+    def _note(self, number: int, key: str, says: str) -> None:
+        note = Finding(number, key, says)
+        if note not in self.result.notes:
+            self.result.notes.append(note)
 
     def _compare(
         self, number: int, key: str, mine: dict[str, float], theirs: dict[str, float]

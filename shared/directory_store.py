@@ -77,6 +77,11 @@ class DirectoryStore:
                 write_new(probe, ())
                 os.link(probe, second)
 
+    @property
+    def root(self) -> Path:
+        """The folder, as an absolute path."""
+        return self._root
+
     def put(self, key: str, data: bytes) -> ObjectInfo:
         """Write, replacing what was there."""
         return self.write(key, (data,))

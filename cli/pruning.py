@@ -1,0 +1,82 @@
+"""``gradualdiff runs prune``: delete what a run no longer needs, after saying what that costs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    console,
+    megabytes,
+    print_json,
+    print_table,
+    writable_store,
+)
+
+if TYPE_CHECKING:
+    from coordinator.retention import Plan
+
+RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
+
+
+def prune(
+    run: RunArgument,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            help="all: delete nothing. adapters: delete the deltas of closed rounds. last:N: "
+            "delete also the adapters before the last N rounds.",
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why; it stays on record.")] = "room",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete deltas and old adapters. Records stay, and what an unfinished run needs."""
+    from coordinator.operating import operator, operator_ledger
+    from coordinator.retention import carry_out, read_plan
+
+    ledger = operator_ledger(writable_store(store), run, time.time)
+    plan = read_plan(ledger, keep)
+    if not as_json:
+        _show(plan)
+    record = None
+    if yes:
+        record = carry_out(ledger, plan, reason, operator(), lambda _: None)
+    if as_json:
+        print_json({"plan": plan, "bytes": plan.bytes, "deleted": record is not None})
+    elif record is not None:
+        _say(f"Deleted {len(plan.objects)} objects; which, stands in {record.key(run)}")
+    elif plan.objects:
+        _say("Nothing was deleted. To do it, say it again with --yes")
+
+
+def _show(plan: Plan) -> None:
+    for line in plan.kept:
+        _say(f"kept: {line}")
+    if not plan.objects:
+        _say(f"run {plan.run}: --keep {plan.keep} leaves nothing to delete")
+        return
+    kinds: dict[tuple[int, str], list[int]] = {}
+    for item in plan.objects:
+        kind = "delta" if "/deltas/" in item.key else "adapter"
+        kinds.setdefault((item.round, kind), []).append(item.size)
+    rows = [
+        (number, kind, len(sizes), megabytes(sum(sizes)))
+        for (number, kind), sizes in sorted(kinds.items())
+    ]
+    print_table(f"To be deleted of {plan.run}", ("of round", "what", "objects", "MB"), rows)
+    _say(f"{len(plan.objects)} objects, {megabytes(plan.bytes)} MB. What is lost with them:")
+    for line in plan.consequences:
+        _say(f"- {line}")
+
+
+def _say(line: str) -> None:
+    console().print(line, markup=False, soft_wrap=True, highlight=False)
