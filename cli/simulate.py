@@ -37,8 +37,8 @@ def simulate(
 ) -> None:
     """Run a whole federation in this process: all roles, one base model, no server.
 
-    The sites are the files that simulation.sites in it names. Ctrl-C or a kill loses at most the
-    last minute of the local training in hand; --resume goes on.
+    The sites are the files that simulation.sites in it names. Ctrl-C loses nothing, a kill at
+    most what was trained since the last checkpoint; --resume goes on.
     """
     from cli.progress import make_display
     from shared.config import load_federation

@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from cli.serve import make_station
 from participant import checkpoints as module
 from participant.checkpoints import (
     ADAPTER_FILE,
@@ -22,9 +25,12 @@ from participant.checkpoints import (
     Standing,
     Tensors,
 )
+from participant.learning import Progress
+from participant.reporting import Reporter
 from participant.workspace import Submission, Workspace
 from shared import failpoints
-from shared.config import canonical_json
+from shared.config import SiteConfig, canonical_json, parse
+from shared.errors import ConfigError
 from shared.events import RoundStarted, WireTraining
 from shared.files import digest_file
 from shared.manifest import HeldOut, LocalMetrics
@@ -381,6 +387,41 @@ def test_a_workspace_without_a_checkpoints_folder_has_none(tmp_path):
     filled(tmp_path, 1)
     shutil.rmtree(tmp_path / "run")
     assert newest_step(tmp_path) is None
+
+
+def site_config(**site):
+    values = {
+        "site": {"name": "site", **site},
+        "data": {"path": "text.jsonl", "text": "text"},
+        "broker": {"url": "amqp://site@localhost:5672/", "password_file": "password"},
+    }
+    return parse(SiteConfig, values, "site.toml")
+
+
+def test_the_interval_is_the_sites_own(tmp_path, monkeypatch):
+    """From site.toml into the participant's process; a minute where nothing is said."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for said, expected in (({}, 60.0), ({"checkpoint_seconds": 7.5}, 7.5)):
+        station = make_station(site_config(**said), tmp_path, None, threading.Event())
+        made = station.workspace.checkpoints(task(), "site")
+        now[0] += expected - 0.1
+        assert not made.due()
+        now[0] += 0.2
+        assert made.due()
+    with pytest.raises(ConfigError, match="checkpoint_seconds"):
+        site_config(checkpoint_seconds=0)
+
+
+def test_rate_and_time_to_go_count_the_steps_of_an_earlier_process():
+    """600 tokens in 60 s before the kill and 100 in 10 s after it are 10 a second."""
+    now = [1000.0]
+    reporter = Reporter(lambda: now[0])
+    reporter.participant = SimpleNamespace(in_hand=task())
+    now[0] += 10.0
+    reporter.report("site", 2, Progress("train", 7, 9, 1.0, tokens=700, seconds_before=60.0))
+    told = reporter.newest()
+    assert (told.step, told.of, told.seconds, told.tokens_per_second) == (7, 9, 70.0, 10.0)
 
 
 def test_checkpoints_need_the_ground_first(tmp_path):
