@@ -1,4 +1,8 @@
-"""Kill either role at every point by name, start it again: the same adapter, nothing twice."""
+"""Kill either role at every point by name, start it again: the same adapter, nothing twice.
+
+Every row is over a real broker and a real store. ``benchmarks/recovery_seconds.py`` carries out
+the same rows and says how long a restart takes.
+"""
 
 from __future__ import annotations
 
