@@ -197,7 +197,7 @@ class Drill:
     def __post_init__(self) -> None:
         base = self.ground.deployment
         self.folder = self.ground.folder / self.run
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         for secret in ("broker-password", "access-key", "secret-key"):
             shutil.copy(base.folder / secret, self.folder)
         self.federation = self.folder / "federation.toml"

@@ -43,3 +43,12 @@ def test_killed_at(ground, row):
     with ground.drill() as drill:
         carry_out(drill, row)
         check(drill, row)
+
+
+def test_the_launcher_as_a_program(ground, monkeypatch):
+    """``python -m tests.crash.armed`` does what its forks do."""
+    monkeypatch.setattr(ground, "forked", False)
+    row = next(row for row in ROWS if row.point == "record.after:closing")
+    with ground.drill() as drill:
+        carry_out(drill, row)
+        check(drill, row)
