@@ -1,10 +1,10 @@
 """``python -m tests.crash.armed WHAT FILE``: a role's own process that is told where to die.
 
-WHAT is ``coordinator`` or ``participant``, the product's command, or ``tiny``, a participant
-with the trainer of this folder. From the environment: ``CRASH_TRACE`` (a file to which every point
-reached is appended with its time), ``CRASH_POINT``, ``CRASH_HIT`` (at which of its hits to die by
-SIGKILL, 1 if unset), ``CRASH_PAUSE`` (seconds between the point and the kill in which other threads
-go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer).
+WHAT is ``coordinator`` or ``participant``, which is the product's command, or ``tiny``, which is a
+participant with the trainer of this folder. From the environment: ``CRASH_TRACE`` (a file to which
+every point reached is appended with its time), ``CRASH_POINT``, ``CRASH_HIT`` (at which of its hits
+to die by SIGKILL, 1 if unset), ``CRASH_PAUSE`` (seconds between the point and the kill in which
+other threads go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer).
 """
 
 from __future__ import annotations

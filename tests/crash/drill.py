@@ -7,6 +7,7 @@ workspaces of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -196,7 +197,7 @@ class Drill:
     def __post_init__(self) -> None:
         base = self.ground.deployment
         self.folder = self.ground.folder / self.run
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         for secret in ("broker-password", "access-key", "secret-key"):
             shutil.copy(base.folder / secret, self.folder)
         self.federation = self.folder / "federation.toml"
@@ -267,12 +268,7 @@ def carry_out(drill: Drill, row: Row) -> float | None:
     victim_name = "coordinator" if row.role == "coordinator" else "a"
     if row.fault == "garbage":
         drill.spoil_queue("a")
-    armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
-    for name in ("coordinator", *SITES):
-        orders: dict[str, Any] = {"fault": row.fault} if name == "a" else {}
-        orders |= armed if name == victim_name else {}
-        drill.start(name, real=row.real, **orders)
-    victim = next(life for life in drill.lives if life.name == victim_name)
+    victim = _start_all(drill, row, victim_name)
     drill.wait(f"{row.name}: the kill", lambda: victim.code() is not None)
     assert victim.code() == -signal.SIGKILL, f"{row.name}: ended by itself\n{victim.tail()}"
     reached = [name for _, name in victim.points()]
@@ -284,6 +280,22 @@ def carry_out(drill: Drill, row: Row) -> float | None:
         _mend(drill, row)
     _finish(drill, row)
     return next_useful(reborn)
+
+
+def _start_all(drill: Drill, row: Row, victim: str) -> Life:
+    """The coordinator, then the sites: what they say first is to find its queue; the victim."""
+    armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
+    for name in ("coordinator", *SITES):
+        orders: dict[str, Any] = {"fault": row.fault} if name == "a" else {}
+        orders |= armed if name == victim else {}
+        life = drill.start(name, real=row.real, **orders)
+        if name == "coordinator":
+            drill.wait(f"{row.name}: queues", functools.partial(_is_open_or_dead, life))
+    return next(life for life in drill.lives if life.name == victim)
+
+
+def _is_open_or_dead(life: Life) -> bool:
+    return life.code() is not None or "queues.after" in [name for _, name in life.points()]
 
 
 # What a site's operator mends by starting it again, and what its log says before.
@@ -325,12 +337,13 @@ def check(drill: Drill, row: Row | None) -> None:
     closings = [record for record in history if isinstance(record, ClosingRecord)]
     counted = [[(i.site, i.from_round) for i in closing.inputs] for closing in closings]
     assert counted == [[(site, number) for site in SITES] for number in (1, ROUNDS)], name
-    again = row.again if row else 0
     for site in SITES:
-        extra = again if site == "a" else 0
+        disturbed = row is not None and site == "a"
+        least = ROUNDS + (row.again if disturbed else 0)
+        most = least + (row.perhaps if disturbed else 0)
         trained = drill.points(site).count("learn.after")
-        assert trained == ROUNDS + extra, f"{name}: {site} trained {trained} times"
+        assert least <= trained <= most, f"{name}: {site} trained {trained} times"
         if not real:
             steps = drill.steps(site)
-            assert len(steps) == (ROUNDS + extra) * STEPS, f"{name}: {site}: {steps}"
+            assert least * STEPS <= len(steps) <= most * STEPS, f"{name}: {site}: {steps}"
             assert set(steps) == {f"{r} {s}" for r in (1, ROUNDS) for s in range(STEPS)}, name

@@ -25,8 +25,8 @@ class Row:
     """Kill ``role`` at the ``hit``-th time that it reaches ``point``.
 
     ``fault``: what goes wrong by itself in this run. ``again``: how many rounds the site trains
-    once more, because the kill or the fault took an unfinished or refused training away. ``real``:
-    the sites train a real model.
+    once more, because the kill or the fault took an unfinished or refused training away;
+    ``perhaps``: how many beyond that, where a race decides. ``real``: the sites train a real model.
     """
 
     role: str
@@ -34,6 +34,7 @@ class Row:
     hit: int = 1
     fault: str = ""
     again: int = 0
+    perhaps: int = 0
     real: bool = False
 
     @property
@@ -45,7 +46,7 @@ class Row:
 
     @property
     def pause(self) -> float:
-        """An acknowledgement is handed over to another thread, which may need this time."""
+        """An acknowledgement is handed over to another thread, which may need these seconds."""
         return 0.05 if self.point.startswith("acknowledge.after") else 0.0
 
 
@@ -150,7 +151,11 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("participant", "learn.after"): {"again": 1},
     ("participant", "commit.written"): {"again": 1},
     ("participant", "commit.before"): {"again": 1},
+    # Killed before the answer was acknowledged, it is told of the refusal once more.
+    ("participant", "forget.before"): {"perhaps": 1},
     ("participant", "forget.after"): {"again": 1},
+    # Between this acknowledgement and the kill the other thread may have begun, or even ended.
+    ("participant", "acknowledge.after:RoundStarted"): {"perhaps": 1},
     ("coordinator", "record.before:refused"): {"again": 1},
     ("coordinator", "record.after:refused"): {"again": 1},
 }

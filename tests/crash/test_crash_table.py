@@ -1,4 +1,8 @@
-"""Kill either role at every point by name, start it again: the same adapter, nothing twice."""
+"""Kill either role at every point by name, start it again: the same adapter, nothing twice.
+
+Every row is over a real broker and a real store. ``benchmarks/recovery_seconds.py`` carries out
+the same rows and says how long a restart takes.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,15 @@ def test_every_point_of_an_undisturbed_run_is_a_row(ground):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_killed_at(ground, row):
     """The kill fired there, and the run ended as if it had not."""
+    with ground.drill() as drill:
+        carry_out(drill, row)
+        check(drill, row)
+
+
+def test_the_launcher_as_a_program(ground, monkeypatch):
+    """``python -m tests.crash.armed`` does what its forks do."""
+    monkeypatch.setattr(ground, "forked", False)
+    row = next(row for row in ROWS if row.point == "record.after:closing")
     with ground.drill() as drill:
         carry_out(drill, row)
         check(drill, row)
