@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from shared.store import ObjectStore
 
 HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
+STEADY_SECONDS = 30.0  # a line that held so long is no reason to wait longer after its loss
 LINGER_SECONDS = 600.0  # after the end, for the sites' word on the last adapter
 
 
@@ -99,7 +100,7 @@ def _build(office: Office, broker: Broker) -> CoordinatorRole:
 def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
     """Handle what comes, tick; the final state, or None when the process is to stop."""
     coordinator = role.coordinator
-    next_tick = 0.0
+    connected, next_tick = time.monotonic(), 0.0
     leave_at: float | None = None
     while not office.stopping.is_set():
         now = time.monotonic()
@@ -111,6 +112,8 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
         was_active = coordinator.active
         role.dispatcher.handle_next(min(0.5, max(0.0, next_tick - now)))
         if not coordinator.active:
+            if now - connected > STEADY_SECONDS:
+                pauses.reset()
             continue
         if not was_active:
             get_logger().info("coordinator.active", run=office.config.run.name)

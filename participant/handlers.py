@@ -64,13 +64,21 @@ UPLOADS = 3  # chunks under way at once
 Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
 
 
-def is_overtaken(event: Event, other: Event | None) -> bool:
-    """Whether ``event`` is about an earlier round than ``other``: said before it, come after it.
+def is_overtaken(event: Event, other: Event | Submission | None) -> bool:
+    """Whether ``event`` is about an earlier round than ``other``, and was said before it.
 
     A broker may give out a message again or late; a word on an old round must not displace the
-    word on the round that is open.
+    word on the round that is open. Every signed URL expires later than those signed before it, by
+    the coordinator's clock: so a run that begins anew under its old name is no old word.
     """
-    return other is not None and getattr(event, "round", 0) < getattr(other, "round", 0)
+    if other is None:
+        return False
+    is_earlier = getattr(event, "round", 0) < getattr(other, "round", 0)
+    return is_earlier and _expires(event) <= _expires(other)
+
+
+def _expires(event: Event | Submission) -> float:
+    return getattr(event, "expires_at", None) or 0.0
 
 
 def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
@@ -158,11 +166,11 @@ class Participant:
     def on_round_started(self, event: RoundStarted, sender: str) -> None:
         """Note to train, unless it is trained already. Idempotent: the same bytes are announced.
 
-        A word on a round before the last one trained is an old one that was repeated on its way:
-        that round is over, and its delta is swept.
+        An old word on a round before the last one trained was repeated on its way: that round is
+        over, and its delta is swept.
         """
         del sender
-        if event.round < self._site.workspace.newest_round(event.run):
+        if is_overtaken(event, self._site.workspace.newest(event.run)):
             get_logger().info("round.overtaken", run=event.run, round=event.round)
             return
         if event.expires_at <= self._site.clock():
@@ -391,7 +399,7 @@ class Participant:
             self._requested.clear()
             self._ask_again(task.run, str(error))
             return
-        self._publish(DeltaSubmitted(**submission.model_dump()))
+        self._publish(DeltaSubmitted(**submission.model_dump(exclude={"expires_at"})))
         self.handed_over = True
 
     def _send_chunks(self, task: UploadGranted, submission: Submission) -> None:
@@ -496,6 +504,7 @@ def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Su
         tokens=learned.tokens,
         metrics=learned.metrics,
         state=learned.state,
+        expires_at=task.expires_at,
     )
 
 

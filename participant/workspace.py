@@ -35,7 +35,10 @@ ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 
 
 class Submission(Fact):
-    """A committed local training: what will be, or was, submitted."""
+    """A committed local training: what will be, or was, submitted.
+
+    ``expires_at``: of the RoundStarted that asked for it; it tells old words from new ones.
+    """
 
     run: Name
     round: Annotated[int, Field(ge=1)]
@@ -46,6 +49,7 @@ class Submission(Fact):
     tokens: Annotated[int, Field(ge=1)]
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
+    expires_at: float = 0.0
 
 
 class Workspace:
@@ -119,10 +123,14 @@ class Workspace:
         folders = sorted(self._folder(run, "trained").iterdir(), reverse=True)
         return next((found for f in folders if (found := self._read(f)) is not None), None)
 
-    def newest_round(self, run: str) -> int:
-        """The last round of a run that was ever committed and not forgotten here; 0 for none."""
-        numbers = (f.name.partition("-")[0] for f in self._folder(run, "trained").iterdir())
-        return max((int(number) for number in numbers if number.isdigit()), default=0)
+    def newest(self, run: str) -> Submission | None:
+        """What the folder of the highest round says; whether its delta is whole does not matter."""
+        for folder in sorted(self._folder(run, "trained").iterdir(), reverse=True):
+            try:
+                return Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
+            except (OSError, ValidationError):
+                continue
+        return None
 
     def delta_path(self, submission: Submission) -> Path:
         """The delta's file."""

@@ -25,8 +25,8 @@ def reset(stand: Stand, fault: Fault) -> str | None:
 
 
 def cut_after(stand: Stand, fault: Fault) -> str | None:
-    """RST in the middle of the next two connections' bytes: a few hundred to 16 KiB."""
-    count = 300 + fault.draw // 7 % 16_000
+    """RST in the middle of the next two connections' bytes, after 100 to 4,100 of them."""
+    count = 100 + fault.draw // 7 % 4_000
     direction = ("up", "down")[fault.draw // 5 % 2]
 
     def do(link: FaultProxy) -> None:

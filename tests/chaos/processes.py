@@ -36,7 +36,7 @@ def kill_site(stand: Stand, fault: Fault) -> str | None:
 def kill_late(stand: Stand, fault: Fault) -> str | None:
     """A site, as soon as it has written down that a delta is made: before, in or after its commit.
 
-    The drawn number decides how long after, up to 20 ms.
+    The drawn number decides how long after, up to 4 ms.
     """
     name = fault.choice(SITES)
     trace = stand.kit(name) / TRACE
@@ -44,7 +44,7 @@ def kill_late(stand: Stand, fault: Fault) -> str | None:
     deadline = time.monotonic() + LATE_SECONDS
     while time.monotonic() < deadline:
         if trace.exists() and b" trained " in trace.read_bytes()[before:]:
-            time.sleep(fault.draw % 20 / 1000)
+            time.sleep(fault.draw % 5 / 1000)
             return _kill(stand, name, fault)
         time.sleep(0.001)
     return None

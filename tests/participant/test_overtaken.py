@@ -55,9 +55,9 @@ def participant(site):
 
 @pytest.fixture
 def started(adapter):
-    def make(number: int) -> RoundStarted:
+    def make(number: int, said: float = 0.0) -> RoundStarted:
         update = {"round": number, "source_sha": adapter[0].sha256}
-        return round_started(2000.0).model_copy(update=update)
+        return round_started(2000.0 + number + said).model_copy(update=update)
 
     return make
 
@@ -81,7 +81,7 @@ def granted(site, number) -> UploadGranted:
         sha=request.sha,
         chunk_size=1 << 24,
         urls={0: f"https://store/{number}"},
-        expires_at=2000.0,
+        expires_at=2000.0 + number,
     )
 
 
@@ -97,6 +97,17 @@ def test_a_round_that_is_over_is_not_trained_again(participant, site, started, a
     participant.on_round_started(started(1), "coordinator")
     assert not participant.has_work
     assert site.learner.trained == [1, 2, 3]
+
+
+def test_a_run_that_begins_anew_under_its_name_is_trained(participant, site, started):
+    """The store was emptied, the workspace kept: a low round that is said later is a new one."""
+    for number in (1, 2, 3):
+        train(participant, started, number)
+    participant.on_round_started(started(1, said=100.0), "coordinator")
+    participant.work()
+    participant.on_round_started(started(2, said=101.0), "coordinator")
+    participant.work()
+    assert site.learner.trained == [1, 2, 3, 1, 2]
 
 
 def test_an_old_round_does_not_displace_the_open_one(participant, site, started):
