@@ -17,8 +17,10 @@ from tests import federations
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from tests.servers.proxy import FaultProxy
     from tests.servers.rabbitmq import RabbitServer
     from tests.servers.seaweedfs import S3Server
 
@@ -30,7 +32,9 @@ PATIENCE_SECONDS = 120.0
 class Deployment:
     """One federation over one virtual host and one bucket. Sites ``a`` and ``b``.
 
-    Without a model the sites train in numpy, and start in a blink.
+    Without a model the sites train in numpy, and start in a blink. ``proxies``: by whose line
+    ("coordinator broker", "a broker", "coordinator store", "sites store") what it goes through;
+    the sites share one line to the store, since signed URLs name one server. Plain text only.
     """
 
     folder: Path
@@ -41,6 +45,7 @@ class Deployment:
     rounds: int = 3
     extra: str = ""
     authority: Path | None = None  # with it everything goes over TLS
+    proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,19 +167,31 @@ class Deployment:
         if self.authority is not None:
             scheme, port = "amqps", self.rabbit.tls_port
             authority = f'ca_file = "{self.authority}"'
+        broker = self._through("coordinator broker", f"127.0.0.1:{port}")
+        store = self._through("coordinator store", self.s3.url.rpartition("/")[2])
+        site_store = self._through("sites store", self.s3.url.rpartition("/")[2])
+        sites = ""
+        if store != site_store:
+            sites = f'site_url = "{self.s3.url.rpartition("/")[0]}/{site_store}"'
         return f"""
 [broker]
-url = "{scheme}://coordinator@127.0.0.1:{port}/{self.vhost}"
+url = "{scheme}://coordinator@{broker}/{self.vhost}"
 password_file = "broker-password"
 management_url = "{self.rabbit.management_url}"
 {authority}
 [store]
-url = "{self.s3.url}"
+url = "{self.s3.url.rpartition("/")[0]}/{store}"
+{sites}
 bucket = "{self.vhost}"
 {authority}
 access_key_file = "access-key"
 secret_key_file = "secret-key"
 """
+
+    def _through(self, line: str, address: str) -> str:
+        """The address that this line really leads to."""
+        proxy = self.proxies.get(line)
+        return address if proxy is None else proxy.address
 
     def _secrets(self) -> None:
         for file, secret in (
@@ -191,4 +208,7 @@ secret_key_file = "secret-key"
         data = (self.folder / f"{name}.toml").read_text().partition("[data]")[2]
         data = data.replace(f"{name}.jsonl", str(self.folder / f"{name}.jsonl"))
         tail = rest[rest.index("[device]") :]
+        coordinators = self._through("coordinator broker", f"127.0.0.1:{self.rabbit.port}")
+        own = self._through(f"{name} broker", f"127.0.0.1:{self.rabbit.port}")
+        head = head.replace(f"@{coordinators}/", f"@{own}/")
         self.site_toml(name).write_text(f"{head}\n[data]{data}\n{tail}")
