@@ -16,6 +16,7 @@ from shared.broker import Message
 from shared.codecs import get_codec
 from shared.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.events import CoordinatorTick, MessageRefused
+from shared.failpoints import failpoint
 from shared.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def build_coordinator(
     intake = Intake(store, spool / run)
     effects = Effects(config, ledger, broker, intake, clock)
     coordinator = Coordinator(config, ledger, intake, effects, clock)
+    failpoint("queues.before")
     broker.declare(topology.run_topology(run, config.run.participants))
+    failpoint("queues.after")
     coordinator.begin()
 
     def tick() -> None:

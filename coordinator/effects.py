@@ -36,6 +36,7 @@ from shared.events import (
     WireLora,
     WireTraining,
 )
+from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.records import (
     AcceptedRecord,
@@ -99,6 +100,7 @@ class Effects:
         first = state.members[step.members[0]]
         path = self._intake.scratch("genesis.safetensors")
         digest = draw_adapter(first.manifest, self._config.run.seed, path)
+        failpoint("genesis.drawn")
         self._store_adapter(digest.sha256, path, state)
         path.unlink()
         record = GenesisRecord(
@@ -125,6 +127,7 @@ class Effects:
         ]
         target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
         result = aggregate(source, deltas, state.genesis.manifest, target)
+        failpoint("round.aggregated")
         self._store_adapter(result.digest.sha256, target, state)
         target.unlink()
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
@@ -147,8 +150,12 @@ class Effects:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all members' are equal
         config = adapter_config(self._config.base, self._config.lora, manifest)
+        failpoint("adapter.before", "config")
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
+        failpoint("adapter.after", "config")
+        failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(run, sha), path)
+        failpoint("adapter.after", "tensors")
 
     # Bells ---------------------------------------------------------------------------------------
 

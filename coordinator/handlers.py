@@ -31,6 +31,7 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
+from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.records import (
     AcceptedRecord,
@@ -103,9 +104,12 @@ class Coordinator:
         The first delivery calls it: until then another coordinator may be at work, and this one
         only stands by.
         """
+        failpoint("start.before")
         self.reload()
+        failpoint("start.reloaded")
         self.active = True
         self._carry_out(resume(self.state))
+        failpoint("start.after")
 
     def _entry(self, handler: Handler) -> Handler:
         """What precedes every handler."""

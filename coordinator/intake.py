@@ -20,6 +20,7 @@ from shared.errors import (
     ObjectChangedError,
     ObjectMissingError,
 )
+from shared.failpoints import failpoint
 from shared.files import digest_file
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Intake:
         path = self._path(upload.round, upload.site, upload.sha)
         with file_errors(self.spool):
             parts, digest = self._collect(upload, path)
+        failpoint("delta.spooled")
         if digest != upload.sha:
             self.discard(upload)
             raise DeltaRefusedError(
@@ -98,6 +100,7 @@ class Intake:
             )
         self._hashed.add(path)
         norm = check_delta(path, manifest, expected, max_norm).norm
+        failpoint("delta.checked")
         key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
         if parts:
             try:
@@ -106,6 +109,7 @@ class Intake:
                 raise DeltaRefusedError(
                     f"the upload changed while it was checked ({error}); submit it again"
                 ) from None
+            failpoint("delta.composed")
             self._clear_inbox(upload)
         return norm
 
@@ -137,6 +141,7 @@ class Intake:
         for path in self.spool.iterdir():
             if path.name != f"adapter-{keep_adapter}":
                 path.unlink(missing_ok=True)
+        failpoint("round.swept")
 
     def scratch(self, name: str) -> Path:
         """A path in the spool for a file being made."""
@@ -167,6 +172,7 @@ class Intake:
     def _clear_inbox(self, upload: Upload) -> None:
         for number in range(upload.chunks):
             self._store.delete(upload.chunk_key(number))
+        failpoint("inbox.cleared")
 
     def _local(self, key: str, path: Path, sha: str) -> Path:
         if path.exists() and (path in self._hashed or digest_file(path)[0] == sha):

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from shared import topology
 from shared.config import Name, canonical_json
 from shared.errors import ObjectMissingError, StoreError
+from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.manifest import Fact
 
@@ -93,10 +94,12 @@ class Watch:
             waiting_for=state.waiting_for,
             sites={site: self._sites[site] for site in participants if site in self._sites},
         )
+        failpoint("status.before")
         try:
             self._store.put(
                 topology.status_key(self._run), canonical_json(status.model_dump(mode="json"))
             )
+            failpoint("status.after")
         except StoreError as error:
             get_logger().debug("status.skipped", reason=str(error))
 

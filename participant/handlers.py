@@ -41,6 +41,7 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
+from shared.failpoints import failpoint
 from shared.files import digest_file
 from shared.log import get_logger
 from shared.manifest import LocalMetrics
@@ -307,10 +308,12 @@ class Participant:
         fetched = time.monotonic()
         making = workspace.new_round(task.run)
         state = workspace.state_path(task.run, task.last_counted)
+        failpoint("learn.before")
         with file_errors(making):
             learned = site.learner.learn(
                 task, source, state, making, site.should_stop, self._reporter(task.round)
             )
+            failpoint("learn.after")
             submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
             submission.metrics.seconds["fetch"] = round(fetched - started, 3)
             if not site.accept.send_metrics:
@@ -345,7 +348,9 @@ class Participant:
             number, url = item
             start = number * task.chunk_size
             length = min(task.chunk_size, submission.size - start)
+            failpoint("upload.before")
             self._site.transfer.upload(url, path, start, length)
+            failpoint("upload.after")
 
         report(Progress("upload", 0, len(task.urls)))
         with ThreadPoolExecutor(UPLOADS) as pool:
@@ -399,7 +404,9 @@ class Participant:
         path = self._site.workspace.adapter_path(run, sha)
         # What lies there from before is trusted no more than what comes over the wire.
         if not path.is_file() or digest_file(path)[0] != sha:
+            failpoint("download.before")
             self._site.transfer.download(url, path, sha)
+            failpoint("download.after")
         return path
 
     def _publish(self, event: Event) -> None:

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import StoreUnavailableError
+from shared.failpoints import failpoint
 from shared.files import digest_file, sync_path
 from shared.manifest import Fact, LocalMetrics
 
@@ -61,12 +62,16 @@ class Workspace:
     def commit(self, making: Path, submission: Submission) -> None:
         """Commit delta and state of the round in hand by one rename, durably."""
         (making / SUBMISSION_FILE).write_bytes(canonical_json(submission.model_dump(mode="json")))
+        failpoint("commit.written")
         target = self._trained(submission.run, submission.round, submission.sha)
         shutil.rmtree(target, ignore_errors=True)
         for path in (*making.iterdir(), making):
             sync_path(path)
+        failpoint("commit.before")
         making.rename(target)
+        failpoint("commit.renamed")
         sync_path(target.parent)
+        failpoint("commit.after")
 
     def submission(self, run: str, round_number: int, source_sha: str) -> Submission | None:
         """What this site trained in a round from this source, if it is committed."""
@@ -101,10 +106,13 @@ class Workspace:
 
     def forget(self, run: str, round_number: int, sha: str) -> None:
         """Remove a delta that was refused, so that the round is trained anew when asked for."""
+        failpoint("forget.before")
         shutil.rmtree(self._trained(run, round_number, sha), ignore_errors=True)
+        failpoint("forget.after")
 
     def sweep(self, run: str, closed_round: int, adapter_sha: str) -> None:
         """After a round closed keep its folder (its state may be needed) and the new adapter."""
+        failpoint("sweep.before")
         for folder in self._folder(run, "trained").iterdir():
             number, _, _ = folder.name.partition("-")
             # Names that are not ours are left alone.
@@ -113,6 +121,7 @@ class Workspace:
         for path in self._folder(run, "adapters").iterdir():
             if path.name != f"{adapter_sha}.safetensors" and path.is_file():
                 path.unlink(missing_ok=True)
+        failpoint("sweep.after")
 
     def _folder(self, run: str, name: str) -> Path:
         folder = self._root / run / name

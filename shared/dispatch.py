@@ -31,6 +31,7 @@ from shared.errors import (
     ProtocolError,
     StaleDeliveryError,
 )
+from shared.failpoints import failpoint
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ class Dispatcher:
             return None
         started = time.monotonic()
         outcome, name, reason = self._outcome(delivery)
+        failpoint("acknowledge.before", name)
         delivery.acknowledge()
+        failpoint("acknowledge.after", name)  # handed over; it may not be on the wire yet
         get_logger().debug(
             "message.handled",
             event_type=name,

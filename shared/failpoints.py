@@ -2,7 +2,8 @@
 
 Nothing in the product arms them: unarmed, a point costs one comparison. ``stage`` is a literal at
 the call, so that a test finds every point by reading the code; ``subject`` says of what (a kind of
-record, an event's name). The whole name is ``stage`` or ``stage:subject``.
+record, an event's name), or is a function that finds it out once it is asked for. The whole name is
+``stage`` or ``stage:subject``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 _hook: Callable[[str], None] | None = None
 
 
-def failpoint(stage: str, subject: str = "") -> None:
+def failpoint(stage: str, subject: str | Callable[[], str] = "") -> None:
     """Say that execution is here. Does nothing unless a hook is armed."""
     if _hook is not None:
-        _hook(f"{stage}:{subject}" if subject else stage)
+        word = subject if isinstance(subject, str) else subject()
+        _hook(f"{stage}:{word}" if word else stage)
 
 
 def arm(hook: Callable[[str], None] | None) -> None:

@@ -21,6 +21,7 @@ from shared.errors import (
     RunExistsError,
     RunNotFoundError,
 )
+from shared.failpoints import failpoint
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -94,10 +95,13 @@ class Ledger:
             record = record.model_copy(update=stamp)
         key = record.key(self.run)
         data = canonical_json(record.model_dump(mode="json"))
+        word = type(record).__name__.removesuffix("Record").lower()
+        failpoint("record.before", word)
         try:
             self.store.create(key, data)
         except ObjectExistsError:
             return self._adopt(record, self.read(type(record), key))
+        failpoint("record.after", word)
         return record
 
     def _adopt(self, mine: AnyRecord, theirs: AnyRecord) -> AnyRecord:

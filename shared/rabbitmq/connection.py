@@ -15,12 +15,13 @@ import pika.exceptions
 
 from shared.broker import MAX_MESSAGE_BYTES
 from shared.errors import BrokerError, BrokerUnavailableError, ConfigError
+from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.rabbitmq import decoding
 from shared.rabbitmq.consumer import RabbitConsumer
 from shared.rabbitmq.declaring import declare
 from shared.rabbitmq.futures import answer, fail, guarded
-from shared.rabbitmq.publisher import Publisher
+from shared.rabbitmq.publisher import Publisher, spoken
 from shared.rabbitmq.taking import Taker, check_sent, not_in_that_name, send_as
 from shared.rabbitmq.translation import because, translate
 
@@ -114,8 +115,11 @@ class RabbitConnection:
                     f"got {len(message.body)}; put large data into the store"
                 )
         if messages:
+            subject = functools.partial(spoken, messages)
+            failpoint("publish.before", subject)
             with self._publishing:
                 self._ask(lambda future: self._publisher.send(messages, future))
+            failpoint("publish.confirmed", subject)
 
     def consume(self, queue: str) -> RabbitConsumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pika
 
-from shared.errors import BrokerUnavailableError, UnroutableError
+from shared import wire
+from shared.errors import BrokerUnavailableError, DecodeError, UnroutableError
+from shared.failpoints import failpoint
 from shared.rabbitmq.futures import answer, fail
 from shared.rabbitmq.translation import translate
 
@@ -81,6 +84,8 @@ class Publisher:
         else:
             batch.outstanding.discard(tag)
         if not batch.outstanding:
+            # The broker has all of it, and whoever published does not know that yet.
+            failpoint("publish.sent", functools.partial(spoken, batch.messages))
             self._batch = None
             batch.finish()
 
@@ -88,6 +93,14 @@ class Publisher:
         batch, self._batch = self._batch, None
         if batch is not None:
             fail(batch.future, translate(reason, self._connection.address))
+
+
+def spoken(messages: Sequence[Message]) -> str:
+    """The name of the event in a batch: one batch tells several sites of one thing."""
+    try:
+        return type(wire.decode(messages[0].body).event).__name__
+    except DecodeError:
+        return "unknown"
 
 
 @dataclass
