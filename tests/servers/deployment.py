@@ -46,6 +46,7 @@ class Deployment:
     extra: str = ""
     authority: Path | None = None  # with it everything goes over TLS
     proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
+    settings: str = ""  # constants that are shorter in all processes, for tests.servers.armed
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,12 +81,25 @@ class Deployment:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
 
-    def start(self, name: str, *arguments: str, slow: float = 0.0) -> subprocess.Popen[str]:
-        """Start ``python -m ARGUMENTS``; its log is ``NAME.log``."""
+    def start(
+        self, name: str, *arguments: str, slow: float = 0.0, armed: str = ""
+    ) -> subprocess.Popen[str]:
+        """Start ``python -m ARGUMENTS``; its log is ``NAME.log``.
+
+        ``armed``: points and signals for tests.servers.armed; what fired is in ``NAME.fired``.
+        """
+        if armed or self.settings:
+            arguments = ("tests.servers.armed", *arguments)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                env={**os.environ, "SLOW_SECONDS": str(slow)},
+                env={
+                    **os.environ,
+                    "SLOW_SECONDS": str(slow),
+                    "ARMED": armed,
+                    "SETTINGS": self.settings,
+                    "ARMED_FIRED": str(self.folder / f"{name}.fired"),
+                },
                 stdout=log,
                 stderr=log,
                 text=True,
@@ -94,10 +108,11 @@ class Deployment:
         return self.processes[name]
 
     def start_coordinator(
-        self, name: str = "coordinator", *arguments: str
+        self, name: str = "coordinator", *arguments: str, armed: str = ""
     ) -> subprocess.Popen[str]:
         """The coordinator, or one more to stand by."""
-        return self.start(name, "cli.main", "coordinator", str(self.federation), *arguments)
+        words = ("cli.main", "coordinator", str(self.federation), *arguments)
+        return self.start(name, *words, armed=armed)
 
     def start_participant(
         self, name: str, *arguments: str, slow: float = 0.0
@@ -124,7 +139,13 @@ class Deployment:
 
     def log(self, name: str) -> str:
         """What a process has said so far."""
-        return (self.folder / f"{name}.log").read_text(errors="replace")
+        file = self.folder / f"{name}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def fired(self, name: str) -> list[str]:
+        """The points at which a process signalled itself: point and signal, in order."""
+        file = self.folder / f"{name}.fired"
+        return file.read_text().splitlines() if file.exists() else []
 
     def wait_for(
         self, text: str, name: str, seconds: float = PATIENCE_SECONDS, count: int = 1
