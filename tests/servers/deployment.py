@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from shared.config import load_federation
 from tests import federations
+from tests.numpy_learner import NumpyLearner, manifest_of
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from tests.servers.proxy import FaultProxy
@@ -46,6 +47,7 @@ class Deployment:
     extra: str = ""
     authority: Path | None = None  # with it everything goes over TLS
     proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
+    width: int = 8  # numpy only: an adapter and a delta have 16 times as many bytes, and some
     settings: str = ""  # constants that are shorter in all processes, for tests.servers.armed
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
@@ -82,20 +84,27 @@ class Deployment:
         return done
 
     def start(
-        self, name: str, *arguments: str, slow: float = 0.0, armed: str = ""
+        self,
+        name: str,
+        *arguments: str,
+        slow: float = 0.0,
+        armed: str = "",
+        inside: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
         """Start ``python -m ARGUMENTS``; its log is ``NAME.log``.
 
         ``armed``: points and signals for tests.servers.armed; what fired is in ``NAME.fired``.
+        ``inside``: a command that runs the rest of its arguments, such as ``ip netns exec X``.
         """
         if armed or self.settings:
             arguments = ("tests.servers.armed", *arguments)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [*inside, sys.executable, "-m", *arguments],
                 env={
                     **os.environ,
                     "SLOW_SECONDS": str(slow),
+                    "WIDTH": str(self.width),
                     "ARMED": armed,
                     "SETTINGS": self.settings,
                     "ARMED_FIRED": str(self.folder / f"{name}.fired"),
@@ -115,13 +124,15 @@ class Deployment:
         return self.start(name, *words, armed=armed)
 
     def start_participant(
-        self, name: str, *arguments: str, slow: float = 0.0
+        self, name: str, *arguments: str, slow: float = 0.0, inside: Sequence[str] = ()
     ) -> subprocess.Popen[str]:
         """A site's process. ``slow``: seconds that a training in numpy takes."""
         program = ("tests.servers.numpy_site",)
         if self.model is not None:
             program = ("cli.main", "participant")
-        return self.start(name, *program, str(self.site_toml(name)), *arguments, slow=slow)
+        return self.start(
+            name, *program, str(self.site_toml(name)), *arguments, slow=slow, inside=inside
+        )
 
     def trained(self, name: str) -> list[str]:
         """The trainings that a numpy site finished, in order: run and round."""
@@ -131,7 +142,8 @@ class Deployment:
     def wanted(self) -> str:
         """The digest of the same federation, undisturbed, in one process."""
         config = load_federation(self.federation)
-        return federations.run(config, self.folder / "embedded").adapter_sha
+        sites = {name: NumpyLearner(name, manifest=manifest_of(self.width)) for name in "ab"}
+        return federations.run(config, self.folder / "embedded", sites).adapter_sha
 
     def site_toml(self, name: str) -> Path:
         """The site's own file."""
@@ -191,14 +203,16 @@ class Deployment:
         broker = self._through("coordinator broker", f"127.0.0.1:{port}")
         store = self._through("coordinator store", self.s3.url.rpartition("/")[2])
         site_store = self._through("sites store", self.s3.url.rpartition("/")[2])
-        sites = ""
+        plain = any(not proxy.host.startswith("127.") for proxy in self.proxies.values())
+        sites = transport = 'transport = "plaintext"\n' if plain else ""
         if store != site_store:
-            sites = f'site_url = "{self.s3.url.rpartition("/")[0]}/{site_store}"'
+            sites += f'site_url = "{self.s3.url.rpartition("/")[0]}/{site_store}"'
         return f"""
 [broker]
 url = "{scheme}://coordinator@{broker}/{self.vhost}"
 password_file = "broker-password"
 management_url = "{self.rabbit.management_url}"
+{transport}
 {authority}
 [store]
 url = "{self.s3.url.rpartition("/")[0]}/{store}"
