@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shared.s3_store import S3Store
 
 STOP_SECONDS = 10.0
-COORDINATOR_HEARTBEAT = 5  # a frozen coordinator is replaced within about three of these
+COORDINATOR_HEARTBEAT = 4  # a frozen coordinator is replaced within about three of these: 15 s
 SITE_HEARTBEAT = 30
 LogOption = Annotated[
     str, typer.Option("--log", help="Lines of this level and above: debug, info, warning, error.")

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import TICK_SECONDS, build_coordinator
+from shared import topology
 from shared.backoff import Backoff
 from shared.dispatch import Patience
 from shared.errors import (
     BrokerError,
+    BrokerSilentError,
     FencedError,
     GradualDiffError,
     InterruptedRunError,
@@ -59,9 +61,12 @@ def serve(office: Office) -> RunState:
     without a result, and what forbids a start: wrong accounts, another config on record.
     """
     run, stopping = office.config.run.name, office.stopping
-    pauses, was_built = Backoff(), False
+    pauses, was_built, silent = Backoff(), False, False
     while not stopping.is_set():
         try:
+            if silent:
+                _revive(office)
+                silent = False
             with office.connect() as broker:
                 role = _build(office, broker)
                 was_built = True
@@ -74,12 +79,20 @@ def serve(office: Office) -> RunState:
                 error.retryable or (was_built and isinstance(error, BrokerError | FencedError))
             ):
                 raise
+            silent = silent or isinstance(error, BrokerSilentError)
             pause = pauses.next()
             get_logger().warning(
                 "coordinator.waits", run=run, reason=str(error), seconds=round(pause, 1)
             )
             stopping.wait(pause)
     raise InterruptedRunError(f"run {run}: stopped; everything finished is on record")
+
+
+def _revive(office: Office) -> None:
+    """See to it that every queue of the run answers, on a connection that is left after that."""
+    run = office.config.run
+    with office.connect() as broker:
+        broker.revive(topology.run_topology(run.name, run.participants))
 
 
 def _build(office: Office, broker: Broker) -> CoordinatorRole:

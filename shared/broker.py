@@ -85,6 +85,9 @@ class Broker(Protocol):
     def declare(self, topology: Topology) -> None:
         """Make exchanges, queues and bindings. Repeatable; other arguments are a BrokerError."""
 
+    def revive(self, topology: Topology) -> tuple[str, ...]:
+        """Delete and declare anew the queues that answer nobody; their names. Others stay."""
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish and wait until the broker confirmed all. Raises UnroutableError and others."""
 

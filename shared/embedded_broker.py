@@ -104,6 +104,13 @@ class EmbeddedConnection:
                 self._check_right(self._rights.read, "read", binding.exchange)
             self._server.state.declare(topology)
 
+    def revive(self, topology: Topology) -> tuple[str, ...]:
+        """Nothing to do: a queue in this process always answers."""
+        del topology
+        with self._server.changed:
+            self._check_open()
+        return ()
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish in order, or raise: then any message before the failing one may have arrived.
 

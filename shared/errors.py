@@ -20,6 +20,7 @@
     |  `- GrantError           36   a signed URL is expired, altered or for something else
     |- BrokerError             40   the message broker
     |  |- BrokerUnavailableError 41 the connection is gone (retryable)
+    |  |  `- BrokerSilentError 45   connected, but a question stayed without an answer (retryable)
     |  |- UnroutableError      42   no queue took the message
     |  |- AccessRefusedError   43   this identity may not read or write there
     |  `- StaleDeliveryError   44   the delivery belongs to a closed connection
@@ -161,6 +162,12 @@ class BrokerUnavailableError(BrokerError):
 
     exit_code = 41
     retryable = True
+
+
+class BrokerSilentError(BrokerUnavailableError):
+    """The broker was there but did not answer a question, so the connection was given up."""
+
+    exit_code = 45
 
 
 class UnroutableError(BrokerError):

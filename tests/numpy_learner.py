@@ -22,13 +22,19 @@ from shared.tensors import TensorFile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MANIFEST = Manifest(
-    tensors=(
-        TensorSpec(name="layer.lora_A.weight", shape=(4, 8), init="kaiming_uniform"),
-        TensorSpec(name="layer.lora_B.weight", shape=(8, 4), init="zeros"),
-    ),
-    target_modules=("layer",),
-)
+
+def manifest_of(width: int) -> Manifest:
+    """Two tensors of 4 x ``width`` and 4 x 8 numbers."""
+    return Manifest(
+        tensors=(
+            TensorSpec(name="layer.lora_A.weight", shape=(4, width), init="kaiming_uniform"),
+            TensorSpec(name="layer.lora_B.weight", shape=(8, 4), init="zeros"),
+        ),
+        target_modules=("layer",),
+    )
+
+
+MANIFEST = manifest_of(8)
 NUMERICS = Numerics(
     versions={"numpy": "any"},
     device="cpu",

@@ -14,7 +14,7 @@ import pika
 import pika.exceptions
 
 from shared.broker import MAX_MESSAGE_BYTES
-from shared.errors import BrokerError, BrokerUnavailableError, ConfigError
+from shared.errors import BrokerError, BrokerSilentError, BrokerUnavailableError, ConfigError
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.rabbitmq import decoding
@@ -22,6 +22,7 @@ from shared.rabbitmq.consumer import RabbitConsumer
 from shared.rabbitmq.declaring import declare
 from shared.rabbitmq.futures import answer, fail, guarded
 from shared.rabbitmq.publisher import Publisher, spoken
+from shared.rabbitmq.reviving import revive
 from shared.rabbitmq.taking import Taker, check_sent, not_in_that_name, send_as
 from shared.rabbitmq.translation import because, translate
 
@@ -99,6 +100,14 @@ class RabbitConnection:
     def declare(self, topology: Topology) -> None:
         """Make exchanges, queues and bindings, in this order; what precedes a failing one stays."""
         self._on_own_channel(functools.partial(declare, topology=topology))
+
+    def revive(self, topology: Topology) -> tuple[str, ...]:
+        """Delete and declare anew the queues that answer nobody: see ``reviving``; their names."""
+        return revive(self, topology)
+
+    def delete(self, queue: str) -> None:
+        """Delete a queue with all that is in it. Repeatable."""
+        self._on_own_channel(lambda channel, done: channel.queue_delete(queue, callback=done))
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish all and wait for the broker's confirms of the whole batch.
@@ -243,10 +252,13 @@ class RabbitConnection:
             # What was asked may still happen; on a new connection it cannot be mixed up.
             blocked = self._blocked
             self._abort()
-            raise BrokerUnavailableError(
-                f"broker {self._address}: takes no messages: {blocked}; free memory or disk there"
-                if blocked
-                else f"broker {self._address}: no answer within {ANSWER_SECONDS:.0f} s"
+            if blocked:
+                raise BrokerUnavailableError(
+                    f"broker {self._address}: takes no messages: {blocked}; free memory or disk "
+                    "there"
+                ) from None
+            raise BrokerSilentError(
+                f"broker {self._address}: no answer within {ANSWER_SECONDS:.0f} s"
             ) from None
         finally:
             with self._lock:

@@ -7,26 +7,9 @@ import time
 
 import pytest
 
-from tests.servers.deployment import Deployment
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def deploy(tmp_path, rabbit_server, vhost, s3_server):
-    """Makes a deployment; all of its processes are ended at the end."""
-    made = []
-
-    def make(**settings) -> Deployment:
-        folder = tmp_path / str(len(made))
-        settings = {"model": None, "rabbit": rabbit_server, "s3": s3_server, **settings}
-        made.append(Deployment(folder, vhost=vhost, **settings))
-        return made[-1]
-
-    yield make
-    for deployment in made:
-        deployment.close()
 
 
 @pytest.mark.model
@@ -88,7 +71,7 @@ def test_a_frozen_coordinator_is_replaced_and_changes_nothing_when_it_wakes(depl
         deployment.start_participant(site, slow=1.0)
     deployment.wait_for("round.closed", "coordinator")
     active.send_signal(signal.SIGSTOP)
-    deployment.wait_for("coordinator.active", "standby", seconds=25.0)
+    deployment.wait_for("coordinator.active", "standby", seconds=15.0)
     active.send_signal(signal.SIGCONT)
     deployment.wait_for("coordinator.waits", "coordinator")
     assert deployment.finish("standby") == deployment.wanted()

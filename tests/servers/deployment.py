@@ -17,11 +17,14 @@ from shared.ledger import Ledger
 from shared.records import ClosingRecord
 from shared.stores import open_s3
 from tests import federations
+from tests.numpy_learner import NumpyLearner, manifest_of
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from tests.servers.proxy import FaultProxy
     from tests.servers.rabbitmq import RabbitServer
     from tests.servers.seaweedfs import S3Server
 
@@ -33,7 +36,9 @@ PATIENCE_SECONDS = 120.0
 class Deployment:
     """One federation over one virtual host and one bucket. Sites ``a`` and ``b``.
 
-    Without a model the sites train in numpy, and start in a blink.
+    Without a model the sites train in numpy, and start in a blink. ``proxies``: by whose line
+    ("coordinator broker", "a broker", "coordinator store", "sites store") what it goes through;
+    the sites share one line to the store, since signed URLs name one server. Plain text only.
     """
 
     folder: Path
@@ -45,6 +50,9 @@ class Deployment:
     extra: str = ""
     run: str = ""
     authority: Path | None = None  # with it everything goes over TLS
+    proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
+    width: int = 8  # numpy only: an adapter and a delta have 16 times as many bytes, and some
+    settings: str = ""  # constants that are shorter in all processes, for tests.servers.armed
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,12 +88,32 @@ class Deployment:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
 
-    def start(self, name: str, *arguments: str, slow: float = 0.0) -> subprocess.Popen[str]:
-        """Start ``python -m ARGUMENTS``; its log is ``NAME.log``."""
+    def start(
+        self,
+        name: str,
+        *arguments: str,
+        slow: float = 0.0,
+        armed: str = "",
+        inside: Sequence[str] = (),
+    ) -> subprocess.Popen[str]:
+        """Start ``python -m ARGUMENTS``; its log is ``NAME.log``.
+
+        ``armed``: points and signals for tests.servers.armed; what fired is in ``NAME.fired``.
+        ``inside``: a command that runs the rest of its arguments, such as ``ip netns exec X``.
+        """
+        if armed or self.settings:
+            arguments = ("tests.servers.armed", *arguments)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                env={**os.environ, "SLOW_SECONDS": str(slow)},
+                [*inside, sys.executable, "-m", *arguments],
+                env={
+                    **os.environ,
+                    "SLOW_SECONDS": str(slow),
+                    "WIDTH": str(self.width),
+                    "ARMED": armed,
+                    "SETTINGS": self.settings,
+                    "ARMED_FIRED": str(self.folder / f"{name}.fired"),
+                },
                 stdout=log,
                 stderr=log,
                 text=True,
@@ -94,19 +122,22 @@ class Deployment:
         return self.processes[name]
 
     def start_coordinator(
-        self, name: str = "coordinator", *arguments: str
+        self, name: str = "coordinator", *arguments: str, armed: str = ""
     ) -> subprocess.Popen[str]:
         """The coordinator, or one more to stand by."""
-        return self.start(name, "cli.main", "coordinator", str(self.federation), *arguments)
+        words = ("cli.main", "coordinator", str(self.federation), *arguments)
+        return self.start(name, *words, armed=armed)
 
     def start_participant(
-        self, name: str, *arguments: str, slow: float = 0.0
+        self, name: str, *arguments: str, slow: float = 0.0, inside: Sequence[str] = ()
     ) -> subprocess.Popen[str]:
         """A site's process. ``slow``: seconds that a training in numpy takes."""
         program = ("tests.servers.numpy_site",)
         if self.model is not None:
             program = ("cli.main", "participant")
-        return self.start(name, *program, str(self.site_toml(name)), *arguments, slow=slow)
+        return self.start(
+            name, *program, str(self.site_toml(name)), *arguments, slow=slow, inside=inside
+        )
 
     def trained(self, name: str) -> list[str]:
         """The trainings that a numpy site finished, in order: run and round."""
@@ -122,7 +153,8 @@ class Deployment:
     def wanted(self) -> str:
         """The digest of the same federation, undisturbed, in one process."""
         config = load_federation(self.federation)
-        return federations.run(config, self.folder / "embedded").adapter_sha
+        sites = {name: NumpyLearner(name, manifest=manifest_of(self.width)) for name in "ab"}
+        return federations.run(config, self.folder / "embedded", sites).adapter_sha
 
     def site_toml(self, name: str) -> Path:
         """The site's own file."""
@@ -130,7 +162,13 @@ class Deployment:
 
     def log(self, name: str) -> str:
         """What a process has said so far."""
-        return (self.folder / f"{name}.log").read_text(errors="replace")
+        file = self.folder / f"{name}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    def fired(self, name: str) -> list[str]:
+        """The points at which a process signalled itself: point and signal, in order."""
+        file = self.folder / f"{name}.fired"
+        return file.read_text().splitlines() if file.exists() else []
 
     def wait_for(
         self, text: str, name: str, seconds: float = PATIENCE_SECONDS, count: int = 1
@@ -173,19 +211,33 @@ class Deployment:
         if self.authority is not None:
             scheme, port = "amqps", self.rabbit.tls_port
             authority = f'ca_file = "{self.authority}"'
+        broker = self._through("coordinator broker", f"127.0.0.1:{port}")
+        store = self._through("coordinator store", self.s3.url.rpartition("/")[2])
+        site_store = self._through("sites store", self.s3.url.rpartition("/")[2])
+        plain = any(not proxy.host.startswith("127.") for proxy in self.proxies.values())
+        sites = transport = 'transport = "plaintext"\n' if plain else ""
+        if store != site_store:
+            sites += f'site_url = "{self.s3.url.rpartition("/")[0]}/{site_store}"'
         return f"""
 [broker]
-url = "{scheme}://coordinator@127.0.0.1:{port}/{self.vhost}"
+url = "{scheme}://coordinator@{broker}/{self.vhost}"
 password_file = "broker-password"
 management_url = "{self.rabbit.management_url}"
+{transport}
 {authority}
 [store]
-url = "{self.s3.url}"
+url = "{self.s3.url.rpartition("/")[0]}/{store}"
+{sites}
 bucket = "{self.vhost}"
 {authority}
 access_key_file = "access-key"
 secret_key_file = "secret-key"
 """
+
+    def _through(self, line: str, address: str) -> str:
+        """The address that this line really leads to."""
+        proxy = self.proxies.get(line)
+        return address if proxy is None else proxy.address
 
     def _secrets(self) -> None:
         for file, secret in (
@@ -202,4 +254,7 @@ secret_key_file = "secret-key"
         data = (self.folder / f"{name}.toml").read_text().partition("[data]")[2]
         data = data.replace(f"{name}.jsonl", str(self.folder / f"{name}.jsonl"))
         tail = rest[rest.index("[device]") :]
+        coordinators = self._through("coordinator broker", f"127.0.0.1:{self.rabbit.port}")
+        own = self._through(f"{name} broker", f"127.0.0.1:{self.rabbit.port}")
+        head = head.replace(f"@{coordinators}/", f"@{own}/")
         self.site_toml(name).write_text(f"{head}\n[data]{data}\n{tail}")

@@ -1,7 +1,8 @@
 """``python -m tests.servers.numpy_site SITE.toml``: the participant's process without torch.
 
-All of it is the product's but the learner, which takes ``SLOW_SECONDS`` (environment) a round and
-writes a line to ``trained.txt`` beside the site's file for each training it finished.
+All of it is the product's but the learner, which takes ``SLOW_SECONDS`` (environment) a round,
+makes deltas of ``WIDTH`` (environment, see ``manifest_of``) and writes a line to ``trained.txt``
+beside the site's file for each training it finished.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from participant.daemon import serve, serve_once
 from shared.config import load_site
 from shared.errors import GradualDiffError, InterruptedRunError
 from shared.log import configure
-from tests.numpy_learner import NumpyLearner
+from tests.numpy_learner import NumpyLearner, manifest_of
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
     path = Path(sys.argv[1])
     config, folder = load_site(path), path.resolve().parent
     slow = float(os.environ.get("SLOW_SECONDS", "0"))
-    learner = NumpyLearner(config.site.name)
+    manifest = manifest_of(int(os.environ.get("WIDTH", "8")))
+    learner = NumpyLearner(config.site.name, manifest=manifest)
     trained = learner.learn
 
     def learn(task, source, state, making, should_stop, *others):
