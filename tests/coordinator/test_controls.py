@@ -11,6 +11,7 @@ from hypothesis.stateful import rule
 
 from coordinator.controls import steer
 from coordinator.effects import Effects
+from coordinator.handlers import Coordinator
 from coordinator.operating import order
 from shared import topology
 from shared.errors import (
@@ -223,7 +224,13 @@ def test_what_an_excluded_site_still_has_is_not_taken(tmp_path, monkeypatch):
     """It trained when it was taken out: the answer to its request is late, and says why."""
     config = federations.config()
     told = []
-    tell = Effects.tell
+    tell, asked = Effects.tell, Coordinator.on_upload_requested
+
+    def noticed_before(self, event, sender):
+        self.notice_controls()  # as a tick would that came before the request
+        asked(self, event, sender)
+
+    monkeypatch.setattr(Coordinator, "on_upload_requested", noticed_before)
     monkeypatch.setattr(
         Effects, "tell", lambda self, events: (told.extend(events.items()), tell(self, events))
     )
