@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation import WeightedDelta, aggregate
 from coordinator.chain import Chain, Finding, accepted_records, read_chain
-from coordinator.chain_checks import check_origin, check_records
+from coordinator.chain_checks import check_origin, check_records, check_told
 from coordinator.controls import steer
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.rounds import shares
@@ -84,7 +84,8 @@ class _Verifier:
         self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
         self._counted: set[tuple[str, int]] = set()
         self._genesis: GenesisRecord | None = None
-        self._sources: dict[int, str] = {}
+        self._sources: dict[int, str] = {}  # as the chain says, whatever a record of the round does
+        self._selected: dict[int, tuple[str, ...]] = {}
 
     def _settings(self) -> FederationConfig:
         record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
@@ -190,6 +191,7 @@ class _Verifier:
             self._expect(number, key, "source_sha", self.result.adapter_sha, record.source_sha)
         self._expect(number, key, "seed", derive_seed(run.seed, "round", number), record.seed)
         chosen = select(self._config.selection, members, run.seed, number)
+        self._selected[number] = chosen
         self._expect(number, key, "selected", chosen, record.selected)
         span = ((number - 1) / total, number / total)
         self._expect(number, key, "progress", span, (record.progress_from, record.progress_to))
@@ -201,6 +203,8 @@ class _Verifier:
             self._sources.setdefault(number, self.result.adapter_sha)
             self._expect(number, key, "source_sha", self.result.adapter_sha, closing.source_sha)
         self._check_weights(closing)
+        if self._config.policy.kind == "all" and number in self._selected:
+            check_told(self._chain, closing, self._selected[number])
         # What a wrong decision gives is no word against the result of the right one.
         decided = not any(finding.key == key for finding in self.result.findings)
         source = self._adapter_file(number, self._sources.get(number, closing.source_sha))
