@@ -16,7 +16,7 @@ KINDS = (
     Kind("SIGKILL of the active coordinator", 3.0, (0.2, 2.5), processes.kill_active, DIED),
     Kind("SIGKILL of the standby coordinator", 1.0, (0.2, 2.5), processes.kill_standby, DIED),
     Kind("SIGKILL of a site", 5.0, (0.2, 2.5), processes.kill_site, DIED),
-    Kind("SIGKILL of a site as a training ends", 2.0, (0.2, 1.0), processes.kill_late, DIED),
+    Kind("SIGKILL of a site as a training ends", 3.0, (0.2, 1.0), processes.kill_late, DIED),
     Kind("active coordinator frozen", 1.5, (12.0, 16.0), processes.freeze_active, STOPPED),
     Kind("standby coordinator frozen", 1.0, (2.0, 8.0), processes.freeze_standby, STOPPED),
     Kind("site frozen", 2.0, (1.0, 5.0), processes.freeze_site, STOPPED),

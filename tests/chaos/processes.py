@@ -38,7 +38,7 @@ def kill_late(stand: Stand, fault: Fault) -> str | None:
 
     The drawn number decides how long after, up to 4 ms.
     """
-    name = fault.choice(SITES)
+    name = fault.choice(stand.run.sites if stand.run else SITES)
     trace = stand.kit(name) / TRACE
     before = trace.stat().st_size if trace.exists() else 0
     deadline = time.monotonic() + LATE_SECONDS

@@ -17,7 +17,7 @@ BEGIN, END = "<!-- chaos:begin -->", "<!-- chaos:end -->"
 
 def markdown(tally: Tally) -> str:
     """Two tables: what fell, and what came of it."""
-    lines = [f"`python -m tests.chaos --seed {tally.seed} --faults {tally.fired.total()}`:", ""]
+    lines = [f"`python -m tests.chaos --seed {tally.seed} --faults {tally.faults}`:", ""]
     lines += ["| fault | fired | known by |", "|---|---:|---|"]
     lines += [f"| {k.name} | {tally.fired[k.name]} | {k.evidence} |" for k in KINDS]
     lines += [f"| **all** | **{tally.fired.total()}** | |", ""]

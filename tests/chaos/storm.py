@@ -38,6 +38,7 @@ class Tally:
     """What came of it. Seconds are wall time; ``seconds``: of each run, from start to end."""
 
     seed: int
+    faults: int  # that were asked for; a few more may fire before the last run ends
     fired: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     replaced: int = 0  # frozen coordinators that another one took over from
@@ -152,7 +153,7 @@ def storm(
 ) -> Tally:
     """Runs until ``faults`` have fired. Raises ChaosError with the schedule so far and the logs."""
     print(f"chaos: seed {seed}, {faults} faults", file=out, flush=True)
-    tally = Tally(seed)
+    tally = Tally(seed, faults)
     with Stand(folder) as stand:
         fury = Storm(stand, tally, kinds, out)
         try:
