@@ -9,6 +9,7 @@ from coordinator.inspection import perplexity
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.files import digest_file
+from shared.ledger import Ledger
 from shared.records import ClosedRecord, GenesisRecord, pool_held_out
 
 if TYPE_CHECKING:
@@ -52,11 +53,19 @@ def export_adapter(
         try:
             store.fetch_file(key, target / file)
         except ObjectMissingError:
-            raise LedgerDamagedError(f"{key}: is missing; see: gradualdiff runs verify") from None
+            why = _why_missing(history.run, store, key)
+            raise LedgerDamagedError(f"{key}: {why}") from None
     if digest_file(target / FILES[1])[0] != record.adapter_sha:
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
     (target / "README.md").write_text(_card(history, number, record), encoding="utf-8")
     return Exported(number, record.adapter_sha, target)
+
+
+def _why_missing(run: str, store: ObjectStore, key: str) -> str:
+    for record in Ledger(store, run, "reader", float).pruned():
+        if key in record.keys:
+            return f"was pruned ({record.key(run)}: {record.reason}); name a round that was kept"
+    return "is missing; see: gradualdiff runs verify"
 
 
 def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -> str:

@@ -92,7 +92,8 @@ def plan(run: str, records: Iterable[Record], sizes: Mapping[str, int], keep: st
     for folder, key in _deltas(run, sizes):
         pair = owners.get(key)
         number = facts.counted.get(pair, folder) if pair else folder
-        if number >= first:
+        never_closed = facts.finished and number > facts.last
+        if number >= first and not never_closed:
             continue
         why = _needed(facts, pair)
         if why:
