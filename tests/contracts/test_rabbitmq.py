@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import struct
@@ -139,7 +140,7 @@ def test_nobody_there_is_retryable(address):
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_login_that_is_cut_anywhere_is_retryable(address, direction):
-    """A broker that starts or a link that breaks is no wrong password: nobody may give up for it."""
+    """A broker that starts, or a link that breaks, is no wrong password: nobody may give up."""
     with FaultProxy((address.host, address.port)) as proxy:
         there = replace(address, port=proxy.port)
         with connect(there):
@@ -149,11 +150,9 @@ def test_a_login_that_is_cut_anywhere_is_retryable(address, direction):
         opened = 0
         for count in cuts:
             proxy.cut_after(count, 1, direction)
-            try:
-                with connect(there):
-                    opened += 1  # cut in what follows the login, at the earliest in the goodbye
-            except BrokerError as error:
-                assert isinstance(error, BrokerUnavailableError), (count, error)
+            # Cut in what follows the login, at the earliest in the goodbye, it is open for a moment.
+            with contextlib.suppress(BrokerUnavailableError), connect(there):
+                opened += 1
             proxy.heal()
         assert opened < len(cuts) / 2
         assert proxy.fired["cut_after"] >= len(cuts) / 2
