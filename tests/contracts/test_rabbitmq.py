@@ -150,7 +150,7 @@ def test_a_login_that_is_cut_anywhere_is_retryable(address, direction):
         opened = 0
         for count in cuts:
             proxy.cut_after(count, 1, direction)
-            # Cut in what follows the login, at the earliest in the goodbye, it is open for a moment.
+            # A cut after the login, in the goodbye at the earliest: open for a moment.
             with contextlib.suppress(BrokerUnavailableError), connect(there):
                 opened += 1
             proxy.heal()
