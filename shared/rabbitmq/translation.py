@@ -24,6 +24,8 @@ _ARGUMENTS = {
     "x-overflow": "max_length",
 }
 _NAMED = re.compile(r"(queue|exchange) '([^']*)'")
+# pika takes any end in the middle of the login for a refusal; only these are the broker's word.
+_REFUSAL = re.compile(r"ConnectionClosedByBroker: \((403|530)\)")
 _INEQUIVALENT = re.compile(r"inequivalent arg '([^']+)'")
 
 
@@ -54,6 +56,14 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
     where = f"broker {address}"
     found: BrokerError | None = None
     match error:
+        case (
+            pika.exceptions.ProbableAuthenticationError()
+            | pika.exceptions.ProbableAccessDeniedError()
+        ) if not _REFUSAL.search(str(error)):
+            found = BrokerUnavailableError(
+                f"{where}: the connection ended in the middle of the login ({error}); if that goes "
+                "on, see the broker's log"
+            )
         case pika.exceptions.ChannelClosedByBroker(reply_code=code, reply_text=text):
             found = _refused(code, text, address)
         case pika.exceptions.ProbableAuthenticationError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import struct
@@ -30,6 +31,7 @@ from shared.topology import (
 )
 from tests.contracts.broker_contract import BrokerContract, event
 from tests.servers.faults import make_certificate
+from tests.servers.proxy import FaultProxy
 from tests.servers.rabbitmq import ADMIN, RabbitServer
 
 
@@ -134,6 +136,26 @@ def test_nobody_there_is_retryable(address):
     """The port is closed: unavailable, at once."""
     with pytest.raises(BrokerUnavailableError, match=r"refused.*broker\.url"):
         connect(replace(address, port=1))
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_login_that_is_cut_anywhere_is_retryable(address, direction):
+    """A broker that starts, or a link that breaks, is no wrong password: nobody may give up."""
+    with FaultProxy((address.host, address.port)) as proxy:
+        there = replace(address, port=proxy.port)
+        with connect(there):
+            pass
+        whole = proxy.passed[direction]
+        cuts = range(1, whole, max(1, whole // 25))
+        opened = 0
+        for count in cuts:
+            proxy.cut_after(count, 1, direction)
+            # A cut after the login, in the goodbye at the earliest: open for a moment.
+            with contextlib.suppress(BrokerUnavailableError), connect(there):
+                opened += 1
+            proxy.heal()
+        assert opened < len(cuts) / 2
+        assert proxy.fired["cut_after"] >= len(cuts) / 2
 
 
 def test_a_message_without_user_id_has_no_sender(address, coordinator):
