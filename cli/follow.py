@@ -138,7 +138,8 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
     if finished is not None:
         state = "failed" if finished.failed else "finished"
     paused = standing.steering.paused
-    if finished is None and paused is not None and state == "closed":
+    is_last = state == "closed" and current.number == standing.newest
+    if finished is None and paused is not None and is_last:
         state = "paused"
     silent = status is not None and finished is None and now - status.at > SILENT_SECONDS
     return View(

@@ -75,6 +75,7 @@ class Standing:
         self.declined: dict[str, str] = {}
         self.finished: FinishedRecord | None = None
         self.steering = Steering()
+        self.newest = -1
         self.round = self._waiting()
 
     def refresh(self, number: int | None = None) -> RoundNow:
@@ -100,7 +101,8 @@ class Standing:
             self.finished = finished if isinstance(finished, FinishedRecord) else None
         rounds = [name.split("/") for name in names if name.startswith("rounds/")]
         numbers = {int(parts[1]) for parts in rounds if parts[1].isdigit()}
-        wanted = max(numbers, default=-1) if number is None else number
+        self.newest = max(numbers, default=-1)
+        wanted = self.newest if number is None else number
         if wanted not in numbers:
             self.round = self._waiting()
         else:

@@ -265,10 +265,11 @@ def _row(history: History, number: int, site: str) -> SiteRow:
     inputs = closing.inputs if isinstance(closing, ClosingRecord) else ()
     weight = next((i.weight for i in inputs if i.site == site and i.from_round == number), None)
     metrics = accepted.metrics
+    out = closing.excluded.get(site) if isinstance(closing, ClosingRecord) else None
     return SiteRow(
         site=site,
-        state="counted" if weight is not None else "accepted",
-        reason="",
+        state="counted" if weight is not None else "accepted" if out is None else "excluded",
+        reason=out or "",
         held_out_nll=metrics.held_out.nll if metrics.held_out else None,
         perplexity=perplexity(metrics.held_out),
         first_step_nll=metrics.first_step_nll,
