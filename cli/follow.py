@@ -58,7 +58,7 @@ class SiteNow:
 class View:
     """The run at one moment. ``round`` -1: before round 0. ``seen``: when a coordinator last wrote.
 
-    ``state``: waiting, open, closing, closed, finished or failed.
+    ``state``: waiting, open, closing, closed, paused, finished or failed.
     """
 
     run: str
@@ -125,7 +125,7 @@ def watch(
                 show(view)
                 shown = view
             if view.state in ("finished", "failed") or (
-                number is not None and view.state == "closed"
+                number is not None and view.state in ("closed", "paused")
             ):
                 return
         sleep(REFRESH_SECONDS)
@@ -137,16 +137,20 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
     state = current.state
     if finished is not None:
         state = "failed" if finished.failed else "finished"
+    paused = standing.steering.paused
+    is_last = state == "closed" and current.number == standing.newest
+    if finished is None and paused is not None and is_last:
+        state = "paused"
     silent = status is not None and finished is None and now - status.at > SILENT_SECONDS
     return View(
         run=standing.run,
         round=current.number,
-        rounds=standing.config.run.rounds,
+        rounds=standing.config.run.rounds + standing.steering.more_rounds,
         state=state,
         since=current.since,
         seen=status.at if status else None,
         coordinator_silent=silent,
-        reason=finished.reason if finished else "",
+        reason=finished.reason if finished else paused or "",
         adapter_sha=finished.sha if finished else None,
         sites=[
             _site(standing, status, site, now) for site in sorted(standing.config.run.participants)

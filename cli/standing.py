@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from coordinator.controls import Steering, steer
 from coordinator.watch import ONLINE_SECONDS
 from shared import topology
 from shared.ledger import Ledger
@@ -18,6 +19,7 @@ from shared.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
+    ControlRecord,
     DeclinedRecord,
     FailedRecord,
     FinishedRecord,
@@ -72,6 +74,8 @@ class Standing:
         self.members: frozenset[str] = frozenset()
         self.declined: dict[str, str] = {}
         self.finished: FinishedRecord | None = None
+        self.steering = Steering()
+        self.newest = -1
         self.round = self._waiting()
 
     def refresh(self, number: int | None = None) -> RoundNow:
@@ -85,12 +89,20 @@ class Standing:
             if name.startswith("declined/")
             and isinstance(record := self._record(DeclinedRecord, prefix + name), DeclinedRecord)
         }
+        controls = [
+            record
+            for name in names
+            if name.startswith("control/")
+            and isinstance(record := self._record(ControlRecord, prefix + name), ControlRecord)
+        ]
+        self.steering = steer(controls)
         if "finished.json" in names:
             finished = self._record(FinishedRecord, topology.finished_key(self.run))
             self.finished = finished if isinstance(finished, FinishedRecord) else None
         rounds = [name.split("/") for name in names if name.startswith("rounds/")]
         numbers = {int(parts[1]) for parts in rounds if parts[1].isdigit()}
-        wanted = max(numbers, default=-1) if number is None else number
+        self.newest = max(numbers, default=-1)
+        wanted = self.newest if number is None else number
         if wanted not in numbers:
             self.round = self._waiting()
         else:
@@ -132,6 +144,8 @@ class Standing:
                     troubles[record.site] = max(told, troubles.get(record.site, told))
                 case ClosingRecord():
                     excluded = dict(record.excluded)
+        if number > 0 and ClosingRecord not in kinds:  # what was decided stands in the decision
+            excluded = self.steering.left_out(selected)
         if kinds & {ClosedRecord, GenesisRecord}:
             state = "closed"
         elif ClosingRecord in kinds:
@@ -145,8 +159,10 @@ def awaited(standing: Standing, site: str) -> str:
     now = standing.round
     if standing.finished is not None:
         return "nothing: the run is finished"
-    if site in standing.declined:
-        return f"nothing: it declined: {standing.declined[site]}"
+    out = {"it declined": standing.declined, "an operator took it out": standing.steering.excluded}
+    for word, reasons in out.items():
+        if site in reasons:
+            return f"nothing: {word}: {reasons[site]}"
     if site in now.accepted:
         return f"nothing: its delta of round {now.number} is accepted"
     if site in standing.members and now.state == "open" and site in now.selected:

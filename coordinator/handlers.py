@@ -302,6 +302,7 @@ class Coordinator:
     def notice_controls(self) -> bool:
         """Fold in what operators asked since the last look and carry it out; whether it was any."""
         known = self.state.steering.number
+        effects: tuple[Effect, ...] = ()
         for control in self._ledger.controls(after=known):
             get_logger().info(
                 "control.noticed",
@@ -311,11 +312,14 @@ class Coordinator:
                 rounds=control.rounds,
                 reason=control.reason,
             )
-            self.feed(control)
+            self.state, effects = apply(self.state, control)  # nothing follows before the last
+        self._carry_out(effects)
         return self.state.steering.number > known
 
     def _carry_out(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:
+            if isinstance(effect, WriteRecord) and self.notice_controls():
+                continue  # another step may follow from what was asked; it was taken
             if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
                 self.feed(self._effects.perform(effect, self.state))
             else:

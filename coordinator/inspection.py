@@ -277,6 +277,9 @@ def _row(history: History, number: int, site: str) -> SiteRow:
         state = "counted" if counted_in == number else f"counted in {counted_in}"
     elif closed is not None:
         state, reason = "late", f"came after round {number} closed"
+    closing = history.one(number, ClosingRecord)
+    if counted_in is None and isinstance(closing, ClosingRecord) and site in closing.excluded:
+        state, reason = "excluded", closing.excluded[site]
     metrics = accepted.metrics
     return SiteRow(
         site=site,

@@ -127,19 +127,21 @@ SETTINGS = {
     "accept.runs": "Runs it takes part in.",
     "accept.max_rank": "Largest r of an adapter.",
     "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",
-    "accept.max_rounds": "Most rounds of a run.",
+    "accept.max_rounds": "Most rounds of a run, with every extension.",
     "accept.min_participants": "Fewest participants of a run, this site among them.",
     "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens do.",
 }
 
 # Fields of events, records and their parts. One name means one thing everywhere.
 FIELDS = {
+    "action": "What is asked.",
     "activity": "What it is at: `load`, `evaluate`, `train` or `upload`.",
     "adapter_sha": "The adapter that came out.",
     "adapter_size": "Its bytes.",
-    "attempt": "Which try of this round, from 1.",
     "at": "When this was written, seconds since the epoch.",
+    "attempt": "Which try of this round, from 1.",
     "base": "`[base]` of the run's settings.",
+    "by": "Who asked: account@machine.",
     "bytes_down": "Bytes fetched by this process.",
     "bytes_up": "Bytes sent by this process.",
     "changed": "When it was changed, seconds since the epoch.",
@@ -148,6 +150,7 @@ FIELDS = {
     "compute_dtype": "The type of the base's arithmetic.",
     "config": "All settings but `[store]` and `[simulation]`.",
     "config_digest": "sha256 of the run's settings.",
+    "controls": "How many control records were in force.",
     "cosines": "By site: cosine between its delta and the mean.",
     "cpu_capability": "Vector instructions that torch uses.",
     "cpu_threads": "Threads of torch.",
@@ -175,9 +178,12 @@ FIELDS = {
     "held_out": "Loss on text that nobody trained on.",
     "init": "How round 1 begins.",
     "inputs": "The deltas that count, in order, with their weights.",
+    "keep": "What was to be kept: `all`, `adapters` or `last:N`.",
+    "keys": "The objects.",
     "last_counted": "This site's delta that was counted last.",
     "last_step_nll": "Loss of the last step.",
     "lora": "`[lora]` of the run's settings.",
+    "lora_alpha": "The parent's `lora.alpha`.",
     "manifest": "The tensors of the adapter.",
     "mean_grad_norm": "Mean norm of the gradients, before clipping.",
     "mean_norm": "L2 norm of the weighted mean.",
@@ -187,8 +193,13 @@ FIELDS = {
     "nll": "Nats per answer token.",
     "norm": "L2 norm of the delta.",
     "now": "Seconds since the epoch.",
+    "number": "Which one, from 1.",
     "numerics": "What the bytes depend on beside settings and text.",
     "of": "How many steps there are.",
+    "origin": "What the run branches from: `RUN@ROUND`; none if its adapter was drawn.",
+    "parent": "The run it branches from.",
+    "parent_digest": "sha256 of that run's settings.",
+    "parent_round": "The round whose adapter it is.",
     "participants": "How many sites the run lists.",
     "password_hash": "The password's salted hash, as RabbitMQ keeps it.",
     "progress_at": "When it last told how far it is.",
@@ -203,8 +214,8 @@ FIELDS = {
     "rounds": "T of the run.",
     "run": "The run.",
     "seconds": "Seconds by phase.",
-    "seen": "When it was last heard, seconds since the epoch.",
     "seed": "The round's seed, derived from the run's.",
+    "seen": "When it was last heard, seconds since the epoch.",
     "selected": "The sites that train.",
     "sender": "The account that sent it.",
     "sha": "sha256 of the bytes in question.",
@@ -236,6 +247,10 @@ FIELDS = {
 }
 
 OVERRIDES = {
+    "ControlRecord.rounds": "With `extend`: how many more.",
+    "ControlRecord.site": "With `exclude`: whom.",
+    "OpenedRecord.rounds": "T when the round opened, with every extension.",
+    "OpenedRecord.members": "The sites among which it was selected.",
     "MemberRecord.from_round": "The round from which it takes part.",
     "TrainingProgressed.seconds": "Since this activity began.",
     "SiteStatus.seconds": "Since this activity began.",
@@ -409,6 +424,7 @@ def _key_functions() -> list[tuple[Any, tuple[object, ...]]]:
         "attempt": 1,
         "chunk": 0,
         "record": "RECORD",
+        "number": 1,
     }
     found = []
     for name, function in vars(topology).items():
@@ -444,7 +460,7 @@ def _used_fields() -> set[str]:
 
 
 def _sample(kind: type[Record]) -> Any:
-    return kind.model_construct(round=1, site="SITE", sha="SHA", attempt=1)
+    return kind.model_construct(round=1, site="SITE", sha="SHA", attempt=1, number=1)
 
 
 def _expect_none_left(names: Iterable[str]) -> None:

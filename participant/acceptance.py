@@ -43,3 +43,17 @@ def objections(run: RunAnnounced, accept: AcceptSection, examples: int | None = 
         f"this site does not take part: {'; '.join(found)}. Change the run's settings (under "
         "another run.name), or ask the site to change [accept] in its site.toml"
     )
+
+
+def objection_to_round(number: int, accept: AcceptSection) -> str:
+    """Why this site trains no more in a run that it joined; empty when it does.
+
+    A run may be extended after it was announced; what the site accepts holds all the same.
+    """
+    if accept.max_rounds is None or number <= accept.max_rounds:
+        return ""
+    return (
+        f"this site takes no part in round {number}: accept.max_rounds: expected at most "
+        f"{accept.max_rounds}, got {number}; the run was extended. Exclude the site, or ask it to "
+        "change [accept] in its site.toml"
+    )

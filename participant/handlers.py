@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from participant.acceptance import objections
+from participant.acceptance import objection_to_round, objections
 from participant.learning import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology, wire
@@ -324,6 +324,10 @@ class Participant:
         self._publish(RunDeclined(run=task.run, reason=reason))
 
     def _train(self, task: RoundStarted) -> None:
+        against = objection_to_round(task.round, self._site.accept)
+        if against:
+            self._fail(task, against, retryable=False)
+            return
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task.run, task.round, task.source_sha)

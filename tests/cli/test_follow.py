@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from cli import follow, follow_screens
 from cli.main import app
+from coordinator.operating import operator_ledger, order
 from coordinator.watch import ONLINE_SECONDS, RunStatus, SiteStatus
 from shared import topology
 from shared.config import canonical_json
@@ -268,6 +269,25 @@ def test_one_round_is_followed_to_its_close(run):
     assert [(view.round, view.state) for view in views] == [(1, "open"), (1, "closed")]
     with pytest.raises(RunNotFoundError, match="no round 7"):
         run.views(number=7)
+
+
+def test_an_operators_word_is_shown(run):
+    """A site that was taken out is excluded at once; a paused run says so; extensions count."""
+    asked = operator_ledger(run.store, "test", lambda: run.now)
+    run.genesis()
+    run.open(1)
+    run.accept("a")
+    views = run.views(
+        lambda: (order(asked, "exclude", "moved", site="c"), run.status(waiting=("b",))),
+        lambda: (order(asked, "extend", "more", rounds=2), order(asked, "pause", "lunch")),
+        lambda: (run.close(), run.status(state="closing")),
+        lambda: (run.finish(), run.status(state="finished")),
+    )
+    before, out = sites(views[0]), sites(views[1])
+    assert (before["c"].state, out["c"].state, out["c"].reason) == ("waiting", "excluded", "moved")
+    assert out["c"].pending_since is None
+    paused = [view for view in views if view.state == "paused"]
+    assert [(view.reason, view.rounds) for view in paused] == [("lunch", 5)]
 
 
 def test_the_store_is_read_gently(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -9,11 +10,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
+from cli import federation
 from coordinator.controls import steer
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.operating import order
+from participant.handlers import Site
 from shared import topology
+from shared.config import AcceptSection
+from shared.directory_store import DirectoryStore
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
@@ -117,6 +122,21 @@ def test_a_pause_in_the_last_round_holds_the_end_so_that_it_can_be_extended(tmp_
     assert verify(tmp_path).findings == []
 
 
+def test_a_word_is_heard_before_every_decision(tmp_path):
+    """Asked for a moment before a round would open, between two ticks: the round does not open."""
+    folder = tmp_path
+
+    class Asks(DirectoryStore):
+        def create(self, key, data):
+            if key.endswith("rounds/00002/closed.json"):
+                ask(folder, "pause")
+            return super().create(key, data)
+
+    with pytest.raises(RunStuckError, match="paused after round 2"):
+        federations.run(federations.config(), folder, store=Asks(folder / "store"))
+    assert [r.round for r in records(folder, OpenedRecord)] == [1, 2]
+
+
 def test_stop_ends_with_the_last_closed_round(tmp_path):
     """In the middle of round 2: the adapter of round 1, the reason on record, a clean chain."""
     config = federations.config()
@@ -174,6 +194,17 @@ def test_extensions_count_from_the_next_round_and_stand_in_its_record(tmp_path):
     assert (opened[2].progress_from, opened[2].progress_to) == (2 / 5, 3 / 5)
     assert state.finished.reason == "all 5 rounds are closed"
     assert verify(tmp_path).findings == []
+
+
+def test_a_site_that_accepts_fewer_rounds_is_not_trained_beyond_them(tmp_path, monkeypatch):
+    """It said so before the run was extended; the round waits for it, and says why."""
+    config = federations.config(rounds=1)
+    limited = functools.partial(Site, accept=AcceptSection(max_rounds=1))
+    monkeypatch.setattr(federation, "Site", limited)
+    sites = when(config, 1, lambda: ask(tmp_path, "extend", rounds=1))
+    with pytest.raises(RunStuckError, match=r"accept.max_rounds: expected at most 1, got 2"):
+        federations.run(config, tmp_path, sites)
+    assert sites["b"].trained == [1]
 
 
 def test_an_excluded_site_is_not_waited_for_and_not_selected_again(tmp_path):

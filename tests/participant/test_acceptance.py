@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from participant.acceptance import objections
+from participant.acceptance import objection_to_round, objections
 from shared.config import AcceptSection
 from shared.events import RunAnnounced, WireBase, WireLora, WireTraining
 
@@ -58,3 +58,11 @@ def test_all_objections_are_said_at_once():
     said = objections(run(), AcceptSection(max_rank=1, max_rounds=1))
     assert "max_rank" in said
     assert "max_rounds" in said
+
+
+def test_a_run_that_is_extended_beyond_the_limit_is_left():
+    """The limit holds for what is asked, not only for what was announced."""
+    assert objection_to_round(5, AcceptSection(max_rounds=5)) == ""
+    assert objection_to_round(6, AcceptSection()) == ""
+    said = objection_to_round(6, AcceptSection(max_rounds=5))
+    assert "accept.max_rounds: expected at most 5, got 6" in said
