@@ -205,6 +205,10 @@ class Drill:
         self.federation.write_text(text.replace('name = "tiny"', f'name = "{self.run}"', 1))
         for site in SITES:
             shutil.copytree(base.site_toml(site).parent, self.folder / site)
+            # Due after every step, so that a kill may cost one.
+            toml = self.folder / site / "site.toml"
+            often = "[site]\ncheckpoint_seconds = 0.000001"
+            toml.write_text(toml.read_text().replace("[site]", often, 1))
         office = open_office(self.federation)
         self.store = office.store
         declare_sites(office, list(SITES))
@@ -345,5 +349,9 @@ def check(drill: Drill, row: Row | None) -> None:
         assert least <= trained <= most, f"{name}: {site} trained {trained} times"
         if not real:
             steps = drill.steps(site)
-            assert least * STEPS <= len(steps) <= most * STEPS, f"{name}: {site}: {steps}"
+            # A checkpoint follows each step: a kill costs one. A refused delta costs all of them.
+            refused = row is not None and row.fault == "spoilt"
+            fewest = STEPS * (least if refused else ROUNDS)
+            at_most = STEPS * (most if refused else ROUNDS) + disturbed
+            assert fewest <= len(steps) <= at_most, f"{name}: {site}: {steps}"
             assert set(steps) == {f"{r} {s}" for r in (1, ROUNDS) for s in range(STEPS)}, name

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cli.serve import make_station, stopped_by_signal
+from participant.checkpoints import Standing, Tensors
 from participant.daemon import serve
 from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
 from participant.optimizer_state import load_optimizer, save_optimizer
@@ -25,7 +26,7 @@ from shared.errors import ModelError
 from shared.log import configure
 from shared.manifest import HeldOut, LocalMetrics
 from shared.seeds import derive_seed
-from shared.tensors import TensorFile
+from shared.tensors import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
 from tests.numpy_learner import MANIFEST, NUMERICS
 
 if TYPE_CHECKING:
@@ -49,25 +50,26 @@ class TinyTrainer:
             raise ModelError("base.model: expected the run's, got another; give it the same files")
         return Readiness(MANIFEST, "f" * 64, NUMERICS, EXAMPLES)
 
-    def learn(self, task, source, state, folder, should_stop, report, *_checkpoints):
+    def learn(self, task, source, state, folder, should_stop, report, checkpoints):
         if self.strikes("failed"):
             raise RuntimeError("the first training fails, as was ordered")
         torch.set_num_threads(1)
         before = _read(source)
         factors = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
         optimizer = torch.optim.AdamW(factors.values(), lr=0.05)
-        if state is not None:
-            load_optimizer(optimizer, factors, state)
+        losses = self._resumed(checkpoints, factors, optimizer, state)
         draw = torch.Generator().manual_seed(derive_seed(task.seed, self._site) % 2**63)
-        losses = []
-        for step in range(STEPS):
-            loss = self._loss(factors, torch.randn((EXAMPLES, 8), generator=draw))
+        inputs = [torch.randn((EXAMPLES, 8), generator=draw) for _ in range(STEPS)]
+        for step in range(len(losses), STEPS):
+            loss = self._loss(factors, inputs[step])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             self._say(f"{task.round} {step}")
             report(Progress("train", step + 1, STEPS, losses[-1]))
+            if checkpoints.due():
+                self._keep(checkpoints, factors, optimizer, losses)
         codec = get_codec(task.codec)
         header = DeltaHeader(
             run=task.run,
@@ -93,6 +95,32 @@ class TinyTrainer:
             seconds={"train": 0.0},
         )
         return Learned(EXAMPLES, EXAMPLES * 7, metrics, "fresh" if state is None else "kept")
+
+    def _resumed(self, checkpoints, factors, optimizer, state):
+        """Adapter and optimiser as the newest checkpoint has them; the losses up to there."""
+        found = checkpoints.newest("0" * 64)
+        if found is None:
+            if state is not None:
+                load_optimizer(optimizer, factors, state)
+            return []
+        for name, value in _read(found.adapter).items():
+            factors[name].data.copy_(value)
+        load_optimizer(optimizer, factors, found.optimizer)
+        return list(found.standing.nll)
+
+    def _keep(self, checkpoints, factors, optimizer, losses):
+        layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in MANIFEST.tensors]
+
+        def write_adapter(path):
+            values = (factors[spec.name].detach().numpy() for spec in MANIFEST.tensors)
+            return write_tensors(path, layouts, values, ADAPTER_METADATA)
+
+        count = len(losses)
+        standing = Standing(
+            step=count, nll=tuple(losses), tokens=(1,) * count, norms=(1.0,) * count
+        )
+        writers = Tensors(write_adapter, lambda path: save_optimizer(optimizer, factors, path))
+        assert checkpoints.save(standing, writers)
 
     def evaluate(self, run, source, report):
         inputs = torch.randn((EXAMPLES, 8), generator=torch.Generator().manual_seed(1))
