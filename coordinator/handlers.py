@@ -169,7 +169,7 @@ class Coordinator:
         """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
         upload = self._upload(event, sender)
         known = (sender, event.round) in self.state.uncounted
-        if known or self.state.takes(sender, event.round) is None:
+        if known or self._takes(sender, event.round) is None:
             self._answer_closed(upload, record=False)
             return
         expires_at = self._clock() + GRANT_SECONDS
@@ -190,7 +190,7 @@ class Coordinator:
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
         upload = self._upload(event, sender)
-        opened = self.state.takes(sender, event.round)
+        opened = self._takes(sender, event.round)
         if opened is None or (sender, event.round) in self.state.uncounted:
             self._answer_closed(upload)
             return
@@ -361,6 +361,13 @@ class Coordinator:
         self._effects.tell({upload.site: answer_of(upload.run, written)})
 
     # What is known -----------------------------------------------------------------------------
+
+    def _takes(self, site: str, number: int) -> OpenedRecord | None:
+        """The round, if a delta of this site for it may still count; operators may say no."""
+        opened = self.state.takes(site, number)
+        if opened is None or site not in self.state.steering.in_force(opened.selected):
+            return None
+        return opened
 
     def _open_round_for(self, number: int, site: str) -> OpenedRecord | None:
         opened = self.state.open_round

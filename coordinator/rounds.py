@@ -139,7 +139,7 @@ def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per
         return _finish(
             state, f"converged: held-out loss stopped falling at round {state.last_round}"
         )
-    if not steering.in_force(state.genesis.members):
+    if not steering.in_force(state.members_in(state.last_round + 1)):
         return None  # every site was taken out: only a person can say what now
     return _open_next(state)
 
