@@ -123,6 +123,8 @@ class Participant:
         self._asked: list[float] = []
         # Uploads asked for, by sha: the same round is rung again while one is under way.
         self._requested: dict[str, float] = {}
+        # The grant in hand and its chunks that arrived: after an outage only the rest is sent.
+        self._arrived: tuple[UploadGranted | None, set[int]] = (None, set())
         # Work that failed for now: not before this moment, after so many tries.
         self._deferred: dict[tuple[type[Event], str], tuple[float, int]] = {}
         # The last round of each run whose deltas are no longer taken; written by the listener.
@@ -409,13 +411,19 @@ class Participant:
     def _send_chunks(self, task: UploadGranted, submission: Submission) -> None:
         path = self._site.workspace.delta_path(submission)
         report = self._reporter(task.round)
+        if self._arrived[0] is not task:
+            self._arrived = (task, set())
+        arrived = self._arrived[1]
 
         def send(item: tuple[int, str]) -> None:
             number, url = item
+            if number in arrived:
+                return
             start = number * task.chunk_size
             length = min(task.chunk_size, submission.size - start)
             failpoint("upload.before")
             self._site.transfer.upload(url, path, start, length)
+            arrived.add(number)
             failpoint("upload.after")
 
         report(Progress("upload", 0, len(task.urls)))

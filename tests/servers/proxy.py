@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BLOCK_BYTES = 65536
+BUFFER_BYTES = 131072  # in the kernel, by side: what a slow line holds back stays with its sender
 METHODS = (b"GET", b"PUT", b"POST", b"HEAD", b"DELETE")
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -57,9 +58,8 @@ class FaultProxy:
         self._limits: list[tuple[str, int]] = []
         self._closed = False
         self._calm()
-        self._listener: socket.socket | None = socket.create_server((host, port), backlog=128)
-        self.host, self.port = self._listener.getsockname()[:2]
-        self._start(self._accept, self._listener)
+        self.host, self.port = host, port
+        self._listener: socket.socket | None = self._listen()
 
     @property
     def address(self) -> str:
@@ -139,8 +139,7 @@ class FaultProxy:
             listening = self._listener is not None
             self._changed.notify_all()
         if not listening and not self._closed:
-            self._listener = socket.create_server((self.host, self.port), backlog=128)
-            self._start(self._accept, self._listener)
+            self._listener = self._listen()
 
     def wait_fired(self, name: str, count: int = 1, seconds: float = 60.0) -> None:
         """Wait until a fault has hit something so often."""
@@ -169,6 +168,13 @@ class FaultProxy:
         self.close()
 
     # The threads.
+
+    def _listen(self) -> socket.socket:
+        listener = socket.create_server((self.host, self.port), backlog=128)
+        self.host, self.port = listener.getsockname()[:2]
+        _narrow(listener)  # what it accepts inherits that
+        self._start(self._accept, listener)
+        return listener
 
     def _calm(self) -> None:
         self._delay, self._rate, self._black, self._unavailable = 0.0, 0.0, False, False
@@ -204,9 +210,13 @@ class FaultProxy:
         if self._black:
             self._fire("black_hole")
             self._wait_while(lambda: self._black)
+        far = socket.socket()
+        _narrow(far)
+        far.settimeout(30)
         try:
-            far = socket.create_connection(self._target, timeout=30)
+            far.connect(self._target)
         except OSError:
+            far.close()
             near.close()
             return
         far.settimeout(None)
@@ -321,6 +331,11 @@ class FaultProxy:
                     one.close()
                 else:
                     one.shutdown(socket.SHUT_RDWR)
+
+
+def _narrow(one: socket.socket) -> None:
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        one.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
 
 
 def _shut(one: socket.socket, how: int = socket.SHUT_RDWR) -> None:

@@ -84,6 +84,11 @@ class SeaweedFS:
         url = f"{scheme}://127.0.0.1:{self._port}"
         return S3Server(url, self.access_key, self.secret_key, self.certificate)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not killed since."""
+        return self._process is not None
+
     def __enter__(self) -> Self:
         self.start()
         return self
