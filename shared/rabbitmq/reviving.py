@@ -35,7 +35,7 @@ def revive(connection: RabbitConnection, topology: Topology) -> tuple[str, ...]:
     suspects = [queue.name for queue in topology.queues if queue.delivery_limit is not None]
     dead: list[str] = []
     for start in range(0, len(suspects), PROBES_AT_ONCE):
-        dead += _silent(connection, suspects[start : start + PROBES_AT_ONCE])
+        dead += silent(connection, suspects[start : start + PROBES_AT_ONCE], PROBE_SECONDS)
     if not dead:
         return ()
     connection.depth(dead[0])  # answered from the broker's own table: is the line still there?
@@ -51,12 +51,12 @@ def revive(connection: RabbitConnection, topology: Topology) -> tuple[str, ...]:
     return tuple(dead)
 
 
-def _silent(connection: RabbitConnection, queues: list[str]) -> list[str]:
-    """Those that do not let anybody consume. What a probe is handed goes back to its place."""
+def silent(connection: RabbitConnection, queues: list[str], seconds: float) -> list[str]:
+    """Those that let nobody consume in that time. What a probe is handed goes back to its place."""
     answers: dict[str, Future[None]] = {queue: Future() for queue in queues}
     for queue, future in answers.items():
         connection.hand_over(_probe(connection, queue, future))
-    wait(answers.values(), PROBE_SECONDS)
+    wait(answers.values(), seconds)
     return [queue for queue, future in answers.items() if not future.done()]
 
 

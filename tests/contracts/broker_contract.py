@@ -135,6 +135,17 @@ class BrokerContract:
             delivery.acknowledge()
         assert received == bodies
 
+    def test_reviving_leaves_alone_what_answers(self, coordinator):
+        """Also queues that somebody consumes from; what a probe was handed keeps its place."""
+        coordinator.publish([event("r1.site-a.ready", b"%d" % number) for number in range(3)])
+        assert coordinator.revive(run_topology("r1", SITES)) == ()
+        consumer = coordinator.consume(coordinator_queue("r1"))
+        assert coordinator.revive(run_topology("r1", SITES)) == ()
+        for number in range(3):
+            delivery = self.expect(consumer)
+            assert delivery.body == b"%d" % number
+            delivery.acknowledge()
+
     def test_an_empty_batch_is_no_error(self, coordinator):
         """Nothing to publish, nothing published."""
         coordinator.publish([])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import subprocess
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -149,3 +152,73 @@ def test_lines_that_say_nothing_any_more(deploy, proxy_to, s3_server, rabbit_ser
     for line in (office, site, store):
         assert line.fired["black_hole"] >= 1
     assert site.fired["half_open"] + office.fired["half_open"] >= 2
+
+
+@pytest.fixture
+def island():
+    """A network namespace with one line to here: its name, and our address on that line."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: makes a network namespace, to drop its packets")
+    name, net = f"gd{secrets.token_hex(3)}", f"10.213.{secrets.randbelow(250)}"
+    inside = f"ip netns exec {name}"
+    try:
+        for command in (
+            f"ip netns add {name}",
+            f"ip link add {name}a type veth peer name {name}b netns {name}",
+            f"ip addr add {net}.1/24 dev {name}a",
+            f"ip link set {name}a up",
+            f"{inside} ip addr add {net}.2/24 dev {name}b",
+            f"{inside} ip link set {name}b up",
+            f"{inside} ip link set lo up",
+            f"{inside} iptables -L -n",
+        ):
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no namespace with iptables here: {command}: {done.stderr.strip()}")
+        yield name, f"{net}.1"
+    finally:
+        subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True, check=False)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def iptables(name: str, words: str) -> str:
+    """Run it in the namespace."""
+    command = ["ip", "netns", "exec", name, "iptables", *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def hits(name: str) -> int:
+    """How many packets the rules took; then the rules are gone."""
+    rows = [line.split() for line in iptables(name, "-L -v -x -n").splitlines()]
+    taken = sum(int(row[0]) for row in rows if len(row) > 2 and row[2] in ("DROP", "REJECT"))
+    iptables(name, "-F")
+    return taken
+
+
+def test_a_site_whose_packets_are_dropped_then_refused(
+    deploy, proxy_to, island, s3_server, rabbit_server
+):
+    """In a network of its own: all packets vanish for a while, then each is answered by a reset."""
+    name, here = island
+    bus = proxy_to(f"127.0.0.1:{rabbit_server.port}", here)
+    store = proxy_to(s3_server.url, here)
+    lines = {"b broker": bus, "sites store": store}
+    deployment = deploy(rounds=4, proxies=lines, settings=QUICK)
+    inside = ("ip", "netns", "exec", name)
+    deployment.start_participant("a", slow=1.0)
+    deployment.start_participant("b", slow=1.0, inside=inside)
+    deployment.start_coordinator()
+    for number, rules in enumerate(
+        (
+            ("-A INPUT -j DROP", "-A OUTPUT -j DROP"),
+            ("-A OUTPUT -p tcp -j REJECT --reject-with tcp-reset",),
+        ),
+        start=1,
+    ):
+        deployment.wait_for("opened.recorded", "coordinator", count=2 * number - 1)
+        lost = deployment.log("b").count("broker.lost")
+        for rule in rules:
+            iptables(name, rule)
+        deployment.wait_for("broker.lost", "b", count=lost + 1)
+        assert hits(name) > 0
+    assert_same_result(deployment, 4)

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers.deployment import Deployment
+from shared.credentials import BrokerAddress
+from shared.rabbitmq import connect, reviving
+from shared.topology import run_topology
+from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
 from tests.servers.proxy import FaultProxy
 from tests.servers.rabbitmq import RabbitServer
 from tests.servers.seaweedfs import SeaweedFS
@@ -131,7 +134,7 @@ def test_servers_are_killed_while_they_are_spoken_to(deploy, servers):
 def test_the_store_is_killed_in_the_middle_of_a_transfer(deploy, servers):
     """Half of an adapter is down, then half of a delta is up, when it dies."""
     _, weed = servers
-    width = 100_000
+    width = 1_000_000  # more than the kernel's buffers hold, which outlive who filled them
     size = 16 * width
     deployment = deploy(rounds=2, width=width, store_proxies=["sites store"])
     line = deployment.proxies["sites store"]
@@ -154,16 +157,16 @@ def test_the_store_is_killed_in_the_middle_of_a_transfer(deploy, servers):
 def test_a_store_that_answers_503_for_long(deploy):
     """Every request is refused, from everybody, for 20 seconds (two minutes in the long tests)."""
     deployment = deploy(rounds=2, store_proxies=["sites store", "coordinator store"])
+    sites, office = (deployment.proxies[line] for line in ("sites store", "coordinator store"))
+    sites.unavailable()
     for site in "ab":
-        deployment.start_participant(site, slow=1.0)
+        deployment.start_participant(site)
     deployment.start_coordinator()
-    deployment.wait_for("opened.recorded", "coordinator")
-    for line in deployment.proxies.values():
-        line.unavailable()
-    for name in "ab":
-        deployment.wait_for("round.trained", name)
+    for site in "ab":
+        deployment.wait_for("work.waits", site)
+    office.unavailable()
     time.sleep(120 if LONG else 20)
-    for line in deployment.proxies.values():
+    for line in (sites, office):
         assert line.fired["unavailable"] >= 5
         line.heal()
     assert_same_result(deployment, 2)
@@ -216,17 +219,34 @@ def test_a_full_disk_is_named_and_given_room(deploy, small_disk, side):
     assert_same_result(deployment, 2)
 
 
+def leave_without_leader(rabbit, vhost) -> bool:
+    """Kill the broker just when the run's queues were declared; whether one answers nobody then."""
+    address = BrokerAddress(
+        "127.0.0.1", rabbit.port, vhost, "coordinator", COORDINATOR_PASSWORD, tls=False
+    )
+    topology = run_topology("tiny", ("a", "b"))
+    with connect(address) as broker:
+        broker.declare(topology)
+        rabbit.kill()
+    rabbit.start()
+    with connect(address) as broker:
+        names = [queue.name for queue in topology.queues if queue.delivery_limit is not None]
+        if reviving.silent(broker, names, 3.0):
+            return True
+        for name in names:
+            broker.delete(name)
+    return False
+
+
 def test_a_queue_without_a_leader_is_made_anew(deploy, servers):
     """RabbitMQ 3.10.8 killed just after a queue was declared: it comes back and answers nobody."""
     rabbit, _ = servers
     short = "shared.rabbitmq.connection:ANSWER_SECONDS=6 shared.rabbitmq.reviving:PROBE_SECONDS=4"
     deployment = deploy(rounds=2, settings=short)
-    coordinator = deployment.start_coordinator(armed="queues.after=SIGSTOP")
-    stopped_at(deployment, "coordinator", "queues.after")
-    rabbit.kill()
-    rabbit.start()
-    os.kill(coordinator.pid, signal.SIGCONT)
+    if not any(leave_without_leader(rabbit, deployment.vhost) for _ in range(4)):
+        pytest.skip("this RabbitMQ came back with all of its queues, four times out of four")
+    deployment.start_coordinator()
     for site in "ab":
         deployment.start_participant(site)
     assert_same_result(deployment, 2)
-    assert "queue.revived" in deployment.log("coordinator"), "the fault did not happen"
+    assert "queue.revived" in deployment.log("coordinator")
