@@ -7,11 +7,12 @@ on: a record, an announcement or a word that the broker confirmed (ticks and gre
 count), a file in the store, an uploaded chunk, a committed round. Every row's end is checked as the
 tests do; one that does not end in the undisturbed adapter ends the benchmark.
 
-    python benchmarks/recovery_seconds.py [--rows REGEX] [--forked] [--json FILE]
+    python benchmarks/recovery_seconds.py [--rows REGEX] [--forked] [--json FILE] [--write-docs]
 
 Processes are started as programs, so that Python's start and its imports (torch at a site) count;
 ``--forked`` leaves them out, and what is left is the protocol. The sites of most rows load no
-model; those that do stand in a line of their own. Prints a Markdown table. The whole table takes
+model; those that do stand in a line of their own. Prints a Markdown table; ``--write-docs`` puts
+it into docs/explanation/failure-model.md. The whole table takes
 about a quarter of an hour on two cores, forked a few minutes. Needs Linux and RabbitMQ installed.
 """
 
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose name has this in it")
     parser.add_argument("--forked", action="store_true", help="leave Python's start out")
     parser.add_argument("--json", type=Path, help="write every row here")
+    parser.add_argument("--write-docs", action="store_true", help="write the table into the docs")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # tests/ is not installed
     os.environ["PYTHONPATH"] = str(ROOT)
@@ -109,7 +111,15 @@ def main() -> None:
                 rabbit.stop()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(table(found)))
+    lines = table(found)
+    print("\n".join(lines))
+    if options.write_docs:
+        from tests.chaos.report import write_block
+
+        flags = "".join(f" --{f}" for f in ("forked",) if getattr(options, f))
+        flags += f" --rows '{options.rows}'" if options.rows else ""
+        command = f"`python benchmarks/recovery_seconds.py{flags}`:"
+        write_block("recovery", "\n".join([command, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from shared.log import configure
-from tests.chaos.report import markdown, write_docs
+from tests.chaos.report import markdown, write_block
 from tests.chaos.storm import ChaosError, storm
 
 
@@ -37,7 +37,7 @@ def main() -> int:
     if asked.report:
         asked.report.write_text(table)
     if asked.write_docs:
-        write_docs(table)
+        write_block("chaos", table)
     return 0
 
 

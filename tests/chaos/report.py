@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from tests.chaos.storm import Tally
 
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "failure-model.md"
-BEGIN, END = "<!-- chaos:begin -->", "<!-- chaos:end -->"
 
 
 def markdown(tally: Tally) -> str:
@@ -41,9 +40,10 @@ def markdown(tally: Tally) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_docs(table: str, page: Path = PAGE) -> None:
-    """Put the table between its markers; the rest of the page stays as it is."""
-    head, begin, rest = page.read_text().partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    assert (begin, end) == (BEGIN, END), f"{page}: expected {BEGIN} and {END}"
-    page.write_text(f"{head}{BEGIN}\n{table}{END}{tail}")
+def write_block(name: str, text: str, page: Path = PAGE) -> None:
+    """Put text between the markers ``name``; the rest of the page stays as it is."""
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, begin, rest = page.read_text().partition(first)
+    _, end, tail = rest.partition(last)
+    assert (begin, end) == (first, last), f"{page}: expected {first} and {last}"
+    page.write_text(f"{head}{first}\n{text}{last}{tail}")

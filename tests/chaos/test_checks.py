@@ -119,11 +119,11 @@ def test_unforeseen_errors_in_a_log_are_seen():
 def test_the_table_goes_between_its_markers(tmp_path):
     """And nothing else of the page changes; written twice it is the same."""
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n<!-- chaos:begin -->\nold\n<!-- chaos:end -->\nafter\n")
     tally = Tally(7, 3, runs=1, digests_equal=1, seconds=[12.0])
     tally.fired["link reset"] = 3
     table = report.markdown(tally)
     for _ in range(2):
-        report.write_docs(table, page)
-    assert page.read_text() == f"before\n{report.BEGIN}\n{table}{report.END}\nafter\n"
+        report.write_block("chaos", table, page)
+    assert page.read_text() == f"before\n<!-- chaos:begin -->\n{table}<!-- chaos:end -->\nafter\n"
     assert "| link reset | 3 |" in table
