@@ -119,7 +119,7 @@ def test_unforeseen_errors_in_a_log_are_seen():
 def test_the_table_goes_between_its_markers(tmp_path):
     """And nothing else of the page changes; written twice it is the same."""
     page = tmp_path / "page.md"
-    page.write_text(f"before\n<!-- chaos:begin -->\nold\n<!-- chaos:end -->\nafter\n")
+    page.write_text("before\n<!-- chaos:begin -->\nold\n<!-- chaos:end -->\nafter\n")
     tally = Tally(7, 3, runs=1, digests_equal=1, seconds=[12.0])
     tally.fired["link reset"] = 3
     table = report.markdown(tally)
