@@ -19,7 +19,7 @@ MIB = 2**20
 THREE_CHUNKS = 2_600_000  # wide: 16 MiB, 16 MiB and a rest
 DELTA_BYTES = 16 * THREE_CHUNKS
 QUICK = (
-    "cli.serve:SITE_HEARTBEAT=2 cli.serve:COORDINATOR_HEARTBEAT=2 shared.transfer:READ_SECONDS=4"
+    "cli.serve:SITE_HEARTBEAT=2 cli.serve:COORDINATOR_HEARTBEAT=2 shared.transfer:READ_SECONDS=2"
 )
 
 
@@ -52,20 +52,20 @@ def puts(proxy) -> Counter[str]:
 def test_a_cut_costs_one_chunk_up_and_nothing_down(deploy, proxy_to, s3_server):
     """One connection is cut in the middle of a chunk, one in the middle of an adapter."""
     line = proxy_to(s3_server.url)
-    deployment = deploy(rounds=2, width=THREE_CHUNKS, proxies={"sites store": line})
+    deployment = deploy(rounds=1, width=THREE_CHUNKS, proxies={"sites store": line})
     line.cut_after(4 * MIB, direction="up")
     line.cut_after(20 * MIB, direction="down")
     for site in "ab":
         deployment.start_participant(site)
     deployment.start_coordinator()
-    assert_same_result(deployment, 2)
+    assert_same_result(deployment, 1)
     assert line.fired == {"cut_after": 2}
     sent = puts(line)
-    assert len(sent) == 2 * 2 * 3
-    assert sorted(sent.values()) == [1] * 11 + [2]
-    assert line.passed["up"] < 2 * 2 * DELTA_BYTES + 5 * MIB
+    assert len(sent) == 2 * 3
+    assert sorted(sent.values()) == [1] * 5 + [2]
+    assert line.passed["up"] < 2 * DELTA_BYTES + 5 * MIB
     assert sum("Range: bytes=" in head for head in line.heads) == 1
-    assert line.passed["down"] < 3 * 2 * DELTA_BYTES + MIB
+    assert line.passed["down"] < 2 * 2 * DELTA_BYTES + MIB  # to train from, and the result
 
 
 def test_after_an_outage_only_the_missing_chunks_are_sent(deploy, proxy_to, s3_server, vhost):
@@ -102,9 +102,9 @@ def test_slow_lines_change_nothing(deploy, proxy_to, s3_server, rabbit_server):
     bus, store = proxy_to(f"127.0.0.1:{rabbit_server.port}"), proxy_to(s3_server.url)
     lines = {"coordinator broker": bus, "a broker": bus, "b broker": bus}
     deployment = deploy(rounds=1, proxies={**lines, "coordinator store": store})
-    bus.delay(0.05)
-    store.delay(0.02)
-    store.throttle(20_000)
+    bus.delay(0.03)
+    store.delay(0.01)
+    store.throttle(50_000)
     for site in "ab":
         deployment.start_participant(site)
     deployment.start_coordinator()
