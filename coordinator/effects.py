@@ -160,7 +160,9 @@ class Effects:
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
         self._store_adapter_config(sha, state)
+        failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, sha), path)
+        failpoint("adapter.after", "tensors")
 
     def _store_adapter_config(self, sha: str, state: RunState) -> None:
         run = self._config.run.name

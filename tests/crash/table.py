@@ -26,7 +26,9 @@ class Row:
 
     ``fault``: what goes wrong by itself in this run. ``again``: how many rounds the site trains
     once more, because the kill or the fault took an unfinished or refused training away;
-    ``perhaps``: how many beyond that, where a race decides. ``real``: the sites train a real model.
+    ``perhaps``: how many beyond that, where a race decides. ``untold``: how many may be missing in
+    the trace, because a dying process says nothing of what its other threads end. ``real``: the
+    sites train a real model.
     """
 
     role: str
@@ -35,6 +37,7 @@ class Row:
     fault: str = ""
     again: int = 0
     perhaps: int = 0
+    untold: int = 0
     real: bool = False
 
     @property
@@ -163,7 +166,7 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("participant", "forget.before"): {"perhaps": 1},
     ("participant", "forget.after"): {"again": 1},
     # Between this acknowledgement and the kill the other thread may have begun, or even ended.
-    ("participant", "acknowledge.after:RoundStarted"): {"perhaps": 1},
+    ("participant", "acknowledge.after:RoundStarted"): {"perhaps": 1, "untold": 1},
     ("coordinator", "record.before:refused"): {"again": 1},
     ("coordinator", "record.after:refused"): {"again": 1},
 }
