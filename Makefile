@@ -24,7 +24,7 @@ demo: $(STAMP) ## Run a whole federation with a real model and real text on this
 	$(BIN)/gradualdiff demo
 
 test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
-	$(BIN)/python -m pytest -m "not compose"
+	$(BIN)/python -m pytest -m "not compose" -n 2 --dist loadfile
 
 test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl
 	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null; then exit 0; fi; \
