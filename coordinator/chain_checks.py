@@ -115,6 +115,13 @@ def _check_opened(chain: Chain, config: FederationConfig, number: int) -> None:
     total = config.run.rounds + steering.more_rounds
     if opened.rounds != total:
         chain.find(number, key, f"rounds: expected {total}, got {opened.rounds}")
+    policy, got = config.policy, opened.deadline_seconds
+    fits = got == policy.deadline_seconds or (
+        policy.deadline == "adaptive" and 0 < (got or 0) <= (policy.deadline_seconds or 0)
+    )
+    if not fits or opened.grace_seconds != policy.grace_seconds:
+        wanted = f"{policy.deadline} {policy.deadline_seconds} s + {policy.grace_seconds} s"
+        chain.find(number, key, f"deadline: expected {wanted}, got {got} + {opened.grace_seconds}")
 
 
 def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None:
@@ -130,9 +137,37 @@ def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None
     for site, why in steering.left_out(selected).items():
         if closing.excluded.get(site) != why:
             chain.find(number, key, f"excluded: {site} was taken out by an operator ({why})")
-    for site, why in closing.excluded.items():
-        if site not in steering.excluded and config.policy.kind == "all":
+    others = {s: why for s, why in closing.excluded.items() if s not in steering.excluded}
+    for site, why in others.items():
+        if config.policy.kind == "all":
             _check_reason(chain, number, site, why)
+    if opened is not None:
+        _check_policy(chain, config, opened, closing, others)
+
+
+def _check_policy(
+    chain: Chain,
+    config: FederationConfig,
+    opened: OpenedRecord,
+    closing: ClosingRecord,
+    others: dict[str, str],
+) -> None:
+    """What the policy says of the decision. ``others``: left out, and not by an operator."""
+    policy, number, key = config.policy, closing.round, closing.key(chain.run)
+    mode = config.aggregation.weights
+    rule = f"{mode} / sqrt(1 + staleness)" if policy.carries else mode
+    if closing.weighting not in {"", rule}:
+        chain.find(number, key, f"weighting: expected {rule}, got {closing.weighting}")
+    if policy.kind == "buffered" and others:
+        chain.find(number, key, f"excluded: a buffer leaves nobody out, got {sorted(others)}")
+    if policy.kind != "quorum" or not others or policy.on_failure == "exclude":
+        return
+    fresh = [item.site for item in closing.inputs if item.from_round == number]
+    if len(fresh) < (policy.quorum or 0):
+        chain.find(number, key, f"inputs: expected a quorum of {policy.quorum}, got {len(fresh)}")
+    if opened.closes_at is not None and closing.time < opened.closes_at:
+        early = f"left out {sorted(others)} before deadline and grace were over"
+        chain.find(number, key, f"excluded: {early}")
 
 
 def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) -> None:

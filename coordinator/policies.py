@@ -111,17 +111,23 @@ def buffered(
     section: PolicySection,
     opened: OpenedRecord,
     uncounted: Mapping[tuple[str, int], AcceptedRecord],
-    troubles: Mapping[str, Trouble],  # noqa: ARG001 - whoever fails is just not in the buffer
+    troubles: Mapping[str, Trouble],
     now: float,  # noqa: ARG001 - there is no deadline
 ) -> Decision | None:
     """As soon as ``section.buffer`` deltas are there, of this round or an earlier one.
 
-    Nobody is left out: who is still at work counts in a later round.
+    Nobody is left out: who is still at work counts in a later round. Where nobody is at work any
+    more the buffer closes as it is: a site that was taken out, or was not selected, fills it never.
     """
     assert section.buffer is not None  # the config says so
     fresh = _fresh(opened, uncounted)
     there = (*fresh.values(), *_carried(section, opened, uncounted))
-    return Decision(_in_order(there), {}) if len(there) >= section.buffer else None
+    gone = {
+        s for s, t in troubles.items() if section.on_failure == "exclude" and given_up(section, t)
+    }
+    at_work = set(opened.selected) - fresh.keys() - gone
+    full = len(there) >= section.buffer or (bool(fresh) and not at_work)
+    return Decision(_in_order(there), {}) if full else None
 
 
 def given_up(section: PolicySection, trouble: Trouble) -> bool:

@@ -226,6 +226,9 @@ def _fold_failure(state: RunState, fact: FailedRecord) -> tuple[RunState, tuple[
     if fact.site not in opened.selected or (fact.site, fact.round) in state.uncounted:
         return state, ()
     trouble = Trouble(fact.attempt, final=not fact.retryable, reason=fact.reason)
+    if before is not None and before.final:
+        # A replay folds refusals before failures: what was final stays so, in either order.
+        trouble = replace(before, attempts=fact.attempt)
     after = replace(state, troubles={**state.troubles, fact.site: trouble})
     again = not given_up(state.config.policy, trouble)
     return after, (AnnounceRound((fact.site,)),) if again else ()
@@ -274,7 +277,7 @@ def _toward_genesis(state: RunState) -> Step | None:
     if problem is not None:
         return _finish(state, problem, failed=True)
     # Too few because a site declined is no end: its operator mends the cause and starts it again.
-    enough = section.min_participants or len(section.participants)
+    enough = section.min_participants or len(state.steering.in_force(section.participants))
     timed_out = state.now - state.began >= section.start_timeout_seconds
     if len(state.members) >= enough and (not state.waiting_for or timed_out):
         return MakeGenesis(tuple(sorted(state.members)))

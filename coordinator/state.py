@@ -175,7 +175,7 @@ class RunState:
         if self.finished is not None:
             return ()
         if self.genesis is None:
-            known = {*self.members, *self.declined}
+            known = {*self.members, *self.declined, *self.steering.excluded}
             return tuple(s for s in sorted(self.config.run.participants) if s not in known)
         opened = self.open_round
         if opened is None:

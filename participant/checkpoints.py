@@ -235,20 +235,25 @@ def checkpoint_folder_name(round_number: int, source_sha: str) -> str:
     return f"{round_number:05d}-{source_sha[:12]}"
 
 
-def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
+def settings_digest(task: RoundStarted) -> str:
+    """sha256 of all in a task that its training reads, beside round, source and seed."""
     settings = {
         "training": task.training.model_dump(mode="json"),
         "progress": [task.progress_from, task.progress_to],
         # Which state the round began from, where it began from any.
         "state": task.last_counted if task.training.optimizer_state == "keep" else None,
     }
+    return _digest(settings)
+
+
+def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
     return Belonging(
         run=task.run,
         round=task.round,
         source_sha=task.source_sha,
         site=site,
         seed=task.seed,
-        settings=_digest(settings),
+        settings=settings_digest(task),
         basis=basis,
     )
 

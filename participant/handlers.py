@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from participant.acceptance import objection_to_round, objections
+from participant.checkpoints import settings_digest
 from participant.learning import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology, wire
@@ -178,7 +179,7 @@ class Participant:
         if event.expires_at <= self._site.clock():
             self._ask_again(event.run, "a round's URL is over already; is this clock right?")
             return
-        done = self._site.workspace.submission(event.run, event.round, event.source_sha)
+        done = self._site.workspace.submission(event)
         if done is not None:
             self._request_once(done)
             return
@@ -228,7 +229,10 @@ class Participant:
 
         The handlers come to it only when that work is done.
         """
-        if isinstance(event, RunFinished):
+        if isinstance(event, RunAnnounced):
+            # The word on rounds that are over comes before it; a run may begin anew by its name.
+            self._over.pop(event.run, None)
+        elif isinstance(event, RunFinished):
             self._over[event.run] = event.round + 1
         elif isinstance(event, RoundClosed) and not event.late_counts:
             self._over[event.run] = max(event.round, self._over.get(event.run, 0))
@@ -332,7 +336,7 @@ class Participant:
             return
         try:
             # Trained before, if only the word of it did not get out.
-            done = self._site.workspace.submission(task.run, task.round, task.source_sha)
+            done = self._site.workspace.submission(task)
             self.trained = submission = done or self._trained(task)
         except GrantError as error:
             # The URL is stale; a fresh one comes with the next RoundStarted.
@@ -517,6 +521,7 @@ def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Su
         metrics=learned.metrics,
         state=learned.state,
         expires_at=task.expires_at,
+        settings=settings_digest(task),
     )
 
 

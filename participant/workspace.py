@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from participant.checkpoints import DEFAULT_SECONDS, Checkpoints, checkpoint_folder_name
+from participant.checkpoints import (
+    DEFAULT_SECONDS,
+    Checkpoints,
+    checkpoint_folder_name,
+    settings_digest,
+)
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import StoreUnavailableError
@@ -38,6 +43,7 @@ class Submission(Fact):
     """A committed local training: what will be, or was, submitted.
 
     ``expires_at``: of the RoundStarted that asked for it; it tells old words from new ones.
+    ``settings``: digest of what it asked for.
     """
 
     run: Name
@@ -50,6 +56,7 @@ class Submission(Fact):
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
     expires_at: float = 0.0
+    settings: str = ""
 
 
 class Workspace:
@@ -94,11 +101,15 @@ class Workspace:
         shutil.rmtree(done, ignore_errors=True)
         failpoint("checkpoint.cleared")
 
-    def submission(self, run: str, round_number: int, source_sha: str) -> Submission | None:
-        """What this site trained in a round from this source, if it is committed."""
-        for folder in self._folder(run, "trained").glob(f"{round_number:05d}-*"):
+    def submission(self, task: RoundStarted) -> Submission | None:
+        """What this site trained in just this round, if it is committed.
+
+        A run that begins anew under its name may ask for other settings from the same source.
+        """
+        wanted = (task.source_sha, settings_digest(task))
+        for folder in self._folder(task.run, "trained").glob(f"{task.round:05d}-*"):
             found = self._read(folder)
-            if found is not None and found.source_sha == source_sha:
+            if found is not None and (found.source_sha, found.settings) == wanted:
                 return found
         return None
 
@@ -155,18 +166,21 @@ class Workspace:
     def sweep(
         self, run: str, closed_round: int, adapter_sha: str, *, keep_unanswered: bool = False
     ) -> list[int]:
-        """After a round closed keep its folder (its state may be needed) and the new adapter.
+        """After a round closed keep the new adapter and the newest round trained here.
 
+        That one's optimiser state may be needed, however many rounds this site is not selected in.
         ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
         rounds whose delta was removed though nobody had taken it. A training of a closed round is
         not gone on with after a kill: its checkpoints go.
         """
         lost = []
         failpoint("sweep.before")
+        found = self.newest(run)
+        newest = found.round if found is not None else closed_round
         for folder in self._folder(run, "trained").iterdir():
             number, _, _ = folder.name.partition("-")
             # Names that are not ours are left alone.
-            if number.isdigit() and int(number) < closed_round:
+            if number.isdigit() and int(number) < min(closed_round, newest):
                 if not (folder / ACCEPTED_FILE).exists():
                     if keep_unanswered:
                         continue

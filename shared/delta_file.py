@@ -23,6 +23,8 @@ from shared.manifest import Fact
 from shared.seeds import derive_seed
 from shared.tensors import FileDigest, TensorFile, TensorLayout, write_tensors
 
+LARGEST_NORM: Final = 1e30  # far from fp32's end at 3.4e38: no sum of such deltas reaches it
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
@@ -136,6 +138,10 @@ def check_delta(
             squares.append(squared_norm(values))
             delta.release(spec)
     norm = math.sqrt(math.fsum(squares))
+    if norm > LARGEST_NORM:
+        raise DeltaRefusedError(
+            f"norm: expected at most {LARGEST_NORM:g}, got {norm:.6g}; no training comes to it"
+        )
     if max_norm is not None and norm > max_norm:
         raise DeltaRefusedError(
             f"norm: expected at most {max_norm:g} (aggregation.max_delta_norm), got {norm:.6g}"

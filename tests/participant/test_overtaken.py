@@ -8,7 +8,14 @@ from coordinator.genesis import draw_adapter
 from participant.daemon import Inbox
 from participant.handlers import Participant, Site
 from participant.workspace import Workspace
-from shared.events import DeltaAnswered, RoundClosed, RoundStarted, UploadGranted, UploadRequested
+from shared.events import (
+    DeltaAnswered,
+    RoundClosed,
+    RoundStarted,
+    RunFinished,
+    UploadGranted,
+    UploadRequested,
+)
 from tests.numpy_learner import MANIFEST, NumpyLearner
 from tests.participant.test_asking import ANNOUNCED, Line, round_started
 
@@ -146,3 +153,26 @@ def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
         answer = DeltaAnswered(run="r", round=1, sha=sha, verdict="accepted")
         participant.on_delta_answered(answer, "coordinator")
         assert participant.has_work == waits
+
+
+def test_a_run_that_begins_anew_under_its_name_is_trained(participant, site, started):
+    """The end of the first one calls its trainings off, and no others."""
+    participant.hear(RunFinished(run="r", round=1, sha=None, reason="all rounds are closed"))
+    participant.on_round_started(started(1), "coordinator")
+    participant.work()
+    assert site.learner.trained == []
+    participant.hear(ANNOUNCED)
+    participant.on_round_started(started(1), "coordinator")
+    while participant.has_work:
+        participant.work()
+    assert site.learner.trained == [1]
+
+
+def test_the_newest_round_is_never_swept(participant, site, started):
+    """A site that is not selected for a while needs its optimiser state afterwards."""
+    train(participant, started, 1)
+    kept = site.workspace.newest("r")
+    for number in (2, 3):
+        closed = RoundClosed(run="r", round=number, result_sha=started(number).source_sha)
+        participant.on_round_closed(closed, "coordinator")
+    assert site.workspace.committed("r", 1, kept.sha) == kept
