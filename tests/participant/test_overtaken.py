@@ -155,7 +155,7 @@ def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
         assert participant.has_work == waits
 
 
-def test_a_run_that_begins_anew_under_its_name_is_trained(participant, site, started):
+def test_the_end_of_a_run_calls_off_no_namesake(participant, site, started):
     """The end of the first one calls its trainings off, and no others."""
     participant.hear(RunFinished(run="r", round=1, sha=None, reason="all rounds are closed"))
     participant.on_round_started(started(1), "coordinator")
