@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shared.records import AcceptedRecord, OpenedRecord
 
 LEAST_TIMES = 3  # fewer past times say nothing about the next
+LEAST_SECONDS = 1.0
 LEAST_SPREAD = 0.1  # of the median: equal times in the past are no promise of the same second
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution (Rousseeuw and Croux, 1993)
 
@@ -147,7 +148,7 @@ def deadline_seconds(section: PolicySection, times: Sequence[float]) -> float | 
     median = statistics.median(times)
     spread = MAD_TO_DEVIATION * statistics.median(abs(time - median) for time in times)
     spread = max(spread, LEAST_SPREAD * median)
-    return min(limit, round(median + section.deadline_spread * spread, 3))
+    return min(limit, max(LEAST_SECONDS, round(median + section.deadline_spread * spread, 3)))
 
 
 def _fresh(

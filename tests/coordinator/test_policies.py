@@ -116,6 +116,7 @@ def test_an_adaptive_deadline_by_hand():
     section = PolicySection.model_validate(QUORUM | {"deadline": "adaptive"})
     expected = 14 + 3 * 1.4826 * 4
     assert deadline_seconds(section, [10, 12, 14, 20, 100]) == pytest.approx(expected, abs=1e-3)
+    assert deadline_seconds(section, [0.0] * 5) == 1.0
     assert deadline_seconds(section, [10, 12]) == 100.0
     assert deadline_seconds(section, [1000.0] * 5) == 100.0
     # Equal times leave room all the same: a tenth of the median, three times.
