@@ -109,8 +109,8 @@ def verify(
         print_json(found)
     elif not found.findings:
         console().print(
-            f"[green]run {run} is what it says[/green]: {found.rounds} rounds recomputed from "
-            f"{found.deltas} deltas, adapter sha256 {found.adapter_sha}"
+            f"[green]run {run} is what it says[/green]: {found.rounds} rounds, "
+            f"{found.recomputed} of them recomputed from {found.deltas} deltas, adapter sha256 {found.adapter_sha}"
         )
     if not as_json:
         for note in found.notes:

@@ -59,6 +59,7 @@ class Verification:
 
     run: str
     rounds: int = 0
+    recomputed: int = 0
     deltas: int = 0
     adapter_sha: str | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -236,6 +237,7 @@ class _Verifier:
         except LedgerError as error:  # the decision itself cannot be carried out
             self._find(number, closing.key(self._ledger.run), str(error))
             return None
+        self.result.recomputed += 1
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
         mine = _figures(again.mean_norm, again.delta_norms, again.cosines)

@@ -163,7 +163,8 @@ def test_verify_knows_what_a_quorum_may_decide(tmp_path, record, change, problem
 
     sites["c"].fault = fail
     federations.run(config, tmp_path, sites)
-    assert verify(tmp_path).findings == []
+    healthy = verify(tmp_path)
+    assert (healthy.rounds, healthy.recomputed, healthy.findings) == (1, 1, [])
     path = tmp_path / "store" / f"runs/test/rounds/00001/{record}.json"
     values = json.loads(path.read_text()) | change
     path.chmod(0o644)
