@@ -110,7 +110,8 @@ def verify(
     elif not found.findings:
         console().print(
             f"[green]run {run} is what it says[/green]: {found.rounds} rounds, "
-            f"{found.recomputed} of them recomputed from {found.deltas} deltas, adapter sha256 {found.adapter_sha}"
+            f"{found.recomputed} of them recomputed from {found.deltas} deltas, "
+            f"adapter sha256 {found.adapter_sha}"
         )
     if not as_json:
         for note in found.notes:
