@@ -108,8 +108,8 @@ class Coordinator:
         failpoint("start.before")
         self.reload()
         failpoint("start.reloaded")
-        self.active = True
         self._carry_out(resume(self.state))
+        self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
 
     def _entry(self, handler: Handler) -> Handler:
@@ -118,6 +118,9 @@ class Coordinator:
         def handle(event: Event, sender: str) -> None:
             if not self.active:
                 self.start()
+            if self.state.closing is not None:
+                # A store that was away left the decision undone; this may be of the next round.
+                self._carry_out((Aggregate(self.state.closing),))
             self.watch.saw(sender, self._clock())
             handler(event, sender)
 

@@ -277,9 +277,10 @@ def _toward_genesis(state: RunState) -> Step | None:
     if problem is not None:
         return _finish(state, problem, failed=True)
     # Too few because a site declined is no end: its operator mends the cause and starts it again.
+    there = state.steering.in_force(state.members)
     enough = section.min_participants or len(state.steering.in_force(section.participants))
     timed_out = state.now - state.began >= section.start_timeout_seconds
-    if len(state.members) >= enough and (not state.waiting_for or timed_out):
+    if there and len(there) >= enough and (not state.waiting_for or timed_out):
         return MakeGenesis(tuple(sorted(state.members)))
     return None
 

@@ -128,8 +128,8 @@ class Participant:
         self._arrived: tuple[UploadGranted | None, set[int]] = (None, set())
         # Work that failed for now: not before this moment, after so many tries.
         self._deferred: dict[tuple[type[Event], str], tuple[float, int]] = {}
-        # The last round of each run whose deltas are no longer taken; written by the listener.
-        self._over: dict[str, int] = {}
+        # The training that nobody takes any more, once there is one; written by the listener.
+        self._called_off: RoundStarted | None = None
         self.trained: Submission | None = None
         self.handed_over = False
         self.in_hand: Task | None = None
@@ -229,17 +229,17 @@ class Participant:
 
         The handlers come to it only when that work is done.
         """
-        if isinstance(event, RunAnnounced):
-            # The word on rounds that are over comes before it; a run may begin anew by its name.
-            self._over.pop(event.run, None)
-        elif isinstance(event, RunFinished):
-            self._over[event.run] = event.round + 1
-        elif isinstance(event, RoundClosed) and not event.late_counts:
-            self._over[event.run] = max(event.round, self._over.get(event.run, 0))
+        task = self.in_hand
+        if not isinstance(task, RoundStarted) or getattr(event, "run", None) != task.run:
+            return
+        if isinstance(event, RunFinished) or (
+            isinstance(event, RoundClosed) and not event.late_counts and task.round <= event.round
+        ):
+            self._called_off = task
 
     def _is_over(self, task: RoundStarted) -> bool:
         """Whether nobody takes a delta of this round any more, so that no step of it is of use."""
-        return task.round <= self._over.get(task.run, 0) and not self._site.should_stop()
+        return task is self._called_off and not self._site.should_stop()
 
     # Work --------------------------------------------------------------------------------------
 

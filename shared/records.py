@@ -10,6 +10,7 @@ records before them, so whoever computes them writes the same bytes.
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, Strict, model_validator
@@ -320,5 +321,6 @@ def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
     tokens = sum(loss.tokens for loss in known)
     nll = sum(loss.nll * loss.tokens for loss in known) / tokens
     if not math.isfinite(nll):  # a site may say any finite number; a mean of such is finite too
-        nll = sum(loss.nll * (loss.tokens / tokens) for loss in known)
+        mean = sum(loss.nll * (loss.tokens / tokens) for loss in known)
+        nll = min(mean, sys.float_info.max)
     return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from coordinator.rounds import apply, next_step, replay
+from shared.errors import RunFailedError, RunStuckError
 from shared.manifest import HeldOut
 from shared.records import (
     FailedRecord,
@@ -120,6 +121,19 @@ def test_who_is_taken_out_before_the_start_is_not_waited_for(tmp_path):
     assert state.genesis is not None
     assert state.genesis.members == ("a", "b")
     assert verify(tmp_path).findings == []
+
+
+def test_a_start_that_nobody_is_left_for_waits_for_a_person(tmp_path):
+    """No genesis without members, and no crash; ``runs stop`` ends it."""
+    config = federations.config()
+    ask_before(config, tmp_path)
+    for site in "ab":
+        ask(tmp_path, "exclude", "broken", site=site)
+    with pytest.raises(RunStuckError):
+        federations.run(config, tmp_path)
+    ask(tmp_path, "stop", "nobody left")
+    with pytest.raises(RunFailedError, match="nobody left"):
+        federations.run(config, tmp_path)
 
 
 def ask_before(config, folder) -> None:

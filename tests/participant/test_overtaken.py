@@ -12,7 +12,6 @@ from shared.events import (
     DeltaAnswered,
     RoundClosed,
     RoundStarted,
-    RunFinished,
     UploadGranted,
     UploadRequested,
 )
@@ -155,13 +154,15 @@ def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
         assert participant.has_work == waits
 
 
-def test_the_end_of_a_run_calls_off_no_namesake(participant, site, started):
-    """The end of the first one calls its trainings off, and no others."""
-    participant.hear(RunFinished(run="r", round=1, sha=None, reason="all rounds are closed"))
+def test_only_the_training_in_hand_is_called_off(participant, site, started):
+    """Not the same round of a run that begins anew under its name."""
+    closed = RoundClosed(run="r", round=1, result_sha="0" * 64)
+    site.learner.fault = lambda _: participant.hear(closed)  # the listener hears it meanwhile
     participant.on_round_started(started(1), "coordinator")
     participant.work()
     assert site.learner.trained == []
-    participant.hear(ANNOUNCED)
+    assert not participant.has_work
+    site.learner.fault = lambda _: None
     participant.on_round_started(started(1), "coordinator")
     while participant.has_work:
         participant.work()
