@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from coordinator.chain import Finding
 from coordinator.controls import steer
 from coordinator.members import disagreement
+from coordinator.policies import weighting
 from shared import topology
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
 from shared.ledger import Ledger
@@ -22,7 +23,7 @@ from shared.records import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from coordinator.chain import Chain
     from shared.config import FederationConfig
@@ -137,12 +138,26 @@ def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None
     for site, why in steering.left_out(selected).items():
         if closing.excluded.get(site) != why:
             chain.find(number, key, f"excluded: {site} was taken out by an operator ({why})")
+    _check_inputs(chain, config, closing, steering.excluded)
     others = {s: why for s, why in closing.excluded.items() if s not in steering.excluded}
     for site, why in others.items():
         if config.policy.kind == "all":
             _check_reason(chain, number, site, why)
     if opened is not None:
         _check_policy(chain, config, opened, closing, others)
+
+
+def _check_inputs(
+    chain: Chain, config: FederationConfig, closing: ClosingRecord, excluded: Mapping[str, str]
+) -> None:
+    """No delta that is too old, or of a site that an operator had taken out."""
+    number, key = closing.round, closing.key(chain.run)
+    oldest = number - (config.policy.max_staleness if config.policy.carries else 0)
+    for item in closing.inputs:
+        if item.site in excluded:
+            chain.find(number, key, f"counts {item.site}, which an operator had taken out")
+        if not oldest <= item.from_round <= number:
+            chain.find(number, key, f"counts {item.site} of round {item.from_round}: too old")
 
 
 def _check_policy(
@@ -154,8 +169,7 @@ def _check_policy(
 ) -> None:
     """What the policy says of the decision. ``others``: left out, and not by an operator."""
     policy, number, key = config.policy, closing.round, closing.key(chain.run)
-    mode = config.aggregation.weights
-    rule = f"{mode} / sqrt(1 + staleness)" if policy.carries else mode
+    rule = weighting(policy, config.aggregation.weights)
     if closing.weighting not in {"", rule}:
         chain.find(number, key, f"weighting: expected {rule}, got {closing.weighting}")
     if policy.kind == "buffered" and others:
@@ -171,7 +185,10 @@ def _check_policy(
 
 
 def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) -> None:
-    """Under ``all`` every selected site is counted or left out. ``selected``: as recomputed."""
+    """But for a buffer, every selected site is counted or left out.
+
+    ``selected``: as recomputed.
+    """
     number = closing.round
     told = {item.site for item in closing.inputs if item.from_round == number}
     told |= closing.excluded.keys()

@@ -131,6 +131,11 @@ def buffered(
     return Decision(_in_order(there), {}) if full else None
 
 
+def weighting(section: PolicySection, mode: str) -> str:
+    """The rule that gives a round's weights, as ``closing.json`` says it."""
+    return f"{mode} / sqrt(1 + staleness)" if section.carries else mode
+
+
 def given_up(section: PolicySection, trouble: Trouble) -> bool:
     """Whether the coordinator asks this site again by itself in this round."""
     return trouble.final or trouble.attempts >= section.max_attempts

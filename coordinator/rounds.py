@@ -17,7 +17,7 @@ from coordinator.aggregation import Counts, weights
 from coordinator.branching import misfit
 from coordinator.controls import added
 from coordinator.members import disagreement
-from coordinator.policies import POLICIES, Trouble, deadline_seconds, given_up
+from coordinator.policies import POLICIES, Trouble, deadline_seconds, given_up, weighting
 from coordinator.selection import select
 from coordinator.state import (
     Aggregate,
@@ -332,7 +332,7 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             source_sha=opened.source_sha,
             inputs=inputs,
             excluded={**decision.excluded, **steering.left_out(opened.selected)},
-            weighting=f"{mode} / sqrt(1 + staleness)" if state.config.policy.carries else mode,
+            weighting=weighting(state.config.policy, mode),
             controls=steering.number,
         )
     )
