@@ -409,7 +409,7 @@ class Participant:
             self._requested.clear()
             self._ask_again(task.run, str(error))
             return
-        self._publish(DeltaSubmitted(**submission.model_dump(exclude={"expires_at"})))
+        self._publish(DeltaSubmitted(**submission.model_dump(exclude={"expires_at", "settings"})))
         self.handed_over = True
 
     def _send_chunks(self, task: UploadGranted, submission: Submission) -> None:
