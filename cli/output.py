@@ -32,6 +32,7 @@ StoreOption = Annotated[
         help="The store's directory, or a federation.toml that names the store.",
     ),
 ]
+RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

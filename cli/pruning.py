@@ -10,6 +10,7 @@ import typer
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
+    RunArgument,
     StoreOption,
     console,
     megabytes,
@@ -20,8 +21,6 @@ from cli.output import (
 
 if TYPE_CHECKING:
     from coordinator.retention import Plan
-
-RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 
 
 def prune(

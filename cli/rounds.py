@@ -10,6 +10,7 @@ import typer
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
+    RunArgument,
     StoreOption,
     console,
     fixed,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from coordinator.inspection import History
 
 app = typer.Typer(help="Rounds of a run: list, show.", no_args_is_help=True)
-RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 
 
 @app.command("list")

@@ -11,6 +11,7 @@ from cli import pruning, steering
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
+    RunArgument,
     StoreOption,
     console,
     open_store,
@@ -21,7 +22,6 @@ from cli.output import (
 app = typer.Typer(
     help="Runs in a store: list, show, verify, export, steer, branch, prune.", no_args_is_help=True
 )
-RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 
 for command in (
     steering.pause,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import DEFAULT_STORE, JsonOption, StoreOption, console, print_json, writable_store
+from cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    console,
+    print_json,
+    writable_store,
+)
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +24,6 @@ if TYPE_CHECKING:
     from coordinator.operating import Action
     from shared.ledger import Ledger
 
-RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stays on record.")]
 NO_REASON = "no reason given"
 WHEN = "A coordinator at work sees it within seconds; else the next start does."
