@@ -15,11 +15,12 @@ import math
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
+from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
     BLOCK,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shared.config import FederationConfig
     from shared.manifest import Manifest, TensorSpec
 
 WEIGHT_TOLERANCE: Final = 1e-9
@@ -63,11 +65,26 @@ class WeightedDelta:
     """One input of a round: a checked delta file and its share.
 
     ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
+    ``scale``: what its values are multiplied by before anything else.
     """
 
     site: str
     path: Path
     weight: float
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a round's deltas become the next adapter, as the run's settings say."""
+
+    aggregation: AggregationSection = field(default_factory=AggregationSection)
+    server: ServerSection = field(default_factory=ServerSection)
+
+    @classmethod
+    def of(cls, config: FederationConfig) -> Method:
+        """The method of a run."""
+        return cls(config.aggregation, config.server)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,8 @@ class Aggregated:
     mean_norm: float
     delta_norms: dict[str, float]
     cosines: dict[str, float]
+    left_out: dict[str, str] = field(default_factory=dict)
+    exactness_gap: float | None = None
 
 
 def weights(

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from shared.config_rules import misfits
 from shared.errors import ConfigError
 from shared.topology import ANY_RUN, COORDINATOR
 
@@ -66,10 +67,16 @@ class BaseSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter. Defaults are the paper's: r=64, alpha=16, dropout 0.1, all linear layers."""
+    """The adapter. Defaults are the paper's: r=64, alpha=16, dropout 0.1, all linear layers.
+
+    ``scaling``: of the product BA, alpha / r (``classic``) or alpha / sqrt(r) (``rslora``,
+    arXiv:2312.03732). ``ranks``: of sites that have another one than ``rank``, the largest.
+    """
 
     rank: Annotated[int, Field(ge=1, le=8192)] = 64
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    scaling: Literal["classic", "rslora"] = "classic"
+    ranks: dict[Name, Positive] = Field(default_factory=dict)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
         "all-linear"
@@ -90,6 +97,7 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.001
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
     optimizer_state: Literal["reset", "keep"] = "reset"
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     max_prompt_tokens: Positive = 512
     max_answer_tokens: Positive = 512
     cpu_threads: Positive = 2
@@ -171,10 +179,34 @@ class PolicySection(Section):
 
 
 class AggregationSection(Section):
-    """How deltas are weighted. ``equal``: 1/K each, Algorithm 2 of the paper."""
+    """How a round's deltas become one. ``equal``, ``mean``, ``fedavg``: Algorithm 2 of the paper.
+
+    ``averaging``: which factors of a LoRA adapter are trained and how they are joined. ``rule``:
+    what is taken of all deltas for each value; ``assumed_bad``: how many bad ones ``multi-krum``
+    and ``trimmed-mean`` withstand. ``clip_to_median``: a delta is scaled down to at most so many
+    times the median norm of the round.
+    """
 
     weights: Literal["equal", "examples", "tokens"] = "equal"
     max_delta_norm: Annotated[float, Field(gt=0)] | None = None
+    averaging: Literal["fedavg", "rolora", "ffa", "svd", "flora"] = "fedavg"
+    rule: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
+    assumed_bad: Positive = 1
+    clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0
+
+
+class ServerSection(Section):
+    """The coordinator's optimiser: the mean delta is its step. ``plain``: it is added as it is.
+
+    ``fedavgm`` (arXiv:1909.06335), ``nesterov`` (DiLoCo, arXiv:2311.08105), ``fedadam``,
+    ``fedyogi``, ``fedadagrad`` (arXiv:2003.00295; their letters beta_1, beta_2, tau).
+    """
+
+    optimizer: Literal["plain", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad"] = "plain"
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    second_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
 
 
 class CodecSection(Section):
@@ -259,6 +291,7 @@ class FederationConfig(Section):
     selection: SelectionSection = SelectionSection()
     policy: PolicySection = PolicySection()
     aggregation: AggregationSection = AggregationSection()
+    server: ServerSection = ServerSection()
     codec: CodecSection = CodecSection()
     convergence: ConvergenceSection = ConvergenceSection()
     broker: OperatedBrokerSection | None = None
@@ -289,6 +322,8 @@ class FederationConfig(Section):
                 f"run.min_participants is {self.run.min_participants}, "
                 f"but run.participants lists {len(names)}"
             )
+        for problem in misfits(self):
+            raise ValueError(problem)
         return self
 
     def recorded(self) -> dict[str, Any]:

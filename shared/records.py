@@ -235,13 +235,15 @@ class FailedRecord(StampedRecord):
 class Input(Fact):
     """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1.
 
-    ``from_round`` is the round it was trained in, which may be an earlier one.
+    ``from_round`` is the round it was trained in, which may be an earlier one. ``scale``: what its
+    values are multiplied by before anything else; below 1 where its norm was clipped.
     """
 
     site: Name
     from_round: Annotated[int, Field(ge=1)]
     sha: Sha256
     weight: float
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     def label(self, round_number: int) -> str:
         """What it is called in round ``round_number``'s figures: ``site``, or ``site@round``."""
@@ -265,7 +267,12 @@ class ClosingRecord(StampedRecord):
 
 
 class ClosedRecord(Record):
-    """THE RESULT: a pure function of closing.json and the objects that it names."""
+    """THE RESULT: a pure function of closing.json and the objects that it names.
+
+    ``left_out``: deltas that the rule did not take, with the reason. ``exactness_gap``: the
+    Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling. ``server_sha``:
+    the server optimiser's state after this round, if it has one.
+    """
 
     round: Annotated[int, Field(ge=1)]
     adapter_sha: Sha256
@@ -274,6 +281,9 @@ class ClosedRecord(Record):
     delta_norms: dict[str, float]
     cosines: dict[str, float]
     source_held_out: HeldOut | None
+    left_out: dict[str, str] = Field(default_factory=dict)
+    exactness_gap: float | None = None
+    server_sha: Sha256 | None = None
 
     def key(self, run: str) -> str:
         """One per round."""
