@@ -137,21 +137,23 @@ def aggregate(
     target: Path,
     watch: Stopwatch | None = None,
     threads: int | None = None,
+    method: Method | None = None,
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
 
     ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
     ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
-    None: as many as there are processors, at most 4. Raises LedgerError for a site that is
-    listed twice, weights that do not sum to 1 or a result that is not finite, DeltaRefusedError
-    for a delta that does not fit the manifest, DecodeError for a source that is torn.
+    None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
+    LedgerError for a site that is listed twice, weights that do not sum to 1 or a result that is
+    not finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a
+    source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     _check_inputs(ordered)
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(source))
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
-        closing = _Closing(adapter, ordered, files, watch or Stopwatch())
+        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method or Method())
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         ahead = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
         # Closed before the files are: a failed write must not leave threads reading them.
@@ -177,7 +179,9 @@ class _Closing:
         deltas: Sequence[WeightedDelta],
         files: Sequence[DeltaFile],
         watch: Stopwatch,
+        method: Method,
     ) -> None:
+        self._method = method
         self._adapter = adapter
         self._deltas = deltas
         self._files = files

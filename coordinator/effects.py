@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.aggregation import Method, WeightedDelta, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.state import (
     Aggregate,
@@ -76,6 +76,7 @@ class Effects:
         self._broker = broker
         self._intake = intake
         self._clock = clock
+        self._method = Method.of(config)
 
     # Durable steps -----------------------------------------------------------------------------
 
@@ -132,11 +133,12 @@ class Effects:
                 item.label(closing.round),
                 self._intake.local_delta(run, item.from_round, item.site, item.sha),
                 item.weight,
+                item.scale,
             )
             for item in closing.inputs
         ]
         target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
-        result = aggregate(source, deltas, state.genesis.manifest, target)
+        result = aggregate(source, deltas, state.genesis.manifest, target, method=self._method)
         failpoint("round.aggregated")
         self._store_adapter(result.digest.sha256, target, state)
         target.unlink()
@@ -149,6 +151,8 @@ class Effects:
             delta_norms=result.delta_norms,
             cosines=result.cosines,
             source_held_out=pool_held_out(r.metrics.held_out for r in counted),
+            left_out=result.left_out,
+            exactness_gap=result.exactness_gap,
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.

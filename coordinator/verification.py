@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.aggregation import Method, WeightedDelta, aggregate
 from coordinator.chain import Chain, Finding, accepted_records, read_chain
 from coordinator.chain_checks import check_origin, check_records, check_told
 from coordinator.controls import steer
@@ -233,7 +233,10 @@ class _Verifier:
         assert self._genesis is not None  # without it no delta was found whole
         number, key = closed.round, closed.key(self._ledger.run)
         try:
-            again = aggregate(source, deltas, self._genesis.manifest, self._scratch / "again")
+            target = self._scratch / "again"
+            again = aggregate(
+                source, deltas, self._genesis.manifest, target, method=Method.of(self._config)
+            )
         except LedgerError as error:  # the decision itself cannot be carried out
             self._find(number, closing.key(self._ledger.run), str(error))
             return None
@@ -295,7 +298,7 @@ class _Verifier:
             on_record = record.key(self._ledger.run)
             self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
             self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
-        return WeightedDelta(item.label(closing.round), path, item.weight)
+        return WeightedDelta(item.label(closing.round), path, item.weight, item.scale)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
         item, codec = closing.inputs[index], get_codec(self._config.codec.name)
