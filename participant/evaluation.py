@@ -1,4 +1,4 @@
-"""Held-out loss of the adapter in a model, and its replies to a prompt.
+"""Held-out loss of the adapter in a model, and its replies to prompts.
 
 Loss is the sum of nats over all answer tokens divided by their number, never a mean of batch
 means; batches are fixed, so that the same adapter gives the same number.
@@ -57,10 +57,15 @@ def evaluate_held_out(
     return HeldOut(nll=mean, tokens=tokens, examples=len(examples))
 
 
-def generate_reply(model: LocalModel, prompt: str, max_new_tokens: int = 60) -> str:
-    """The model's greedy answer to one user message. Raises ModelError without a chat template."""
+def generate_replies(
+    model: LocalModel, prompts: Sequence[str], max_new_tokens: int = 60, batch_size: int = 1
+) -> list[str]:
+    """The model's greedy answers to user messages; see ``LocalModel.replies``.
+
+    Raises ModelError without a chat template.
+    """
     model.clear()
-    return model.reply(prompt, max_new_tokens)
+    return model.replies(prompts, max_new_tokens, batch_size)
 
 
 def _batches(examples: Sequence[TokenisedExample]) -> Iterator[list[TokenisedExample]]:

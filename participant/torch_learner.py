@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from participant.data import load_site_data
-from participant.evaluation import evaluate_held_out, generate_reply
+from participant.evaluation import evaluate_held_out, generate_replies
 from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
 from participant.optimizer_state import save_optimizer
 from participant.resuming import Resumable
@@ -131,15 +131,22 @@ class TorchLearner:
             model.load_adapter(adapter.read)
             return evaluate_held_out(model, data.held_out, lambda: False, report)
 
-    def replies(self, source: Path, prompts: Sequence[str], max_new_tokens: int = 60) -> list[str]:
+    def replies(
+        self,
+        source: Path,
+        prompts: Sequence[str],
+        max_new_tokens: int = 60,
+        batch_size: int = 1,
+    ) -> list[str]:
         """What the last prepared run's base answers with an adapter file, greedily.
 
+        ``batch_size`` prompts at once: faster, but rounding may then decide a near tie otherwise.
         Raises as ``evaluate`` does.
         """
         last = next(reversed(self._announced), "")
         with self._borrowed(self._prepared(last)) as model, _adapter(source) as adapter:
             model.load_adapter(adapter.read)
-            return [generate_reply(model, prompt, max_new_tokens) for prompt in prompts]
+            return generate_replies(model, prompts, max_new_tokens, batch_size)
 
     def _prepared(self, run: str) -> RunAnnounced:
         if run not in self._announced:

@@ -15,6 +15,7 @@ import torch
 from participant.model.adapter import add_adapter, read_parameter, trainable, write_parameters
 from participant.model.batches import pad
 from participant.model.fingerprint import fingerprint_of
+from participant.model.greedy import greedy_tokens
 from participant.model.libraries import offline
 from participant.model.loading import int8_layers, load_base, quantisation_facts
 from participant.model.numerics import describe_numerics, pick_compute_dtype
@@ -105,36 +106,37 @@ class LocalModel:
             logits.flatten(0, -2).float(), batch.targets, reduction="sum"
         )
 
-    def reply(self, prompt: str, max_new_tokens: int) -> str:
-        """The greedy answer to one user message through the model's own chat template.
+    def replies(
+        self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 1
+    ) -> list[str]:
+        """The greedy answer to each user message through the model's own chat template.
 
-        Raises ModelError if the tokenizer has no chat template.
+        ``batch_size`` prompts are decoded together, neighbours in length first; with 1 every
+        reply is computed alone, to the same bytes whatever the other prompts are. Raises
+        ModelError if the tokenizer has no chat template.
         """
+        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        ends = self._end_tokens()
+        answers: dict[int, str] = {}
+        with torch.inference_mode(), self._autocast():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = [rows[index] for index in chosen]
+                found = greedy_tokens(self._network, batch, ends, max_new_tokens, self.device)
+                for index, tokens in zip(chosen, found, strict=True):
+                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                    answers[index] = str(text).strip()
+        return [answers[index] for index in range(len(rows))]
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise ModelError("base.model: expected a tokenizer with a chat template, found none")
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return self._decode_greedily(ids.to(self.device), max_new_tokens)
-
-    def _decode_greedily(self, ids: torch.Tensor, max_new_tokens: int) -> str:
-        """``ids``: int64 [1, length]. Own loop: ``generate`` would bring its own settings along."""
-        ends = self._end_tokens()
-        cache = None
-        answer: list[int] = []
-        with torch.inference_mode(), self._autocast():
-            while len(answer) < max_new_tokens:
-                out = self._network(
-                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                cache = out.past_key_values
-                ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
-                token = int(ids.item())
-                if token in ends:
-                    break
-                answer.append(token)
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _end_tokens(self) -> set[int]:
         """The model's own end tokens (there may be several) and the tokenizer's."""

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from participant import evaluation  # noqa: E402  # after the skip
 from participant.data import TokenisedExample  # noqa: E402
-from participant.evaluation import evaluate_held_out, generate_reply  # noqa: E402
+from participant.evaluation import evaluate_held_out, generate_replies  # noqa: E402
 from participant.model import LocalModel, settle_threads  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import DataError, InterruptedRunError, ModelError  # noqa: E402
@@ -40,6 +40,10 @@ def loss(model, data, **settings):
     told = []
     result = evaluate_held_out(model, data, settings.get("should_stop", lambda: False), told.append)
     return result, told
+
+
+def generate_reply(model, prompt, count):
+    return generate_replies(model, [prompt], count)[0]
 
 
 def test_every_token_weighs_the_same_whatever_the_batches(model, monkeypatch):
@@ -120,3 +124,25 @@ def test_a_reply_ends_at_the_end_token(model, monkeypatch):
     assert generate_reply(model, "hello", 12)
     monkeypatch.setattr(model._network.generation_config, "eos_token_id", list(range(256)))
     assert generate_reply(model, "hello", 12) == ""
+
+
+def test_many_replies_at_once_are_those_of_one_after_the_other(model):
+    """Prompts of all lengths, some ended early, in the order that was asked; all batch sizes."""
+    stream = random.Random(8)
+    prompts = ["".join(stream.choices("abcdef ", k=stream.randint(1, 40))) for _ in range(13)]
+    alone = [generate_reply(model, prompt, 9) for prompt in prompts]
+    assert len(set(alone)) > 6
+    for size in (1, 2, 5, 13, 64):
+        assert generate_replies(model, prompts, 9, size) == alone
+    assert generate_replies(model, [], 9, 4) == []
+    assert generate_replies(model, prompts[:2], 0, 4) == ["", ""]
+
+
+def test_replies_of_a_batch_end_each_at_its_own_end_token(model, monkeypatch):
+    """One that ended stays as it was while its neighbours go on."""
+    prompts = [f"{'x' * n} hello" for n in range(8)]
+    ids = model.tokenizer.encode(generate_reply(model, prompts[0], 9), add_special_tokens=False)
+    monkeypatch.setattr(model._network.generation_config, "eos_token_id", [ids[3], ids[5]])
+    alone = [generate_reply(model, prompt, 9) for prompt in prompts]
+    assert len({len(text) for text in alone}) > 1
+    assert generate_replies(model, prompts, 9, 8) == alone
