@@ -96,8 +96,9 @@ class Aggregated:
     """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
 
     ``mean_norm``: of what the rule makes of the deltas, by default their weighted mean.
-    ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with what
-    the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and why.
+    ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with
+    what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
+    why.
     """
 
     digest: FileDigest
@@ -150,8 +151,8 @@ def aggregate(
     ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
     None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
     LedgerError for a site that is listed twice, weights that do not sum to 1, fewer deltas than the
-    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a
-    source that is torn.
+    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the
+    manifest, DecodeError for a source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()

@@ -69,9 +69,7 @@ def kept(section: AggregationSection, count: int) -> slice | None:
     return None
 
 
-def by_coordinate(
-    spec: TensorSpec, votes: Votes, keep: slice, result: NDArray[np.float64]
-) -> None:
+def by_coordinate(spec: TensorSpec, votes: Votes, keep: slice, result: NDArray[np.float64]) -> None:
     """For each coordinate of a tensor the mean of its sorted values ``keep``, into ``result``.
 
     Trimmed mean and median of Yin et al. (arXiv:1803.01498). With at most f bad deltas of K >= 2f +
