@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
+from coordinator.policies import too_few
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
 from participant.handlers import Site
@@ -136,10 +137,12 @@ def _why_stuck(state: RunState, store: Path) -> str:
             f"run {run} is paused after round {state.last_round}: {steering.paused}. Go on with: "
             f"gradualdiff runs resume {run} --store {store}, then start this again"
         )
+    short = _too_few(state)
     if steering.excluded and not state.waiting_for and state.genesis is not None:
         out = "; ".join(f"{site} ({why})" for site, why in sorted(steering.excluded.items()))
         return (
-            f"run {run} cannot go on: nobody is left to wait for, operators took out {out}. End it "
+            f"run {run} cannot go on: nobody is left to wait for, operators took out {out}{short}. "
+            "End it "
             f"with its last result: gradualdiff runs stop {run} --reason WHY --store {store}"
         )
     where = f"round {state.opened.round}" if state.opened else "the start"
@@ -147,7 +150,19 @@ def _why_stuck(state: RunState, store: Path) -> str:
     waiting = [f"{site} ({known.get(site, 'no word from it')})" for site in state.waiting_for]
     waiting += [f"{s} ({why})" for s, why in state.declined.items() if s not in state.waiting_for]
     return (
-        f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}. "
+        f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}"
+        f"{short}. "
         "Mend the cause at the site, then resume; everything finished is in the ledger. "
         "A setting of the run is on record and cannot change: for that, choose another run.name"
     )
+
+
+def _too_few(state: RunState) -> str:
+    """What the open round lacks although its policy would close it, in words; or nothing."""
+    opened = state.open_round
+    if opened is None:
+        return ""
+    reachable = state.steering.reachable(state.uncounted)
+    there = sum(number == opened.round for _, number in reachable)
+    short = too_few(state.config.aggregation, there)
+    return "" if short is None else f"; {short}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cli.standing import Standing, awaited, is_away
+from coordinator.policies import too_few
 from coordinator.watch import read_status
 from shared.errors import RunNotFoundError, StoreError
 
@@ -35,10 +36,10 @@ INTERRUPTED = 130
 class SiteNow:
     """One participant. Times are seconds since the epoch.
 
-    ``state``: waiting, loading, evaluating, training, uploading, accepted, counted, excluded,
-    declined, joined, idle (not in this round) or away. ``eta_seconds``: to the end of the activity,
-    at the speed so far. ``pending_since``: since when its word is awaited; None if it is not.
-    Rates and bytes are as it told last.
+    ``state``: waiting, loading, evaluating, training, uploading, accepted, counted, left out (by
+    the rule), excluded, declined, joined, idle (not in this round) or away. ``eta_seconds``: to the
+    end of the activity, at the speed so far. ``pending_since``: since when its word is awaited;
+    None if it is not. Rates and bytes are as it told last.
     """
 
     site: str
@@ -150,12 +151,22 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
         since=current.since,
         seen=status.at if status else None,
         coordinator_silent=silent,
-        reason=finished.reason if finished else paused or "",
+        reason=finished.reason if finished else paused or _too_few(standing),
         adapter_sha=finished.sha if finished else None,
         sites=[
             _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
         ],
     )
+
+
+def _too_few(standing: Standing) -> str:
+    """Why the round stays open although nobody is at work any more, if its rule says so."""
+    current = standing.round
+    settled = {*current.accepted, *current.excluded, *current.troubles}
+    if current.number < 1 or current.state != "open" or not settled.issuperset(current.selected):
+        return ""
+    there = current.accepted.keys() - current.excluded.keys()
+    return too_few(standing.config.aggregation, len(there)) or ""
 
 
 def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -> SiteNow:
@@ -190,10 +201,14 @@ def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -
 def _settled(standing: Standing, site: str) -> tuple[str | None, str]:
     """What the ledger says of it: a state that needs no word of progress, and the reason."""
     current = standing.round
-    if site in standing.declined:
-        return "declined", standing.declined[site]
-    if site in current.excluded:
-        return "excluded", current.excluded[site]
+    apart = {
+        "declined": standing.declined,
+        "excluded": current.excluded,
+        "left out": current.left_out,
+    }
+    for state, reasons in apart.items():
+        if site in reasons:
+            return state, reasons[site]
     if site in current.accepted:
         counted = current.state in ("closing", "closed")
         return ("counted" if counted else "accepted"), ""

@@ -105,9 +105,15 @@ def show(
             for row in rows
         ],
     )
-    for row in rows:
-        if row.reason:
-            console().print(f"{row.site}: {row.reason}", markup=False, soft_wrap=True)
+    remarks = [f"{row.site}: {row.reason}" for row in rows if row.reason]
+    remarks += [
+        f"{label}: clipped, its delta was multiplied by {scale:.3g}"
+        for label, scale in summary.clipped.items()
+    ]
+    if summary.waits_for:
+        remarks.append(f"the round does not close yet: {summary.waits_for}")
+    for remark in remarks:
+        console().print(remark, markup=False, soft_wrap=True)
 
 
 def _list(history: History, *, as_json: bool) -> None:

@@ -50,6 +50,7 @@ class RoundNow:
     """One round. ``state``: waiting (for sites to join), open, closing or closed.
 
     ``since``: seconds since the epoch. ``troubles``: a site's newest failure or refusal.
+    ``left_out``: counted deltas that the rule did not take.
     """
 
     number: int
@@ -59,6 +60,7 @@ class RoundNow:
     accepted: dict[str, AcceptedRecord] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 class Standing:
@@ -150,8 +152,9 @@ class Standing:
             state = "closed"
         elif ClosingRecord in kinds:
             state = "closing"
+        left_out = next((dict(r.left_out) for r in records if isinstance(r, ClosedRecord)), {})
         reasons = {site: reason for site, (_, reason) in troubles.items()}
-        return RoundNow(number, state, since, selected, accepted, reasons, excluded)
+        return RoundNow(number, state, since, selected, accepted, reasons, excluded, left_out)
 
 
 def awaited(standing: Standing, site: str) -> str:

@@ -1,5 +1,7 @@
 """Close a round's numbers: A(t+1) = A(t) + sum_i w_i D_i(t) (Algorithm 2 of arXiv:2506.19164).
 
+With a robust rule (``coordinator.robust``) something else stands in the place of the sum.
+
 Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
 are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
 (no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Threads take whole
@@ -20,6 +22,8 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
+from coordinator import robust
+from coordinator.policies import too_few
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -91,8 +95,10 @@ class Method:
 class Aggregated:
     """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
 
-    ``mean_norm``: of the weighted mean of the deltas. ``cosines``: of each site's delta with that
-    mean, 0 where either is all zeros.
+    ``mean_norm``: of what the rule makes of the deltas, by default their weighted mean.
+    ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with
+    what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
+    why.
     """
 
     digest: FileDigest
@@ -139,23 +145,26 @@ def aggregate(
     threads: int | None = None,
     method: Method | None = None,
 ) -> Aggregated:
-    """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
+    """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * (scale_i * fp64(D_i))).
 
     ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
     ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
     None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
-    LedgerError for a site that is listed twice, weights that do not sum to 1 or a result that is
-    not finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a
-    source that is torn.
+    LedgerError for a site that is listed twice, weights that do not sum to 1, fewer deltas than the
+    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the
+    manifest, DecodeError for a source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
-    _check_inputs(ordered)
+    method = method or Method()
+    _check_inputs(ordered, method.aggregation)
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(source))
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
-        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method or Method())
+        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
-        ahead = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
+        threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
+        closing.judge(manifest, threads)
+        ahead = closing.tensors(manifest, threads)
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
@@ -185,10 +194,26 @@ class _Closing:
         self._adapter = adapter
         self._deltas = deltas
         self._files = files
+        self._votes = robust.Votes(files, [delta.scale for delta in deltas])
+        self._kept = robust.kept(method.aggregation, len(deltas))
+        self._shares = {delta.site: delta.weight for delta in deltas}
+        self._left_out: dict[str, str] = {}
         self.watch = watch
         self._mean_squares: list[float] = []
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+
+    def judge(self, manifest: Manifest, threads: int) -> None:
+        """Whom the rule leaves out as a whole; the others share equally then."""
+        section = self._method.aggregation
+        if section.rule != "multi-krum":
+            return
+        with self.watch.phase("judge"):
+            self._left_out = robust.multi_krum(
+                manifest, self._votes, list(self._shares), section.assumed_bad, threads
+            )
+        taken = [site for site in self._shares if site not in self._left_out]
+        self._shares = dict.fromkeys(taken, 1 / len(taken))
 
     def tensors(self, manifest: Manifest, threads: int) -> Generator[NDArray[np.float32]]:
         """The next adapter's tensors in order; each is overwritten once the next is asked for.
@@ -214,12 +239,7 @@ class _Closing:
     def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
         """The next adapter's values of one tensor: fp32 of ``spec.shape``, in ``buffers``."""
         mean = buffers.mean[: spec.elements]
-        mean.fill(0)
-        for delta, file in zip(self._deltas, self._files, strict=True):
-            with self.watch.phase("read"):
-                values = file.read(spec).reshape(-1)
-            with self.watch.phase("accumulate"):
-                _accumulate(mean, values, delta.weight)
+        self._join(spec, mean)
         with self.watch.phase("measure"):
             self._measure(spec, mean)
         with self.watch.phase("read"):
@@ -230,6 +250,21 @@ class _Closing:
             result = buffers.result[: spec.elements]
             _cast(mean, result, spec)
         return result.reshape(spec.shape)
+
+    def _join(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
+        """What the rule makes of all deltas in one tensor, into ``mean``."""
+        if self._kept is not None:
+            with self.watch.phase("accumulate"):
+                robust.by_coordinate(spec, self._votes, self._kept, mean)
+            return
+        mean.fill(0)
+        for delta, file in zip(self._deltas, self._files, strict=True):
+            if delta.site in self._left_out:
+                continue
+            with self.watch.phase("read"):
+                values = file.read(spec).reshape(-1)
+            with self.watch.phase("accumulate"):
+                _accumulate(mean, values, self._shares[delta.site], delta.scale)
 
     def aggregated(self, digest: FileDigest) -> Aggregated:
         """The numbers of the whole adapter, once every tensor is done."""
@@ -244,6 +279,7 @@ class _Closing:
             significant(mean_norm),
             {site: significant(norm) for site, norm in norms.items()},
             cosines,
+            self._left_out,
         )
 
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
@@ -257,7 +293,7 @@ class _Closing:
             file.release(spec)
 
 
-def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:
+def _check_inputs(ordered: Sequence[WeightedDelta], section: AggregationSection) -> None:
     sites = [delta.site for delta in ordered]
     twice = sorted({site for site in sites if sites.count(site) > 1})
     if twice:
@@ -268,14 +304,24 @@ def _check_inputs(ordered: Sequence[WeightedDelta]) -> None:
         raise LedgerError(f"weights: expected numbers from 0 to 1, got {shares}")
     if abs(math.fsum(shares) - 1) > WEIGHT_TOLERANCE:
         raise LedgerError(f"weights: expected a sum of 1, got {math.fsum(shares)!r}")
+    short = too_few(section, len(ordered))
+    if short is not None:
+        raise LedgerError(f"inputs: {short}")
 
 
-def _accumulate(total: NDArray[np.float64], values: NDArray[np.float32], weight: float) -> None:
-    """``total += weight * fp64(values)`` in place, both flat, block by block within the cache."""
+def _accumulate(
+    total: NDArray[np.float64], values: NDArray[np.float32], weight: float, scale: float = 1.0
+) -> None:
+    """``total += weight * (scale * fp64(values))`` in place, both flat, block by block.
+
+    A block fits the cache; a scale of 1 is not multiplied by, which has the same bits.
+    """
     scratch = np.empty(min(BLOCK, total.size), np.float64)
     for at in blocks(total.size):
         scaled = scratch[: at.stop - at.start]
         np.copyto(scaled, values[at])
+        if scale != 1:
+            np.multiply(scaled, scale, out=scaled)
         np.multiply(scaled, weight, out=scaled)
         np.add(total[at], scaled, out=total[at])
 

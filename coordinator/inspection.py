@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.controls import Steering, steer
+from coordinator.policies import too_few
 from shared.errors import RunNotFoundError
 from shared.ledger import Ledger, list_runs
 from shared.records import (
@@ -24,6 +25,7 @@ from shared.records import (
     FederationRecord,
     FinishedRecord,
     GenesisRecord,
+    Input,
     MemberRecord,
     OpenedRecord,
     OriginRecord,
@@ -65,7 +67,11 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One line on a round. ``held_out``: of the adapter that this round produced."""
+    """One line on a round. ``held_out``: of the adapter that this round produced.
+
+    ``clipped``: by counted delta, what it was multiplied by. ``left_out``: counted deltas that the
+    rule did not take, and why. ``waits_for``: why an open round has too few deltas for its rule.
+    """
 
     round: int
     state: str
@@ -79,11 +85,17 @@ class RoundSummary:
     tokens: int
     bytes: int
     seconds: float | None
+    clipped: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    waits_for: str = ""
 
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site in one round. Held-out values are of the adapter the round began from."""
+    """One site in one round. Held-out values are of the adapter the round began from.
+
+    ``weight`` and ``scale``: as decided; a delta that the rule left out has them too.
+    """
 
     site: str
     state: str
@@ -99,6 +111,7 @@ class SiteRow:
     norm: float | None = None
     cosine: float | None = None
     weight: float | None = None
+    scale: float | None = None
 
 
 class History:
@@ -139,15 +152,15 @@ class History:
         records = self.by_round.get(number, ())
         return {r.site: r for r in records if isinstance(r, AcceptedRecord)}
 
-    def counted(self, site: str, number: int) -> tuple[int | None, float | None]:
-        """Which round counted the delta that a site made in round ``number``, and its weight."""
+    def counted(self, site: str, number: int) -> tuple[int, Input] | None:
+        """Which round counted the delta that a site made in round ``number``, and how."""
         for records in self.by_round.values():
             for closing in records:
                 if isinstance(closing, ClosingRecord):
                     for item in closing.inputs:
                         if (item.site, item.from_round) == (site, number):
-                            return closing.round, item.weight
-        return None, None
+                            return closing.round, item
+        return None
 
     def held_out(self, number: int) -> dict[str, HeldOut]:
         """Each site's loss of the adapter that round ``number`` produced, as far as it is known.
@@ -235,13 +248,18 @@ def summarise_round(history: History, number: int) -> RoundSummary:
     closing = history.one(number, ClosingRecord)
     closed = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
     accepted = history.accepted(number).values()
+    inputs = closing.inputs if isinstance(closing, ClosingRecord) else ()
+    short = None
+    if closing is None and isinstance(opened, OpenedRecord):
+        there = [r for r in accepted if r.site not in history.steering.excluded]
+        short = too_few(history.config.aggregation, len(there))
     pooled = pool_held_out(history.held_out(number).values())
     state = "closed" if closed else "closing" if closing else "open"
     return RoundSummary(
         round=number,
         state=state,
         selected=len(opened.selected) if isinstance(opened, OpenedRecord) else 0,
-        counted=len(closing.inputs) if isinstance(closing, ClosingRecord) else len(accepted),
+        counted=len(inputs) or len(accepted),
         excluded=len(closing.excluded) if isinstance(closing, ClosingRecord) else 0,
         adapter_sha=getattr(closed, "adapter_sha", None),
         mean_norm=getattr(closed, "mean_norm", None),
@@ -250,6 +268,9 @@ def summarise_round(history: History, number: int) -> RoundSummary:
         tokens=sum(r.tokens for r in accepted),
         bytes=sum(r.size for r in accepted),
         seconds=_span(opened, closing),
+        clipped={item.label(number): item.scale for item in inputs if item.scale != 1},
+        left_out=dict(closed.left_out) if isinstance(closed, ClosedRecord) else {},
+        waits_for=short or "",
     )
 
 
@@ -271,14 +292,14 @@ def _row(history: History, number: int, site: str) -> SiteRow:
     if accepted is None:
         return SiteRow(site, *_trouble(history.by_round[number], site))
     closed = history.one(number, ClosedRecord)
-    counted_in, weight = history.counted(site, number)
+    counted = history.counted(site, number)
     state, reason = "accepted", ""
-    if counted_in is not None:
-        state = "counted" if counted_in == number else f"counted in {counted_in}"
+    if counted is not None:
+        state, reason = _counted(history, number, *counted)
     elif closed is not None:
         state, reason = "late", f"came after round {number} closed"
     closing = history.one(number, ClosingRecord)
-    if counted_in is None and isinstance(closing, ClosingRecord) and site in closing.excluded:
+    if counted is None and isinstance(closing, ClosingRecord) and site in closing.excluded:
         state, reason = "excluded", closing.excluded[site]
     metrics = accepted.metrics
     return SiteRow(
@@ -295,8 +316,17 @@ def _row(history: History, number: int, site: str) -> SiteRow:
         seconds=round(sum(metrics.seconds.values()), 3),
         norm=accepted.norm,
         cosine=closed.cosines.get(site) if isinstance(closed, ClosedRecord) else None,
-        weight=weight,
+        weight=counted[1].weight if counted else None,
+        scale=counted[1].scale if counted else None,
     )
+
+
+def _counted(history: History, number: int, counted_in: int, item: Input) -> tuple[str, str]:
+    """State and reason of a delta of round ``number`` that round ``counted_in`` decided on."""
+    state = "counted" if counted_in == number else f"counted in {counted_in}"
+    closed = history.one(counted_in, ClosedRecord)
+    why = closed.left_out.get(item.label(counted_in)) if isinstance(closed, ClosedRecord) else None
+    return (state, "") if why is None else ("left out", why)
 
 
 def _trouble(records: Iterable[Record], site: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from shared.config import PolicySection
+    from shared.config import AggregationSection, PolicySection
     from shared.records import AcceptedRecord, OpenedRecord
 
 LEAST_TIMES = 3  # fewer past times say nothing about the next
@@ -129,6 +129,16 @@ def buffered(
     at_work = set(opened.selected) - fresh.keys() - gone
     full = len(there) >= section.buffer or (bool(fresh) and not at_work)
     return Decision(_in_order(there), {}) if full else None
+
+
+def too_few(section: AggregationSection, count: int) -> str | None:
+    """Why ``count`` deltas are not enough for the run's rule, in words; None if they are."""
+    if count >= section.least_deltas:
+        return None
+    bad = "" if section.rule == "median" else f" and assumed_bad = {section.assumed_bad}"
+    return (
+        f'aggregation.rule = "{section.rule}"{bad} needs {section.least_deltas} deltas, got {count}'
+    )
 
 
 def weighting(section: PolicySection, mode: str) -> str:

@@ -15,9 +15,17 @@ from typing import TYPE_CHECKING, Literal
 
 from coordinator.aggregation import Counts, weights
 from coordinator.branching import misfit
+from coordinator.clipping import scales
 from coordinator.controls import added
 from coordinator.members import disagreement
-from coordinator.policies import POLICIES, Trouble, deadline_seconds, given_up, weighting
+from coordinator.policies import (
+    POLICIES,
+    Trouble,
+    deadline_seconds,
+    given_up,
+    too_few,
+    weighting,
+)
 from coordinator.selection import select
 from coordinator.state import (
     Aggregate,
@@ -59,7 +67,7 @@ from shared.seeds import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from shared.config import FederationConfig
+    from shared.config import AggregationSection, FederationConfig
 
 REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
 
@@ -313,16 +321,19 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
     uncounted = steering.reachable(state.uncounted)
     here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
     decision = policy(state.config.policy, here, uncounted, state.troubles, state.now)
-    if decision is None:
+    section = state.config.aggregation
+    if decision is None or too_few(section, len(decision.counted)) is not None:
         return None
-    mode = state.config.aggregation.weights
+    mode = section.weights
     share = shares(mode, decision.counted, opened.round)
+    clipped = clips(section, decision.counted, opened.round)
     inputs = tuple(
         Input(
             site=r.site,
             from_round=r.round,
             sha=r.sha,
             weight=share[delta_label(r.site, r.round, opened.round)],
+            scale=clipped[delta_label(r.site, r.round, opened.round)],
         )
         for r in decision.counted
     )
@@ -345,6 +356,14 @@ def shares(
     labelled = {delta_label(record.site, record.round, number): record for record in counted}
     counts = {label: Counts(r.examples, r.tokens) for label, r in labelled.items()}
     return weights(mode, counts, {label: number - r.round for label, r in labelled.items()})
+
+
+def clips(
+    section: AggregationSection, counted: Iterable[AcceptedRecord], number: int
+) -> dict[str, float]:
+    """What each delta is scaled down by in round ``number``, by its label there; 1 if it is not."""
+    norms = {delta_label(record.site, record.round, number): record.norm for record in counted}
+    return scales(section.clip_to_median, norms)
 
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:

@@ -20,7 +20,7 @@ from coordinator.chain import Chain, Finding, accepted_records, read_chain
 from coordinator.chain_checks import check_origin, check_records, check_told
 from coordinator.controls import steer
 from coordinator.genesis import adapter_config, draw_adapter
-from coordinator.rounds import shares
+from coordinator.rounds import clips, shares
 from coordinator.selection import select
 from shared import topology
 from shared.codecs import get_codec
@@ -243,6 +243,7 @@ class _Verifier:
         self.result.recomputed += 1
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
+        self._expect(number, key, "left_out", again.left_out, closed.left_out)
         mine = _figures(again.mean_norm, again.delta_norms, again.cosines)
         theirs = _figures(closed.mean_norm, closed.delta_norms, closed.cosines)
         self._compare(number, key, mine, theirs)
@@ -273,6 +274,10 @@ class _Verifier:
             share = shares(self._config.aggregation.weights, known, number)
             on_record = {item.label(number): item.weight for item in closing.inputs}
             self._expect(number, key, "weights", share, on_record)
+            clipped = clips(self._config.aggregation, known, number)
+            for item in closing.inputs:
+                label = item.label(number)
+                self._expect(number, key, f"scale of {label}", clipped[label], item.scale)
 
     def _find_unaccepted(self, number: int, item: Input, record: AcceptedRecord | None) -> None:
         key = topology.accepted_key(self._ledger.run, item.from_round, item.site)

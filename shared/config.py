@@ -194,6 +194,14 @@ class AggregationSection(Section):
     assumed_bad: Positive = 1
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0
 
+    @property
+    def least_deltas(self) -> int:
+        """With fewer deltas than this the rule withstands nothing, and a round does not close."""
+        bad = self.assumed_bad
+        return {"median": 3, "trimmed-mean": 2 * bad + 1, "multi-krum": 2 * bad + 3}.get(
+            self.rule, 1
+        )
+
 
 class ServerSection(Section):
     """The coordinator's optimiser: the mean delta is its step. ``plain``: it is added as it is.

@@ -238,6 +238,76 @@ def test_the_digest_is_of_canonical_json():
         canonical_json(float("nan"))
 
 
+FIVE = {"participants": ["a", "b", "c", "d", "e"]}
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({}, r"needs at least 5 deltas in every round \(2 x 1 \+ 3\), .*participants lists 4"),
+        ({"run": FIVE, "aggregation": {"assumed_bad": 2}}, r"at least 7 .*\(2 x 2 \+ 3\)"),
+        (
+            {"aggregation": {"rule": "trimmed-mean", "assumed_bad": 2}},
+            r"at least 5 .*\(2 x 2 \+ 1\), .*participants lists 4",
+        ),
+        (
+            {"run": {"participants": ["a", "b"]}, "aggregation": {"rule": "median"}},
+            r"at least 3 .*\(3\), .*participants lists 2",
+        ),
+        ({"run": {**FIVE, "min_participants": 4}}, "run.min_participants is 4"),
+        (
+            {"run": FIVE, "selection": {"method": "random", "fraction": 0.8}},
+            "selection.fraction takes 0.8 of 5",
+        ),
+        (
+            {"run": FIVE, "policy": {"kind": "quorum", "quorum": 4, "deadline_seconds": 9.0}},
+            "policy.quorum is 4",
+        ),
+        (
+            {
+                "run": FIVE,
+                "policy": {"kind": "quorum", "quorum": 5, "deadline_seconds": 9.0, "late": "carry"},
+            },
+            'policy.late = "carry" does not go with .*one vote',
+        ),
+        (
+            {"run": FIVE, "policy": {"kind": "buffered", "buffer": 5}},
+            'policy.kind = "buffered" does not go with .*one vote',
+        ),
+        ({"run": FIVE, "aggregation": {"weights": "examples"}}, 'expected "equal" .*"examples"'),
+        ({"run": FIVE, "aggregation": {"averaging": "svd"}}, 'averaging = "svd" does not go'),
+        (
+            {
+                "run": FIVE,
+                "base": {"model": "m", "quantisation": "none"},
+                "aggregation": {"averaging": "flora"},
+            },
+            'averaging = "flora" does not go',
+        ),
+    ],
+)
+def test_a_robust_rule_that_cannot_work_is_named(sections, says):
+    """Too few deltas in some round, or deltas that are not one vote each: the rule and why."""
+    run = sections.get("run", {"participants": ["a", "b", "c", "d"]})
+    aggregation = {"rule": "multi-krum", **sections.get("aggregation", {})}
+    with pytest.raises(ConfigError, match=says) as caught:
+        federation(**{**sections, "run": run, "aggregation": aggregation})
+    assert f'"{aggregation["rule"]}"' in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean", "multi-krum"])
+@pytest.mark.parametrize("averaging", ["fedavg", "ffa", "rolora"])
+def test_robust_rules_go_with_five_sites_and_what_averages_factors(rule, averaging):
+    """What is refused is no more than cannot work."""
+    aggregation = {"rule": rule, "averaging": averaging}
+    quorum = {"kind": "quorum", "quorum": 5, "deadline_seconds": 9.0}
+    assert federation(run=FIVE, aggregation=aggregation, policy=quorum)
+    # ceil(0.9 x 5) is all of them.
+    assert federation(
+        run=FIVE, aggregation=aggregation, selection={"method": "random", "fraction": 0.9}
+    )
+
+
 @pytest.mark.parametrize("name", ["rounds", "unknown"])
 def test_a_config_is_frozen(name):
     """Nobody alters it on the way."""
