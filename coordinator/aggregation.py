@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
+from coordinator.server_optimizer import open_optimizer
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from coordinator.server_optimizer import ServerOptimizer, StateFiles, Stepped
     from shared.config import FederationConfig
     from shared.manifest import Manifest, TensorSpec
 
@@ -92,7 +94,8 @@ class Aggregated:
     """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
 
     ``mean_norm``: of the weighted mean of the deltas. ``cosines``: of each site's delta with that
-    mean, 0 where either is all zeros.
+    mean, 0 where either is all zeros. ``stepped``: what the server's optimiser made of the mean,
+    if the run has one.
     """
 
     digest: FileDigest
@@ -101,6 +104,7 @@ class Aggregated:
     cosines: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
     exactness_gap: float | None = None
+    stepped: Stepped | None = None
 
 
 def weights(
@@ -138,12 +142,14 @@ def aggregate(
     watch: Stopwatch | None = None,
     threads: int | None = None,
     method: Method | None = None,
+    state: StateFiles | None = None,
 ) -> Aggregated:
-    """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
+    """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i * fp64(D_i))).
 
     ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
     ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
-    None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
+    None: as many as there are processors, at most 4. ``method`` None: the plain mean. ``state``:
+    the files of the server's optimiser, if the method has one that keeps any. Raises
     LedgerError for a site that is listed twice, weights that do not sum to 1 or a result that is
     not finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a
     source that is torn.
@@ -153,12 +159,16 @@ def aggregate(
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(source))
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
-        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method or Method())
+        watch, method = watch or Stopwatch(), method or Method()
+        server = open_optimizer(method.server, manifest, state, watch)
+        stack.enter_context(server or contextlib.nullcontext())
+        closing = _Closing(adapter, ordered, files, watch, method, server)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         ahead = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
+        closing.stepped = server.finish() if server else None
     return closing.aggregated(digest)
 
 
@@ -180,8 +190,11 @@ class _Closing:
         files: Sequence[DeltaFile],
         watch: Stopwatch,
         method: Method,
+        server: ServerOptimizer | None,
     ) -> None:
         self._method = method
+        self._server = server
+        self.stepped: Stepped | None = None
         self._adapter = adapter
         self._deltas = deltas
         self._files = files
@@ -199,16 +212,19 @@ class _Closing:
         largest = max(spec.elements for spec in manifest.tensors)
         buffers = deque(_Buffers(largest) for _ in range(threads + 1))
         waiting = iter(manifest.tensors)
-        coming: deque[tuple[_Buffers, Future[NDArray[np.float32]]]] = deque()
+        coming: deque[tuple[TensorSpec, _Buffers, Future[NDArray[np.float32]]]] = deque()
         with ThreadPoolExecutor(threads, "aggregation") as pool:
             while True:
                 for spec in itertools.islice(waiting, len(buffers)):
                     free = buffers.popleft()
-                    coming.append((free, pool.submit(self._tensor, spec, free)))
+                    coming.append((spec, free, pool.submit(self._tensor, spec, free)))
                 if not coming:
                     return
-                used, values = coming.popleft()
-                yield values.result()
+                spec, used, values = coming.popleft()
+                result = values.result()
+                if self._server is not None:
+                    self._server.keep(spec)
+                yield result
                 buffers.append(used)
 
     def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
@@ -222,6 +238,8 @@ class _Closing:
                 _accumulate(mean, values, delta.weight)
         with self.watch.phase("measure"):
             self._measure(spec, mean)
+        if self._server is not None:
+            self._server.step(spec, mean)  # from here on it is the step
         with self.watch.phase("read"):
             values = self._adapter.read(spec.name).reshape(-1)
         with self.watch.phase("accumulate"):
@@ -244,6 +262,7 @@ class _Closing:
             significant(mean_norm),
             {site: significant(norm) for site, norm in norms.items()},
             cosines,
+            stepped=self.stepped,
         )
 
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:

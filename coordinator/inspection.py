@@ -65,7 +65,10 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One line on a round. ``held_out``: of the adapter that this round produced."""
+    """One line on a round. ``held_out``: of the adapter that this round produced.
+
+    ``server_sha`` and ``step_norm``: of the server's optimiser, where there is one.
+    """
 
     round: int
     state: str
@@ -79,6 +82,8 @@ class RoundSummary:
     tokens: int
     bytes: int
     seconds: float | None
+    server_sha: str | None = None
+    step_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,8 @@ def summarise_round(history: History, number: int) -> RoundSummary:
         tokens=sum(r.tokens for r in accepted),
         bytes=sum(r.size for r in accepted),
         seconds=_span(opened, closing),
+        server_sha=getattr(closed, "server_sha", None),
+        step_norm=getattr(closed, "step_norm", None),
     )
 
 
