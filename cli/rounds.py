@@ -84,6 +84,9 @@ def show(
         print_json({"round": summary, "sites": rows})
         return
     console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
+    if summary.server_sha is not None:
+        norms = f"mean delta {fixed(summary.mean_norm, 4)}, step {fixed(summary.step_norm, 4)}"
+        console().print(f"server state {summary.server_sha}; norms: {norms}", soft_wrap=True)
     columns = ("site", "state", "held-out", "first", "last", "tokens", "MB", "s")
     print_table(
         f"Round {round_number} of {run} ({summary.state}); losses before it, first and last step",

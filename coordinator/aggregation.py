@@ -24,6 +24,7 @@ import numpy as np
 
 from coordinator import robust
 from coordinator.policies import too_few
+from coordinator.server_optimizer import open_optimizer
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from coordinator.server_optimizer import ServerOptimizer, StateFiles, Stepped
     from shared.config import FederationConfig
     from shared.manifest import Manifest, TensorSpec
 
@@ -98,7 +100,7 @@ class Aggregated:
     ``mean_norm``: of what the rule makes of the deltas, by default their weighted mean.
     ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with
     what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
-    why.
+    why. ``stepped``: what the server's optimiser made of the mean, if the run has one.
     """
 
     digest: FileDigest
@@ -107,6 +109,7 @@ class Aggregated:
     cosines: dict[str, float]
     left_out: dict[str, str] = field(default_factory=dict)
     exactness_gap: float | None = None
+    stepped: Stepped | None = None
 
 
 def weights(
@@ -144,15 +147,17 @@ def aggregate(
     watch: Stopwatch | None = None,
     threads: int | None = None,
     method: Method | None = None,
+    state: StateFiles | None = None,
 ) -> Aggregated:
-    """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * (scale_i * fp64(D_i))).
+    """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i (scale_i * fp64(D_i)))).
 
     ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
     ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
-    None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
-    LedgerError for a site that is listed twice, weights that do not sum to 1, fewer deltas than the
-    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the
-    manifest, DecodeError for a source that is torn.
+    None: as many as there are processors, at most 4. ``method`` None: the plain mean. ``state``:
+    the files of the server's optimiser, if the method has one that keeps any. Raises LedgerError
+    for a site that is listed twice, weights that do not sum to 1, fewer deltas than the rule needs
+    or a result that is not finite, DeltaRefusedError for a delta that does not fit the manifest,
+    DecodeError for a source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
@@ -160,7 +165,10 @@ def aggregate(
     with contextlib.ExitStack() as stack:
         adapter = stack.enter_context(TensorFile(source))
         files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
-        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method)
+        watch = watch or Stopwatch()
+        server = open_optimizer(method.server, manifest, state, watch)
+        stack.enter_context(server or contextlib.nullcontext())
+        closing = _Closing(adapter, ordered, files, watch, method, server)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
         closing.judge(manifest, threads)
@@ -168,6 +176,7 @@ def aggregate(
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
+        closing.stepped = server.finish() if server else None
     return closing.aggregated(digest)
 
 
@@ -189,8 +198,11 @@ class _Closing:
         files: Sequence[DeltaFile],
         watch: Stopwatch,
         method: Method,
+        server: ServerOptimizer | None,
     ) -> None:
         self._method = method
+        self._server = server
+        self.stepped: Stepped | None = None
         self._adapter = adapter
         self._deltas = deltas
         self._files = files
@@ -224,16 +236,19 @@ class _Closing:
         largest = max(spec.elements for spec in manifest.tensors)
         buffers = deque(_Buffers(largest) for _ in range(threads + 1))
         waiting = iter(manifest.tensors)
-        coming: deque[tuple[_Buffers, Future[NDArray[np.float32]]]] = deque()
+        coming: deque[tuple[TensorSpec, _Buffers, Future[NDArray[np.float32]]]] = deque()
         with ThreadPoolExecutor(threads, "aggregation") as pool:
             while True:
                 for spec in itertools.islice(waiting, len(buffers)):
                     free = buffers.popleft()
-                    coming.append((free, pool.submit(self._tensor, spec, free)))
+                    coming.append((spec, free, pool.submit(self._tensor, spec, free)))
                 if not coming:
                     return
-                used, values = coming.popleft()
-                yield values.result()
+                spec, used, values = coming.popleft()
+                result = values.result()
+                if self._server is not None:
+                    self._server.keep(spec)
+                yield result
                 buffers.append(used)
 
     def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
@@ -242,6 +257,8 @@ class _Closing:
         self._join(spec, mean)
         with self.watch.phase("measure"):
             self._measure(spec, mean)
+        if self._server is not None:
+            self._server.step(spec, mean)  # from here on it is the step
         with self.watch.phase("read"):
             values = self._adapter.read(spec.name).reshape(-1)
         with self.watch.phase("accumulate"):
@@ -280,6 +297,7 @@ class _Closing:
             {site: significant(norm) for site, norm in norms.items()},
             cosines,
             self._left_out,
+            stepped=self.stepped,
         )
 
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:

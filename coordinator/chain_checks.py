@@ -37,6 +37,7 @@ def check_records(chain: Chain, config: FederationConfig) -> None:
         _check_places(chain, number)
         _check_opened(chain, config, number)
         _check_decision(chain, config, number)
+        _check_server(chain, config, number)
         _check_evaluated(chain, number)
     _check_end(chain, config)
 
@@ -158,6 +159,19 @@ def _check_inputs(
             chain.find(number, key, f"counts {item.site}, which an operator had taken out")
         if not oldest <= item.from_round <= number:
             chain.find(number, key, f"counts {item.site} of round {item.from_round}: too old")
+
+
+def _check_server(chain: Chain, config: FederationConfig, number: int) -> None:
+    """A state of the server's optimiser, and its step, where the run has one and nowhere else."""
+    closed = chain.one(number, ClosedRecord)
+    if closed is None:
+        return
+    optimizer = config.server.optimizer
+    for name, value in (("server_sha", closed.server_sha), ("step_norm", closed.step_norm)):
+        if (value is None) != (optimizer == "plain"):
+            wanted = "none" if optimizer == "plain" else "one"
+            key = closed.key(chain.run)
+            chain.find(number, key, f"{name}: expected {wanted} with {optimizer}, got {value}")
 
 
 def _check_policy(

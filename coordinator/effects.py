@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation import Method, WeightedDelta, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
+from coordinator.server_optimizer import StateFiles
 from coordinator.state import (
     Aggregate,
     AnnounceClosed,
@@ -138,8 +139,14 @@ class Effects:
             for item in closing.inputs
         ]
         target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
-        result = aggregate(source, deltas, state.genesis.manifest, target, method=self._method)
+        files = self._state_files(state)
+        result = aggregate(
+            source, deltas, state.genesis.manifest, target, method=self._method, state=files
+        )
         failpoint("round.aggregated")
+        server_sha = result.stepped.state.sha256 if result.stepped else None
+        if server_sha is not None:
+            self._store_state(server_sha, files.after)
         self._store_adapter(result.digest.sha256, target, state)
         target.unlink()
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
@@ -153,13 +160,38 @@ class Effects:
             source_held_out=pool_held_out(r.metrics.held_out for r in counted),
             left_out=result.left_out,
             exactness_gap=result.exactness_gap,
+            server_sha=server_sha,
+            step_norm=result.stepped.norm if result.stepped else None,
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.
         age = self._config.policy.max_staleness if self._config.policy.carries else 0
-        self._intake.clear_round(run, closed.round - age, keep_adapter=closed.adapter_sha)
+        self._intake.clear_round(
+            run,
+            closed.round - age,
+            keep_adapter=closed.adapter_sha,
+            keep_state=closed.server_sha,
+        )
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
+
+    def _state_files(self, state: RunState) -> StateFiles:
+        """The server optimiser's state after the last closed round, and where the next one goes.
+
+        A run begins without one, also a branch: its settings may be others than its parent's.
+        """
+        before = None
+        if state.closed is not None and state.closed.server_sha is not None:
+            before = self._intake.local_state(self._config.run.name, state.closed.server_sha)
+        return StateFiles(before, self._intake.scratch("state-next"))
+
+    def _store_state(self, sha: str, path: Path) -> None:
+        """Store it under its name, and keep the file for the next round."""
+        failpoint("server_state.before")
+        key = topology.server_state_key(self._config.run.name, sha)
+        self._ledger.store.put_file(key, path)
+        failpoint("server_state.after")
+        self._intake.adopt_state(sha, path)
 
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""

@@ -13,6 +13,7 @@ from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
 from coordinator.members import disagreement
 from coordinator.rounds import apply, debts, replay, resume
+from coordinator.server_optimizer import wants_more_than_zeros
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from coordinator.watch import Watch
 from shared.codecs import get_codec
@@ -215,7 +216,9 @@ class Coordinator:
             return
         limit = self._config.aggregation.max_delta_norm
         try:
-            norm = self._intake.take(upload, self._genesis().manifest, expected, limit)
+            manifest = self._genesis().manifest
+            not_zero = wants_more_than_zeros(self._config, opened)
+            norm = self._intake.take(upload, manifest, expected, limit, not_zero)
         except DeltaRefusedError as error:
             self._intake.discard(upload)
             self._refuse(upload, str(error))

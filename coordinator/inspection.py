@@ -71,6 +71,7 @@ class RoundSummary:
 
     ``clipped``: by counted delta, what it was multiplied by. ``left_out``: counted deltas that the
     rule did not take, and why. ``waits_for``: why an open round has too few deltas for its rule.
+    ``server_sha`` and ``step_norm``: of the server's optimiser, where there is one.
     """
 
     round: int
@@ -88,6 +89,8 @@ class RoundSummary:
     clipped: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     waits_for: str = ""
+    server_sha: str | None = None
+    step_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,8 @@ def summarise_round(history: History, number: int) -> RoundSummary:
         clipped={item.label(number): item.scale for item in inputs if item.scale != 1},
         left_out=dict(closed.left_out) if isinstance(closed, ClosedRecord) else {},
         waits_for=short or "",
+        server_sha=getattr(closed, "server_sha", None),
+        step_norm=getattr(closed, "step_norm", None),
     )
 
 

@@ -82,6 +82,7 @@ class Intake:
         manifest: Manifest,
         expected: DeltaHeader,
         max_norm: float | None,
+        not_zero: str | None = None,
     ) -> float:
         """Check the uploaded delta and store it under its name; its norm.
 
@@ -99,7 +100,7 @@ class Intake:
                 "the upload was damaged: start the site again, it sends the delta anew"
             )
         self._hashed.add(path)
-        norm = check_delta(path, manifest, expected, max_norm).norm
+        norm = check_delta(path, manifest, expected, max_norm, not_zero).norm
         failpoint("delta.checked")
         key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
         if parts:
@@ -125,22 +126,33 @@ class Intake:
         """A local copy of a global adapter's tensors. Raises LedgerDamagedError."""
         return self._local(topology.adapter_key(run, sha), self.spool / f"adapter-{sha}", sha)
 
+    def local_state(self, run: str, sha: str) -> Path:
+        """A local copy of a server optimiser's state. Raises LedgerDamagedError."""
+        return self._local(topology.server_state_key(run, sha), self._state_path(sha), sha)
+
+    def adopt_state(self, sha: str, path: Path) -> None:
+        """Keep a state that this process wrote and stored, for the next round."""
+        self._hashed.add(path.replace(self._state_path(sha)))
+
     def discard(self, upload: Upload) -> None:
         """Forget a refused upload: spool and inbox."""
         self._path(upload.round, upload.site, upload.sha).unlink(missing_ok=True)
         self._clear_inbox(upload)
 
-    def clear_round(self, run: str, round_number: int, keep_adapter: str) -> None:
-        """After a round closed: empty the spool, but for the newest adapter, and the inbox.
+    def clear_round(
+        self, run: str, round_number: int, keep_adapter: str, keep_state: str | None = None
+    ) -> None:
+        """After a round closed: empty the spool, but for its adapter and state, and the inbox.
 
         ``round_number``: whose inbox. What lies there still was never submitted, or never asked
         for. A round before the first one has none.
         """
         for info in self._store.list(topology.inbox_prefix(run, round_number)):
             self._store.delete(info.key)
-        self._hashed = {p for p in self._hashed if p.name == f"adapter-{keep_adapter}"}
+        kept = {f"adapter-{keep_adapter}", f"state-{keep_state}"}
+        self._hashed = {p for p in self._hashed if p.name in kept}
         for path in self.spool.iterdir():
-            if path.name != f"adapter-{keep_adapter}":
+            if path.name not in kept:
                 path.unlink(missing_ok=True)
         failpoint("round.swept")
 
@@ -193,6 +205,9 @@ class Intake:
             )
         self._hashed.add(path)
         return path
+
+    def _state_path(self, sha: str) -> Path:
+        return self.spool / f"state-{sha}"
 
     def _path(self, round_number: int, site: str, sha: str) -> Path:
         return self.spool / f"{round_number:05d}-{site}-{sha}.safetensors"

@@ -62,6 +62,7 @@ class _Facts:
     """What the records say of tensors."""
 
     adapters: dict[int, str] = field(default_factory=dict)  # by the round that produced it
+    states: dict[int, str] = field(default_factory=dict)  # the server optimiser's, likewise
     accepted: dict[tuple[str, int], str] = field(default_factory=dict)  # sha by site and round
     counted: dict[tuple[str, int], int] = field(default_factory=dict)  # the closed round it is in
     source_of_open: str | None = None
@@ -100,6 +101,7 @@ def plan(run: str, records: Iterable[Record], sizes: Mapping[str, int], keep: st
             kept.append(f"{key}: {why}")
         else:
             objects.append(Doomed(key, number, sizes[key]))
+    objects += _states(run, facts, sizes, facts.last if newest is None else first - 1)
     if newest is not None:
         # The source of the first round that is kept stays too: without it that round's deltas
         # could not be added up again.
@@ -117,7 +119,7 @@ def read_plan(ledger: Ledger, keep: str) -> Plan:
     """The plan for a run as it is now. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
     records = list(ledger.history())
     prefix = topology.run_prefix(ledger.run)
-    folders = (f"{prefix}adapters/", f"{prefix}deltas/")
+    folders = (f"{prefix}adapters/", f"{prefix}deltas/", topology.server_state_prefix(ledger.run))
     sizes = {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
     return plan(ledger.run, records, sizes, keep)
 
@@ -167,6 +169,8 @@ def _read(records: Iterable[Record]) -> _Facts:
                 closings[record.round] = record
             case ClosedRecord() if record.round in closings:
                 facts.adapters[record.round] = record.adapter_sha
+                if record.server_sha is not None:
+                    facts.states[record.round] = record.server_sha
                 for item in closings[record.round].inputs:
                     facts.counted[item.site, item.from_round] = record.round
             case FinishedRecord():
@@ -180,6 +184,19 @@ def _deltas(run: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
         folder = key.removeprefix(prefix).partition("/")[0]
         if key.startswith(prefix) and folder.isdigit():
             yield int(folder), key
+
+
+def _states(run: str, facts: _Facts, sizes: Mapping[str, int], oldest: int) -> Iterator[Doomed]:
+    """States of the server's optimiser from which no round that can be recomputed goes on.
+
+    ``oldest``: the first round whose state stays. An unfinished run goes on from the last one.
+    """
+    staying = {sha for n, sha in facts.states.items() if n >= min(oldest, facts.last)}
+    gone = {sha: number for number, sha in facts.states.items() if sha not in staying}
+    for sha, number in gone.items():
+        key = topology.server_state_key(run, sha)
+        if key in sizes:
+            yield Doomed(key, number, sizes[key])
 
 
 def _needed(facts: _Facts, pair: tuple[str, int] | None) -> str:
@@ -196,7 +213,8 @@ def _consequences(facts: _Facts, objects: tuple[Doomed, ...]) -> tuple[str, ...]
         return ()
     adapters = {item.round for item in objects if "/adapters/" in item.key}
     blind = {item.round for item in objects if "/deltas/" in item.key}
-    blind |= {number + 1 for number in adapters}
+    states = {item.round for item in objects if "/server_state/" in item.key}
+    blind |= {number + 1 for number in adapters | states}
     blind &= facts.adapters.keys()
     found = []
     if blind:

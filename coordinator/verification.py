@@ -22,6 +22,7 @@ from coordinator.controls import steer
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.rounds import clips, shares
 from coordinator.selection import select
+from coordinator.server_optimizer import StateFiles
 from shared import topology
 from shared.codecs import get_codec
 from shared.config import FederationConfig, parse
@@ -48,8 +49,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from coordinator.aggregation import Aggregated
     from shared.ledger import Ledger
 
+UNKNOWN = "unknown"
 NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
 
 
@@ -87,6 +90,9 @@ class _Verifier:
         self._genesis: GenesisRecord | None = None
         self._sources: dict[int, str] = {}  # as the chain says, whatever a record of the round does
         self._selected: dict[int, tuple[str, ...]] = {}
+        # The server optimiser's state after the last round: None where a round begins without
+        # one, UNKNOWN where no record says which it is.
+        self._server_sha: str | None = None
 
     def _settings(self) -> FederationConfig:
         record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
@@ -94,6 +100,10 @@ class _Verifier:
         if config.digest != record.digest:
             self._expect(0, key, "digest", record.digest, config.digest)
         return config
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self._config.server.optimizer != "plain"
 
     def verify(self, report: Callable[[int], None]) -> Verification:
         self._chain = chain = read_chain(self._ledger)
@@ -140,14 +150,24 @@ class _Verifier:
         if sha is not None:
             self._check_adapter(number, sha)
         self.result.adapter_sha = sha
+        if number > 0 and self._keeps_state:
+            self._server_sha = UNKNOWN
 
-    def _settle(self, closed: ClosedRecord, again: str | None) -> None:
-        """Which adapter the round produced: of two words the one that the run went on from."""
-        sha = closed.adapter_sha
-        if again is not None and again == self._chain.result_after(closed.round):
-            sha = again
+    def _settle(self, closed: ClosedRecord, again: Aggregated | None) -> None:
+        """Which adapter the round produced: of two words the one that the run went on from.
+
+        Nothing but closed.json names the state beside it: of two words the recomputed one, if
+        that comes with the adapter that the run went on from.
+        """
+        sha, server_sha = closed.adapter_sha, closed.server_sha
+        if again is not None and again.digest.sha256 == self._chain.result_after(closed.round):
+            sha = again.digest.sha256
+        if again is not None and again.stepped is not None and again.digest.sha256 == sha:
+            server_sha = again.stepped.state.sha256
         self._check_adapter(closed.round, sha)
         self.result.adapter_sha = sha
+        if self._keeps_state:
+            self._check_state(closed.round, server_sha)
 
     def _check_genesis(self, record: GenesisRecord) -> None:
         self._genesis = record
@@ -201,8 +221,8 @@ class _Verifier:
         span = ((number - 1) / total, number / total)
         self._expect(number, key, "progress", span, (record.progress_from, record.progress_to))
 
-    def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> str | None:
-        """Everything a round's result comes from; the recomputed adapter's sha256, if any."""
+    def _check_closed(self, closing: ClosingRecord, closed: ClosedRecord) -> Aggregated | None:
+        """Everything a round's result comes from; the recomputed result, if any."""
         number, key = closing.round, closing.key(self._ledger.run)
         if self.result.adapter_sha is not None:
             self._sources.setdefault(number, self.result.adapter_sha)
@@ -215,10 +235,11 @@ class _Verifier:
         source = self._adapter_file(number, self._sources.get(number, closing.source_sha))
         deltas = [self._delta(closing, index) for index in range(len(closing.inputs))]
         self._check_held_out(closing, closed)
+        state = self._state_files(closed)
         whole = [delta for delta in deltas if delta is not None]
         again = None
-        if decided and source is not None and len(whole) == len(deltas):
-            again = self._recompute(closing, closed, source, whole)
+        if decided and source is not None and state is not None and len(whole) == len(deltas):
+            again = self._recompute(closing, closed, source, whole, state)
         for path in self._scratch.iterdir():
             path.unlink()
         return again
@@ -229,13 +250,15 @@ class _Verifier:
         closed: ClosedRecord,
         source: Path,
         deltas: list[WeightedDelta],
-    ) -> str | None:
+        state: StateFiles,
+    ) -> Aggregated | None:
         assert self._genesis is not None  # without it no delta was found whole
         number, key = closed.round, closed.key(self._ledger.run)
         try:
             target = self._scratch / "again"
+            method = Method.of(self._config)
             again = aggregate(
-                source, deltas, self._genesis.manifest, target, method=Method.of(self._config)
+                source, deltas, self._genesis.manifest, target, method=method, state=state
             )
         except LedgerError as error:  # the decision itself cannot be carried out
             self._find(number, closing.key(self._ledger.run), str(error))
@@ -246,8 +269,13 @@ class _Verifier:
         self._expect(number, key, "left_out", again.left_out, closed.left_out)
         mine = _figures(again.mean_norm, again.delta_norms, again.cosines)
         theirs = _figures(closed.mean_norm, closed.delta_norms, closed.cosines)
+        if again.stepped is not None:
+            self._expect(number, key, "server_sha", again.stepped.state.sha256, closed.server_sha)
+            mine["norm of the step"] = again.stepped.norm
+        if closed.step_norm is not None:
+            theirs["norm of the step"] = closed.step_norm
         self._compare(number, key, mine, theirs)
-        return again.digest.sha256
+        return again
 
     def _check_held_out(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
         accepted = [self._accepted.get((i.site, i.from_round)) for i in closing.inputs]
@@ -337,6 +365,35 @@ class _Verifier:
             made = adapter_config(self._config.base, self._config.lora, self._genesis.manifest)
             if made != stored:
                 self._find(number, config_key, "is not the config that the run's record gives")
+
+    def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
+        """The state the round went on from; None if it is not there whole."""
+        if not self._keeps_state or self._server_sha is None:
+            return StateFiles(None, self._scratch / "state-again")
+        if self._server_sha == UNKNOWN:
+            says = "the state of the server's optimiser before it is on no record"
+            key = closed.key(self._ledger.run)
+            self._note(closed.round, key, f"cannot be recomputed: {says}")
+            return None
+        path = self._scratch / "state"
+        key = topology.server_state_key(self._ledger.run, self._server_sha)
+        try:
+            self._ledger.store.fetch_file(key, path)
+        except ObjectMissingError:
+            return None  # said of the round that it came from
+        whole = digest_file(path)[0] == self._server_sha
+        return StateFiles(path, self._scratch / "state-again") if whole else None
+
+    def _check_state(self, number: int, sha: str | None) -> None:
+        """What the next round goes on from is there, and is what its name says."""
+        self._server_sha = sha or UNKNOWN
+        if sha is None:
+            return  # said of the record
+        key = topology.server_state_key(self._ledger.run, sha)
+        try:
+            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
+        except ObjectMissingError:
+            self._find_missing(number, key)
 
     def _check_end(self) -> None:
         key, finished = topology.finished_key(self._ledger.run), self._chain.finished

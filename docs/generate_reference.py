@@ -151,6 +151,7 @@ FIELDS = {
     "scale": "What its values are multiplied by; below 1 where its norm was clipped.",
     "left_out": "By delta: why the rule did not take it.",
     "exactness_gap": "Frobenius norm of mean(BA) - mean(B) mean(A).",
+    "step_norm": "L2 norm of what the server optimiser added; none if the mean was added as it is.",
     "server_sha": "State of the server optimiser after this round; none if it has no state.",
     "adapter_sha": "The adapter that came out.",
     "adapter_size": "Its bytes.",

@@ -15,6 +15,7 @@ def misfits(config: FederationConfig) -> Iterator[str]:
     """Every combination of settings in ``config`` that cannot work: field, what to do."""
     yield from _averaging(config)
     yield from _robust(config)
+    yield from _server(config)
 
 
 def _averaging(config: FederationConfig) -> Iterator[str]:
@@ -81,3 +82,65 @@ def _enough_deltas(config: FederationConfig, rule: str) -> Iterator[str]:
                 "another rule"
             )
             return
+
+
+# Which of the server's settings its optimisers have a use for, beside learning_rate.
+_USED = {
+    "plain": frozenset[str](),
+    "fedavgm": frozenset({"momentum"}),
+    "nesterov": frozenset({"momentum"}),
+    "fedadam": frozenset({"momentum", "second_momentum", "tau"}),
+    "fedyogi": frozenset({"momentum", "second_momentum", "tau"}),
+    "fedadagrad": frozenset({"momentum", "tau"}),
+}
+# A delta's norm is at most 1e30 and fp32 ends at 3.4e38: what multiplies it must leave room, since
+# a decision that is on record must be possible to carry out.
+_MOST_GROWTH = 1e6
+_MOST_SCALE = 1e7
+
+
+def _server(config: FederationConfig) -> Iterator[str]:
+    server, mode = config.server, config.aggregation.averaging
+    word = f'server.optimizer = "{server.optimizer}"'
+    for name in ("momentum", "second_momentum", "tau"):
+        given, default = getattr(server, name), type(server).model_fields[name].default
+        if given != default and name not in _USED[server.optimizer]:
+            yield f"server.{name}: expected none with {word}, which has no use for it, got {given}"
+    if server.optimizer == "plain":
+        if server.learning_rate != 1:
+            yield (
+                f"server.learning_rate: expected none with {word}, which adds the mean delta as it "
+                f'is, got {server.learning_rate}; to scale it use optimizer = "fedavgm" with '
+                "momentum = 0.0"
+            )
+        return
+    if mode in ("svd", "flora"):
+        yield (
+            f'{word}: expected plain with aggregation.averaging = "{mode}": it makes the factors '
+            "anew in each round, so what was remembered of a value says nothing of the next one "
+            "in its place; use fedavg, rolora or ffa"
+        )
+    if server.optimizer == "nesterov" and server.momentum == 0:
+        yield f'server.momentum: expected above 0 with {word}, got 0; use "fedavgm"'
+    if "tau" in _USED[server.optimizer]:
+        yield from _adaptive(config)
+    elif server.learning_rate / (1 - server.momentum) > _MOST_GROWTH:
+        yield (
+            f"server.learning_rate: expected at most {_MOST_GROWTH:g} / (1 - momentum), got "
+            f"{server.learning_rate:g}: a large delta's step would leave fp32"
+        )
+
+
+def _adaptive(config: FederationConfig) -> Iterator[str]:
+    server = config.server
+    if server.learning_rate >= 1:
+        yield (
+            f'server.learning_rate: expected below 1 with server.optimizer = "{server.optimizer}", '
+            f"got {server.learning_rate:g}: each value moves by about so much in a round, however "
+            "small the deltas are; begin with 0.01"
+        )
+    if server.learning_rate / server.tau > _MOST_SCALE:
+        yield (
+            f"server.tau: expected at least learning_rate / {_MOST_SCALE:g}, got {server.tau:g}: "
+            "a large delta's step would leave fp32"
+        )

@@ -122,9 +122,16 @@ class DeltaFile:
 
 
 def check_delta(
-    path: Path, manifest: Manifest, expected: DeltaHeader, max_norm: float | None
+    path: Path,
+    manifest: Manifest,
+    expected: DeltaHeader,
+    max_norm: float | None,
+    not_zero: str | None = None,
 ) -> DeltaCheck:
-    """Read the whole delta once, tensor by tensor. Raises DeltaRefusedError with the reason."""
+    """Read the whole delta once, tensor by tensor. Raises DeltaRefusedError with the reason.
+
+    ``not_zero``: the setting by which a delta that is zero throughout is refused.
+    """
     squares = []
     with DeltaFile(path, manifest) as delta:
         for field in DeltaHeader.model_fields:
@@ -145,6 +152,11 @@ def check_delta(
     if max_norm is not None and norm > max_norm:
         raise DeltaRefusedError(
             f"norm: expected at most {max_norm:g} (aggregation.max_delta_norm), got {norm:.6g}"
+        )
+    if not_zero is not None and norm == 0:
+        raise DeltaRefusedError(
+            f"norm: expected above 0 ({not_zero}: zeros are no step to scale), got 0; nothing was "
+            "trained: look at the site's training.learning_rate and data"
         )
     return DeltaCheck(significant(norm))
 

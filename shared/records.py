@@ -271,7 +271,8 @@ class ClosedRecord(Record):
 
     ``left_out``: deltas that the rule did not take, with the reason. ``exactness_gap``: the
     Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling. ``server_sha``:
-    the server optimiser's state after this round, if it has one.
+    the server optimiser's state after this round, if it has one. ``step_norm``: what it made of
+    the mean delta and added to the adapter.
     """
 
     round: Annotated[int, Field(ge=1)]
@@ -284,6 +285,7 @@ class ClosedRecord(Record):
     left_out: dict[str, str] = Field(default_factory=dict)
     exactness_gap: float | None = None
     server_sha: Sha256 | None = None
+    step_norm: float | None = None
 
     def key(self, run: str) -> str:
         """One per round."""

@@ -178,6 +178,82 @@ class TensorFile:
         return flat.reshape(layout.shape)
 
 
+class TensorWriter:
+    """A safetensors file written tensor by tensor: ``add`` each in the order of ``layouts``.
+
+    The file appears at ``path`` whole and synced to disk with ``finish``, or not at all: left
+    without it, as a context, nothing stays. Each array is done with when ``add`` returns, so a
+    buffer may be filled again and again. ``watch`` gets ``hash`` and ``write``. Raises ValueError
+    if names are not sorted or come twice, for more than one metadata key, and for an array of
+    another shape, dtype or number than its layout.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layouts: Sequence[TensorLayout],
+        metadata: Mapping[str, str] | None = None,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        header = _encode_header(layouts, metadata)
+        self._path, self._part = path, path.with_name(f".{path.name}.part")
+        self._waiting = iter(layouts)
+        self._watch = watch or Stopwatch()
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+        self._file = self._part.open("wb")
+        try:
+            self._append(memoryview(header))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; without ``finish`` it is gone."""
+        with contextlib.suppress(OSError):  # a full disk was said by the write itself
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def add(self, tensor: NDArray[Any]) -> None:
+        """Write the next tensor."""
+        layout = next(self._waiting, None)
+        if layout is None:
+            raise ValueError("expected no more tensors than layouts, got one more")
+        if tensor.shape != layout.shape or tensor.dtype != layout.numpy_dtype:
+            raise ValueError(
+                f"{layout.name}: expected {layout.dtype} {layout.shape}, "
+                f"got {tensor.dtype} {tensor.shape}"
+            )
+        # Seen as bytes: ml_dtypes' types have no buffer of their own.
+        self._append(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+    def finish(self) -> FileDigest:
+        """Give the file its name; what was written."""
+        missing = next(self._waiting, None)
+        if missing is not None:
+            raise ValueError(f"{missing.name}: expected a tensor for every layout, got none")
+        with self._watch.phase("write"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        self._part.replace(self._path)
+        _sync_directory(self._path.parent)
+        return FileDigest(self._sha256.hexdigest(), self._size)
+
+    def _append(self, data: memoryview) -> None:
+        with self._watch.phase("hash"):
+            self._sha256.update(data)
+        with self._watch.phase("write"):
+            self._file.write(data)
+        self._size += len(data)
+
+
 def write_tensors(
     path: Path,
     layouts: Sequence[TensorLayout],
@@ -187,46 +263,12 @@ def write_tensors(
 ) -> FileDigest:
     """Write ``values``, one for each of ``layouts`` in that order, and say what was written.
 
-    The file appears at ``path`` whole and synced to disk, or not at all. Each array is done with
-    before the next is asked for, so the source may fill one buffer again and again. Raises
-    ValueError if names are not sorted or come twice, for more than one metadata key, and for an
-    array of another shape, dtype or number than its layout. ``watch`` gets ``hash`` and ``write``.
+    As ``TensorWriter`` does; each array is done with before the next is asked for.
     """
-    header = _encode_header(layouts, metadata)
-    watch = watch or Stopwatch()
-    sha256 = hashlib.sha256()
-    size = 0
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            for data in _chunks(header, layouts, values):
-                with watch.phase("hash"):
-                    sha256.update(data)
-                with watch.phase("write"):
-                    file.write(data)
-                size += len(data)
-            with watch.phase("write"):
-                file.flush()
-                os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-    return FileDigest(sha256.hexdigest(), size)
-
-
-def _chunks(
-    header: bytes, layouts: Sequence[TensorLayout], values: Iterable[NDArray[Any]]
-) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for layout, tensor in zip(layouts, values, strict=True):
-        if tensor.shape != layout.shape or tensor.dtype != layout.numpy_dtype:
-            raise ValueError(
-                f"{layout.name}: expected {layout.dtype} {layout.shape}, "
-                f"got {tensor.dtype} {tensor.shape}"
-            )
-        # Seen as bytes: ml_dtypes' types have no buffer of their own.
-        yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+    with TensorWriter(path, layouts, metadata, watch) as writer:
+        for tensor in values:
+            writer.add(tensor)
+        return writer.finish()
 
 
 def _encode_header(layouts: Sequence[TensorLayout], metadata: Mapping[str, str] | None) -> bytes:

@@ -188,6 +188,16 @@ def adapter_key(run: str, sha256: str, file: str = "adapter_model.safetensors") 
     return f"runs/{run}/adapters/{sha256}/{file}"
 
 
+def server_state_prefix(run: str) -> str:
+    """Every state of the server optimiser."""
+    return f"runs/{run}/server_state/"
+
+
+def server_state_key(run: str, sha256: str) -> str:
+    """The server optimiser's state after a round, named by its sha256."""
+    return f"{server_state_prefix(run)}{sha256}"
+
+
 def delta_key(run: str, round_number: int, site: str, sha256: str) -> str:
     """A delta that passed its checks."""
     return f"runs/{run}/deltas/{round_number:05d}/{site}-{sha256}.safetensors"

@@ -26,6 +26,7 @@ def whole(tmp_path_factory):
 
     d declined at first; c's delta of round 1 was refused, b failed in round 2 (both left out);
     c was taken out in round 3, which an extension added. Four sites, one of them never joined.
+    The server's optimiser has a state.
     """
     folder = tmp_path_factory.mktemp("whole")
     parent = federations.config(rounds=1, name="parent")
@@ -40,6 +41,7 @@ def whole(tmp_path_factory):
         "abcd",
         rounds=2,
         policy={"on_failure": "exclude"},
+        server={"optimizer": "nesterov", "learning_rate": 0.5},
         run={"min_participants": 3, "start_timeout_seconds": 0.001},
     )
     sites = federations.learners(config)
@@ -104,12 +106,14 @@ def keys_of(folder):
             2,
         ),
         "delta": (topology.delta_key("test", 2, "c", item.sha), 2),
+        "state": (topology.server_state_key("test", closed[2].server_sha), 2),
+        "last state": (topology.server_state_key("test", closed[3].server_sha), 3),
     }
 
 
 RECORDS = ("member", "declined", "origin", "genesis", "opened", "accepted", "refused", "failed")
 RECORDS += ("closing", "closed", "last closed", "evaluated", "finished", "extend", "exclude")
-TENSORS = ("adapter", "first adapter", "adapter_config", "delta")
+TENSORS = ("adapter", "first adapter", "adapter_config", "delta", "state", "last state")
 UNMISSED = ("declined", "evaluated")  # nothing follows from them: that they are gone says nothing
 
 
@@ -198,6 +202,11 @@ ALTERED = [
     ("closed", "mean_norm", 7.0),
     ("closed", "delta_norms", {"a": 7.0, "c": 7.0}),
     ("closed", "cosines", {}),
+    ("closed", "server_sha", OTHER),
+    ("closed", "server_sha", None),
+    ("closed", "step_norm", 7.0),
+    ("closed", "step_norm", None),
+    ("last closed", "server_sha", OTHER),
     ("closed", "source_held_out", None),
     ("last closed", "adapter_sha", OTHER),
     ("evaluated", "sha", OTHER),

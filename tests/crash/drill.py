@@ -61,7 +61,8 @@ PRELOAD = [
     "bitsandbytes",
 ]
 # The first of these after a restart is the next useful effect. Ticks and greetings are none.
-USEFUL = ("record.after", "publish.confirmed", "upload.after", "commit.renamed", "adapter.after")
+USEFUL = ("record.after", "publish.confirmed", "upload.after", "commit.renamed")
+USEFUL += ("adapter.after", "server_state.after")
 IDLE_WORDS = ("CoordinatorTick", "SiteOnline", "TrainingProgressed")
 
 
@@ -120,7 +121,7 @@ class Ground:
             self.vhost,
             self.s3,
             rounds=ROUNDS,
-            extra='optimizer_state = "keep"\n',
+            extra='optimizer_state = "keep"\n[server]\noptimizer = "nesterov"\n',
         )
         self._wanted: dict[bool, str] = {}
 

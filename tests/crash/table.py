@@ -1,6 +1,7 @@
 """The crash table: one row for each point at which a role's process is killed and started again.
 
-A row is a run of two sites over two rounds in which one process dies at one point. Points stand in
+A row is a run of two sites over two rounds, whose server's optimiser has a state, in which one
+process dies at one point. Points stand in
 the order in which a run reaches them. To add a point: a line in the right list, and where needed
 what is special about it in ``SPECIAL``.
 """
@@ -81,6 +82,8 @@ COORDINATOR = [
     *around(PUBLISHED, "DeltaAnswered"),
     *around(RECORDED, "closing"),
     "round.aggregated",
+    "server_state.before",
+    "server_state.after",
     *around(RECORDED, "closed"),
     "round.swept",
     *around(PUBLISHED, "RoundClosed"),
@@ -176,6 +179,8 @@ SECOND: dict[str, list[str]] = {
         "record.after:accepted",
         "record.after:opened",
         "record.after:closing",
+        "server_state.before",
+        "server_state.after",
         "record.before:closed",
     ],
     "participant": [
