@@ -74,7 +74,7 @@ def demo(
 
     _configure_log(folder)
     with make_display(quiet=as_json) as display:
-        base = model or str(_packaged_model(display))
+        base = model or str(packaged_model(display))
         sites = _site_files(folder, data, group, participants)
         settings = {
             "rounds": rounds,
@@ -131,7 +131,8 @@ def _configure_log(folder: Path) -> None:
     configure((folder / "demo.log").open("a", encoding="utf-8"), json=True)
 
 
-def _packaged_model(display: Display) -> Path:
+def packaged_model(display: Display) -> Path:
+    """The demo's model as a folder, converted once. Raises MissingPackageError."""
     from cli.demo_packages import SMOLLM2, find_packaged
 
     gguf = find_packaged(SMOLLM2)

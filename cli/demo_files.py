@@ -63,9 +63,9 @@ def write_demo(
         tables_of_site = _site(site)
         if servers:
             tables_of_site["broker"] = _site_broker(site.name, servers["broker"])
-        _write(folder / "sites" / f"{site.name}.toml", tables_of_site)
+        write_tables(folder / "sites" / f"{site.name}.toml", tables_of_site)
     path = folder / "federation.toml"
-    _write(path, tables)
+    write_tables(path, tables)
     return path
 
 
@@ -90,8 +90,8 @@ def _site_broker(name: str, broker: Mapping[str, object]) -> dict[str, object]:
     return table | {key: broker[key] for key in ("ca_file", "transport") if key in broker}
 
 
-def _write(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
-    """TOML of strings, numbers and lists of strings: their JSON form is the same."""
+def write_tables(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
+    """TOML of strings, numbers, booleans and lists of them: their JSON form is the same."""
     lines: list[str] = []
     for table, values in tables.items():
         lines.append(f"[{table}]")

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cli.metering import Meter, MeteredBroker, MeteredTransfer
 from coordinator.bootstrap import build_coordinator
 from coordinator.policies import too_few
 from participant.bootstrap import ParticipantRole, build_participant
@@ -38,7 +39,7 @@ class Embedding:
 
     ``should_stop`` is asked between a training's micro-batches; ``report(site, round, progress)``
     feeds a display; ``moved(state)`` is called whenever the coordinator may have learnt something.
-    ``checkpoint_seconds``: each site's own, by name.
+    ``checkpoint_seconds``: each site's own, by name. ``meter``: counts what sites send and fetch.
     """
 
     store: DirectoryStore
@@ -48,6 +49,7 @@ class Embedding:
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time
     checkpoint_seconds: Mapping[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
 
 
 def run_embedded(
@@ -105,11 +107,12 @@ def _seconds_to_deadline(state: RunState, embedding: Embedding) -> float:
 def _participant(
     server: EmbeddedBroker, embedding: Embedding, name: str, learner: Learner
 ) -> ParticipantRole:
-    broker = server.connect(name, site_rights(name))
+    traffic = embedding.meter.of(name)
+    broker = MeteredBroker(server.connect(name, site_rights(name)), traffic)
     site = Site(
         name=name,
         line=broker,
-        transfer=DirectoryTransfer(embedding.store),
+        transfer=MeteredTransfer(DirectoryTransfer(embedding.store), traffic),
         workspace=Workspace(
             embedding.folder / "sites" / name,
             embedding.checkpoint_seconds.get(name, DEFAULT_SECONDS),

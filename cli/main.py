@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, doctor, queues, rounds, runs, serve, setup, simulate, sites
+from cli import demo, doctor, queues, reproduce, rounds, runs, serve, setup, simulate, sites
 from cli.output import complain
 from shared.errors import GradualDiffError, StoreError
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("reproduce")(reproduce.reproduce)
 app.command("simulate")(simulate.simulate)
 app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)

@@ -38,6 +38,9 @@ class Display(Protocol):
     def moved(self, state: RunState) -> None:
         """The coordinator may have learnt something."""
 
+    def say(self, text: str) -> None:
+        """Something larger begins."""
+
     def converted(self, done: int, total: int) -> None:
         """The base model's conversion moved on."""
 
@@ -90,6 +93,13 @@ class Bars:
         """Move the conversion's bar."""
         self._set("convert", "converting the base model (once)", done, total, "")
 
+    def say(self, text: str) -> None:
+        """A line above the bars, which begin anew."""
+        self._bars.console.print(text, markup=False)
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+
     def _set(self, key: str, description: str, done: int, total: int, note: str) -> None:
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(description, total=total, note=note)
@@ -131,6 +141,11 @@ class Lines:
         """Say that the conversion is done."""
         if done == total:
             self._say("the base model is converted")
+
+    def say(self, text: str) -> None:
+        """A line; the rounds that follow are another run's."""
+        self._closed = -1
+        self._say(text)
 
     def _say(self, text: str) -> None:
         self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {text}", markup=False)

@@ -149,7 +149,7 @@ def run_here(
     sites = [site.site for site, _ in load_sites(config, folder)]
     # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
     lock = held(folder / f".{run}.lock", f"run {run} in {folder}")
-    with lock, _stop_on_signal() as should_stop:
+    with lock, stop_on_signal() as should_stop:
         embedding = Embedding(
             store=store,
             folder=folder,
@@ -168,7 +168,7 @@ def run_here(
 
 
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Ask to stop on the first SIGINT or SIGTERM; the second one ends the process at once."""
     stopped = False
 

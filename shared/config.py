@@ -416,7 +416,7 @@ class SiteConfig(Section):
     accept: AcceptSection = AcceptSection()
 
 
-AnyConfig = TypeVar("AnyConfig", FederationConfig, SiteConfig)
+AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 def load_federation(path: Path) -> FederationConfig:

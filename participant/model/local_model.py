@@ -8,6 +8,7 @@ Knows nothing of rounds, files or schedules.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,8 +37,9 @@ class LocalModel:
     """A base model on one device with an adapter whose tensors can be read and replaced.
 
     ``parameters``: the adapter's float32 parameters by saved name, in name order.
-    ``tokenizer``: transformers' tokenizer. Not safe for two threads at once; ``ModelShelf`` lends
-    it to one at a time. Raises ModelError where the base cannot be loaded.
+    ``tokenizer``: transformers' tokenizer. ``base_elements``: weights of the base. Not safe for
+    two threads at once; ``ModelShelf`` lends it to one at a time. Raises ModelError where the
+    base cannot be loaded.
     """
 
     def __init__(self, base: BaseSection, lora: LoraSection, device: torch.device) -> None:
@@ -46,6 +48,7 @@ class LocalModel:
         loaded = load_base(base, device, self.compute_dtype)
         self.fingerprint: str = fingerprint_of(loaded.folder, quantisation_facts(base))
         self.tokenizer = loaded.tokenizer
+        self.base_elements: int = _elements(loaded.network)
         with offline():
             network, self._manifest = add_adapter(loaded.network, lora)
         self._network: Any = network
@@ -169,3 +172,12 @@ class LocalModel:
             yield
         finally:
             hook.remove()
+
+
+def _elements(network: torch.nn.Module) -> int:
+    """How many weights a model has; those that are packed count as what they stand for."""
+    count = 0
+    for parameter in network.parameters():
+        packed = getattr(parameter, "quant_state", None)
+        count += math.prod(packed.shape) if packed is not None else parameter.numel()
+    return count

@@ -1,0 +1,232 @@
+"""``gradualdiff reproduce``: the paper's tables on a base model and text of one's own choice."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.output import JsonOption, console, print_json
+from shared.errors import ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cli.progress import Display
+    from cli.reproduction.experiment import Findings
+    from cli.reproduction.presets import Preset
+    from cli.reproduction.running import Laboratory
+    from cli.reproduction.tables import ResultTable
+
+PACKAGED = "packaged:smollm2"
+LIBRARIES = (
+    "gradualdiff-fed",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "sacrebleu",
+    "numpy",
+)
+
+
+def reproduce(
+    preset: Annotated[str, typer.Option(help="cpu, paper, or a TOML file like theirs.")] = "cpu",
+    model: Annotated[str | None, typer.Option(help="Another base: a path or a hub id.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text: a file with prompt and answer, or a folder of WordNet's files."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 1.")] = 1,
+    arms: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(help="iid, dirichlet:ALPHA, by-label or by-group, instead of the preset's."),
+    ] = None,
+    non_iid: Annotated[
+        bool, typer.Option("--non-iid", help="Compare Dirichlet partitions of the preset's alphas.")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where runs, measurements and results are kept.")
+    ] = Path("reproduction"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run the paper's arms on the same text and steps, and write its tables beside ours.
+
+    A run that was interrupted goes on where it was when the same command is given again.
+    """
+    from cli.progress import make_display
+    from cli.reproduction.arms import ARMS, check_arms
+    from cli.reproduction.presets import changed, load_preset
+
+    chosen = check_arms(tuple(arms.split(",")) if arms else tuple(ARMS))
+    settings = changed(load_preset(preset), model, **_partition(partition))
+    folder.mkdir(parents=True, exist_ok=True)
+    _configure_log(folder)
+    command = "gradualdiff " + " ".join(sys.argv[1:])
+    with make_display(quiet=as_json) as display:
+        results = _results(
+            settings, data, range(1, seeds + 1), chosen, folder, display, command, non_iid=non_iid
+        )
+    if as_json:
+        print_json(results)
+        return
+    typer.echo((folder / "results.md").read_text(encoding="utf-8"))
+    names = ", ".join(str(folder / f"results.{kind}") for kind in ("md", "json", "csv"))
+    console().print(f"written: {names}, {folder / 'figure-1.png'}", soft_wrap=True)
+    console().print(f"next: gradualdiff runs list --store {folder / 'store'}", soft_wrap=True)
+
+
+def _results(
+    preset: Preset,
+    data: Path | None,
+    seeds: Iterable[int],
+    arms: tuple[str, ...],
+    folder: Path,
+    display: Display,
+    command: str,
+    *,
+    non_iid: bool,
+) -> dict[str, Any]:
+    """Run what is missing, write the results, and return them."""
+    from cli.reproduction.data import Source
+    from cli.reproduction.experiment import Experiment
+    from cli.simulate import stop_on_signal
+    from shared.locks import held
+
+    seeds = list(seeds)
+    with held(folder / ".lock", f"the reproduction in {folder}"), stop_on_signal() as should_stop:
+        source = Source.prepare(preset.reproduce, data, folder / "data")
+        _bind(folder, preset, source.digest)
+        laboratory = _laboratory(preset, folder, display, should_stop, command)
+        experiment = Experiment(laboratory, source.folder)
+        for size in preset.reproduce.batch_sizes:
+            experiment.run(arms, seeds, size)
+        tables = _tables(experiment.findings, laboratory)
+        if non_iid:
+            from cli.reproduction.non_iid import compare_partitions
+
+            tables.append(compare_partitions(laboratory, source, seeds, experiment))
+    tables += source.tables(seeds)
+    results = _about(preset, source.digest, command) | _plain(experiment.findings)
+    _write(folder, results, tables, experiment.findings)
+    return results
+
+
+def _laboratory(
+    preset: Preset, folder: Path, display: Display, should_stop: Any, command: str
+) -> Laboratory:
+    from cli.demo import packaged_model
+    from shared.directory_store import DirectoryStore
+
+    try:
+        from cli.reproduction.running import Laboratory
+        from participant.model_shelf import ModelShelf
+    except ImportError as error:
+        raise MissingPackageError(
+            f"training needs the package {error.name}; "
+            "run: pip install 'gradualdiff-fed[participant,reproduce]'"
+        ) from None
+    if preset.base.model == PACKAGED:
+        base = preset.base.model_copy(update={"model": str(packaged_model(display))})
+        preset = preset.model_copy(update={"base": base})
+    store = DirectoryStore(folder / "store")
+    return Laboratory(folder, store, preset, display, should_stop, ModelShelf(), command)
+
+
+def _partition(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    policy, _, alpha = text.partition(":")
+    if not alpha:
+        return {"partition": policy}
+    try:
+        return {"partition": policy, "alpha": float(alpha)}
+    except ValueError:
+        raise ConfigError(
+            f"--partition: expected dirichlet:ALPHA with a number, got {text!r}"
+        ) from None
+
+
+def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
+    """One folder holds one reproduction: what is on file is of these settings and this text."""
+    path = folder / "settings.json"
+    mine = {"settings": preset.digest, "data": data_digest}
+    if not path.exists():
+        path.write_text(json.dumps(mine))
+        return
+    theirs = json.loads(path.read_text())
+    for name, digest in mine.items():
+        if theirs.get(name) != digest:
+            raise ConfigError(
+                f"--dir {folder}: expected the {name} that it was begun with "
+                f"({theirs.get(name, '')[:12]}), got others ({digest[:12]}); "
+                "name another folder, or give the settings of before"
+            )
+
+
+def _tables(findings: Findings, laboratory: Laboratory) -> list[ResultTable]:
+    from cli.reproduction.tables import make_tables
+
+    preset = laboratory.preset
+    threads = preset.training.cpu_threads
+    with laboratory.shelf.borrow(preset.base, preset.lora, threads) as model:
+        return make_tables(findings, 2 * model.base_elements)
+
+
+def _about(preset: Preset, data_digest: str, command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "settings": preset.model_dump(mode="json"),
+        "settings_digest": preset.digest,
+        "data_digest": data_digest,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _plain(findings: Findings) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "learning_rates": {key: asdict(one) for key, one in findings.rates.items()},
+        "arms": [one.as_json() for one in findings.figures],
+        "fedavg_differences": findings.differences,
+    }
+
+
+def _write(
+    folder: Path, results: dict[str, Any], tables: list[ResultTable], findings: Findings
+) -> None:
+    from cli.reproduction.picture import draw_losses
+    from cli.reproduction.tables import as_csv
+    from shared.files import write_atomically
+
+    draw_losses(findings.figures, folder / "figure-1.png")
+    text = json.dumps(results, indent=1, sort_keys=True, default=str)
+    write_atomically(folder / "results.json", text.encode())
+    write_atomically(folder / "results.csv", as_csv(tables).encode())
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    head = (
+        f"# Reproduction\n\n`{results['command']}`\n\n"
+        f"Settings {results['settings_digest'][:12]}, text {results['data_digest'][:12]}; "
+        f"{versions}; {results['machine']['cpus']} processors.\n"
+    )
+    body = "\n".join(table.markdown() for table in tables)
+    write_atomically(folder / "results.md", f"{head}\n{body}".encode())
+
+
+def _configure_log(folder: Path) -> None:
+    from shared.log import configure
+
+    configure((folder / "reproduction.log").open("a", encoding="utf-8"), json=True)

@@ -1,0 +1,226 @@
+"""Runs the arms of a reproduction one after the other and gathers their figures.
+
+Everything that is done is on file (the runs in the store, the measurements beside it), so a second
+start goes through the same steps, finds what is there, and goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cli.reproduction.arms import ARMS, UNTRAINED, RunPlan, Setting, plans
+from cli.reproduction.fedavg import average_weights
+from cli.reproduction.figures import ArmFigures, mean_of, round_figures, traffic
+from cli.reproduction.measuring import SETS, Measured, Measurements
+from participant.memory import peak_bytes, reset_peak
+from shared.records import ClosedRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from cli.reproduction.running import Laboratory
+    from coordinator.inspection import History
+    from participant.quality import ReplyScores
+
+
+@dataclass
+class Chosen:
+    """A learning rate and how it was found: loss on dev, by rate, of seed 1."""
+
+    rate: float
+    tried: dict[float, float]
+    at_edge: bool
+
+
+@dataclass
+class Findings:
+    """All that came out. ``differences``: FedAvg's from GradualDiff-Fed's elements, by run."""
+
+    figures: list[ArmFigures] = field(default_factory=list)
+    rates: dict[str, Chosen] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+class Experiment:
+    """One partition of the text. ``data_of(seed)``: folder with SITE.jsonl and the three texts."""
+
+    def __init__(
+        self, laboratory: Laboratory, data_of: Callable[[int], Path], partition: str = ""
+    ) -> None:
+        self._laboratory = laboratory
+        self._data_of = data_of
+        self._partition = partition
+        self._measurements = Measurements(laboratory, data_of(1))
+        self.findings = Findings()
+
+    def run(
+        self,
+        arms: Sequence[str],
+        seeds: Sequence[int],
+        batch_size: int,
+        rates: dict[str, Chosen] | None = None,
+    ) -> None:
+        """Every arm under every seed; ``rates``: those of another partition, not sought again."""
+        for arm in arms:
+            if arm not in UNTRAINED:
+                key = f"b{batch_size} {arm}"
+                chosen = (rates or {}).get(key) or self._choose(arm, batch_size)
+                self.findings.rates[key] = chosen
+        for seed in seeds:
+            for arm in arms:
+                self._laboratory.display.say(
+                    f"seed {seed}, batch {batch_size}{self._partition}: {ARMS[arm]}"
+                )
+                self.findings.figures.append(self._figures(arm, seed, batch_size))
+
+    def _choose(self, arm: str, batch_size: int) -> Chosen:
+        """Climb the grid from its middle for as long as the loss on dev of seed 1 falls."""
+        grid = self._laboratory.preset.reproduce.learning_rates
+        tried: dict[int, float] = {}
+
+        def dev(at: int) -> float:
+            if at not in tried:
+                self._laboratory.display.say(f"{ARMS[arm]}: learning rate {grid[at]:g}")
+                setting = Setting(1, batch_size, grid[at], self._partition)
+                found = [one.loss("dev").nll for one in self._last_adapters(arm, setting)]
+                tried[at] = sum(found) / len(found)
+            return tried[at]
+
+        best = len(grid) // 2
+        for direction in (1, -1):
+            while 0 <= best + direction < len(grid) and dev(best + direction) < dev(best):
+                best += direction
+        if len(grid) == 1:
+            return Chosen(grid[0], {}, at_edge=False)
+        return Chosen(
+            grid[best],
+            {grid[at]: loss for at, loss in sorted(tried.items())},
+            at_edge=best in (0, len(grid) - 1),
+        )
+
+    def _rate(self, arm: str, batch_size: int) -> float:
+        return self.findings.rates[f"b{batch_size} {arm}"].rate
+
+    def _runs(self, arm: str, setting: Setting) -> list[tuple[RunPlan, History]]:
+        laboratory = self._laboratory
+        found = []
+        for plan in plans(laboratory.preset, arm, setting):
+            memory = laboratory.folder / "runs" / plan.name / "peak.json"
+            reset_peak()
+            history = laboratory.run(plan, self._data_of(setting.seed))
+            if not memory.exists():
+                memory.write_text(json.dumps(peak_bytes()))
+            found.append((plan, history))
+        return found
+
+    def _last_adapters(self, arm: str, setting: Setting) -> list[Measured]:
+        return [
+            self._adapter(plan, history, history.last_closed)
+            for plan, history in self._runs(arm, setting)
+        ]
+
+    def _adapter(self, plan: RunPlan, history: History, number: int) -> Measured:
+        closed = history.one(number, ClosedRecord)
+        assert isinstance(closed, ClosedRecord)  # a finished run has every round
+        config = self._laboratory.config(plan)
+        return self._measurements.of_run(plan.name, closed.adapter_sha, config)
+
+    def _figures(self, arm: str, seed: int, batch_size: int) -> ArmFigures:
+        if arm == "base":
+            return self._base(seed, batch_size)
+        source = "federated" if arm == "fedavg" else arm
+        rate = self._rate(source, batch_size)
+        runs = self._runs(source, Setting(seed, batch_size, rate, self._partition))
+        if arm == "fedavg":
+            return self._averaged(runs[0], seed, batch_size, rate)
+        return self._trained(arm, runs, seed, batch_size, rate)
+
+    def _base(self, seed: int, batch_size: int) -> ArmFigures:
+        setting = Setting(1, batch_size, 1.0)  # whichever is drawn, it changes nothing
+        plan = plans(self._laboratory.preset, "federated", setting)[0]
+        measured = self._measurements.of_base(self._laboratory.config(plan))
+        losses, replies = _worth([measured])
+        return ArmFigures("base", seed, batch_size, None, (), losses, replies)
+
+    def _averaged(
+        self, run: tuple[RunPlan, History], seed: int, batch_size: int, rate: float
+    ) -> ArmFigures:
+        """FedAvg on the weights, from the very trainings of the federated arm."""
+        plan, history = run
+        folder = self._laboratory.folder / "fedavg"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{plan.name}.safetensors"
+        difference = average_weights(history, self._laboratory.store, path, folder)
+        self.findings.differences[plan.name] = difference
+        losses, replies = _worth([self._measurements.of_file(path, self._laboratory.config(plan))])
+        return ArmFigures("fedavg", seed, batch_size, rate, (), losses, replies)
+
+    def _trained(
+        self,
+        arm: str,
+        runs: list[tuple[RunPlan, History]],
+        seed: int,
+        batch_size: int,
+        rate: float,
+    ) -> ArmFigures:
+        laboratory = self._laboratory
+        histories = [history for _, history in runs]
+        meters = [laboratory.traffic(plan) for plan, _ in runs]
+        rounds = []
+        for number in range(1, laboratory.preset.reproduce.rounds + 1):
+            alone = len(runs) == 1
+            test = self._adapter(*runs[0], number).loss("test").nll if alone else None
+            rounds.append(round_figures(histories, meters, number, test))
+        adapters = [self._adapter(plan, h, h.last_closed) for plan, h in runs]
+        losses, replies = _worth(adapters)
+        up, down = (
+            traffic(histories, meters) if arm in ("federated", "recommended") else (None,) * 2
+        )
+        return ArmFigures(
+            arm,
+            seed,
+            batch_size,
+            rate,
+            tuple(rounds),
+            losses,
+            replies,
+            up,
+            down,
+            _peak(laboratory, runs),
+            tuple(one.sha for one in adapters),
+        )
+
+
+def _worth(adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Losses and reply scores of the adapters, their means where there are several."""
+    losses: dict[str, Any] = {}
+    for name in SETS:
+        losses[name] = mean_of([one.loss(name).model_dump(mode="json") for one in adapters])
+    replies = {
+        name: _mean_scores([one.replies(name) for one in adapters]) for name in ("test", "train")
+    }
+    return losses, replies
+
+
+def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:
+    """Flat: what was copied is under ``copied_...``, signatures are the first one's."""
+    flat = [
+        {
+            **score.model_dump(mode="json", exclude={"copied", "references_copied"}),
+            **{f"copied_{k}": v for k, v in score.copied.model_dump(mode="json").items()},
+        }
+        for score in scores
+    ]
+    texts = {name: value for name, value in flat[0].items() if isinstance(value, str)}
+    return {**mean_of(flat), **texts}
+
+
+def _peak(laboratory: Laboratory, runs: Sequence[tuple[RunPlan, History]]) -> dict[str, int]:
+    found = [
+        json.loads((laboratory.folder / "runs" / plan.name / "peak.json").read_text())
+        for plan, _ in runs
+    ]
+    return {name: max(one.get(name, 0) for one in found) for name in found[0]}

@@ -1,0 +1,57 @@
+"""The paper's future work as a table: federated against local and central training over alpha."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cli.reproduction.arms import ARMS
+from cli.reproduction.experiment import Experiment
+from cli.reproduction.tables import ResultTable, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cli.reproduction.data import Source
+    from cli.reproduction.running import Laboratory
+
+PARTITIONED = ("local", "federated", "recommended")  # the others see all text in any case
+
+
+def compare_partitions(
+    laboratory: Laboratory, source: Source, seeds: Sequence[int], whole: Experiment
+) -> ResultTable:
+    """Dirichlet partitions of the preset's alphas, each with the rates found by ``whole``."""
+    sizes = laboratory.preset.reproduce
+    size = sizes.batch_sizes[0]
+    arms = [arm for arm in PARTITIONED if f"b{size} {arm}" in whole.findings.rates]
+    central = [arm for arm in ("central-steps", "central-batch") if _has(whole, arm)]
+    rows: list[tuple[str, ...]] = []
+    for alpha in sizes.alphas:
+        name = f"-a{alpha:g}".replace(".", "p")
+        part = Experiment(laboratory, partial(source.folder, alpha=alpha), name)
+        part.run(arms, seeds, size, whole.findings.rates)
+        cells = [spread(source.distance(seed, alpha) for seed in seeds)]
+        cells += [_held_out(part, arm, size) for arm in arms]
+        cells += [_held_out(whole, arm, size) for arm in central]
+        rows.append((f"{alpha:g}", *cells))
+    columns = ("alpha", "distance of texts", *(ARMS[arm] for arm in (*arms, *central)))
+    return ResultTable(
+        f"Held-out loss where participants' text differs, batch {size}",
+        columns,
+        rows,
+        "Dirichlet partitions over the labels; the smaller alpha, the more each participant's text "
+        "is of its own kind. The distance is the Jensen-Shannon distance of the participants' word "
+        "distributions, 0 (equal) to 1. Learning rates are those chosen on the preset's own "
+        "partition. Central training sees all text, whatever the partition.",
+    )
+
+
+def _has(experiment: Experiment, arm: str) -> bool:
+    return any(one.arm == arm for one in experiment.findings.figures)
+
+
+def _held_out(experiment: Experiment, arm: str, size: int) -> str:
+    figures = experiment.findings.figures
+    mine = [one for one in figures if (one.arm, one.batch_size) == (arm, size)]
+    return spread(one.losses["test"]["nll"] for one in mine)

@@ -1,0 +1,143 @@
+"""What a reproduction runs: a TOML file of its own beside the federation's tables."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.config import (
+    BaseSection,
+    FederationConfig,
+    LoraSection,
+    Positive,
+    Section,
+    TrainingSection,
+    canonical_json,
+    parse,
+)
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PRESETS = ("cpu", "paper")
+Rate = Annotated[float, Field(gt=0)]
+
+
+class ReproduceSection(Section):
+    """Sizes of the evaluation. ``fields`` and ``examples``: which questions are drawn, all if none.
+
+    ``learning_rates``: ascending. ``prompts``: how many replies are scored, of ``reply_tokens``.
+    """
+
+    participants: Annotated[int, Field(ge=2)] = 5
+    rounds: Positive = 15
+    local_steps: Positive = 10
+    batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4, 8)
+    learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
+    examples: Positive | None = None
+    fields: tuple[str, ...] | None = None
+    partition: Literal["iid", "dirichlet", "by-label", "by-group"] = "iid"
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    alphas: tuple[Rate, ...] = (0.1, 1.0, 100.0)
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    prompts: Positive = 64
+    reply_tokens: Positive = 32
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        if list(self.learning_rates) != sorted(set(self.learning_rates)):
+            raise ValueError("learning_rates: expected them ascending, each once")
+        if (self.partition == "dirichlet") != (self.alpha is not None):
+            raise ValueError('alpha goes with partition = "dirichlet", and it needs one')
+        return self
+
+
+class Preset(Section):
+    """A whole reproduction. ``recommended``: tables that its arm changes."""
+
+    reproduce: ReproduceSection
+    base: BaseSection
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    recommended: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _arms_own_what_they_vary(self) -> Self:
+        given = self.training.model_fields_set
+        owned = {"local_steps", "batch_size", "gradient_accumulation", "learning_rate"}
+        if given & owned:
+            raise ValueError(
+                f"training.{min(given & owned)}: expected it under [reproduce], where every arm "
+                "takes it from; remove it"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of all settings."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The federation's tables that every arm shares."""
+        training = self.training.model_dump(mode="json", exclude_none=True)
+        training.pop("local_epochs", None)
+        return {
+            "base": self.base.model_dump(mode="json", exclude_none=True),
+            "lora": self.lora.model_dump(mode="json", exclude_defaults=True),
+            "training": training,
+        }
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by its name, or from a file of the user's. Raises ConfigError."""
+    from pathlib import Path
+
+    if name in PRESETS:
+        text = resources.files(__package__).joinpath("presets", f"{name}.toml").read_text("utf-8")
+        return _parse(text, f"preset {name}")
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise ConfigError(
+            f"--preset: expected {', '.join(PRESETS)} or the path of a .toml file, got {name!r}"
+        )
+    return _parse(_read(path), name)
+
+
+def changed(preset: Preset, base: str | None, **reproduce: Any) -> Preset:
+    """The preset with another base model and sizes; None leaves as it is. Raises ConfigError."""
+    values = preset.model_dump(mode="json", exclude_unset=True)
+    if base is not None:
+        values["base"]["model"] = base
+    values["reproduce"] |= {key: value for key, value in reproduce.items() if value is not None}
+    return parse(Preset, values, "options")
+
+
+def federation_of(preset: Preset, run: dict[str, Any], *more: dict[str, Any]) -> FederationConfig:
+    """A run's config from the preset's tables, with ``more`` tables laid over them."""
+    tables = preset.tables() | {"run": run}
+    for layer in more:
+        for table, values in layer.items():
+            tables[table] = {**tables.get(table, {}), **values}
+    return parse(FederationConfig, tables, f"run {run['name']}")
+
+
+def _parse(text: str, source: str) -> Preset:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: is not TOML: {error}; mend that line") from None
+    return parse(Preset, values, source)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error}; give the path of a TOML file"
+        ) from None
