@@ -132,8 +132,11 @@ def buffered(
 
 
 def too_few(section: AggregationSection, count: int) -> str | None:
-    """Why ``count`` deltas are not enough for the run's rule, in words; None if they are."""
-    if count >= section.least_deltas:
+    """Why ``count`` deltas are not enough for the run's rule, in words; None if they are.
+
+    The mean needs no more than any policy asks for.
+    """
+    if section.rule == "mean" or count >= section.least_deltas:
         return None
     bad = "" if section.rule == "median" else f" and assumed_bad = {section.assumed_bad}"
     return (

@@ -310,6 +310,22 @@ def test_a_round_with_too_few_deltas_waits_and_says_why(tmp_path):
     assert verify(folder).findings == []
 
 
+def test_the_mean_says_nothing_of_a_rule(tmp_path):
+    """Nobody's delta is in: the message and rounds show name the site, and no rule."""
+    settings = config(policy={"max_attempts": 1})
+    sites = sites_with(settings)
+
+    def fail(task):
+        raise ModelError("no memory left")
+
+    for site in sites.values():
+        site.fault = fail
+    with pytest.raises(RunStuckError, match="waits for a .*no memory left") as caught:
+        federations.run(settings, tmp_path, sites)
+    assert "needs" not in str(caught.value)
+    assert "does not close yet" not in _shown(tmp_path, "1")
+
+
 def test_sites_that_operators_took_out_leave_too_few(tmp_path):
     """The message names the rule beside the operator's word, and the way out."""
     settings = config(aggregation={"rule": "trimmed-mean", "assumed_bad": 2})
