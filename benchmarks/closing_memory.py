@@ -56,7 +56,7 @@ MODULES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.v_proj": (HIDDEN, HIDDEN),
 }
-PHASES = ("read", "accumulate", "measure", "hash", "write")
+PHASES = ("read", "accumulate", "measure", "gap", "hash", "write")
 
 
 def llama_manifest() -> Manifest:

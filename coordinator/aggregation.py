@@ -2,9 +2,10 @@
 
 Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
 are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
-(no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Threads take whole
-tensors, and what is summed over tensors is summed exactly (``math.fsum``). Memory is a few tensors
-per thread, however many the deltas; each delta holds one file open.
+(no fused one, and no BLAS but for ``svd`` and the exactness gap), sites in name order, with one
+cast to fp32 at the end. Threads take whole tensors, and what is summed over tensors is summed
+exactly (``math.fsum``). Memory is a few tensors per thread, however many the deltas; each delta
+holds one file open.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
+from coordinator.exactness import DIGITS, squared_gap
+from coordinator.factor_fit import FactorFit
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -31,6 +35,7 @@ from shared.deltas import (
     squared_norm,
 )
 from shared.errors import ConfigError, LedgerError
+from shared.lora_factors import pairs
 from shared.tensors import (
     ADAPTER_METADATA,
     FileDigest,
@@ -65,13 +70,15 @@ class WeightedDelta:
     """One input of a round: a checked delta file and its share.
 
     ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
-    ``scale``: what its values are multiplied by before anything else.
+    ``scale``: what its values are multiplied by before anything else. ``manifest``: what it is made
+    of, where that is not all of the adapter (some of its tensors, or factors of a lower rank).
     """
 
     site: str
     path: Path
     weight: float
     scale: float = 1.0
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Aggregated:
     """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
 
     ``mean_norm``: of the weighted mean of the deltas. ``cosines``: of each site's delta with that
-    mean, 0 where either is all zeros.
+    mean, 0 where either is all zeros. ``exactness_gap``: see ``coordinator/exactness.py``.
     """
 
     digest: FileDigest
@@ -141,8 +148,9 @@ def aggregate(
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + sum_i w_i * fp64(D_i)).
 
-    ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
-    ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
+    A tensor that no delta holds keeps its bytes. ``source``: the adapter all deltas started from.
+    ``watch`` gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd),
+    ``hash`` and ``write``. ``threads`` sum beside the one that writes;
     None: as many as there are processors, at most 4. ``method`` None: the plain mean. Raises
     LedgerError for a site that is listed twice, weights that do not sum to 1 or a result that is
     not finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a
@@ -151,11 +159,19 @@ def aggregate(
     ordered = sorted(deltas, key=lambda delta: delta.site)
     _check_inputs(ordered)
     with contextlib.ExitStack() as stack:
+        # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
+        stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
-        files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
-        closing = _Closing(adapter, ordered, files, watch or Stopwatch(), method or Method())
+        files = [stack.enter_context(DeltaFile(d.path, d.manifest or manifest)) for d in ordered]
+        closing = _Closing(
+            adapter, ordered, files, watch or Stopwatch(), method or Method(), manifest
+        )
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
-        ahead = closing.tensors(manifest, threads or min(os.cpu_count() or 1, MAX_THREADS))
+        threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
+        if closing.is_fitted:
+            ahead = FactorFit(adapter, ordered, files, closing).tensors(manifest, threads)
+        else:
+            ahead = closing.tensors(manifest, threads)
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
@@ -180,6 +196,7 @@ class _Closing:
         files: Sequence[DeltaFile],
         watch: Stopwatch,
         method: Method,
+        manifest: Manifest,
     ) -> None:
         self._method = method
         self._adapter = adapter
@@ -189,6 +206,28 @@ class _Closing:
         self._mean_squares: list[float] = []
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+        self._squared_gaps: list[float] = []
+        sent = next(d.manifest for d in deltas) or manifest
+        self._sent = {spec.name for spec in sent.tensors}
+        self._pairs = {pair.b.name: pair for pair in pairs(sent)}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether layers are joined by their products and not tensor by tensor."""
+        return self._method.aggregation.averaging == "svd"
+
+    def note_mean(self, square: float) -> None:
+        """Add a tensor of the mean delta to the figures."""
+        self._mean_squares.append(square)
+
+    def note_delta(self, site: str, square: float, product: float) -> None:
+        """Add a delta's tensor: its own square and its product with the mean's."""
+        self._squares[site].append(square)
+        self._products[site].append(product)
+
+    def note_gap(self, square: float) -> None:
+        """Add what one layer's product differs by from the mean of the products."""
+        self._squared_gaps.append(square)
 
     def tensors(self, manifest: Manifest, threads: int) -> Generator[NDArray[np.float32]]:
         """The next adapter's tensors in order; each is overwritten once the next is asked for.
@@ -213,6 +252,8 @@ class _Closing:
 
     def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
         """The next adapter's values of one tensor: fp32 of ``spec.shape``, in ``buffers``."""
+        if spec.name not in self._sent:
+            return self._kept(spec, buffers)
         mean = buffers.mean[: spec.elements]
         mean.fill(0)
         for delta, file in zip(self._deltas, self._files, strict=True):
@@ -222,6 +263,7 @@ class _Closing:
                 _accumulate(mean, values, delta.weight)
         with self.watch.phase("measure"):
             self._measure(spec, mean)
+        self._measure_gap(spec)
         with self.watch.phase("read"):
             values = self._adapter.read(spec.name).reshape(-1)
         with self.watch.phase("accumulate"):
@@ -229,6 +271,14 @@ class _Closing:
             self._adapter.release(spec.name)
             result = buffers.result[: spec.elements]
             _cast(mean, result, spec)
+        return result.reshape(spec.shape)
+
+    def _kept(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
+        """A tensor that nobody trained, as it is."""
+        with self.watch.phase("read"):
+            result = buffers.result[: spec.elements]
+            np.copyto(result, self._adapter.read(spec.name).reshape(-1))
+            self._adapter.release(spec.name)
         return result.reshape(spec.shape)
 
     def aggregated(self, digest: FileDigest) -> Aggregated:
@@ -244,16 +294,36 @@ class _Closing:
             significant(mean_norm),
             {site: significant(norm) for site, norm in norms.items()},
             cosines,
+            exactness_gap=self._gap(),
         )
+
+    def _gap(self) -> float | None:
+        """Over all layers. With another rule than the mean there is no mean to be apart from."""
+        if self._method.aggregation.rule != "mean":
+            return None
+        return significant(math.sqrt(math.fsum(self._squared_gaps)), DIGITS)
+
+    def _measure_gap(self, spec: TensorSpec) -> None:
+        """Once for each layer of which both factors were sent, when B's turn has come."""
+        pair = self._pairs.get(spec.name)
+        if pair is None or len(self._files) == 1 or self._method.aggregation.rule != "mean":
+            return
+        shares = [delta.weight for delta in self._deltas]
+        scales = [delta.scale for delta in self._deltas]
+        with self.watch.phase("gap"):
+            reads = [file.read for file in self._files]
+            self.note_gap(squared_gap(pair, reads, shares, scales))
+        for file in self._files:
+            file.release(pair.a)
+            file.release(pair.b)
 
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
         """Second pass: decoding each delta once more costs less than keeping K of them."""
-        self._mean_squares.append(squared_norm(mean))
+        self.note_mean(squared_norm(mean))
         for delta, file in zip(self._deltas, self._files, strict=True):
             values = file.read(spec).reshape(-1)
             square, product = square_and_product(values, mean)
-            self._squares[delta.site].append(square)
-            self._products[delta.site].append(product)
+            self.note_delta(delta.site, square, product)
             file.release(spec)
 
 

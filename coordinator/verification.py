@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import Method, WeightedDelta, aggregate
+from coordinator.aggregation import Aggregated, Method, WeightedDelta, aggregate
 from coordinator.chain import Chain, Finding, accepted_records, read_chain
 from coordinator.chain_checks import check_origin, check_records, check_told
 from coordinator.controls import steer
@@ -243,8 +243,9 @@ class _Verifier:
         self.result.recomputed += 1
         self._expect(number, key, "adapter_sha", again.digest.sha256, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
-        mine = _figures(again.mean_norm, again.delta_norms, again.cosines)
-        theirs = _figures(closed.mean_norm, closed.delta_norms, closed.cosines)
+        mine, theirs = _figures(again), _figures(closed)
+        if closed.exactness_gap is None:  # a record of before there was one
+            mine.pop("exactness gap", None)
         self._compare(number, key, mine, theirs)
         return again.digest.sha256
 
@@ -383,9 +384,9 @@ class _Verifier:
         self.result.findings.append(Finding(number, key, problem))
 
 
-def _figures(
-    mean_norm: float, norms: dict[str, float], cosines: dict[str, float]
-) -> dict[str, float]:
-    named = {f"norm of {site}": value for site, value in norms.items()}
-    named |= {f"cosine of {site}": value for site, value in cosines.items()}
-    return {"norm of the mean": mean_norm, **named}
+def _figures(result: Aggregated | ClosedRecord) -> dict[str, float]:
+    named = {f"norm of {site}": value for site, value in result.delta_norms.items()}
+    named |= {f"cosine of {site}": value for site, value in result.cosines.items()}
+    if result.exactness_gap is not None:
+        named["exactness gap"] = result.exactness_gap
+    return {"norm of the mean": result.mean_norm, **named}

@@ -11,7 +11,6 @@ import math
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from shared.errors import ConfigError
-from shared.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.config import Averaging, FederationConfig, LoraSection
+    from shared.manifest import Manifest, TensorSpec
 
 A: Final = ".lora_A.weight"
 B: Final = ".lora_B.weight"

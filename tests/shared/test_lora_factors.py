@@ -98,7 +98,7 @@ def test_an_adapter_without_the_factor_is_refused():
 
 @pytest.mark.parametrize(("scaling", "power"), [("classic", 1.0), ("rslora", 0.5)])
 def test_the_scale_is_the_same_at_every_rank(scaling, power):
-    """alpha / r, or alpha / sqrt(r): equal for the site of rank 16 and the run of rank 64."""
+    """By r, or by its root: equal for the site of rank 16 and the run of rank 64."""
     lora = LoraSection(rank=64, alpha=16.0, scaling=scaling, ranks={"west": 16})
     west, east = lora_for(lora, "west"), lora_for(lora, "east")
     assert (west.rank, east.rank) == (16, 64)
