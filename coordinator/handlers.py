@@ -34,6 +34,7 @@ from shared.events import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.lora_factors import delta_manifest, site_manifest
 from shared.records import (
     AcceptedRecord,
     DeclinedRecord,
@@ -215,7 +216,8 @@ class Coordinator:
             return
         limit = self._config.aggregation.max_delta_norm
         try:
-            norm = self._intake.take(upload, self._genesis().manifest, expected, limit)
+            manifest = delta_manifest(self._genesis().manifest, self._config, sender, event.round)
+            norm = self._intake.take(upload, manifest, expected, limit)
         except DeltaRefusedError as error:
             self._intake.discard(upload)
             self._refuse(upload, str(error))
@@ -411,8 +413,9 @@ class Coordinator:
     def _check_joins(self, event: ParticipantReady, sender: str) -> None:
         """A site that comes after the run began must fit to those that are in it."""
         genesis = self._genesis()
-        for name in ("fingerprint", "manifest"):
-            if getattr(genesis, name) != getattr(event, name):
+        own = site_manifest(genesis.manifest, self._config.lora, sender)
+        for name, expected in (("fingerprint", genesis.fingerprint), ("manifest", own)):
+            if getattr(event, name) != expected:
                 raise ProtocolError(
                     f"{name}: {sender} came after the run began with another one; give it the "
                     "base model and the release that the others have"

@@ -32,6 +32,7 @@ from shared.errors import (
     ObjectMissingError,
 )
 from shared.files import digest_file
+from shared.lora_factors import delta_manifest, whole_manifest
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -131,7 +132,7 @@ class _Verifier:
             one = self._chain.members[members[0]]
             self._genesis = GenesisRecord(
                 members=tuple(members),
-                manifest=one.manifest,
+                manifest=whole_manifest(one.manifest, self._config.lora),
                 fingerprint=one.fingerprint,
                 adapter_sha=sha,
                 adapter_size=1,
@@ -289,8 +290,9 @@ class _Verifier:
         if path is None or self._genesis is None:
             return None
         self.result.deltas += 1
+        manifest = delta_manifest(self._genesis.manifest, self._config, item.site, item.from_round)
         try:
-            found = check_delta(path, self._genesis.manifest, self._header(closing, index), None)
+            found = check_delta(path, manifest, self._header(closing, index), None)
         except DeltaRefusedError as error:
             self._find(closing.round, key, str(error))
             return None
@@ -299,7 +301,7 @@ class _Verifier:
             on_record = record.key(self._ledger.run)
             self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
             self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
-        return WeightedDelta(item.label(closing.round), path, item.weight, item.scale)
+        return WeightedDelta(item.label(closing.round), path, item.weight, item.scale, manifest)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
         item, codec = closing.inputs[index], get_codec(self._config.codec.name)
