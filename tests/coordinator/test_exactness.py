@@ -111,7 +111,7 @@ def test_the_gap_is_that_of_the_dense_matrices(tmp_path):
         tmp_path / "target",
     )
     assert result.exactness_gap == pytest.approx(
-        dense_gap((one, two), source, scaled, weights), rel=1e-5
+        dense_gap((one, two), source, scaled, weights), rel=1e-4
     )
 
 
@@ -142,6 +142,18 @@ def test_where_the_factors_agree_the_gap_is_zero_and_no_rounding(inputs):
         same = [{**other, name: one[name]} for other in (one, two, three)]
         assert squared_gap(pair, reads(same), third, [1.0] * 3) == 0
     assert squared_gap(pair, reads([one, two, three]), third, [1.0] * 3) > 0
+
+
+def test_values_that_no_fp32_product_can_hold_have_a_gap_all_the_same():
+    """1e25 times 1e25 is beyond fp32; the record could hold no infinity."""
+    pair = layer(5, 40, 2)
+    small = drawn(adapter_of(pair), 3)
+    large = [{name: np.float32(1e25) * v for name, v in values.items()} for values in small]
+    third = [1 / 3] * 3
+    ratio = squared_gap(pair, reads(large), third, [1.0] * 3) / squared_gap(
+        pair, reads(small), third, [1.0] * 3
+    )
+    assert ratio == pytest.approx(1e100, rel=1e-3)
 
 
 @pytest.mark.parametrize("number", [1, 2])
