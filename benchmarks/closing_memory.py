@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.aggregation import Method, WeightedDelta, aggregate
 from coordinator.genesis import draw_adapter
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader, write_delta
@@ -56,7 +56,7 @@ MODULES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.v_proj": (HIDDEN, HIDDEN),
 }
-PHASES = ("read", "accumulate", "measure", "hash", "write")
+PHASES = ("read", "accumulate", "measure", "gap", "hash", "write")
 
 
 def llama_manifest() -> Manifest:
@@ -98,7 +98,9 @@ def generate(folder: Path, participants: int) -> None:
         write_delta(delta_path(folder, index), manifest, "fp32", header, draw, seed=1)
 
 
-def close_round(folder: Path, participants: int, threads: int) -> dict[str, float]:
+def close_round(
+    folder: Path, participants: int, threads: int, method: Method | None = None
+) -> dict[str, float]:
     """Seconds by phase and in all, and by how many MB anonymous memory grew at its peak."""
     deltas = [
         WeightedDelta(f"site-{index}", delta_path(folder, index), 1 / participants)
@@ -116,7 +118,7 @@ def close_round(folder: Path, participants: int, threads: int) -> dict[str, floa
     sampler.start()
     source, target = folder / "source.safetensors", folder / "target.safetensors"
     start = time.perf_counter()
-    aggregate(source, deltas, manifest, target, watch, threads)
+    aggregate(source, deltas, manifest, target, watch, threads, method)
     whole = time.perf_counter() - start
     done.set()
     sampler.join()

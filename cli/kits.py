@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError
+from shared.lora_factors import rank_of
 
 if TYPE_CHECKING:
     from coordinator.accounts import Accounts
@@ -165,7 +166,7 @@ def _site_toml(office: Office, name: str) -> str:
         broker="\n".join(broker),
         model=_quoted(config.base.model),
         run=_quoted(config.run.name),
-        rank=config.lora.rank,
+        rank=rank_of(config.lora, name),
         steps=1000 if steps is None else steps,
         rounds=config.run.rounds,
         participants=len(config.run.participants),

@@ -4,9 +4,10 @@ With a robust rule (``coordinator.robust``) something else stands in the place o
 
 Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
 are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
-(no fused one, no BLAS), sites in name order, with one cast to fp32 at the end. Threads take whole
-tensors, and what is summed over tensors is summed exactly (``math.fsum``). Memory is a few tensors
-per thread, however many the deltas; each delta holds one file open.
+(no fused one, and no BLAS but for ``svd`` and the exactness gap), sites in name order, with one
+cast to fp32 at the end. Threads take whole tensors, and what is summed over tensors is summed
+exactly (``math.fsum``). Memory is a few tensors per thread, however many the deltas; each delta
+holds one file open.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from coordinator import robust
+from coordinator.exactness import DIGITS, squared_gap
+from coordinator.factor_fit import FactorFit
 from coordinator.policies import too_few
 from coordinator.server_optimizer import open_optimizer
 from shared.config import AggregationSection, ServerSection
@@ -36,6 +40,7 @@ from shared.deltas import (
     squared_norm,
 )
 from shared.errors import ConfigError, LedgerError
+from shared.lora_factors import pairs
 from shared.tensors import (
     ADAPTER_METADATA,
     FileDigest,
@@ -71,13 +76,15 @@ class WeightedDelta:
     """One input of a round: a checked delta file and its share.
 
     ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
-    ``scale``: what its values are multiplied by before anything else.
+    ``scale``: what its values are multiplied by before anything else. ``manifest``: what it is made
+    of, where that is not all of the adapter (some of its tensors, or factors of a lower rank).
     """
 
     site: str
     path: Path
     weight: float
     scale: float = 1.0
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class Aggregated:
     ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with
     what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
     why. ``stepped``: what the server's optimiser made of the mean, if the run has one.
+    ``exactness_gap``: see ``coordinator/exactness.py``.
     """
 
     digest: FileDigest
@@ -151,28 +159,34 @@ def aggregate(
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i (scale_i * fp64(D_i)))).
 
-    ``source``: the adapter all deltas started from. ``watch`` gets the seconds of ``read``,
-    ``accumulate``, ``measure``, ``hash`` and ``write``. ``threads`` sum beside the one that writes;
-    None: as many as there are processors, at most 4. ``method`` None: the plain mean. ``state``:
-    the files of the server's optimiser, if the method has one that keeps any. Raises LedgerError
-    for a site that is listed twice, weights that do not sum to 1, fewer deltas than the rule needs
-    or a result that is not finite, DeltaRefusedError for a delta that does not fit the manifest,
-    DecodeError for a source that is torn.
+    A tensor that no delta holds keeps its bytes. ``source``: the adapter all deltas started from.
+    ``watch`` gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd),
+    ``hash`` and ``write``. ``threads`` sum beside the one that writes; None: as many as there are
+    processors, at most 4. ``method`` None: the plain mean. ``state``: the files of the server's
+    optimiser, if the method has one that keeps any. Raises LedgerError for a site that is listed
+    twice, weights that do not sum to 1, fewer deltas than the rule needs or a result that is not
+    finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a source
+    that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
     _check_inputs(ordered, method.aggregation)
     with contextlib.ExitStack() as stack:
+        # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
+        stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
-        files = [stack.enter_context(DeltaFile(d.path, manifest)) for d in ordered]
+        files = [stack.enter_context(DeltaFile(d.path, d.manifest or manifest)) for d in ordered]
         watch = watch or Stopwatch()
         server = open_optimizer(method.server, manifest, state, watch)
         stack.enter_context(server or contextlib.nullcontext())
-        closing = _Closing(adapter, ordered, files, watch, method, server)
+        closing = _Closing(adapter, ordered, files, watch, method, server, manifest)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-        closing.judge(manifest, threads)
-        ahead = closing.tensors(manifest, threads)
+        if closing.is_fitted:
+            ahead = FactorFit(adapter, ordered, files, closing).tensors(manifest, threads)
+        else:
+            closing.judge(threads)
+            ahead = closing.tensors(manifest, threads)
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
@@ -199,6 +213,7 @@ class _Closing:
         watch: Stopwatch,
         method: Method,
         server: ServerOptimizer | None,
+        manifest: Manifest,
     ) -> None:
         self._method = method
         self._server = server
@@ -214,15 +229,38 @@ class _Closing:
         self._mean_squares: list[float] = []
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+        self._squared_gaps: list[float] = []
+        sent = next(d.manifest for d in deltas) or manifest
+        self._manifest = sent
+        self._sent = {spec.name for spec in sent.tensors}
+        self._pairs = {pair.b.name: pair for pair in pairs(sent)}
 
-    def judge(self, manifest: Manifest, threads: int) -> None:
+    @property
+    def is_fitted(self) -> bool:
+        """Whether layers are joined by their products and not tensor by tensor."""
+        return self._method.aggregation.averaging == "svd"
+
+    def note_mean(self, square: float) -> None:
+        """Add a tensor of the mean delta to the figures."""
+        self._mean_squares.append(square)
+
+    def note_delta(self, site: str, square: float, product: float) -> None:
+        """Add a delta's tensor: its own square and its product with the mean's."""
+        self._squares[site].append(square)
+        self._products[site].append(product)
+
+    def note_gap(self, square: float) -> None:
+        """Add what one layer's product differs by from the mean of the products."""
+        self._squared_gaps.append(square)
+
+    def judge(self, threads: int) -> None:
         """Whom the rule leaves out as a whole; the others share equally then."""
         section = self._method.aggregation
         if section.rule != "multi-krum":
             return
         with self.watch.phase("judge"):
             self._left_out = robust.multi_krum(
-                manifest, self._votes, list(self._shares), section.assumed_bad, threads
+                self._manifest, self._votes, list(self._shares), section.assumed_bad, threads
             )
         taken = [site for site in self._shares if site not in self._left_out]
         self._shares = dict.fromkeys(taken, 1 / len(taken))
@@ -253,10 +291,13 @@ class _Closing:
 
     def _tensor(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
         """The next adapter's values of one tensor: fp32 of ``spec.shape``, in ``buffers``."""
+        if spec.name not in self._sent:
+            return self._unchanged(spec, buffers)
         mean = buffers.mean[: spec.elements]
         self._join(spec, mean)
         with self.watch.phase("measure"):
             self._measure(spec, mean)
+        self._measure_gap(spec)
         if self._server is not None:
             self._server.step(spec, mean)  # from here on it is the step
         with self.watch.phase("read"):
@@ -283,6 +324,18 @@ class _Closing:
             with self.watch.phase("accumulate"):
                 _accumulate(mean, values, self._shares[delta.site], delta.scale)
 
+    def _unchanged(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
+        """A tensor that nobody trained, as it is."""
+        if self._server is not None:  # its state goes on as it is, too
+            mean = buffers.mean[: spec.elements]
+            mean.fill(0)
+            self._server.step(spec, mean)
+        with self.watch.phase("read"):
+            result = buffers.result[: spec.elements]
+            np.copyto(result, self._adapter.read(spec.name).reshape(-1))
+            self._adapter.release(spec.name)
+        return result.reshape(spec.shape)
+
     def aggregated(self, digest: FileDigest) -> Aggregated:
         """The numbers of the whole adapter, once every tensor is done."""
         mean_norm = math.sqrt(math.fsum(self._mean_squares))
@@ -297,17 +350,37 @@ class _Closing:
             {site: significant(norm) for site, norm in norms.items()},
             cosines,
             self._left_out,
+            exactness_gap=self._gap(),
             stepped=self.stepped,
         )
 
+    def _gap(self) -> float | None:
+        """Over all layers. With another rule than the mean there is no mean to be apart from."""
+        if self._method.aggregation.rule != "mean":
+            return None
+        return significant(math.sqrt(math.fsum(self._squared_gaps)), DIGITS)
+
+    def _measure_gap(self, spec: TensorSpec) -> None:
+        """Once for each layer of which both factors were sent, when B's turn has come."""
+        pair = self._pairs.get(spec.name)
+        if pair is None or len(self._files) == 1 or self._method.aggregation.rule != "mean":
+            return
+        shares = [delta.weight for delta in self._deltas]
+        scales = [delta.scale for delta in self._deltas]
+        with self.watch.phase("gap"):
+            reads = [file.read for file in self._files]
+            self.note_gap(squared_gap(pair, reads, shares, scales))
+        for file in self._files:
+            file.release(pair.a)
+            file.release(pair.b)
+
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
         """Second pass: decoding each delta once more costs less than keeping K of them."""
-        self._mean_squares.append(squared_norm(mean))
+        self.note_mean(squared_norm(mean))
         for delta, file in zip(self._deltas, self._files, strict=True):
             values = file.read(spec).reshape(-1)
             square, product = square_and_product(values, mean)
-            self._squares[delta.site].append(square)
-            self._products[delta.site].append(product)
+            self.note_delta(delta.site, square, product)
             file.release(spec)
 
 

@@ -15,6 +15,7 @@ from shared.errors import (
     RunExistsError,
     RunNotFoundError,
 )
+from shared.lora_factors import whole_manifest
 from shared.records import ClosedRecord, GenesisRecord, OriginRecord
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def misfit(state: RunState) -> str | None:
                 f"{origin.label} was trained over {origin.fingerprint[:12]}; a branch keeps its "
                 "parent's base model"
             )
-        if member.manifest.digest != origin.manifest.digest:
+        if whole_manifest(member.manifest, state.config.lora).digest != origin.manifest.digest:
             return (
                 f"manifest: {site} trains other tensors than the adapter of {origin.label} has; "
                 "a branch keeps its parent's lora.rank and lora.target_modules"

@@ -11,6 +11,7 @@ from coordinator.policies import weighting
 from shared import topology
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
 from shared.ledger import Ledger
+from shared.lora_factors import site_manifest
 from shared.records import (
     ClosedRecord,
     ClosingRecord,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from coordinator.chain import Chain
     from shared.config import FederationConfig
+    from shared.records import MemberRecord
 
 
 def check_records(chain: Chain, config: FederationConfig) -> None:
@@ -55,17 +57,20 @@ def _check_members(chain: Chain, config: FederationConfig) -> None:
             chain.find(
                 0, key, f"fingerprint: expected {genesis.fingerprint}, got {member.fingerprint}"
             )
-        if member.manifest.digest != genesis.manifest.digest:
+        if not _fits(member, genesis, config):
             chain.find(0, key, "manifest: is not the one that the run began with")
     fitting = {
         site: member
         for site, member in chain.members.items()
-        if (member.fingerprint, member.manifest.digest)
-        == (genesis.fingerprint, genesis.manifest.digest)
+        if member.fingerprint == genesis.fingerprint and _fits(member, genesis, config)
     }
     problem = disagreement(fitting, config)
     if problem is not None:
         chain.find(0, f"{topology.run_prefix(chain.run)}members/", problem)
+
+
+def _fits(member: MemberRecord, genesis: GenesisRecord, config: FederationConfig) -> bool:
+    return site_manifest(genesis.manifest, config.lora, member.site) == member.manifest
 
 
 def _check_controls(chain: Chain) -> None:

@@ -39,6 +39,7 @@ from shared.events import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.lora_factors import delta_manifest, lora_for, whole_manifest
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -100,10 +101,11 @@ class Effects:
 
     def _make_genesis(self, step: MakeGenesis, state: RunState) -> GenesisRecord:
         first = state.members[step.members[0]]
+        manifest = whole_manifest(first.manifest, self._config.lora)
         origin = state.origin
         if origin is None:
             path = self._intake.scratch("genesis.safetensors")
-            digest = draw_adapter(first.manifest, self._config.run.seed, path)
+            digest = draw_adapter(manifest, self._config.run.seed, path)
             failpoint("genesis.drawn")
             sha, size = digest.sha256, digest.size
             self._store_adapter(sha, path, state)
@@ -114,7 +116,7 @@ class Effects:
             self._store_adapter_config(sha, state)
         record = GenesisRecord(
             members=step.members,
-            manifest=first.manifest,
+            manifest=manifest,
             fingerprint=first.fingerprint,
             adapter_sha=sha,
             adapter_size=size,
@@ -127,7 +129,7 @@ class Effects:
 
     def _aggregate(self, closing: ClosingRecord, state: RunState) -> ClosedRecord:
         assert state.genesis is not None  # a round cannot be closing before genesis
-        run = self._config.run.name
+        run, manifest = self._config.run.name, state.genesis.manifest
         source = self._intake.local_adapter(run, closing.source_sha)
         deltas = [
             WeightedDelta(
@@ -135,14 +137,13 @@ class Effects:
                 self._intake.local_delta(run, item.from_round, item.site, item.sha),
                 item.weight,
                 item.scale,
+                delta_manifest(manifest, self._config, item.site, item.from_round),
             )
             for item in closing.inputs
         ]
         target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
         files = self._state_files(state)
-        result = aggregate(
-            source, deltas, state.genesis.manifest, target, method=self._method, state=files
-        )
+        result = aggregate(source, deltas, manifest, target, method=self._method, state=files)
         failpoint("round.aggregated")
         server_sha = result.stepped.state.sha256 if result.stepped else None
         if server_sha is not None:
@@ -202,7 +203,7 @@ class Effects:
 
     def _store_adapter_config(self, sha: str, state: RunState) -> None:
         run = self._config.run.name
-        manifest = next(iter(state.members.values())).manifest  # all members' are equal
+        manifest = next(iter(state.members.values())).manifest  # all name the same layers
         config = adapter_config(self._config.base, self._config.lora, manifest)
         failpoint("adapter.before", "config")
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
@@ -234,7 +235,7 @@ class Effects:
         run = self._config.run.name
         match bell:
             case AnnounceRun(sites):
-                return dict.fromkeys(sites, self._announcement())
+                return {site: self._announcement_for(site) for site in sites}
             case AnnounceRound(sites):
                 return {site: self._round_for(site, state) for site in sites}
             case AnswerDelta(record):
@@ -250,13 +251,13 @@ class Effects:
             case AnnounceFinished(sites):
                 return {site: self._finish_for(site, state) for site in sites}
 
-    def _announcement(self) -> RunAnnounced:
+    def _announcement_for(self, site: str) -> RunAnnounced:
         config = self._config
         return RunAnnounced(
             run=config.run.name,
             config_digest=config.digest,
             base=WireBase(**config.base.model_dump()),
-            lora=WireLora(**config.lora.model_dump()),
+            lora=WireLora(**lora_for(config.lora, site).model_dump()),
             training=WireTraining(**config.training.model_dump(exclude_none=True)),
             rounds=config.run.rounds,
             participants=len(config.run.participants),
@@ -281,6 +282,7 @@ class Effects:
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
             deadline=opened.closes_at,
+            averaging=self._config.aggregation.averaging,
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.inspection import History
+    from shared.config import Averaging
     from shared.store import ObjectStore
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -61,6 +62,18 @@ def export_adapter(
     return Exported(number, record.adapter_sha, target)
 
 
+def _joined(averaging: Averaging) -> str:
+    if averaging == "svd":
+        return (
+            "each round's global adapter is the best fit of its rank to the weighted mean of the "
+            "participants' products BA"
+        )
+    return (
+        "each round's global adapter is the one before plus the weighted mean of the "
+        "participants' deltas"
+    )
+
+
 def _why_missing(run: str, store: ObjectStore, key: str) -> str:
     for record in Ledger(store, run, "reader", float).pruned():
         if key in record.keys:
@@ -89,8 +102,7 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             (
                 f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
-                "No text left its site; each round's global adapter is the one before plus the "
-                "weighted mean of the participants' deltas."
+                f"No text left its site; {_joined(config.aggregation.averaging)}."
             ),
             "",
             f"- Adapter sha256: `{record.adapter_sha}`",
@@ -102,6 +114,7 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             (
                 f"- Rounds: {number} of {history.total_rounds}; "
                 f"weights: {config.aggregation.weights}; "
+                f"averaging: {config.aggregation.averaging}; "
                 f"codec: {config.codec.name}; seed: {config.run.seed}"
             ),
             "",

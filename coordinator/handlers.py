@@ -35,6 +35,7 @@ from shared.events import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.lora_factors import delta_manifest, site_manifest
 from shared.records import (
     AcceptedRecord,
     DeclinedRecord,
@@ -216,7 +217,7 @@ class Coordinator:
             return
         limit = self._config.aggregation.max_delta_norm
         try:
-            manifest = self._genesis().manifest
+            manifest = delta_manifest(self._genesis().manifest, self._config, sender, event.round)
             not_zero = wants_more_than_zeros(self._config, opened)
             norm = self._intake.take(upload, manifest, expected, limit, not_zero)
         except DeltaRefusedError as error:
@@ -414,8 +415,9 @@ class Coordinator:
     def _check_joins(self, event: ParticipantReady, sender: str) -> None:
         """A site that comes after the run began must fit to those that are in it."""
         genesis = self._genesis()
-        for name in ("fingerprint", "manifest"):
-            if getattr(genesis, name) != getattr(event, name):
+        own = site_manifest(genesis.manifest, self._config.lora, sender)
+        for name, expected in (("fingerprint", genesis.fingerprint), ("manifest", own)):
+            if getattr(event, name) != expected:
                 raise ProtocolError(
                     f"{name}: {sender} came after the run began with another one; give it the "
                     "base model and the release that the others have"

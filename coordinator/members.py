@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -15,7 +17,8 @@ def disagreement(members: Mapping[str, MemberRecord], config: FederationConfig) 
     """Why these sites do not fit together, naming each; None when they do.
 
     All must hold the same base (``base.fingerprint`` where the config gives it, else unanimity),
-    train the same tensors, and run the same library versions unless ``run.versions = "any"``.
+    train the same tensors (each of the rank that the config gives it), and run the same library
+    versions unless ``run.versions = "any"``.
     """
     pinned = config.base.fingerprint
     bases = {site: record.fingerprint for site, record in members.items()}
@@ -30,9 +33,9 @@ def disagreement(members: Mapping[str, MemberRecord], config: FederationConfig) 
             f"the sites loaded different base models: {_each(bases)}; give every site the same "
             "weights, tokenizer and chat template, or pin one with base.fingerprint"
         )
-    shapes = {site: record.manifest.digest for site, record in members.items()}
-    if len(set(shapes.values())) > 1:
-        return f"the sites train different tensors: {_each(shapes)}; use one release everywhere"
+    against = _other_tensors(members, config)
+    if against is not None:
+        return against
     if config.run.versions == "equal":
         versions = {site: _versions(record) for site, record in members.items()}
         if len(set(versions.values())) > 1:
@@ -41,6 +44,28 @@ def disagreement(members: Mapping[str, MemberRecord], config: FederationConfig) 
                 f"the sites run different versions: {listed}; make them equal, or allow it with "
                 'run.versions = "any" (results are then no longer the same on every site)'
             )
+    return None
+
+
+def _other_tensors(members: Mapping[str, MemberRecord], config: FederationConfig) -> str | None:
+    """Why what the sites train cannot be joined."""
+    lora, mode = config.lora, config.aggregation.averaging
+    for site, record in sorted(members.items()):
+        if site_manifest(record.manifest, lora, site) != record.manifest:
+            return (
+                f"{site} trains factors of another rank than the {rank_of(lora, site)} that "
+                "lora.rank and lora.ranks give it; start that site again"
+            )
+        if mode != "fedavg" and not is_factors_only(record.manifest):
+            return (
+                f'aggregation.averaging = "{mode}": {site} trains tensors that are no LoRA '
+                'factors; set it to "fedavg", or change lora.target_modules'
+            )
+    shapes = {
+        site: whole_manifest(record.manifest, lora).digest for site, record in members.items()
+    }
+    if len(set(shapes.values())) > 1:
+        return f"the sites train different tensors: {_each(shapes)}; use one release everywhere"
     return None
 
 

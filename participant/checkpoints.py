@@ -240,6 +240,7 @@ def settings_digest(task: RoundStarted) -> str:
     settings = {
         "training": task.training.model_dump(mode="json"),
         "progress": [task.progress_from, task.progress_to],
+        "averaging": task.averaging,
         # Which state the round began from, where it began from any.
         "state": task.last_counted if task.training.optimizer_state == "keep" else None,
     }

@@ -16,7 +16,7 @@ from shared.log import get_logger
 from shared.tensors import ADAPTER_METADATA, FileDigest, TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     import torch
@@ -31,14 +31,21 @@ if TYPE_CHECKING:
 class Resumable:
     """One round in ``model``, gone on with from its newest checkpoint or begun.
 
-    ``basis``: digest of what the bytes depend on beside the task. ``kept``: the optimiser state to
-    begin with, if any. ``is_evaluated``: ``held_out`` is known from before (None: no such text).
+    ``only``: the tensors that are trained. ``basis``: digest of what the bytes depend on beside the
+    task. ``kept``: the optimiser state to begin with, if any. ``is_evaluated``: ``held_out`` is
+    known from before (None: no such text).
     """
 
     def __init__(
-        self, model: LocalModel, checkpoints: Checkpoints, basis: str, kept: Path | None
+        self,
+        model: LocalModel,
+        only: Collection[str],
+        checkpoints: Checkpoints,
+        basis: str,
+        kept: Path | None,
     ) -> None:
         self._model = model
+        self._trained = {name: p for name, p in model.parameters.items() if name in only}
         self._checkpoints = checkpoints
         self._found = found = checkpoints.newest(basis)
         self._began = time.monotonic()
@@ -46,13 +53,13 @@ class Resumable:
         self.is_evaluated = found is not None
         self.held_out: HeldOut | None = found.standing.held_out if found else None
         self.state: Literal["fresh", "kept"] = "fresh" if kept is None else "kept"
-        self._begin = Beginning(kept)
+        self._begin = Beginning(kept, only=only)
         if found is not None and found.standing.step:
             was = found.standing
             losses = list(zip(was.nll, was.tokens, strict=True))
             self.state = was.state
             self._begin = Beginning(
-                found.optimizer, StepsDone(losses, list(was.norms), was.seconds)
+                found.optimizer, StepsDone(losses, list(was.norms), was.seconds), only
             )
 
     def evaluated(self, held_out: HeldOut) -> None:
@@ -86,7 +93,7 @@ class Resumable:
             )
 
         def write_optimizer(path: Path) -> FileDigest:
-            return save_optimizer(optimizer, model.parameters, path)
+            return save_optimizer(optimizer, self._trained, path)
 
         if self._checkpoints.save(self._standing(done), Tensors(write_adapter, write_optimizer)):
             self._saved = done.count

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from participant.data import load_site_data
 from participant.evaluation import evaluate_held_out, generate_replies
@@ -22,6 +22,7 @@ from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
 from shared.errors import DecodeError, ModelError, ProtocolError
+from shared.lora_factors import leading, trained_in
 from shared.manifest import LocalMetrics
 from shared.seeds import derive_seed
 from shared.tensors import TensorFile
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from participant.training import TrainingResult
     from shared.config import DataSection, TrainingSection
     from shared.events import RoundStarted, RunAnnounced
-    from shared.manifest import HeldOut, TensorSpec
+    from shared.manifest import HeldOut, Manifest, TensorSpec
 
 
 class TorchLearner:
@@ -90,8 +91,12 @@ class TorchLearner:
         kept = state if task.training.optimizer_state == "keep" else None
         with self._borrowed(announced) as model, _adapter(source) as adapter:
             data = self._data(model, task.training)
-            course = Resumable(model, checkpoints, _basis(announced, model, data), kept)
-            model.load_adapter(adapter.read)
+            trained = trained_in(model.manifest(), task.averaging, task.round)
+            only = [spec.name for spec in trained.tensors]
+            basis = _basis(announced, model, data)
+            course = Resumable(model, only, checkpoints, basis, kept)
+            read = _reader(adapter, announced)
+            model.load_adapter(read)
             clock.lap("load")
             if data.held_out and not course.is_evaluated:
                 course.evaluated(evaluate_held_out(model, data.held_out, should_stop, report))
@@ -101,16 +106,17 @@ class TorchLearner:
                 data.train,
                 task.training,
                 place,
-                begin=course.begin(task, adapter.read),
+                begin=course.begin(task, read),
                 should_stop=should_stop,
                 report=report,
                 keep=course.keep,
             )
             clock.lap("train")
             clock.seconds["train"] = round(course.seconds(), 3)
-            self._write_delta(task, model, adapter, folder / DELTA_FILE)
+            self._write_delta(task, trained, model, read, folder / DELTA_FILE)
             if task.training.optimizer_state == "keep":
-                save_optimizer(result.optimizer, model.parameters, folder / STATE_FILE)
+                kinds = {name: model.parameters[name] for name in only}
+                save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
             clock.lap("encode")
         return Learned(
             examples=len(data.train),
@@ -128,7 +134,7 @@ class TorchLearner:
             data = self._data(model, announced.training)
             if not data.held_out:
                 return None
-            model.load_adapter(adapter.read)
+            model.load_adapter(_reader(adapter, announced))
             return evaluate_held_out(model, data.held_out, lambda: False, report)
 
     def replies(
@@ -143,9 +149,9 @@ class TorchLearner:
         ``batch_size`` prompts at once: faster, but rounding may then decide a near tie otherwise.
         Raises as ``evaluate`` does.
         """
-        last = next(reversed(self._announced), "")
-        with self._borrowed(self._prepared(last)) as model, _adapter(source) as adapter:
-            model.load_adapter(adapter.read)
+        announced = self._prepared(next(reversed(self._announced), ""))
+        with self._borrowed(announced) as model, _adapter(source) as adapter:
+            model.load_adapter(_reader(adapter, announced))
             return generate_replies(model, prompts, max_new_tokens, batch_size)
 
     def _prepared(self, run: str) -> RunAnnounced:
@@ -168,12 +174,17 @@ class TorchLearner:
         return self._tokenised[1]
 
     def _write_delta(
-        self, task: RoundStarted, model: LocalModel, source: TensorFile, path: Path
+        self,
+        task: RoundStarted,
+        trained: Manifest,
+        model: LocalModel,
+        source: Callable[[str], NDArray[Any]],
+        path: Path,
     ) -> None:
         """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time."""
 
         def values(spec: TensorSpec) -> NDArray[np.float32]:
-            return difference(model.read(spec.name), source.read(spec.name))
+            return difference(model.read(spec.name), source(spec.name))
 
         header = DeltaHeader(
             run=task.run,
@@ -184,7 +195,7 @@ class TorchLearner:
             codec_version=get_codec(task.codec).version,
         )
         seed = derive_seed(task.seed, self._site, task.round, "codec")
-        write_delta(path, model.manifest(), task.codec, header, values, seed)
+        write_delta(path, trained, task.codec, header, values, seed)
 
 
 class _Clock:
@@ -209,6 +220,11 @@ def _adapter(path: Path) -> Iterator[TensorFile]:
         raise ModelError(f"adapter {path.name}: cannot be read: {error}; fetch it again") from error
     with file:
         yield file
+
+
+def _reader(adapter: TensorFile, announced: RunAnnounced) -> Callable[[str], NDArray[Any]]:
+    """The run's adapter, tensor by tensor, of this site's rank."""
+    return lambda name: leading(name, adapter.read(name), announced.lora.rank)
 
 
 def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:

@@ -23,7 +23,7 @@ from shared.failpoints import failpoint
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
     from participant.data import TokenisedExample
@@ -62,10 +62,14 @@ class StepsDone:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a training begins: an optimiser state (None: a new one), and steps done already."""
+    """Where a training begins: an optimiser state (None: a new one), and steps done already.
+
+    ``only``: the tensors that are trained, None for all; the others keep every bit.
+    """
 
     state: Path | None = None
     done: StepsDone = field(default_factory=StepsDone)
+    only: Collection[str] | None = None
 
 
 def keep_nothing(done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
@@ -108,16 +112,18 @@ def train_round(
     """
     if not examples:
         raise DataError("training: expected at least one example, found none")
-    parameters = list(model.parameters.values())
+    only = model.parameters.keys() if begin.only is None else begin.only
+    factors = {name: p for name, p in model.parameters.items() if name in only}
+    parameters = list(factors.values())
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     if begin.state is not None:
-        load_optimizer(optimizer, model.parameters, begin.state)
+        load_optimizer(optimizer, factors, begin.state)
     steps = steps_in_round(len(examples), settings)
     done = StepsDone([*begin.done.losses], [*begin.done.norms], begin.done.seconds)
     batches = enumerate(step_batches(len(examples), settings, place))
-    with model.training(gradient_checkpointing=settings.gradient_checkpointing):
+    with model.training(gradient_checkpointing=settings.gradient_checkpointing, only=only):
         for step, indices in islice(batches, done.count, None):
             batch = [examples[index] for index in indices]
             try:

@@ -36,6 +36,7 @@ NAME_PATTERN = r"^[a-z0-9-]{1,40}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1)]
+Averaging = Literal["fedavg", "rolora", "ffa", "svd", "flora"]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
 
@@ -189,7 +190,7 @@ class AggregationSection(Section):
 
     weights: Literal["equal", "examples", "tokens"] = "equal"
     max_delta_norm: Annotated[float, Field(gt=0)] | None = None
-    averaging: Literal["fedavg", "rolora", "ffa", "svd", "flora"] = "fedavg"
+    averaging: Averaging = "fedavg"
     rule: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
     assumed_bad: Positive = 1
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
-from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.config import Averaging, BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
 
 RoundNumber = Annotated[int, Field(ge=0)]
@@ -47,7 +47,10 @@ class Event(Fact):
 
 
 class RunAnnounced(Event):
-    """Coordinator -> each listed site, when it comes online: here is a run, get ready."""
+    """Coordinator -> each listed site, when it comes online: here is a run, get ready.
+
+    ``lora``: as this site is to hold it; its rank may be its own.
+    """
 
     word = "announced"
     run: Name
@@ -60,7 +63,10 @@ class RunAnnounced(Event):
 
 
 class RoundStarted(Event):
-    """Coordinator -> each selected site, when a round opens (and again whenever it asks)."""
+    """Coordinator -> each selected site, when a round opens (and again whenever it asks).
+
+    ``averaging`` and ``round`` say which tensors are trained and sent.
+    """
 
     word = "started"
     run: Name
@@ -76,6 +82,7 @@ class RoundStarted(Event):
     attempt: Annotated[int, Field(ge=1)] = 1
     last_counted: Sha256 | None = None
     deadline: float | None = None
+    averaging: Averaging = "fedavg"
 
 
 class UploadGranted(Event):

@@ -270,9 +270,10 @@ class ClosedRecord(Record):
     """THE RESULT: a pure function of closing.json and the objects that it names.
 
     ``left_out``: deltas that the rule did not take, with the reason. ``exactness_gap``: the
-    Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling. ``server_sha``:
-    the server optimiser's state after this round, if it has one. ``step_norm``: what it made of
-    the mean delta and added to the adapter.
+    Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling; for ``svd`` of
+    what a product of rank r leaves of mean(BA). ``server_sha``: the server optimiser's state after
+    this round, if it has one. ``step_norm``: what it made of the mean delta and added to the
+    adapter.
     """
 
     round: Annotated[int, Field(ge=1)]

@@ -13,8 +13,10 @@ import numpy as np
 
 from participant.learning import DELTA_FILE, Learned, Progress, Readiness
 from shared.codecs import get_codec
+from shared.config import LoraSection
 from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import InterruptedRunError
+from shared.lora_factors import leading, site_manifest, trained_in
 from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors import TensorFile
@@ -60,6 +62,10 @@ class NumpyLearner:
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
         self.prepared.add(announced.run)
+        rank = announced.lora.rank
+        own = LoraSection(rank=rank, ranks={self.site: rank})
+        if rank < self.manifest.tensors[0].shape[0]:
+            self.manifest = site_manifest(self.manifest, own, self.site)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
     def learn(self, task, source, state, folder, should_stop, report, checkpoints):
@@ -79,14 +85,19 @@ class NumpyLearner:
         target = np.float32(derive_seed("target", self.site) % 1000 / 1000)
         with TensorFile(source) as adapter:
 
+            def read(name):
+                return leading(name, adapter.read(name), self.manifest.tensors[0].shape[0])
+
+            manifest = trained_in(self.manifest, task.averaging, task.round)
+
             def values(spec):
                 noise = np.random.Generator(
                     np.random.Philox(derive_seed(task.seed, self.site, spec.name))
                 ).standard_normal(spec.shape, dtype=np.float32)
-                delta = (target - adapter.read(spec.name)) * np.float32(0.5) + noise / 64
+                delta = (target - read(spec.name)) * np.float32(0.5) + noise / 64
                 return spoil(spec, delta) if spoil else delta
 
-            write_delta(folder / DELTA_FILE, self.manifest, task.codec, header, values, task.seed)
+            write_delta(folder / DELTA_FILE, manifest, task.codec, header, values, task.seed)
         report(Progress("train", 1, 1, 1.0))
         self.trained.append(task.round)
         metrics = LocalMetrics(

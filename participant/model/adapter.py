@@ -14,6 +14,7 @@ import torch
 
 from participant.model.libraries import peft, transformers
 from shared.errors import ModelError
+from shared.lora_factors import is_a, is_b, layer_of
 from shared.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
@@ -55,14 +56,12 @@ def add_adapter(
                 'name its linear layers or use "all-linear"'
             ) from error
     parameters = trainable(wrapped)
-    suffixes = {name.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for name in parameters}
-    manifest = Manifest(
-        tensors=tuple(
-            TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(name))
-            for name, parameter in parameters.items()
-        ),
-        target_modules=tuple(sorted(suffixes)),
+    tensors = tuple(
+        TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(name))
+        for name, parameter in parameters.items()
     )
+    suffixes = {layer_of(name).rsplit(".", 1)[-1] for name in parameters}
+    manifest = Manifest(tensors=tensors, target_modules=tuple(sorted(suffixes)))
     return wrapped, manifest
 
 
@@ -111,8 +110,8 @@ def read_parameter(parameter: torch.nn.Parameter) -> NDArray[np.float32]:
 
 
 def _init(name: str) -> Literal["kaiming_uniform", "zeros"]:
-    if name.endswith(".lora_A.weight"):
+    if is_a(name):
         return "kaiming_uniform"
-    if name.endswith(".lora_B.weight"):
+    if is_b(name):
         return "zeros"
     raise ModelError(f"{name}: expected only lora_A and lora_B of linear layers; drop this target")

@@ -23,7 +23,7 @@ from participant.model.numerics import describe_numerics, pick_compute_dtype
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -75,19 +75,27 @@ class LocalModel:
         return read_parameter(self.parameters[name])
 
     def clear(self) -> None:
-        """Forget gradients and leave training mode."""
+        """Forget gradients, and which tensors get any; leave training mode."""
         for parameter in self.parameters.values():
             parameter.grad = None
+            parameter.requires_grad_(True)
         self._network.eval()
         for layer in self._steady:
             layer.training = True
 
     @contextlib.contextmanager
-    def training(self, *, gradient_checkpointing: bool) -> Iterator[None]:
-        """Train mode (dropout) inside the block; cleared afterwards, whatever happened."""
+    def training(
+        self, *, gradient_checkpointing: bool, only: Collection[str] | None = None
+    ) -> Iterator[None]:
+        """Train mode (dropout) inside the block; cleared afterwards, whatever happened.
+
+        Gradients are taken of the tensors named in ``only``; None: of all.
+        """
         if gradient_checkpointing:
             # Re-entrant checkpointing would need inputs with gradients, and the base is frozen.
             self._network.activation_checkpointing_enable({"use_reentrant": False})
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(only is None or name in only)
         self._network.train()
         try:
             yield

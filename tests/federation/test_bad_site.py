@@ -320,7 +320,7 @@ def test_the_mean_says_nothing_of_a_rule(tmp_path):
 
     for site in sites.values():
         site.fault = fail
-    with pytest.raises(RunStuckError, match="waits for a .*no memory left") as caught:
+    with pytest.raises(RunStuckError, match=r"waits for a .*no memory left") as caught:
         federations.run(settings, tmp_path, sites)
     assert "needs" not in str(caught.value)
     assert "does not close yet" not in _shown(tmp_path, "1")

@@ -1,0 +1,208 @@
+"""svd (FlexLoRA, arXiv:2402.11505): the best rank-r factors of sum_i w_i B_i A_i, layer by layer.
+
+Never the (outputs, inputs) matrix: with L = [sqrt(w_i) B_i] beside each other and R = [sqrt(w_i)
+A_i] below each other the sum is L R; L = Q_L T_L and R^T = Q_R T_R by QR; the SVD of the small core
+T_L T_R^T gives that of the sum (Eckart, Young: cut off after r singular values it is the best of
+rank r). Each singular value goes half into B and half into A, and directions come in their order,
+so that the first r_i of them are the best adapter of a site whose rank is r_i.
+
+LAPACK's last digits depend on threads and CPU. So BLAS is held to one thread (the caller's part):
+on one machine the same inputs give the same bytes, on another CPU they may differ in the last.
+``distance`` tells how much. Memory: some six times one layer's stacked factors for each thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+import numpy as np
+
+from shared.deltas import is_finite, square_and_product, squared_norm
+from shared.errors import LedgerError
+from shared.lora_factors import pairs
+from shared.tensors import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from coordinator.aggregation import WeightedDelta
+    from shared.delta_file import DeltaFile
+    from shared.lora_factors import Pair
+    from shared.manifest import Manifest, TensorSpec
+    from shared.tensors import Stopwatch
+
+    Wide = NDArray[np.float64]
+
+# A singular value below this part of the largest is rounding, not a direction.
+ROUNDING: Final = 1e-13
+
+
+class Fit(NamedTuple):
+    """Factors of one layer, fp64. ``residual``: squared norm of what no rank-r product holds."""
+
+    b: Wide
+    a: Wide
+    residual: float
+
+
+class Figures(Protocol):
+    """Who keeps the round's figures."""
+
+    watch: Stopwatch
+
+    def note_mean(self, square: float) -> None:
+        """Square of one tensor of the mean delta."""
+
+    def note_delta(self, site: str, square: float, product: float) -> None:
+        """Square of a delta's tensor, and its product with the mean's."""
+
+    def note_gap(self, square: float) -> None:
+        """Square of what one layer's new product lacks of the mean of the products."""
+
+
+def fit(lefts: Sequence[Wide], rights: Sequence[Wide], spare: Wide) -> Fit:
+    """Factors of rank ``len(spare)`` for sum_i lefts_i rights_i.
+
+    ``lefts``: (outputs, r_i) each, ``rights``: (r_i, inputs). Where the sum has a lower rank the
+    other directions begin as at genesis, B zero and A a row of ``spare`` (rank, inputs): with both
+    zero no gradient would ever reach them. The signs are chosen so that the largest value of each
+    column of B is positive. Raises LinAlgError where LAPACK gives up.
+    """
+    left_q, left_r = np.linalg.qr(np.concatenate(lefts, axis=1))
+    right_q, right_r = np.linalg.qr(np.concatenate(rights).T)
+    u, values, v = np.linalg.svd(left_r @ right_r.T, full_matrices=False)
+    kept = min(len(spare), int(np.count_nonzero(values > ROUNDING * values[0])))
+    roots = np.sqrt(values[:kept])
+    b, a = np.zeros((len(left_q), len(spare))), spare.copy()
+    b[:, :kept] = (left_q @ u[:, :kept]) * roots
+    a[:kept] = roots[:, np.newaxis] * (v[:kept] @ right_q.T)
+    peaks = b[np.abs(b[:, :kept]).argmax(axis=0), np.arange(kept)]
+    signs = np.where(peaks < 0, -1.0, 1.0)
+    b[:, :kept] *= signs
+    a[:kept] *= signs[:, np.newaxis]
+    beyond = values[kept:][values[kept:] > ROUNDING * values[0]]
+    return Fit(b, a, float(np.sum(np.square(beyond))))
+
+
+class FactorFit:
+    """One round's layers. A delta of a lower rank is a change of the adapter's first directions."""
+
+    def __init__(
+        self,
+        adapter: TensorFile,
+        deltas: Sequence[WeightedDelta],
+        files: Sequence[DeltaFile],
+        figures: Figures,
+    ) -> None:
+        self._adapter = adapter
+        self._deltas = deltas
+        self._files = files
+        self._figures = figures
+        self._specs: list[dict[str, TensorSpec]] = []
+
+    def tensors(self, manifest: Manifest, threads: int) -> Generator[NDArray[np.float32]]:
+        """The next adapter's tensors in order; ``threads`` layers are under way meanwhile.
+
+        Raises LedgerError for an adapter that is not made of factors, or a sum beyond fp32.
+        """
+        layers = pairs(manifest)
+        if 2 * len(layers) != len(manifest.tensors):
+            raise LedgerError('aggregation.averaging = "svd": the adapter is not of factors alone')
+        sent = ((delta.manifest or manifest).tensors for delta in self._deltas)
+        self._specs = [{spec.name: spec for spec in specs} for specs in sent]
+        waiting = iter(layers)
+        coming: deque[Future[dict[str, NDArray[np.float32]]]] = deque()
+        ready: dict[str, NDArray[np.float32]] = {}
+        with ThreadPoolExecutor(threads, "factor-fit") as pool:
+            for spec in manifest.tensors:
+                while spec.name not in ready:
+                    for pair in islice(waiting, threads + 1 - len(coming)):
+                        coming.append(pool.submit(self._layer, pair))
+                    ready |= coming.popleft().result()
+                yield ready.pop(spec.name)
+
+    def _layer(self, pair: Pair) -> dict[str, NDArray[np.float32]]:
+        watch = self._figures.watch
+        with watch.phase("measure"):
+            self._measure(pair.a)
+            self._measure(pair.b)
+        with watch.phase("read"):
+            a, b = (self._adapter.read(spec.name).astype(np.float64) for spec in pair)
+            lefts, rights = [], []
+            for index, delta in enumerate(self._deltas):
+                root = math.sqrt(delta.weight)
+                change_a, change_b = self._values(index, pair.a), self._values(index, pair.b)
+                rights.append(root * (a[: len(change_a)] + change_a))
+                lefts.append(root * (b[:, : len(change_a)] + change_b))
+                for spec in pair:
+                    self._files[index].release(self._specs[index][spec.name])
+        with watch.phase("fit"):
+            try:
+                found = fit(lefts, rights, a)
+            except np.linalg.LinAlgError as error:
+                raise LedgerError(f"layer of {pair.b.name!r}: the fit failed: {error}") from None
+        self._figures.note_gap(found.residual)
+        for spec in pair:
+            self._adapter.release(spec.name)
+        return {pair.a.name: _narrow(found.a, pair.a), pair.b.name: _narrow(found.b, pair.b)}
+
+    def _measure(self, spec: TensorSpec) -> None:
+        """Figures of the deltas as they were sent; a lower rank counts as zeros beyond it."""
+        mean = np.zeros(spec.shape)
+        parts = []
+        for index, delta in enumerate(self._deltas):
+            own = self._specs[index][spec.name]
+            parts.append(mean[tuple(slice(length) for length in own.shape)])
+            parts[-1][:] += delta.weight * self._values(index, spec)
+        self._figures.note_mean(squared_norm(mean))
+        for index, delta in enumerate(self._deltas):
+            values = self._values(index, spec)
+            self._figures.note_delta(delta.site, *square_and_product(values, parts[index]))
+
+    def _values(self, index: int, spec: TensorSpec) -> Wide:
+        """A delta's own factor, of its own rank, scaled."""
+        read = self._files[index].read(self._specs[index][spec.name])
+        return np.multiply(read, self._deltas[index].scale, dtype=np.float64)
+
+
+def distance(one: Path, other: Path, manifest: Manifest) -> float:
+    """How far two adapters' products are apart, as a part of the first: sqrt over all layers.
+
+    Of the products, since two that are equal may be split into factors in more than one way.
+    Raises KeyError, DecodeError or OSError where a file is not an adapter of ``manifest``.
+    """
+    apart, whole = [], []
+    with TensorFile(one) as first, TensorFile(other) as second:
+        for a, b in pairs(manifest):
+            mine, theirs = ([f.read(a.name), f.read(b.name)] for f in (first, second))
+            wide = [values.astype(np.float64) for values in (*mine, *theirs)]
+            whole.append(_product_square([wide[1]], [wide[0]]))
+            apart.append(_product_square([wide[1], -wide[3]], [wide[0], wide[2]]))
+    total, difference = math.fsum(whole), math.fsum(apart)
+    return math.sqrt(difference / total) if total else math.sqrt(difference)
+
+
+def _product_square(lefts: Sequence[Wide], rights: Sequence[Wide]) -> float:
+    """Squared norm of sum_i lefts_i rights_i, by QR: no large numbers are subtracted."""
+    _, left_r = np.linalg.qr(np.concatenate(lefts, axis=1))
+    _, right_r = np.linalg.qr(np.concatenate(rights).T)
+    return squared_norm(left_r @ right_r.T)
+
+
+def _narrow(values: Wide, spec: TensorSpec) -> NDArray[np.float32]:
+    """The one rounding to fp32. Raises LedgerError where it leaves fp32's range."""
+    with np.errstate(over="ignore"):
+        result = values.astype(np.float32)
+    if not is_finite(result):
+        raise LedgerError(
+            f"tensor {spec.name!r}: expected finite values, got a product beyond fp32; "
+            "a delta is too large: set aggregation.max_delta_norm"
+        )
+    return result

@@ -1,0 +1,157 @@
+"""The one place that knows LoRA's two factors: an adapter adds B A to a layer's weight.
+
+A is (rank, inputs) and B is (outputs, rank), under PEFT's names. From the adapter's manifest, the
+run's settings and a round's number follow the tensors that a site trains and sends; both roles ask
+here, so neither has to tell the other. Pure. All other code handles named tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from shared.config import Averaging, FederationConfig, LoraSection
+    from shared.manifest import Manifest, TensorSpec
+
+A: Final = ".lora_A.weight"
+B: Final = ".lora_B.weight"
+
+
+class Pair(NamedTuple):
+    """The factors of one layer."""
+
+    a: TensorSpec
+    b: TensorSpec
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is the factor next to the layer's input."""
+    return name.endswith(A)
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor is the factor next to the layer's output."""
+    return name.endswith(B)
+
+
+def layer_of(name: str) -> str:
+    """The layer that a factor belongs to. Raises ValueError for a tensor that is no factor."""
+    for suffix in (A, B):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    raise ValueError(f"{name}: expected a name that ends in {A} or {B}")
+
+
+def pairs(manifest: Manifest) -> tuple[Pair, ...]:
+    """Every layer's factors, by the layer's name; tensors that have no partner are left out."""
+    by_name = {spec.name: spec for spec in manifest.tensors}
+    found = []
+    for name, spec in by_name.items():
+        partner = by_name.get(layer_of(name) + B) if is_a(name) else None
+        if partner is not None and _fit(spec, partner):
+            found.append(Pair(spec, partner))
+    return tuple(found)
+
+
+def is_factors_only(manifest: Manifest) -> bool:
+    """Whether every tensor of an adapter is one of two factors that can be multiplied."""
+    return 2 * len(pairs(manifest)) == len(manifest.tensors)
+
+
+def trained_in(manifest: Manifest, averaging: Averaging, number: int) -> Manifest:
+    """The tensors that are trained in round ``number`` and sent after it; the others stay.
+
+    ``ffa``: B (arXiv:2403.12313). ``rolora``: B in odd rounds and A in even ones
+    (arXiv:2502.01755); B goes first, since the gradient of A is 0 while B is. Raises ConfigError
+    for an adapter without such tensors.
+    """
+    if averaging == "ffa" or (averaging == "rolora" and number % 2 == 1):
+        return _part(manifest, averaging, B)
+    if averaging == "rolora":
+        return _part(manifest, averaging, A)
+    return manifest
+
+
+def rank_of(lora: LoraSection, site: str) -> int:
+    """The rank of a site's own adapter."""
+    return lora.ranks.get(site, lora.rank)
+
+
+def lora_for(lora: LoraSection, site: str) -> LoraSection:
+    """The settings for one site: its rank, and the alpha that keeps the product's scale.
+
+    The scale is alpha / rank (``classic``) or alpha / sqrt(rank) (``rslora``). Were it another at
+    each site, the sum of their products would be of no one scale.
+    """
+    if not lora.ranks:
+        return lora
+    rank = rank_of(lora, site)
+    part = rank / lora.rank
+    alpha = lora.alpha * (part if lora.scaling == "classic" else math.sqrt(part))
+    return lora.model_copy(update={"rank": rank, "alpha": alpha, "ranks": {}})
+
+
+def whole_manifest(manifest: Manifest, lora: LoraSection) -> Manifest:
+    """The run's adapter, from the manifest of any site."""
+    return _of_rank(manifest, lora.rank) if lora.ranks else manifest
+
+
+def site_manifest(manifest: Manifest, lora: LoraSection, site: str) -> Manifest:
+    """A site's own adapter, from the manifest of the run's or of any other site's."""
+    return _of_rank(manifest, rank_of(lora, site)) if lora.ranks else manifest
+
+
+def delta_manifest(
+    manifest: Manifest, config: FederationConfig, site: str, number: int
+) -> Manifest:
+    """What a delta of ``site`` from round ``number`` is made of; ``manifest``: the run's."""
+    own = site_manifest(manifest, config.lora, site)
+    return trained_in(own, config.aggregation.averaging, number)
+
+
+def leading(name: str, values: NDArray[Any], rank: int) -> NDArray[Any]:
+    """The first ``rank`` rows of A or columns of B, as a view; all of any other tensor.
+
+    Where the ranks of a run differ, its directions come in the order of their weight, so these are
+    the best adapter of that rank.
+    """
+    if is_a(name):
+        return values[:rank]
+    if is_b(name):
+        return values[:, :rank]
+    return values
+
+
+def _fit(a: TensorSpec, b: TensorSpec) -> bool:
+    return len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
+
+
+def _part(manifest: Manifest, averaging: Averaging, suffix: str) -> Manifest:
+    tensors = tuple(spec for spec in manifest.tensors if spec.name.endswith(suffix))
+    if not tensors:
+        raise ConfigError(
+            f'aggregation.averaging = "{averaging}": expected an adapter with tensors *{suffix}, '
+            'got one without; set it to "fedavg"'
+        )
+    return manifest.model_copy(update={"tensors": tensors})
+
+
+def _of_rank(manifest: Manifest, rank: int) -> Manifest:
+    return manifest.model_copy(update={"tensors": tuple(_ranked(manifest, rank))})
+
+
+def _ranked(manifest: Manifest, rank: int) -> Iterator[TensorSpec]:
+    for spec in manifest.tensors:
+        shape = spec.shape
+        if is_a(spec.name):
+            shape = (rank, *shape[1:])
+        elif is_b(spec.name):
+            shape = (*shape[:1], rank, *shape[2:])
+        yield spec.model_copy(update={"shape": shape})

@@ -1,0 +1,296 @@
+"""Whole runs of each averaging mode with numpy learners: what travels, what stays, what comes out.
+
+The dense matrices are made here, from the deltas on record, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from coordinator import factor_fit
+from coordinator.branching import branch_run
+from shared import topology
+from shared.delta_file import DeltaFile
+from shared.errors import RunFailedError
+from shared.ledger import Ledger
+from shared.lora_factors import delta_manifest, pairs
+from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, RefusedRecord
+from shared.tensors import TensorFile
+from tests.federations import config, learners, run
+from tests.numpy_learner import MANIFEST
+from tests.steering import Crash, Mortal, records, store_of, verify
+
+LORA = {"rank": 4, "alpha": 8.0}
+A, B = "layer.lora_A.weight", "layer.lora_B.weight"
+
+
+def settings(averaging, ranks=None, rounds=3, **sections):
+    aggregation = {"averaging": averaging, **sections.pop("aggregation", {})}
+    lora = {**LORA, "ranks": ranks or {}}
+    return config(rounds=rounds, lora=lora, aggregation=aggregation, **sections)
+
+
+def adapters(folder):
+    """Each round's adapter, A(1) first, as arrays by name."""
+    found = []
+    for record in records(folder, GenesisRecord) + records(folder, ClosedRecord):
+        path = folder / f"read-{len(found)}"
+        store_of(folder).fetch_file(topology.adapter_key("test", record.adapter_sha), path)
+        with TensorFile(path) as file:
+            found.append({name: file.read(name).copy() for name in file.layouts})
+    return found
+
+
+def deltas(folder, settings, number):
+    """The deltas that round ``number`` counted: (weight, arrays by name)."""
+    closing = records(folder, ClosingRecord)[number - 1]
+    found = []
+    for item in closing.inputs:
+        path = folder / "delta"
+        key = topology.delta_key("test", item.from_round, item.site, item.sha)
+        store_of(folder).fetch_file(key, path)
+        manifest = delta_manifest(MANIFEST, settings, item.site, item.from_round)
+        with DeltaFile(path, manifest) as file:
+            values = {spec.name: file.read(spec).copy() for spec in manifest.tensors}
+        found.append((item.weight, values))
+    return found
+
+
+def best_fit(matrix, rank):
+    u, s, v = np.linalg.svd(matrix)
+    return (u[:, :rank] * s[:rank]) @ v[:rank], math.sqrt(float(np.sum(s[rank:] ** 2)))
+
+
+@pytest.mark.parametrize("averaging", ["ffa", "rolora"])
+def test_only_the_trained_factor_travels_and_the_other_keeps_its_bytes(tmp_path, averaging):
+    """Round by round; the run ends, is recomputed without a finding, and every gap is 0.0."""
+    chosen = settings(averaging)
+    state = run(chosen, tmp_path)
+    assert state.last_round == 3
+    found = adapters(tmp_path)
+    for number, closed in enumerate(records(tmp_path, ClosedRecord), start=1):
+        trained = A if averaging == "rolora" and number == 2 else B
+        kept = B if trained == A else A
+        before, after = found[number - 1], found[number]
+        assert after[kept].tobytes() == before[kept].tobytes()
+        assert after[trained].tobytes() != before[trained].tobytes()
+        counted = deltas(tmp_path, chosen, number)
+        assert [set(values) for _, values in counted] == [{trained}] * 3
+        mean = sum(weight * values[trained].astype(float) for weight, values in counted)
+        assert np.abs(before[trained] + mean - after[trained]).max() < 1e-6
+        assert closed.exactness_gap == 0.0
+    assert verify(tmp_path).findings == []
+
+
+def test_half_the_bytes_travel(tmp_path):
+    """A and B are of one size here, so a delta of one of them is half of a delta of both."""
+    sizes = {}
+    for averaging in ("fedavg", "ffa"):
+        wide = settings(averaging, rounds=1)
+        run(wide, tmp_path / averaging)
+        sizes[averaging] = [r.size for r in records(tmp_path / averaging, AcceptedRecord)]
+    header = 400
+    for whole, half in zip(sizes["fedavg"], sizes["ffa"], strict=True):
+        assert half < 0.6 * whole + header
+
+
+def test_fedavg_records_its_gap(tmp_path):
+    """Against the dense matrices of its own deltas; no other tensor changes."""
+    chosen = settings("fedavg")
+    run(chosen, tmp_path)
+    found = adapters(tmp_path)
+    for number, closed in enumerate(records(tmp_path, ClosedRecord), start=1):
+        before = found[number - 1]
+        sites = [
+            (weight, *(before[name] + values[name].astype(float) for name in (B, A)))
+            for weight, values in deltas(tmp_path, chosen, number)
+        ]
+        product = sum(weight * b @ a for weight, b, a in sites)
+        apart = sum(w * b for w, b, _ in sites) @ sum(w * a for w, _, a in sites)
+        assert closed.exactness_gap == pytest.approx(np.linalg.norm(product - apart), rel=1e-4)
+        assert closed.exactness_gap > 0
+    assert verify(tmp_path).findings == []
+
+
+@pytest.mark.parametrize("ranks", [{}, {"b": 2, "c": 1}])
+def test_svd_is_the_best_fit_of_the_dense_mean(tmp_path, ranks):
+    """Also where sites have other ranks: each trains the first rows and columns of the adapter."""
+    chosen = settings("svd", ranks)
+    sites = learners(chosen)
+    run(chosen, tmp_path, sites)
+    found = adapters(tmp_path)
+    for number, closed in enumerate(records(tmp_path, ClosedRecord), start=1):
+        before, after = found[number - 1], found[number]
+        mean = 0
+        for site, (weight, values) in zip("abc", deltas(tmp_path, chosen, number), strict=True):
+            rank = ranks.get(site, 4)
+            assert values[A].shape == (rank, 8)
+            assert values[B].shape == (8, rank)
+            mean = mean + weight * (before[B][:, :rank] + values[B].astype(float)) @ (
+                before[A][:rank] + values[A].astype(float)
+            )
+        wanted, residual = best_fit(mean, 4)
+        assert np.abs(after[B].astype(float) @ after[A] - wanted).max() < 1e-6
+        assert closed.exactness_gap == pytest.approx(residual, rel=1e-4)
+        # In the order of their weight, so that the first are the best of a lower rank.
+        norms = np.linalg.norm(after[A], axis=1)
+        assert (np.diff(norms) <= 0).all()
+        assert np.allclose(norms, np.linalg.norm(after[B], axis=0), rtol=1e-5)
+    assert verify(tmp_path).findings == []
+    genesis = records(tmp_path, GenesisRecord)[0]
+    assert [a.shape for a, _ in pairs(genesis.manifest)] == [(4, 8)]
+
+
+def test_genesis_has_the_full_rank_even_if_no_site_does(tmp_path):
+    """The first member's manifest is no measure of the run's."""
+    chosen = settings("svd", {"a": 1, "b": 2, "c": 2}, rounds=2)
+    run(chosen, tmp_path)
+    assert adapters(tmp_path)[0][A].shape == (4, 8)
+    assert verify(tmp_path).findings == []
+
+
+@pytest.mark.parametrize("averaging", ["ffa", "rolora", "svd"])
+@pytest.mark.parametrize(("at", "after"), [(8, True), (17, False), (22, True), (25, False)])
+def test_a_coordinator_killed_at_a_write_ends_in_the_same_adapter(tmp_path, averaging, at, after):
+    """To the sha256, whichever write it died at."""
+    ranks = {"b": 2} if averaging == "svd" else None
+    chosen = settings(averaging, ranks, rounds=2)
+    whole = run(chosen, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    store = Mortal(folder / "store", at, after=after)
+    with pytest.raises(Crash):
+        run(chosen, folder, store=store)
+    assert store.fired
+    assert run(chosen, folder).adapter_sha == whole.adapter_sha
+    assert verify(folder).findings == []
+
+
+@pytest.mark.parametrize(
+    ("averaging", "other", "says"),
+    [
+        ("ffa", "fedavg", r"lora_A.*expected 1 tensors without it, got 2"),
+        ("rolora", "svd", r"lora_A.*expected 1 tensors without it, got 2"),
+        ("fedavg", "ffa", r"lora_A.*expected it, got a file without it"),
+    ],
+)
+def test_a_delta_of_the_wrong_tensors_is_refused(tmp_path, averaging, other, says):
+    """A site of an older release sends both factors: the refusal names the tensor."""
+    chosen = settings(averaging, rounds=1, policy={"on_failure": "exclude", "max_attempts": 1})
+    sites = learners(chosen)
+    real = sites["c"].learn
+
+    def learn(task, *rest):
+        return real(task.model_copy(update={"averaging": other}), *rest)
+
+    sites["c"].learn = learn
+    run(chosen, tmp_path, sites)
+    refused = records(tmp_path, RefusedRecord)
+    assert [record.site for record in refused] == ["c"]
+    assert re.search(says, refused[0].reason)
+    assert [item.site for item in records(tmp_path, ClosingRecord)[0].inputs] == ["a", "b"]
+
+
+def test_a_delta_of_another_rank_than_the_sites_is_refused(tmp_path):
+    """A site of rank 2 sends the whole rank: the shape is not what its settings give."""
+    chosen = settings("svd", {"c": 2}, policy={"on_failure": "exclude", "max_attempts": 1})
+    sites = learners(chosen)
+    real = sites["c"].learn
+
+    def learn(task, *rest):
+        sites["c"].manifest = MANIFEST
+        return real(task, *rest)
+
+    sites["c"].learn = learn
+    run(chosen, tmp_path, sites)
+    assert r"expected shape (2, 8), got (4, 8)" in records(tmp_path, RefusedRecord)[0].reason
+
+
+def test_a_site_with_another_rank_than_its_settings_stops_the_run(tmp_path):
+    """Named, with the rank that it should have."""
+    chosen = settings("svd", {"c": 2})
+    sites = learners(chosen)
+    real = sites["c"].prepare
+
+    def prepare(announced, report):
+        other = announced.lora.model_copy(update={"rank": 3})
+        return real(announced.model_copy(update={"lora": other}), report)
+
+    sites["c"].prepare = prepare
+    with pytest.raises(RunFailedError, match=r"c trains factors of another rank than the 2"):
+        run(chosen, tmp_path, sites)
+
+
+@pytest.mark.parametrize(("factor", "differs"), [(1 + 1e-6, False), (1.01, True)])
+def test_a_fit_of_another_cpu_is_a_note_and_another_fit_a_finding(
+    tmp_path, monkeypatch, factor, differs
+):
+    """One round fitted a little otherwise, as LAPACK may elsewhere; or a lot, as nothing would."""
+    real, fired = factor_fit.fit, []
+
+    def other(lefts, rights, spare):
+        fired.append(1)
+        found = real(lefts, rights, spare)
+        return found._replace(b=found.b * factor)
+
+    monkeypatch.setattr(factor_fit, "fit", other)
+    run(settings("svd", rounds=2), tmp_path)
+    monkeypatch.undo()
+    assert len(fired) == 2
+    result = verify(tmp_path)
+    assert result.recomputed == 2
+    if differs:
+        assert {finding.round for finding in result.findings} == {1, 2}
+        assert all("adapter_sha: expected" in finding.problem for finding in result.findings)
+        assert result.notes == []
+    else:
+        assert result.findings == []
+        assert [note.round for note in result.notes] == [1, 2]
+        assert all("equal to within 1.0e-06" in note.problem for note in result.notes)
+
+
+def test_each_site_is_told_its_own_rank_and_nobody_elses(tmp_path):
+    """And the alpha that keeps the scale: alpha / r is 2 at each of them."""
+    chosen = settings("svd", {"c": 1}, rounds=1)
+    sites, told = learners(chosen), {}
+    for name, site in sites.items():
+        real = site.prepare
+
+        def prepare(announced, report, name=name, real=real):
+            told[name] = announced.lora
+            return real(announced, report)
+
+        site.prepare = prepare
+    run(chosen, tmp_path, sites)
+    assert {name: (lora.rank, lora.alpha) for name, lora in told.items()} == {
+        "a": (4, 8.0),
+        "b": (4, 8.0),
+        "c": (1, 2.0),
+    }
+    assert all(lora.ranks == {} for lora in told.values())
+
+
+def test_an_altered_adapter_of_svd_is_still_found(tmp_path):
+    """Its bytes are not those of its name: no tolerance for that."""
+    run(settings("svd", rounds=2), tmp_path)
+    sha = records(tmp_path, ClosedRecord)[-1].adapter_sha
+    store, key = store_of(tmp_path), topology.adapter_key("test", sha)
+    data = bytearray(store.get(key))
+    data[-1] ^= 1
+    store.put(key, bytes(data))
+    assert any(key in finding.key for finding in verify(tmp_path).findings)
+
+
+def test_a_branch_takes_the_ranks_of_its_own_settings(tmp_path):
+    """The parent's adapter is of the full rank, whoever of the branch holds less."""
+    parent = run(settings("fedavg", rounds=1), tmp_path)
+    store = store_of(tmp_path)
+    ledgers = [Ledger(store, name, "operator", lambda: 7.0) for name in ("test", "child")]
+    branch_run(ledgers[0], 1, ledgers[1])
+    run(settings("svd", {"b": 2}, rounds=1, name="child"), tmp_path)
+    genesis = records(tmp_path, GenesisRecord, "child")[0]
+    assert genesis.adapter_sha == parent.adapter_sha
+    assert verify(tmp_path, "child").findings == []

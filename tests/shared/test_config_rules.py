@@ -1,0 +1,62 @@
+"""Settings of LoRA averaging that cannot work together: refused, with the rule and what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.errors import ConfigError
+from tests.federations import config
+
+QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"mode": "flora"}, r'flora.*base.quantisation is "nf4".*use svd'),
+        ({"mode": "flora", "base": {"quantisation": "int8"}}, r'flora.*"int8".*use svd'),
+        ({"mode": "flora", "base": {"quantisation": "none"}}, r"flora.*none here does.*use svd"),
+        ({"lora": {"ranks": {"a": 8}}}, r"lora.ranks.*fedavg.*no mean; use svd"),
+        ({"mode": "ffa", "lora": {"ranks": {"a": 8}}}, r"lora.ranks.*ffa.*no mean; use svd"),
+        ({"mode": "svd", "lora": {"ranks": {"a": 65}}}, r"ranks.a: expected at most.*64, got 65"),
+        ({"mode": "svd", "lora": {"ranks": {"z": 8}}}, r"lora.ranks: expected sites of.*got z"),
+        ({"mode": "svd", "aggregation": {"rule": "median"}}, r'aggregation.rule = "median".*svd'),
+        (
+            {"mode": "svd", "training": {"local_steps": 1, "optimizer_state": "keep"}},
+            r"optimizer_state.*svd.*directions.*reset",
+        ),
+        (
+            {"mode": "rolora", "training": {"local_steps": 1, "optimizer_state": "keep"}},
+            r"optimizer_state.*rolora.*the other factor in the next round.*reset",
+        ),
+        ({"mode": "rolora", "policy": {**QUORUM, "late": "carry"}}, r"policy.*rolora.*drop"),
+        ({"mode": "svd", "policy": {"kind": "buffered", "buffer": 2}}, r"policy.*svd"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused(sections, says):
+    """Each error names the settings, the reason and a way out."""
+    with pytest.raises(ConfigError, match=says):
+        built(sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"mode": "svd", "lora": {"ranks": {"a": 64, "b": 1}}},
+        {"mode": "svd", "policy": QUORUM},
+        {"mode": "rolora", "policy": QUORUM},
+        {"mode": "ffa", "policy": {"kind": "buffered", "buffer": 2}},
+        {"mode": "ffa", "training": {"local_steps": 1, "optimizer_state": "keep"}},
+        {"mode": "rolora", "aggregation": {"rule": "median"}},
+    ],
+)
+def test_what_works_is_not_refused(sections):
+    """The neighbours of what is refused."""
+    assert built(sections).aggregation.averaging == sections["mode"]
+
+
+def built(sections):
+    given = dict(sections)
+    aggregation = {"averaging": given.pop("mode", "fedavg"), **given.pop("aggregation", {})}
+    base = {"model": "none", **given.pop("base", {})}
+    return config(aggregation=aggregation, base=base, **given)

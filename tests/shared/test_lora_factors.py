@@ -1,0 +1,147 @@
+"""LoRA's factors by name: what is trained when, and what a smaller rank is."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from shared.config import LoraSection
+from shared.errors import ConfigError
+from shared.lora_factors import (
+    delta_manifest,
+    is_factors_only,
+    layer_of,
+    leading,
+    lora_for,
+    pairs,
+    site_manifest,
+    trained_in,
+    whole_manifest,
+)
+from shared.manifest import Manifest, TensorSpec
+from tests.federations import config
+
+
+def spec(name, *shape):
+    return TensorSpec(name=name, shape=shape, init="zeros")
+
+
+ONE = Manifest(
+    tensors=(
+        spec("q.lora_A.weight", 4, 6),
+        spec("q.lora_B.weight", 5, 4),
+        spec("v.lora_A.weight", 4, 6),
+        spec("v.lora_B.weight", 3, 4),
+    ),
+    target_modules=("q", "v"),
+)
+
+
+def names(manifest):
+    return [tensor.name for tensor in manifest.tensors]
+
+
+def test_factors_are_paired_by_layer():
+    """Each layer's A with its own B, and nothing else."""
+    assert [(a.name, b.name) for a, b in pairs(ONE)] == [
+        ("q.lora_A.weight", "q.lora_B.weight"),
+        ("v.lora_A.weight", "v.lora_B.weight"),
+    ]
+    assert layer_of("q.lora_A.weight") == layer_of("q.lora_B.weight") == "q"
+    with pytest.raises(ValueError, match="lora_A"):
+        layer_of("q.weight")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        (spec("q.lora_A.weight", 4, 6),),
+        (spec("q.lora_B.weight", 4, 6),),
+        (spec("q.lora_A.weight", 4, 6), spec("v.lora_B.weight", 5, 4)),
+        (spec("q.lora_A.weight", 4, 6), spec("q.lora_B.weight", 5, 3)),
+        (spec("q.weight", 4, 6),),
+    ],
+)
+def test_what_is_no_pair_is_not_taken_for_one(tensors):
+    """No partner, another layer's, another rank, no factor at all."""
+    manifest = Manifest(tensors=tensors, target_modules=())
+    assert pairs(manifest) == ()
+    assert not is_factors_only(manifest)
+    assert is_factors_only(ONE)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "by_round"),
+    [
+        ("fedavg", ["AB", "AB", "AB"]),
+        ("svd", ["AB", "AB", "AB"]),
+        ("ffa", ["B", "B", "B"]),
+        ("rolora", ["B", "A", "B"]),
+    ],
+)
+def test_each_mode_trains_its_factors(averaging, by_round):
+    """Rounds 1 to 3; the rest of the manifest stays what it was."""
+    for number, letters in enumerate(by_round, start=1):
+        part = trained_in(ONE, averaging, number)
+        assert names(part) == [n for n in names(ONE) if n[-len("A.weight")] in letters]
+        assert part.target_modules == ONE.target_modules
+
+
+def test_an_adapter_without_the_factor_is_refused():
+    """Nothing would be trained; the error says what to set."""
+    plain = Manifest(tensors=(spec("q.weight", 2),), target_modules=())
+    with pytest.raises(ConfigError, match=r"averaging.*lora_B.*fedavg"):
+        trained_in(plain, "ffa", 1)
+
+
+@pytest.mark.parametrize(("scaling", "power"), [("classic", 1.0), ("rslora", 0.5)])
+def test_the_scale_is_the_same_at_every_rank(scaling, power):
+    """By r, or by its root: equal for the site of rank 16 and the run of rank 64."""
+    lora = LoraSection(rank=64, alpha=16.0, scaling=scaling, ranks={"west": 16})
+    west, east = lora_for(lora, "west"), lora_for(lora, "east")
+    assert (west.rank, east.rank) == (16, 64)
+    assert math.isclose(west.alpha / 16**power, 16.0 / 64**power)
+    assert east.alpha == 16.0
+    # No site is told the others' names.
+    assert west.ranks == east.ranks == {}
+
+
+def test_without_ranks_of_their_own_sites_are_told_the_settings_as_they_are():
+    """What was announced before there were ranks is announced still."""
+    lora = LoraSection(rank=64, alpha=16.0)
+    assert lora_for(lora, "west") is lora
+    assert whole_manifest(ONE, lora) is ONE
+    assert site_manifest(ONE, lora, "west") is ONE
+
+
+def test_manifests_follow_from_each_other():
+    """From a small site's the run's, and from that every site's, to the digest."""
+    lora = LoraSection(rank=4, alpha=4.0, ranks={"west": 2})
+    west = site_manifest(ONE, lora, "west")
+    assert [tensor.shape for tensor in west.tensors] == [(2, 6), (5, 2), (2, 6), (3, 2)]
+    assert whole_manifest(west, lora).digest == ONE.digest
+    assert site_manifest(west, lora, "east").digest == ONE.digest
+
+
+def test_a_delta_is_of_its_sites_rank_and_its_rounds_factors():
+    """What intake holds a delta against."""
+    svd = config(
+        ("east", "west"),
+        lora={"rank": 4, "ranks": {"west": 2}},
+        aggregation={"averaging": "svd"},
+    )
+    assert delta_manifest(ONE, svd, "west", 1) == site_manifest(ONE, svd.lora, "west")
+    rolora = config(aggregation={"averaging": "rolora"})
+    assert delta_manifest(ONE, rolora, "a", 2) == trained_in(ONE, "rolora", 2)
+
+
+def test_the_leading_block_is_rows_of_a_and_columns_of_b():
+    """Their product is what the first directions of the whole one add up to."""
+    a, b = np.arange(24.0).reshape(4, 6), np.arange(20.0).reshape(5, 4)
+    small_a, small_b = leading("q.lora_A.weight", a, 2), leading("q.lora_B.weight", b, 2)
+    assert small_a.tolist() == a[:2].tolist()
+    assert small_b.tolist() == b[:, :2].tolist()
+    other = np.ones(3)
+    assert leading("q.weight", other, 2) is other
