@@ -103,12 +103,6 @@ def _robust(config: FederationConfig) -> Iterator[str]:
             f"policy.{late} does not go with {rule}: each site has one vote in a round, and late "
             'deltas would give it more; use kind = "all", or kind = "quorum" with late = "drop"'
         )
-    if section.averaging in ("svd", "flora"):
-        yield (
-            f'aggregation.averaging = "{section.averaging}" does not go with {rule}: it joins '
-            "products of factors, and the rule compares the factors value by value; use fedavg, "
-            "ffa or rolora"
-        )
     yield from _enough_deltas(config, rule)
 
 
