@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from shared.errors import DecodeError
-from shared.tensors import MAX_HEADER_BYTES, Stopwatch, TensorFile, TensorLayout, write_tensors
+from shared.tensors import (
+    MAX_HEADER_BYTES,
+    Stopwatch,
+    TensorFile,
+    TensorLayout,
+    TensorWriter,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -317,3 +324,21 @@ def test_anonymous_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "file.safetensors")]
     grown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert int(grown) < 20_000
+
+
+def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
+    """One tensor short, one too many, or just left: no file, and no part of one."""
+    path = tmp_path / "file.safetensors"
+    with TensorWriter(path, LAYOUTS[:2]) as writer:
+        writer.add(VALUES[0])
+        with pytest.raises(ValueError, match="b: expected a tensor for every layout"):
+            writer.finish()
+    with TensorWriter(path, LAYOUTS[:1]) as writer:
+        writer.add(VALUES[0])
+        with pytest.raises(ValueError, match="no more tensors than layouts"):
+            writer.add(VALUES[1])
+    assert list(tmp_path.iterdir()) == []
+    with TensorWriter(path, LAYOUTS[:1]) as writer:
+        writer.add(VALUES[0])
+        digest = writer.finish()
+    assert digest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
