@@ -7,8 +7,8 @@ import math
 import pytest
 
 from coordinator.policies import POLICIES, Trouble, deadline_seconds
-from coordinator.rounds import shares
-from shared.config import PolicySection
+from coordinator.rounds import clips, shares
+from shared.config import AggregationSection, PolicySection
 from shared.errors import ConfigError
 from shared.records import OpenedRecord
 from tests import federations
@@ -109,6 +109,15 @@ def test_weights_by_examples_are_discounted_likewise():
 def test_fresh_deltas_weigh_exactly_what_they_did():
     records = [accepted(site, 5, "x") for site in "abc"]
     assert shares("equal", records, 5) == dict.fromkeys("abc", 1 / 3)
+
+
+def test_a_carried_delta_is_clipped_by_its_own_label():
+    """Norms 1, 1 and 8 of one round's three deltas: the bound is 3, so b's old one counts 3/8."""
+    old = accepted("b", 2, "x").model_copy(update={"norm": 8.0})
+    records = [accepted("a", 5, "x"), accepted("b", 5, "x"), old]
+    assert clips(AggregationSection(), records, 5) == {"a": 1.0, "b": 1.0, "b@2": 0.375}
+    off = AggregationSection(clip_to_median="off")
+    assert set(clips(off, records, 5).values()) == {1.0}
 
 
 def test_an_adaptive_deadline_by_hand():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cli import follow
 from cli.main import app
 from coordinator.inspection import History, show_round, summarise_round
 from shared import topology
@@ -122,6 +123,9 @@ def test_multi_krum_names_the_bad_site_on_record_and_on_screen(tmp_path, attack)
     told = json.loads(_shown(tmp_path, "1", "--json"))
     assert told["round"]["left_out"] == closed.left_out
     assert [site["state"] for site in told["sites"]] == [rows[site].state for site in SITES]
+    followed = {site.site: site for site in _followed(tmp_path).sites}
+    assert (followed["c"].state, followed["c"].reason) == ("left out", closed.left_out["c"])
+    assert followed["a"].state == "counted"
 
 
 def test_the_mean_of_multi_krum_is_of_the_others(tmp_path):
@@ -166,6 +170,13 @@ def test_by_default_a_large_delta_is_clipped_to_three_medians(tmp_path, clean):
     told = json.loads(_shown(folder, "1", "--json"))
     assert told["round"]["clipped"] == {"c": scale}
     assert {site["site"]: site["scale"] for site in told["sites"]}["c"] == scale
+
+
+def _followed(folder):
+    """Round 1 as rounds show --follow sees it."""
+    standing = follow.Standing(store_of(folder), "test")
+    standing.refresh(1)
+    return follow.look(standing, None, 0.0)
 
 
 def _shown(folder, *arguments):
@@ -304,6 +315,7 @@ def test_a_round_with_too_few_deltas_waits_and_says_why(tmp_path):
     assert (
         "needs 5 deltas, got 4" in json.loads(_shown(folder, "1", "--json"))["round"]["waits_for"]
     )
+    assert _followed(folder).reason.endswith("needs 5 deltas, got 4")
     # Mended and started again, the site's delta is the fifth.
     again = federations.run(settings, folder, sites_with(settings, attack="noise"))
     assert again.adapter_sha == whole.adapter_sha
