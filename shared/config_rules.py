@@ -161,7 +161,7 @@ def _server(config: FederationConfig) -> Iterator[str]:
                 "momentum = 0.0"
             )
         return
-    if mode in ("svd", "flora"):
+    if mode == "svd":
         yield (
             f'{word}: expected plain with aggregation.averaging = "{mode}": it makes the factors '
             "anew in each round, so what was remembered of a value says nothing of the next one "

@@ -194,7 +194,7 @@ def test_another_rule_than_the_mean_has_no_gap(tmp_path):
     (source,) = drawn(manifest, 1, seed=5)
     result = aggregate(
         sourced(tmp_path, manifest, source),
-        written(tmp_path, manifest, drawn(manifest, 2), [0.5, 0.5]),
+        written(tmp_path, manifest, drawn(manifest, 3), [1 / 3] * 3),
         manifest,
         tmp_path / "target",
         method=Method(AggregationSection(rule="median")),

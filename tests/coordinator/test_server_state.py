@@ -382,11 +382,6 @@ BAD = [
         {"averaging": "svd"},
         r'expected plain with aggregation.averaging = "svd": it makes the factors anew',
     ),
-    (
-        {"optimizer": "fedadam", "learning_rate": 0.1},
-        {"averaging": "flora"},
-        r'"fedadam": expected plain with aggregation.averaging = "flora"',
-    ),
     ({"optimizer": "fedadam"}, {}, r"server.learning_rate: expected below 1 .*begin with 0.01"),
     (
         {"optimizer": "fedyogi", "learning_rate": 0.1, "tau": 1e-9},
