@@ -117,12 +117,13 @@ def close_round(
     sampler = threading.Thread(target=sample)
     sampler.start()
     source, target = folder / "source.safetensors", folder / "target.safetensors"
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     aggregate(source, deltas, manifest, target, watch, threads, method)
-    whole = time.perf_counter() - start
+    whole, processor = time.perf_counter() - start, time.process_time() - processor
     done.set()
     sampler.join()
-    return {**watch.seconds, "whole": whole, "growth_mb": max(samples) - before}
+    growth = max(samples) - before
+    return {**watch.seconds, "whole": whole, "processor": processor, "growth_mb": growth}
 
 
 def plain_mean(folder: Path, participants: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ def test_fedavg_records_its_gap(tmp_path):
         ]
         product = sum(weight * b @ a for weight, b, a in sites)
         apart = sum(w * b for w, b, _ in sites) @ sum(w * a for w, _, a in sites)
-        assert closed.exactness_gap == pytest.approx(np.linalg.norm(product - apart), rel=1e-4)
+        assert closed.exactness_gap == pytest.approx(np.linalg.norm(product - apart), rel=6e-4)
         assert closed.exactness_gap > 0
     assert verify(tmp_path).findings == []
 
@@ -135,7 +135,7 @@ def test_svd_is_the_best_fit_of_the_dense_mean(tmp_path, ranks):
             )
         wanted, residual = best_fit(mean, 4)
         assert np.abs(after[B].astype(float) @ after[A] - wanted).max() < 1e-6
-        assert closed.exactness_gap == pytest.approx(residual, rel=1e-3)  # four digits
+        assert closed.exactness_gap == pytest.approx(residual, rel=6e-4)
         # In the order of their weight, so that the first are the best of a lower rank.
         norms = np.linalg.norm(after[A], axis=1)
         assert (np.diff(norms) <= 0).all()

@@ -27,6 +27,7 @@ from shared.events import (  # noqa: E402
     WireLora,
     WireTraining,
 )
+from shared.lora_factors import trained_in  # noqa: E402
 from shared.tensors import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -177,6 +178,53 @@ def test_a_delta_is_what_the_training_added_and_passes_the_coordinators_check(
     assert learned.tokens > 0
     assert set(learned.metrics.seconds) == {"load", "evaluate", "train", "encode"}
     assert not (tmp_path / "out" / STATE_FILE).exists()
+
+
+def test_a_round_of_one_factor_trains_sends_and_keeps_that_one_alone(
+    learner, source, tmp_path, shelf, tiny_model
+):
+    """A keeps its bytes, B's moments are B's, and the next round of all trains A again."""
+    announced = announce(tiny_model)
+    task = start_round(optimizer_state="keep").model_copy(update={"averaging": "ffa"})
+    learn(learner, source, tmp_path / "out", task)
+    whole = learner.prepare(announced, ignore).manifest
+    part = trained_in(whole, "ffa", 1)
+    assert 2 * len(part.tensors) == len(whole.tensors)
+    names = {spec.name for spec in part.tensors}
+    with (
+        shelf.borrow(announced.base, announced.lora, 1) as model,
+        TensorFile(source) as before,
+        DeltaFile(tmp_path / "out" / DELTA_FILE, part) as delta,
+        TensorFile(tmp_path / "out" / STATE_FILE) as state,
+    ):
+        assert all(delta.read(spec).any() for spec in part.tensors)
+        for spec in whole.tensors:
+            same = np.array_equal(model.read(spec.name), before.read(spec.name))
+            assert same == (spec.name not in names)
+        moments = {name.split(".", 1)[1] for name in state.layouts if name != "step"}
+        assert moments == names
+    kept = tmp_path / "out" / STATE_FILE
+    assert learn(learner, source, tmp_path / "next", task, kept).state == "kept"
+    learn(learner, source, tmp_path / "all")
+    with DeltaFile(tmp_path / "all" / DELTA_FILE, whole) as delta:
+        assert all(delta.read(spec).any() for spec in whole.tensors)
+
+
+def test_a_site_of_a_lower_rank_begins_with_the_leading_block(source, tmp_path, shelf, tiny_model):
+    """Rank 2 of an adapter of rank 4: its first rows and columns, and a delta of that shape."""
+    small = make_learner(tmp_path / "small", shelf)
+    announced = announce(tiny_model).model_copy(update={"lora": WireLora(rank=2)})
+    manifest = small.prepare(announced, ignore).manifest
+    learn(small, source, tmp_path / "out")
+    with (
+        shelf.borrow(announced.base, announced.lora, 1) as model,
+        TensorFile(source) as before,
+        DeltaFile(tmp_path / "out" / DELTA_FILE, manifest) as delta,
+    ):
+        for spec in manifest.tensors:
+            block = before.read(spec.name)[tuple(slice(length) for length in spec.shape)]
+            assert block.shape == spec.shape != before.layouts[spec.name].shape
+            assert np.array_equal(delta.read(spec), model.read(spec.name) - block)
 
 
 def test_the_same_round_gives_the_same_file_whoever_used_the_base_in_between(
