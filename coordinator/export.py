@@ -87,7 +87,8 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             f"# {history.run}, round {number}",
             "",
             (
-                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
+                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}, scaling "
+                f"{config.lora.scaling}) trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
                 "No text left its site; each round's global adapter is the one before plus the "
                 "weighted mean of the participants' deltas."

@@ -200,6 +200,7 @@ FIELDS = {
     "last_step_nll": "Loss of the last step.",
     "lora": "`[lora]` of the run's settings.",
     "lora_alpha": "The parent's `lora.alpha`.",
+    "lora_scaling": "The parent's `lora.scaling`.",
     "manifest": "The tensors of the adapter.",
     "mean_grad_norm": "Mean norm of the gradients, before clipping.",
     "mean_norm": "L2 norm of the weighted mean.",
