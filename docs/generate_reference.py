@@ -97,7 +97,8 @@ SETTINGS = {
     "server.tau": "What keeps the adaptive ones from dividing by nothing.",
     "training.proximal_mu": "FedProx: mu / 2 x the squared distance from the round's adapter is "
     "added to the loss, before gradients are clipped.",
-    "codec.name": 'How a delta travels: `"fp32"`, `"bf16"` or `"int8"`.',
+    "codec.name": 'How a delta travels: `"fp32"`, `"bf16"`, `"int8"`, or rounded at random to '
+    'so many levels a block: `"uniform256"`, `"uniform16"`, `"uniform4"`.',
     "convergence.patience": "Stop after so many rounds without a better loss. Without it: never.",
     "convergence.min_delta": "A loss is better if it fell by this many nats.",
     "broker.url": "`amqps://ACCOUNT@HOST:PORT/VHOST`, without the password.",
