@@ -6,9 +6,9 @@ q = floor((x - lo) / step + u) with u uniform in [0, 1), so that the level above
 and the mean over u is x itself. lo and hi travel as fp32, and q in log2 k bits.
 
 Error: ``|x - x'| <= step``, each level within fp32's rounding; a block of equal values is exact.
-Unbiased does not mean small: with k = 4 a block's rms error is most of its rms (the numbers are in
-docs/explanation/algorithm.md), and only a mean over many sites makes it smaller. Ro et al. use it
-for uploads of language models (arXiv:2204.09715).
+Unbiased does not mean small: with k = 4 the rms error on normal values is three quarters of their
+rms, and only a mean over many sites makes it smaller (docs/explanation/algorithm.md). Ro et al. use
+it for uploads of language models (arXiv:2204.09715).
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_uniform_keeps_its_bytes(name: str, golden: tuple[str, str]) -> None:
 
 
 def test_uniform_rounds_by_the_first_words_of_philox() -> None:
-    """Here x = 1, between levels 0 and 3 x 0.75: q = floor(1.333 + u), by numpy's documented stream."""
+    """Here x = 1 and the step is 0.75: q = floor(1.333 + u), by numpy's documented stream."""
     values = np.ones(256, np.float32)
     values[:2] = [0, 2.25]
     packed, _ = get_codec("uniform4").encode(spec_of(values), values, 99)
