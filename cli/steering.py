@@ -154,7 +154,8 @@ def branch(
     _say(
         f"{name} will begin with the adapter of round {at} of {run}, sha256 {origin.adapter_sha}",
         f"Next: in a copy of {run}'s federation.toml set run.name to {name!r}. Other settings may "
-        "change, but for the base model, lora.rank, lora.alpha and lora.target_modules.",
+        "change, but for the base model, lora.rank, lora.alpha, lora.scaling and "
+        "lora.target_modules.",
         "Then start it: gradualdiff coordinator COPY (or: gradualdiff simulate COPY)",
     )
 

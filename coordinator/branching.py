@@ -35,6 +35,11 @@ def misfit(state: RunState) -> str | None:
             f"lora.alpha is {state.config.lora.alpha:g}, but the adapter of {origin.label} was "
             f"trained with {origin.lora_alpha:g}: with another scale it is another model"
         )
+    if state.config.lora.scaling != origin.lora_scaling:
+        return (
+            f'lora.scaling is "{state.config.lora.scaling}", but the adapter of {origin.label} was '
+            f'trained with "{origin.lora_scaling}": with another scale it is another model'
+        )
     for site, member in sorted(state.members.items()):
         if member.fingerprint != origin.fingerprint:
             return (
@@ -73,6 +78,7 @@ def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
         manifest=genesis.manifest,
         fingerprint=genesis.fingerprint,
         lora_alpha=config.lora.alpha,
+        lora_scaling=config.lora.scaling,
     )
     written = child.write(record)
     if written.writer != child.writer:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from coordinator.chain import Chain
-    from shared.config import FederationConfig
+    from shared.config import FederationConfig, LoraSection
     from shared.records import MemberRecord
 
 
@@ -274,7 +274,7 @@ def _check_end(chain: Chain, config: FederationConfig) -> None:
 
 
 def check_origin(
-    ledger: Ledger, chain: Chain, genesis: GenesisRecord, lora_alpha: float
+    ledger: Ledger, chain: Chain, genesis: GenesisRecord, lora: LoraSection
 ) -> list[Finding]:
     """Origin and genesis against each other, and against the parent as far as it is in this store.
 
@@ -286,7 +286,8 @@ def check_origin(
     claims: list[tuple[str, str, object, object]] = [
         (key, "fingerprint", genesis.fingerprint, origin.fingerprint),
         (key, "manifest", genesis.manifest.digest, origin.manifest.digest),
-        (key, "lora_alpha", lora_alpha, origin.lora_alpha),
+        (key, "lora_alpha", lora.alpha, origin.lora_alpha),
+        (key, "lora_scaling", lora.scaling, origin.lora_scaling),
     ]
     notes: list[Finding] = []
     result: GenesisRecord | ClosedRecord | None = None

@@ -100,7 +100,8 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             f"# {history.run}, round {number}",
             "",
             (
-                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}) trained by "
+                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}, scaling "
+                f"{config.lora.scaling}) trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
                 f"No text left its site; {_joined(config.aggregation.averaging)}."
             ),

@@ -51,7 +51,7 @@ def adapter_config(base: BaseSection, lora: LoraSection, manifest: Manifest) -> 
         "r": lora.rank,
         "target_modules": sorted(manifest.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_rslora": False,
+        "use_rslora": lora.scaling == "rslora",
     }
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 

@@ -179,7 +179,7 @@ class _Verifier:
         key, origin = record.key(self._ledger.run), self._chain.origin
         sha = record.adapter_sha
         if origin is not None:
-            notes = check_origin(self._ledger, self._chain, record, self._config.lora.alpha)
+            notes = check_origin(self._ledger, self._chain, record, self._config.lora)
             self.result.notes += notes
             sha = self._chain.result_after(0) or sha
         elif record.origin is not None:

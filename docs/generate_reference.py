@@ -96,8 +96,10 @@ SETTINGS = {
     "server.momentum": "Momentum; beta_1 of the adaptive ones.",
     "server.second_momentum": "beta_2 of `fedadam` and `fedyogi`.",
     "server.tau": "What keeps the adaptive ones from dividing by nothing.",
-    "training.proximal_mu": "FedProx: pulls a site's training back to the round's adapter.",
-    "codec.name": 'How a delta travels: `"fp32"`, `"bf16"` or `"int8"`.',
+    "training.proximal_mu": "FedProx: mu / 2 x the squared distance from the round's adapter is "
+    "added to the loss, before gradients are clipped.",
+    "codec.name": 'How a delta travels: `"fp32"`, `"bf16"`, `"int8"`, or rounded at random to '
+    'so many levels a block: `"uniform256"`, `"uniform16"`, `"uniform4"`.',
     "convergence.patience": "Stop after so many rounds without a better loss. Without it: never.",
     "convergence.min_delta": "A loss is better if it fell by this many nats.",
     "broker.url": "`amqps://ACCOUNT@HOST:PORT/VHOST`, without the password.",
@@ -204,8 +206,9 @@ FIELDS = {
     "last_step_nll": "Loss of the last step.",
     "lora": "`[lora]` of the run's settings.",
     "lora_alpha": "The parent's `lora.alpha`.",
+    "lora_scaling": "The parent's `lora.scaling`.",
     "manifest": "The tensors of the adapter.",
-    "mean_grad_norm": "Mean norm of the gradients, before clipping.",
+    "mean_grad_norm": "Mean norm of the gradients, FedProx's term included, before clipping.",
     "mean_norm": "L2 norm of what the rule made of the deltas (their weighted mean, by default).",
     "members": "The sites that are in.",
     "metrics": "What the site tells of its training.",

@@ -7,6 +7,7 @@ back in. Data order, dropout and learning rate are functions of the step, so the
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from participant.checkpoints import Standing, Tensors
@@ -77,7 +78,7 @@ class Resumable:
         else:
             self._model.load_adapter(source)
         self._began = time.monotonic()
-        return self._begin
+        return replace(self._begin, source=source)
 
     def keep(self, done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
         """After a step: write a checkpoint if one is due, or if there will be no other chance."""

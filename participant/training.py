@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ import torch
 from participant.learning import Progress, steps_in_round
 from participant.model.batches import scored_tokens
 from participant.optimizer_state import load_optimizer
+from participant.proximal import ProximalTerm
 from shared.errors import DataError, InterruptedRunError, ModelError
 from shared.failpoints import failpoint
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from participant.data import TokenisedExample
     from participant.model import LocalModel
@@ -47,7 +50,8 @@ class StepsDone:
     """What the optimiser steps of a round came to, one entry for each.
 
     ``losses``: summed nats before the step's update, and answer tokens; ``norms``: gradient norms
-    before clipping. ``seconds``: what earlier processes spent on these steps.
+    before clipping, FedProx's term included. ``seconds``: what earlier processes spent on these
+    steps.
     """
 
     losses: list[tuple[float, int]] = field(default_factory=list)
@@ -65,11 +69,14 @@ class Beginning:
     """Where a training begins: an optimiser state (None: a new one), and steps done already.
 
     ``only``: the tensors that are trained, None for all; the others keep every bit.
+    ``source(name)``: a tensor of the round's adapter, which differs from what the model holds once
+    steps are done. None: what the model holds.
     """
 
     state: Path | None = None
     done: StepsDone = field(default_factory=StepsDone)
     only: Collection[str] | None = None
+    source: Callable[[str], NDArray[Any]] | None = None
 
 
 def keep_nothing(done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
@@ -107,6 +114,8 @@ def train_round(
 
     ``keep(done, optimizer, stopped)`` is called after every step, and with ``stopped`` before this
     ends early with at least one step done: then the model holds what these steps made of it.
+    With ``proximal_mu`` the gradient of FedProx's term is added before clipping, since it is part
+    of the objective: gradient norms are of both, losses of the text alone.
     Raises DataError without examples, ModelError if loss or gradient is not finite or the state
     does not fit, InterruptedRunError when ``should_stop()`` turns true.
     """
@@ -120,6 +129,7 @@ def train_round(
     )
     if begin.state is not None:
         load_optimizer(optimizer, factors, begin.state)
+    proximal = _proximal(model, factors, settings, begin)
     steps = steps_in_round(len(examples), settings)
     done = StepsDone([*begin.done.losses], [*begin.done.norms], begin.done.seconds)
     batches = enumerate(step_batches(len(examples), settings, place))
@@ -134,6 +144,8 @@ def train_round(
                 if done.count:
                     keep(done, optimizer, True)
                 raise
+            if proximal is not None:
+                proximal.add_gradient()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
             _check_finite(nll, norm, step, place)
             progress = place.progress_from + (place.progress_to - place.progress_from) * (
@@ -224,6 +236,17 @@ def _accumulate(
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
         nll += float(loss.detach())
     return nll, tokens
+
+
+def _proximal(
+    model: LocalModel,
+    factors: Mapping[str, torch.nn.Parameter],
+    settings: TrainingSection,
+    begin: Beginning,
+) -> ProximalTerm | None:
+    if not settings.proximal_mu:
+        return None
+    return ProximalTerm(factors, begin.source or model.read, settings.proximal_mu)
 
 
 def _check_finite(nll: float, norm: float, step: int, place: RoundPlace) -> None:

@@ -93,6 +93,7 @@ class OriginRecord(StampedRecord):
     manifest: Manifest
     fingerprint: Sha256
     lora_alpha: float
+    lora_scaling: Literal["classic", "rslora"] = "classic"
 
     @property
     def label(self) -> str:

@@ -40,6 +40,7 @@ def add_adapter(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it only divides by the rank
+        use_rslora=lora.scaling == "rslora",
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )

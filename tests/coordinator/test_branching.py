@@ -166,10 +166,13 @@ def test_other_tensors_end_the_branch_with_the_reason(parent):
 
 
 def test_another_scale_ends_the_branch_with_the_reason(parent):
-    """lora.alpha is in no tensor, and is part of the model all the same."""
+    """lora.alpha and lora.scaling are in no tensor, and are part of the model all the same."""
     branch(parent, 2)
     with pytest.raises(RunFailedError, match=r"lora.alpha is 1, .*another model"):
         federations.run(child(lora={"alpha": 1.0}), parent)
+    branch(parent, 2, "other")
+    with pytest.raises(RunFailedError, match=r'lora.scaling is "rslora", .*with "classic"'):
+        federations.run(child("other", lora={"scaling": "rslora"}), parent)
 
 
 # Kills and damage ----------------------------------------------------------------------------

@@ -180,6 +180,7 @@ ALTERED = [
     ("origin", "parent_digest", OTHER),
     ("origin", "fingerprint", OTHER),
     ("origin", "lora_alpha", 3.0),
+    ("origin", "lora_scaling", "rslora"),
     ("genesis", "adapter_sha", OTHER),
     ("genesis", "adapter_size", 7),
     ("genesis", "origin", "other@1"),

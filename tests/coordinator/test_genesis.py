@@ -94,6 +94,9 @@ def test_the_config_has_the_runs_settings_in_one_byte_form() -> None:
     assert (config["r"], config["lora_dropout"], config["peft_type"]) == (64, 0.1, "LORA")
     assert b'"lora_alpha": 16,' in data
     assert b'"lora_alpha": 16.5,' in adapter_config(BASE, LoraSection(alpha=16.5), MANIFEST)
+    assert config["use_rslora"] is False
+    rslora = adapter_config(BASE, LoraSection(scaling="rslora"), MANIFEST)
+    assert rslora == data.replace(b'"use_rslora": false', b'"use_rslora": true')
 
 
 @pytest.mark.model

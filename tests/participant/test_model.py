@@ -14,13 +14,21 @@ import safetensors.torch
 
 torch = pytest.importorskip("torch")
 
-from participant.data import TokenisedExample  # noqa: E402  # after the skip
+from coordinator.genesis import adapter_config  # noqa: E402  # after the skip
+from participant.data import TokenisedExample  # noqa: E402
 from participant.model import LocalModel, pick_device, settle_threads  # noqa: E402
 from participant.model.fingerprint import fingerprint_of  # noqa: E402
-from participant.model.libraries import bitsandbytes, huggingface_hub, offline, peft  # noqa: E402
+from participant.model.libraries import (  # noqa: E402
+    bitsandbytes,
+    huggingface_hub,
+    offline,
+    peft,
+    transformers,
+)
 from participant.model.numerics import pick_compute_dtype  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import ConfigError, ModelError  # noqa: E402
+from shared.tensors import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -94,6 +102,44 @@ def test_target_modules_that_do_not_exist_are_named(tiny_model):
     """A misspelt layer is a ModelError, not PEFT's ValueError."""
     with pytest.raises(ModelError, match=r"lora\.target_modules.*nowhere"):
         load(tiny_model, target_modules=("nowhere",))
+
+
+def test_the_scale_of_the_product_is_alpha_by_r_or_by_its_root(tiny_model):
+    """With alpha = 6 and r = 4 it is 1.5, and 3 for rsLoRA (arXiv:2312.03732), in every layer."""
+    for scaling, wanted in (("classic", 1.5), ("rslora", 3.0)):
+        network = load(tiny_model, alpha=6.0, scaling=scaling)._network
+        scales = {
+            m.scaling["default"]
+            for m in network.modules()
+            if hasattr(m, "scaling") and isinstance(m.scaling, dict)
+        }
+        assert scales == {wanted}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks
+def test_a_stored_rslora_adapter_is_the_same_model_in_plain_peft(tiny_model, draw, tmp_path):
+    """The ledger's two files, loaded by PEFT alone: equal logits, and others than classic's."""
+    found = {}
+    for scaling in ("classic", "rslora"):
+        model = load(tiny_model, alpha=6.0, scaling=scaling)
+        manifest, read = model.manifest(), draw(model.manifest())
+        model.load_adapter(read)
+        folder = tmp_path / scaling
+        folder.mkdir()
+        lora = LoraSection(rank=4, alpha=6.0, scaling=scaling)
+        base = BaseSection(model=str(tiny_model))
+        (folder / "adapter_config.json").write_bytes(adapter_config(base, lora, manifest))
+        layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
+        values = (read(spec.name) for spec in manifest.tensors)
+        write_tensors(folder / "adapter_model.safetensors", layouts, values, ADAPTER_METADATA)
+        with offline():
+            plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+            loaded = peft.PeftModel.from_pretrained(plain, folder).eval()
+        ids = torch.arange(3, 20).unsqueeze(0)
+        with torch.inference_mode():
+            found[scaling] = loaded(input_ids=ids).logits
+            assert torch.equal(found[scaling], model._network(input_ids=ids).logits)
+    assert not torch.allclose(found["classic"], found["rslora"], atol=1e-3)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_tensor(model, draw):

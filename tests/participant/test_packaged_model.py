@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cli.demo_packages import SMOLLM2, find_packaged
-from participant.model import packaged
+from participant.model import LocalModel, packaged, pick_device, settle_threads
 from participant.model.packaged import RECORD, TOTAL, convert_gguf
+from shared.config import BaseSection, LoraSection
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
@@ -53,6 +54,20 @@ def test_the_real_package_converts_to_known_weights_with_a_chat_template(
     assert weights == WEIGHTS, versions
     assert (folder / "chat_template.jinja").is_file()
     assert not list(tmp_path.glob(".*unfinished"))
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_many_prompts_at_once_as_one_after_the_other(tmp_path: Path) -> None:
+    """In float32, short and long prompts in one batch, padded on the left."""
+    folder = convert_gguf(find_packaged(SMOLLM2), SMOLLM2.sha256, tmp_path, ignore)
+    settle_threads(1)
+    base = BaseSection(model=str(folder), quantisation="none", compute_dtype="float32")
+    model = LocalModel(base, LoraSection(rank=4), pick_device("cpu"))
+    prompts = ["What is gneiss?", "Hi", "What is a bank, in one sentence about rivers?", "2 + 2?"]
+    alone = model.replies(prompts, 8)
+    assert model.replies(prompts, 8, batch_size=4) == alone
+    assert len(set(alone)) == 4
+    assert all(alone)
 
 
 def test_a_second_call_converts_nothing(

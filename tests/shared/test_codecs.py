@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
@@ -26,6 +27,12 @@ from shared.errors import ConfigError
 from shared.manifest import TensorSpec
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
+SEEDS = st.integers(0, 2**63 - 1)
+UNIFORM_GOLDEN = {
+    "uniform4": ("bed01af9911f", "4123c1f4c18e0218"),
+    "uniform16": ("e88e11d5be04", "f8810af9bf1d304e"),
+    "uniform256": ("80ebf3911f05", "ffd78a1caca0b477"),
+}
 TENSORS = nps.arrays(np.float32, nps.array_shapes(max_dims=3, max_side=20), elements=FINITE)
 
 
@@ -40,7 +47,8 @@ def there_and_back(codec: Codec, values: Any) -> Any:
 
 def test_codecs_are_found_by_their_file() -> None:
     """Every file in the folder is a codec of its own name."""
-    assert {"bf16", "fp32", "int8"} <= set(codec_names())
+    uniform = {"uniform4", "uniform16", "uniform256"}
+    assert {"bf16", "fp32", "int8"} | uniform <= set(codec_names())
     for name in codec_names():
         codec = get_codec(name)
         assert codec.name == name
@@ -137,15 +145,102 @@ def test_a_bad_scale_decodes_to_values_that_are_not_finite(scale: float) -> None
     assert not is_finite(values)
 
 
+def test_uniform_gives_the_numbers_worked_out_by_hand() -> None:
+    """Levels -1, 0, 1, 2 are exact whatever the seed; the first value is in the lowest bits."""
+    values = np.array([-1, 0, 1, 2, 2], np.float32)
+    for seed in range(20):
+        packed, ranges = get_codec("uniform4").encode(spec_of(values), values, seed)
+        assert packed.tolist() == [0b11_10_01_00, 0b11]
+        assert ranges.tolist() == [[-1, 2]]
+    decoded = get_codec("uniform4").decode(spec_of(values), (packed, ranges))
+    assert decoded.tolist() == values.tolist()
+    four, _ = get_codec("uniform16").encode(spec_of(values), np.float32([0, 1, 2, 15, 9]), 1)
+    assert four.tolist() == [0x10, 0xF2, 0x09]
+
+
+@pytest.mark.parametrize(("name", "golden"), UNIFORM_GOLDEN.items())
+def test_uniform_keeps_its_bytes(name: str, golden: tuple[str, str]) -> None:
+    """For one seed: another digest means another version, or a numpy that broke its promise."""
+    values = np.sin(np.arange(600, dtype=np.float64)).astype(np.float32)
+    packed, ranges = get_codec(name).encode(spec_of(values), values, 7)
+    assert (packed[:6].tobytes().hex(), hashlib.sha256(packed.tobytes()).hexdigest()[:16]) == golden
+    assert ranges.shape == (3, 2)
+    assert ranges[0].tolist() == [values[:256].min(), values[:256].max()]
+
+
+def test_uniform_rounds_by_the_first_words_of_philox() -> None:
+    """Here x = 1 and the step is 0.75: q = floor(1.333 + u), by numpy's documented stream."""
+    values = np.ones(256, np.float32)
+    values[:2] = [0, 2.25]
+    packed, _ = get_codec("uniform4").encode(spec_of(values), values, 99)
+    words = np.random.Philox(key=99).random_raw(256)
+    wanted = [0, 3, *(int(1 / 0.75 + (int(word) >> 11) / 2**53) for word in words[2:])]
+    assert [(packed[i // 4] >> 2 * (i % 4)) & 3 for i in range(256)] == wanted
+    assert set(wanted[2:]) == {1, 2}
+
+
+@pytest.mark.parametrize("name", UNIFORM_GOLDEN)
+@given(values=nps.arrays(np.float32, st.integers(1, 600), elements=FINITE), seed=SEEDS)
+def test_uniform_keeps_its_bound(name: str, values: Any, seed: int) -> None:
+    """The error is at most one step of the value's own block, beside fp32's rounding."""
+    codec, spec = get_codec(name), spec_of(values)
+    decoded = codec.decode(spec, codec.encode(spec, values, seed)).astype(np.float64)
+    for start in range(0, values.size, 256):
+        block = values[start : start + 256].astype(np.float64)
+        step = (block.max() - block.min()) / (int(name.removeprefix("uniform")) - 1)
+        rounding = np.abs(block).max() * 2.0**-24 + 2.0**-150
+        assert np.abs(decoded[start : start + 256] - block).max() <= step * (1 + 1e-12) + rounding
+
+
+@pytest.mark.parametrize("name", UNIFORM_GOLDEN)
+def test_uniform_is_right_on_average(name: str) -> None:
+    """The mean over 4,000 seeds is the value: within 5 standard errors of at most step / 2 each."""
+    stream = np.random.Generator(np.random.Philox(3))
+    values = stream.standard_normal(300).astype(np.float32)
+    codec, spec, count = get_codec(name), spec_of(values), 4000
+    total = np.zeros(300)
+    for seed in range(count):
+        total += codec.decode(spec, codec.encode(spec, values, seed))
+    step = float(values.max() - values.min()) / (int(name.removeprefix("uniform")) - 1)
+    assert np.abs(total / count - values).max() < 5 * step / 2 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("name", UNIFORM_GOLDEN)
+def test_uniform_takes_the_largest_numbers_there_are(name: str) -> None:
+    """Here hi - lo overflows fp32; a u next to 1 on hi, and equal values, stay on the levels."""
+    ends = np.array([-3.4e38, 3.4e38] * 200, np.float32)
+    assert there_and_back(get_codec(name), ends).tolist() == ends.tolist()
+    equal = np.full(300, np.float32(0.1))
+    assert there_and_back(get_codec(name), equal).tolist() == equal.tolist()
+
+
+@pytest.mark.parametrize("name", UNIFORM_GOLDEN)
+@given(data=st.data(), count=st.integers(1, 600))
+def test_uniform_decodes_anything_and_hides_no_bad_range(name: str, data: Any, count: int) -> None:
+    """Any bytes and any two floats; a NaN or an infinity shows in every value of its block."""
+    spec = TensorSpec(name="w", shape=(count,), init="zeros")
+    codec = get_codec(name)
+    first, second = codec.layout(spec)
+    packed = data.draw(nps.arrays(np.uint8, first.shape))
+    ranges = data.draw(nps.arrays(np.float32, second.shape, elements=st.floats(width=32)))
+    decoded = codec.decode(spec, (packed, ranges))
+    for number, start in enumerate(range(0, count, 256)):
+        bad = not np.isfinite(ranges[number]).all()
+        assert np.isfinite(decoded[start : start + 256]).all() == (not bad)
+        if bad:
+            assert not np.isfinite(decoded[start : start + 256]).any()
+
+
 def test_sizes_are_those_of_the_table() -> None:
-    """Bytes for LLaMA-2-7B at r=64 (159,907,840 values): 639.6, 319.8 and 161.2 MB."""
+    """MB for LLaMA-2-7B at r=64 (159,907,840 values): as told in docs/explanation/algorithm.md."""
     spec = TensorSpec(name="w", shape=(159_907_840,), init="zeros")
     sizes = {
         name: sum(part.size_bytes for part in get_codec(name).layout(spec)) / 1e6
-        for name in ("fp32", "bf16", "int8")
+        for name in codec_names()
     }
     assert {name: round(size, 1) for name, size in sizes.items()} == {
-        "fp32": 639.6, "bf16": 319.8, "int8": 161.2
+        "fp32": 639.6, "bf16": 319.8, "int8": 161.2,
+        "uniform256": 164.9, "uniform16": 85.0, "uniform4": 45.0,
     }  # fmt: skip
 
 

@@ -275,7 +275,7 @@ FIVE = {"participants": ["a", "b", "c", "d", "e"]}
             'policy.kind = "buffered" does not go with .*one vote',
         ),
         ({"run": FIVE, "aggregation": {"weights": "examples"}}, 'expected "equal" .*"examples"'),
-        ({"run": FIVE, "aggregation": {"averaging": "svd"}}, 'takes values one by one, but .*svd'),
+        ({"run": FIVE, "aggregation": {"averaging": "svd"}}, "takes values one by one, but .*svd"),
     ],
 )
 def test_a_robust_rule_that_cannot_work_is_named(sections, says):
