@@ -26,13 +26,14 @@ demo: $(STAMP) ## Run a whole federation with a real model and real text on this
 test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
 	$(BIN)/python -m pytest -m "not compose" -n 2 --dist loadfile
 
-test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl
-	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null; then exit 0; fi; \
+test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, WordNet
+	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null \
+		&& [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then \
-		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl"; exit 1; fi; \
-	echo "== installing RabbitMQ for the tests"; \
+		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl wordnet-base"; exit 1; fi; \
+	echo "== installing RabbitMQ and WordNet for the tests"; \
 	apt-get update -qq && \
-	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl >/dev/null
+	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl wordnet-base >/dev/null
 
 test-compose: $(STAMP) ## Build the images and run compose.yaml on a Docker engine of its own (needs root)
 	@if command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null; \
