@@ -30,8 +30,8 @@ test: $(STAMP) test-servers ## Run the whole test suite, over servers that it st
 	$(BIN)/python -m pytest -m "not compose" -n 2 --dist loadfile
 
 test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, WordNet
-	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null && \
-		[ -r /usr/share/wordnet/data.noun ]; then exit 0; fi; \
+	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null \
+		&& [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then \
 		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl wordnet-base"; exit 1; fi; \
 	echo "== installing RabbitMQ and WordNet for the tests"; \

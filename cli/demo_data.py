@@ -88,7 +88,7 @@ def prepare_chitchat(
     files: list[SiteFile] = []
     for number, (own, count) in enumerate(zip(kept, talks, strict=True), start=1):
         path = folder / f"site-{number}.jsonl"
-        _write(
+        write_rows(
             path,
             ({"prompt": p.prompt, "answer": p.answer, "conversation": p.conversation} for p in own),
         )
@@ -238,7 +238,7 @@ def _write_own(path: Path, examples: Sequence[Example], *, grouped: bool) -> Sit
     inner = {"group": "conversation"} if grouped and groups > 1 else {}
     column = "messages" if examples[0].prompt else "text"
     rows = [_own_row(e, named=bool(inner)) for e in examples]
-    _write(path, rows)
+    write_rows(path, rows)
     return SiteFile(path.stem, path, len(rows), groups, {column: column, **inner})
 
 
@@ -252,7 +252,7 @@ def _own_row(example: Example, *, named: bool) -> dict[str, Any]:
     return {**said, "conversation": example.group} if named else said
 
 
-def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Whole or not at all: another process may be reading the file of the run before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

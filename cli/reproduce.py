@@ -47,7 +47,7 @@ def reproduce(
     arms: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
     partition: Annotated[
         str | None,
-        typer.Option(help="iid, dirichlet:ALPHA, by-label or by-group, instead of the preset's."),
+        typer.Option(help="iid, dirichlet(ALPHA), by-label or by-group, instead of the preset's."),
     ] = None,
     non_iid: Annotated[
         bool, typer.Option("--non-iid", help="Compare Dirichlet partitions of the preset's alphas.")
@@ -66,7 +66,7 @@ def reproduce(
     from cli.reproduction.presets import changed, load_preset
 
     chosen = check_arms(tuple(arms.split(",")) if arms else tuple(ARMS))
-    settings = changed(load_preset(preset), model, **_partition(partition))
+    settings = changed(load_preset(preset), model, partition=partition)
     folder.mkdir(parents=True, exist_ok=True)
     _configure_log(folder)
     command = "gradualdiff " + " ".join(sys.argv[1:])
@@ -138,20 +138,6 @@ def _laboratory(
         preset = preset.model_copy(update={"base": base})
     store = DirectoryStore(folder / "store")
     return Laboratory(folder, store, preset, display, should_stop, ModelShelf(), command)
-
-
-def _partition(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    policy, _, alpha = text.partition(":")
-    if not alpha:
-        return {"partition": policy}
-    try:
-        return {"partition": policy, "alpha": float(alpha)}
-    except ValueError:
-        raise ConfigError(
-            f"--partition: expected dirichlet:ALPHA with a number, got {text!r}"
-        ) from None
 
 
 def _bind(folder: Path, preset: Preset, data_digest: str) -> None:

@@ -1,0 +1,1 @@
+"""The paper's evaluation on any base model and data set: data, splits, partitions."""

@@ -1,175 +1,238 @@
-"""Who holds which text: three sides by question, and shards of the training side by policy.
+"""Dealing training questions out to participants: IID, or unlike each other in a measured way.
 
-Nothing depends on the order in which questions come: every choice goes by a sha256 of seed and
-question. Only Dirichlet's shares are numpy's draws, which another numpy may draw otherwise.
+Pure functions of questions, policy and seed: the same seed gives the same parts on every machine.
+Every question goes to exactly one participant.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, NamedTuple
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from participant.data.splitting import seeded_order
 from shared.errors import ConfigError, DataError
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from cli.reproduction.presets import ReproduceSection
     from cli.reproduction.questions import Question
 
-TRAIN, DEV = 0.7, 0.1  # test has the rest
-_WORD = re.compile(r"\w+")
+Kind = Literal["iid", "dirichlet", "by-label", "by-group"]
+FORMS = "iid, dirichlet(ALPHA), by-label or by-group"
+_DIRICHLET = re.compile(r"dirichlet\(([0-9.eE+-]+)\)")
 
 
-class Sides(NamedTuple):
-    """Questions of the three sides, each in the seed's order."""
+@dataclass(frozen=True)
+class Policy:
+    """How questions are dealt. ``alpha`` only for ``dirichlet``: small is unlike, large is IID."""
 
-    train: list[Question]
-    dev: list[Question]
-    test: list[Question]
+    kind: Kind
+    alpha: float | None = None
 
-
-def draw(questions: Sequence[Question], section: ReproduceSection) -> list[Question]:
-    """The questions of the wanted fields, as many as wanted, in the seed's order.
-
-    Raises DataError for a field that is not there, or too few.
-    """
-    wanted = questions
-    if section.fields is not None and any(question.label for question in questions):
-        known = {question.label for question in questions}
-        unknown = sorted(set(section.fields) - known)
-        if unknown:
-            raise DataError(
-                f"reproduce.fields: expected some of {', '.join(sorted(known))}, got {unknown[0]!r}"
-            )
-        wanted = [question for question in questions if question.label in section.fields]
-    if section.examples is not None and len(wanted) < section.examples:
-        raise DataError(
-            f"reproduce.examples: expected at least {section.examples} questions, got "
-            f"{len(wanted)}; lower it or give more text"
-        )
-    return _shuffled(wanted, section.split_seed, "draw")[: section.examples]
+    def __str__(self) -> str:
+        return self.kind if self.alpha is None else f"{self.kind}({self.alpha:g})"
 
 
-def split(questions: Sequence[Question], seed: int, least: int) -> Sides:
-    """70 % to train on, 10 % to choose on, the rest to test on.
-
-    ``least``: examples that training needs, so that nobody is left without. Raises DataError for
-    fewer, or where a side would be empty.
-    """
-    order = _shuffled(questions, seed, "split")
-    first = math.floor(TRAIN * len(order))
-    second = first + math.floor(DEV * len(order))
-    sides = Sides(order[:first], order[first:second], order[second:])
-    if len(sides.train) < least or not sides.dev:
-        raise DataError(
-            f"text: expected at least {max(math.ceil(least / TRAIN), 10)} questions, got "
-            f"{len(order)}: 70 % are trained on ({least} needed: one for each participant and "
-            "batch), 10 % choose the learning rate, 20 % are held out; give more text or lower "
-            "reproduce.participants"
-        )
-    return sides
-
-
-def deal(
-    questions: Sequence[Question], section: ReproduceSection, seed: int, alpha: float | None = None
-) -> list[list[Question]]:
-    """The training side dealt out to the participants. ``alpha``: Dirichlet, whatever the preset.
-
-    Nobody is left without: whoever has fewer than a batch gets one question after the other from
-    whoever has most. Raises ConfigError where the text has no labels or groups to go by.
-    """
-    policy = "dirichlet" if alpha is not None else section.partition
-    order = _shuffled(questions, seed, "deal")
-    count = section.participants
-    match policy:
-        case "iid":
-            shards = [order[start::count] for start in range(count)]
-        case "dirichlet":
-            shards = _dirichlet(order, count, alpha or section.alpha or 1.0, seed)
-        case "by-label":
-            shards = _whole(order, count, "label", policy)
-        case "by-group":
-            shards = _whole(order, count, "group", policy)
-    return _topped_up(shards, min(section.batch_sizes))
-
-
-def distance(texts: Sequence[Iterable[Hashable]]) -> float:
-    """Jensen-Shannon distance of several texts' unigram distributions, each of equal weight.
-
-    The square root of H(mean of P_i) - mean of H(P_i), in bits, divided by its largest value
-    log2(K) (Lin 1991, IEEE Trans. Inf. Theory 37(1)): 0 for equal texts, 1 where no two share a
-    word.
-    """
-    counts = [Counter(text) for text in texts]
-    shares = [
-        {unit: count / counter.total() for unit, count in counter.items()} for counter in counts
-    ]
-    mean: defaultdict[Hashable, float] = defaultdict(float)
-    for share in shares:
-        for unit, part in share.items():
-            mean[unit] += part / len(shares)
-    divergence = _entropy(mean.values()) - math.fsum(
-        map(_entropy, (s.values() for s in shares))
-    ) / len(shares)
-    return math.sqrt(max(divergence, 0.0) / math.log2(len(shares))) if len(shares) > 1 else 0.0
-
-
-def words(questions: Iterable[Question]) -> list[str]:
-    """The words of prompts and answers, without case."""
-    return [
-        word for one in questions for word in _WORD.findall(f"{one.prompt} {one.answer}".casefold())
-    ]
-
-
-def _entropy(shares: Iterable[float]) -> float:
-    return -math.fsum(share * math.log2(share) for share in shares if share)
-
-
-def _shuffled(questions: Sequence[Question], seed: int, purpose: str) -> list[Question]:
-    return sorted(questions, key=lambda one: (derive_seed(seed, purpose, one.key), one.key))
-
-
-def _dirichlet(order: list[Question], count: int, alpha: float, seed: int) -> list[list[Question]]:
-    """Each label's questions by shares from Dirichlet(alpha) (Hsu et al., arXiv:1909.06335)."""
-    _require(order, "label", "dirichlet")
-    shards: list[list[Question]] = [[] for _ in range(count)]
-    for label in sorted({one.label for one in order}):
-        mine = [one for one in order if one.label == label]
-        draws = np.random.Generator(np.random.Philox(key=derive_seed(seed, "dirichlet", label)))
-        ends = np.rint(np.cumsum(draws.dirichlet([alpha] * count)) * len(mine)).astype(int)
-        begin = 0
-        for shard, end in zip(shards, [*ends[:-1], len(mine)], strict=True):
-            shard.extend(mine[begin:end])
-            begin = max(begin, int(end))
-    return shards
-
-
-def _whole(order: list[Question], count: int, column: str, policy: str) -> list[list[Question]]:
-    """Whole labels or groups, the largest first, each to whom has least."""
-    _require(order, column, policy)
-    sizes = Counter(getattr(one, column) for one in order)
-    shards: list[list[Question]] = [[] for _ in range(count)]
-    for value, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-        least = min(shards, key=len)
-        least += [one for one in order if getattr(one, column) == value]
-    return shards
-
-
-def _require(order: Sequence[Question], column: str, policy: str) -> None:
-    if any(not getattr(one, column) for one in order):
+def parse_policy(text: str) -> Policy:
+    """``iid``, ``dirichlet(0.5)``, ``by-label`` or ``by-group``. Raises ConfigError."""
+    plain = text.strip()
+    for kind in ("iid", "by-label", "by-group"):
+        if plain == kind:
+            return Policy(kind)
+    match = _DIRICHLET.fullmatch(plain)
+    try:
+        alpha = float(match[1]) if match else 0.0
+    except ValueError:
+        alpha = 0.0
+    if not 0 < alpha < math.inf:
         raise ConfigError(
-            f'reproduce.partition = "{policy}": expected a {column} for each question, found some '
-            f'without; give the text a column {column}, or use partition = "iid"'
+            f"partition = {text!r}: expected {FORMS}, ALPHA a number above 0; correct the policy"
+        )
+    return Policy("dirichlet", alpha)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One part for each participant, each in the order the questions came."""
+
+    policy: Policy
+    seed: int
+    parts: tuple[tuple[Question, ...], ...]
+
+
+def partition(
+    questions: Sequence[Question],
+    participants: int,
+    policy: Policy,
+    seed: int,
+    fewest: int = 1,
+    sizes: Sequence[int] | None = None,
+) -> Partition:
+    """Deal ``questions`` out to ``participants``.
+
+    ``iid``: a seeded shuffle, cut. ``dirichlet``: see :func:`_by_dirichlet`. ``by-label``,
+    ``by-group``: whole labels or groups, the largest first, each to whom has least; their sizes
+    follow from that. ``sizes``: how many each participant gets under ``iid`` and ``dirichlet``;
+    None: equal, the first ones get one more where it does not divide. No participant ends with
+    fewer than ``fewest`` questions (one batch): since ``iid`` and ``dirichlet`` fix the sizes
+    beforehand, this is checked before dealing, and nobody is topped up from another; by labels or
+    groups it is checked after.
+
+    Raises ConfigError for counts or sizes that cannot be, DataError for too few questions, labels
+    or groups, and where a question lacks the label or group that the policy needs.
+    """
+    if participants < 1 or fewest < 1:
+        raise ConfigError(
+            f"participants and the fewest questions of each: expected 1 or more, got "
+            f"{participants} and {fewest}; give larger numbers"
+        )
+    if policy.kind in {"by-label", "by-group"}:
+        if sizes is not None:
+            raise ConfigError(
+                f"sizes with partition {policy}: expected none, since whole "
+                f"{policy.kind.removeprefix('by-')}s are dealt; leave sizes out or use iid or "
+                "dirichlet"
+            )
+        parts = _by_value(questions, participants, policy.kind)
+        _require_fewest([len(part) for part in parts], fewest, policy)
+    else:
+        wanted = _sizes(len(questions), participants, sizes)
+        _require_fewest(wanted, fewest, policy)
+        if policy.kind == "iid":
+            parts = _by_chance(questions, wanted, seed)
+        else:
+            parts = _by_dirichlet(questions, wanted, policy.alpha or 1.0, seed)
+    return Partition(policy, seed, tuple(tuple(questions[i] for i in sorted(p)) for p in parts))
+
+
+def _sizes(total: int, participants: int, given: Sequence[int] | None) -> list[int]:
+    if given is None:
+        each, more = divmod(total, participants)
+        return [each + (i < more) for i in range(participants)]
+    if len(given) != participants or sum(given) != total:
+        raise ConfigError(
+            f"sizes: expected {participants} that sum to the {total} questions, got {len(given)} "
+            f"that sum to {sum(given)}; correct the sizes"
+        )
+    return list(given)
+
+
+def _require_fewest(sizes: Sequence[int], fewest: int, policy: Policy) -> None:
+    smallest = min(sizes)
+    if smallest < fewest:
+        raise DataError(
+            f"partition {policy}: expected at least {fewest} questions (one batch) for each of "
+            f"{len(sizes)} participants, got {smallest} for one of them; give more text, or ask "
+            "for fewer participants or a smaller batch"
         )
 
 
-def _topped_up(shards: list[list[Question]], least: int) -> list[list[Question]]:
-    while len(smallest := min(shards, key=len)) < least:
-        smallest.append(max(shards, key=len).pop())
-    return shards
+def _by_chance(questions: Sequence[Question], sizes: Sequence[int], seed: int) -> list[list[int]]:
+    order = _shuffled(questions, range(len(questions)), seed)
+    ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [order[begin:end] for begin, end in pairwise(ends)]
+
+
+def _by_value(questions: Sequence[Question], participants: int, kind: Kind) -> list[list[int]]:
+    values = _indices_by(questions, "group" if kind == "by-group" else "label", kind)
+    if len(values) < participants:
+        what = kind.removeprefix("by-")
+        raise DataError(
+            f"partition {kind}: expected at least as many {what}s as participants, got "
+            f"{len(values)} {what}s for {participants}; ask for fewer participants"
+        )
+    parts: list[list[int]] = [[] for _ in range(participants)]
+    for value in sorted(values, key=lambda value: (-len(values[value]), value)):
+        min(parts, key=len).extend(values[value])
+    return parts
+
+
+def _by_dirichlet(
+    questions: Sequence[Question], sizes: Sequence[int], alpha: float, seed: int
+) -> list[list[int]]:
+    """Hsu et al. (arXiv:1909.06335): sizes are fixed, what differs is the mixture of labels.
+
+    Each participant draws its mixture q ~ Dirichlet(alpha p), p the labels' shares of all
+    questions; alpha to infinity is IID, alpha to 0 one label each. Participants then take turns,
+    one question at a time, of a label drawn from q over the labels that still have questions: in
+    turn, so that not the last participant alone gets what the others left. A label's questions
+    are taken in a seeded order.
+    """
+    labels = _indices_by(questions, "label", "dirichlet")
+    names = sorted(labels)
+    draws = _uniforms(derive_seed(seed, "partition", "dirichlet"))
+    shares = [len(labels[name]) / len(questions) for name in names]
+    # Logarithms: under a small alpha a label's share of q is smaller than any float64.
+    logs = [[_log_gamma_draw(alpha * share, draws) for share in shares] for _ in sizes]
+    left = [_shuffled(questions, labels[name], seed) for name in names]
+    parts: list[list[int]] = [[] for _ in sizes]
+    for turn in range(max(sizes)):
+        for part, size, mixture in zip(parts, sizes, logs, strict=True):
+            if turn < size:
+                part.append(left[_draw_label(mixture, left, next(draws))].pop())
+    return parts
+
+
+def _draw_label(logs: Sequence[float], left: Sequence[Sequence[int]], uniform: float) -> int:
+    """A label with questions left, by its share of the mixture."""
+    open_labels = [i for i, questions in enumerate(left) if questions]
+    largest = max(logs[i] for i in open_labels)
+    weights = [math.exp(logs[i] - largest) for i in open_labels]
+    target = uniform * math.fsum(weights)
+    for label, weight in zip(open_labels, weights, strict=True):
+        target -= weight
+        if target < 0:
+            return label
+    return open_labels[weights.index(max(weights))]  # rounding left a hair of the last share
+
+
+def _log_gamma_draw(shape: float, draws: Iterator[float]) -> float:
+    """Logarithm of a Gamma(shape, 1) draw, by Marsaglia and Tsang (2000).
+
+    A shape below 1 goes through shape + 1: G(a) = G(a + 1) U^(1 / a). Own code on raw words, as
+    numpy promises to keep Philox's words but not what ``Generator.dirichlet`` makes of them.
+    """
+    boost = 0.0
+    if shape < 1:
+        boost = math.log(next(draws)) / shape
+        shape += 1
+    d = shape - 1 / 3
+    while True:
+        radius, angle = math.sqrt(-2 * math.log(next(draws))), 2 * math.pi * next(draws)
+        normal = radius * math.cos(angle)
+        cube = (1 + normal / math.sqrt(9 * d)) ** 3
+        accept = math.log(next(draws))
+        if cube > 0 and accept < normal**2 / 2 + d - d * cube + d * math.log(cube):
+            return math.log(d * cube) + boost
+
+
+def _uniforms(key: int) -> Iterator[float]:
+    """Numbers in (0, 1), 53 bits each, from Philox's raw words."""
+    words = np.random.Philox(key=key)
+    while True:
+        for word in words.random_raw(1024).tolist():
+            yield ((word >> 11) + 0.5) * 2.0**-53
+
+
+def _indices_by(questions: Sequence[Question], what: str, policy: str) -> Mapping[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, question in enumerate(questions):
+        value = question.label if what == "label" else question.group
+        if value is None:
+            raise DataError(
+                f"partition {policy}: expected a {what} with every question, got none with "
+                f"question {index + 1} of {len(questions)}; name a {what} column, or use iid"
+            )
+        found[value].append(index)
+    return found
+
+
+def _shuffled(questions: Sequence[Question], indices: Sequence[int], seed: int) -> list[int]:
+    return sorted(indices, key=lambda i: (seeded_order(seed, f"deal {questions[i].key}"), i))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from cli.reproduction.partition import parse_policy
 from shared.config import (
     BaseSection,
     FederationConfig,
@@ -31,6 +32,7 @@ Rate = Annotated[float, Field(gt=0)]
 class ReproduceSection(Section):
     """Sizes of the evaluation. ``fields`` and ``examples``: which questions are drawn, all if none.
 
+    ``fields`` are labels: WordNet's lexical fields, or those of a text of one's own.
     ``learning_rates``: ascending. ``prompts``: how many replies are scored, of ``reply_tokens``.
     """
 
@@ -41,8 +43,7 @@ class ReproduceSection(Section):
     learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)]
     examples: Positive | None = None
     fields: tuple[str, ...] | None = None
-    partition: Literal["iid", "dirichlet", "by-label", "by-group"] = "iid"
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    partition: str = "iid"
     alphas: tuple[Rate, ...] = (0.1, 1.0, 100.0)
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     prompts: Positive = 64
@@ -52,8 +53,10 @@ class ReproduceSection(Section):
     def _sensible(self) -> Self:
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
             raise ValueError("learning_rates: expected them ascending, each once")
-        if (self.partition == "dirichlet") != (self.alpha is not None):
-            raise ValueError('alpha goes with partition = "dirichlet", and it needs one')
+        try:
+            parse_policy(self.partition)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return self
 
 

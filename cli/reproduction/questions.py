@@ -1,152 +1,137 @@
-"""Where questions and answers come from: WordNet's glosses, or a file of one's own.
+"""Questions with a reference answer: what every arm of a comparison is trained and measured on.
 
-WordNet's database files are documented in wndb(5WN). A line of ``data.noun`` begins with offset,
-lexicographer file number, part of speech, number of words (two hex digits) and words with their
-lexical ids; pointers follow; the gloss stands behind `` | ``: definitions, then examples in quotes.
+From the user's own file here, from WordNet in ``cli.reproduction.wordnet``.
 """
 
 from __future__ import annotations
 
-import unicodedata
+import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.demo_data import write_rows
+from participant.data.examples import Unusable, normalised, text_pair
+from participant.data.reading import read_table, shown_columns
+from shared.config import canonical_json
 from shared.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Sequence
 
-DEBIAN = Path("/usr/share/wordnet")
-# Definitions of other lengths are fragments, or would be cut.
-SHORTEST, LONGEST = 20, 120
-_INSTANCE = "@i"  # pointer of a proper name to what it is an instance of
-# lexnames(5WN): the lexicographer files of nouns.
-FIELDS = {
-    3: "noun.Tops",
-    4: "noun.act",
-    5: "noun.animal",
-    6: "noun.artifact",
-    7: "noun.attribute",
-    8: "noun.body",
-    9: "noun.cognition",
-    10: "noun.communication",
-    11: "noun.event",
-    12: "noun.feeling",
-    13: "noun.food",
-    14: "noun.group",
-    15: "noun.location",
-    16: "noun.motive",
-    17: "noun.object",
-    18: "noun.person",
-    19: "noun.phenomenon",
-    20: "noun.plant",
-    21: "noun.possession",
-    22: "noun.process",
-    23: "noun.quantity",
-    24: "noun.relation",
-    25: "noun.shape",
-    26: "noun.state",
-    27: "noun.substance",
-    28: "noun.time",
-}
+    from participant.data.reading import Row, Table
+
+# The paper's data set holds both sides of a talk in one column, behind these marks.
+_MARKED = re.compile(r"\s*<HUMAN>:\s*(.*?)\s*<ASSISTANT>:\s*(.*)", re.DOTALL)
+_MARKED_COLUMN = "text"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt with its reference answer. ``label``: what ``by-label`` and ``dirichlet`` go by.
-
-    ``group``: what ``by-group`` goes by; empty where the text has none.
-    """
+    """One question with its reference answer; ``label`` and ``group`` are None where unknown."""
 
     prompt: str
     answer: str
-    label: str = ""
-    group: str = ""
+    label: str | None = None
+    group: str | None = None
 
     @property
     def key(self) -> str:
-        """The prompt without case, width and extra white space: one question, one side."""
-        return " ".join(unicodedata.normalize("NFKC", self.prompt).casefold().split())
+        """The question normalised: two with one key are one question.
+
+        Letter case, width, white space and punctuation at the ends do not count.
+        """
+        plain = normalised(self.prompt)
+        return plain.strip(" ?!.,:;\"'()[]") or plain
 
 
-def read_questions(source: Path | None) -> list[Question]:
-    """WordNet's glosses from Debian's or the named folder, or a file; each question once.
+@dataclass(frozen=True)
+class QuestionSet:
+    """All questions of one source. ``dropped`` rows held no question or no answer."""
 
-    Raises DataError where there is nothing to read or no answers.
+    name: str
+    questions: tuple[Question, ...]
+    dropped: int = 0
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all questions in their order: two runs with one digest had the same data."""
+        return digest_of(self.questions)
+
+
+def digest_of(questions: Iterable[Question]) -> str:
+    """sha256 of the questions' canonical JSON, a line each."""
+    whole = hashlib.sha256()
+    for q in questions:
+        whole.update(canonical_json([q.prompt, q.answer, q.label, q.group]) + b"\n")
+    return whole.hexdigest()
+
+
+def read_examples(
+    path: Path,
+    prompt: str = "prompt",
+    answer: str = "answer",
+    label: str | None = None,
+    group: str | None = None,
+) -> QuestionSet:
+    """A user's own questions: JSONL, CSV, Parquet or a ``datasets`` folder.
+
+    ``prompt``, ``answer``, ``label`` and ``group`` are columns' names; columns called ``label`` and
+    ``group`` are taken without being named. A ``text`` column with ``<HUMAN>:`` and
+    ``<ASSISTANT>:`` in it (the paper's data set) is read as such where there is no prompt column.
+    Raises DataError for a file that cannot be read, a column that is not there, and where no row
+    has both a question and a reference answer; MissingPackageError where the format needs one.
     """
-    found: dict[str, Question] = {}
-    folder = source or DEBIAN
-    everything = _wordnet(folder) if source is None or _is_wordnet(folder) else _own(folder)
-    for question in everything:
-        found.setdefault(question.key, question)
-    return list(found.values())
-
-
-def _is_wordnet(folder: Path) -> bool:
-    return folder.is_dir() and (folder / "data.noun").exists()
-
-
-def _wordnet(folder: Path) -> Iterator[Question]:
-    path = folder / "data.noun"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: expected WordNet's nouns, cannot read them ({error}); run: apt-get install "
-            "wordnet-base, or name the folder of WordNet's database files, or a file, with --data"
-        ) from None
-    for number, line in enumerate(lines, start=1):
-        if line.startswith("  "):  # the licence
-            continue
-        try:
-            question = _gloss(line)
-        except (ValueError, IndexError, KeyError):
-            raise DataError(
-                f"{path}: line {number}: expected a synset as wndb(5WN) has it; "
-                "name the folder of an unchanged WordNet 3.0 or 3.1"
-            ) from None
-        if question is not None:
-            yield question
-
-
-def _gloss(line: str) -> Question | None:
-    head, _, gloss = line.partition(" | ")
-    parts = head.split()
-    label, words = FIELDS[int(parts[1])], int(parts[3], 16)
-    pointers = parts[4 + 2 * words :]
-    lemma = parts[4].replace("_", " ")
-    definition = gloss.split(";")[0].strip()
-    fits = SHORTEST <= len(definition) <= LONGEST and not definition.startswith('"')
-    if _INSTANCE in pointers or not lemma[0].islower() or not fits:
-        return None
-    return Question(f"What is {_article(lemma)}{lemma}?", definition, label)
-
-
-def _article(lemma: str) -> str:
-    return "an " if lemma[0] in "aeiou" else "a "
-
-
-def _own(path: Path) -> Iterator[Question]:
-    from participant.data.reading import read_table
-
     table = read_table(path, "auto")
-    missing = sorted({"prompt", "answer"} - set(table.columns))
-    if missing:
+    rows: Iterable[Row] = table.rows
+    if prompt not in table.columns and _MARKED_COLUMN in table.columns:
+        rows = [_unmarked(row, prompt, answer) for row in table.rows]
+    else:
+        _require_columns(table, prompt, answer)
+    named = {name: column for name, column in (("label", label), ("group", group)) if column}
+    table.require(named)
+    label, group = (
+        named.get(name, name if name in table.columns else None) for name in ("label", "group")
+    )
+    questions: list[Question] = []
+    for row in rows:
+        said = text_pair(row.get(prompt), row.get(answer))
+        if not isinstance(said, Unusable):
+            questions.append(Question(*said, _value(row, label), _value(row, group)))
+    if not questions:
         raise DataError(
-            f"{path}: expected the columns prompt and answer, found no {missing[0]}: replies are "
-            "scored against reference answers, so a text without them cannot be used"
+            f"{path}: expected rows with a question and a reference answer, got none of "
+            f"{len(table.rows)}; perplexity and BLEU need an answer to compare with: fill the "
+            f"columns {prompt!r} and {answer!r}"
         )
-    for row in table.rows:
-        texts = {name: _cell(row.get(name)) for name in ("prompt", "answer", "label", "group")}
-        if texts["prompt"] and texts["answer"]:
-            yield Question(**texts)
+    return QuestionSet(path.name, tuple(questions), len(table.rows) - len(questions))
 
 
-def _cell(value: object) -> str:
-    return str(value).strip() if isinstance(value, str | int) else ""
+def write_examples(path: Path, questions: Sequence[Question]) -> None:
+    """One JSON object a line, with the columns ``prompt`` and ``answer``; whole or not at all."""
+    write_rows(path, ({"prompt": q.prompt, "answer": q.answer} for q in questions))
 
 
-def labels_of(questions: Iterable[Question]) -> list[str]:
-    """Every label, sorted."""
-    return sorted({question.label for question in questions})
+def _require_columns(table: Table, prompt: str, answer: str) -> None:
+    if prompt in table.columns and answer not in table.columns:
+        raise DataError(
+            f"{table.path}: expected a column {answer!r} of reference answers, got "
+            f"{shown_columns(table.columns)}; perplexity and BLEU need an answer to compare with: "
+            "add the column, or name the one that holds it"
+        )
+    table.require({"the questions' column": prompt, "the answers' column": answer})
+
+
+def _unmarked(row: Row, prompt: str, answer: str) -> Row:
+    cell = row.get(_MARKED_COLUMN)
+    found = _MARKED.fullmatch(cell) if isinstance(cell, str) else None
+    return {**row, prompt: found[1], answer: found[2]} if found else row
+
+
+def _value(row: Row, column: str | None) -> str | None:
+    """A label as text: 1 and "1" are one, as the same table may come as CSV or Parquet."""
+    value = row.get(column) if column else None
+    if value is None or isinstance(value, list | dict):
+        return None
+    return str(value).strip() or None

@@ -127,12 +127,18 @@ def _from_messages(cell: object) -> tuple[tuple[Message, ...], str] | Unusable:
 
 
 def _from_pair(asked: object, said: object) -> tuple[tuple[Message, ...], str] | Unusable:
+    pair = text_pair(asked, said)
+    return pair if isinstance(pair, Unusable) else ((Message("user", pair[0]),), pair[1])
+
+
+def text_pair(asked: object, said: object) -> tuple[str, str] | Unusable:
+    """Two cells as prompt and answer, or the reason why they are none."""
     prompt, answer = _text(asked), _text(said)
     if prompt is None or answer is None:
         return Unusable.NOT_TEXT
     # Outer white space goes: templates trim it anyway, and a stray line break would be learnt.
     prompt, answer = prompt.strip(), answer.strip()
-    return ((Message("user", prompt),), answer) if prompt and answer else Unusable.BLANK
+    return (prompt, answer) if prompt and answer else Unusable.BLANK
 
 
 def _from_text(cell: object) -> tuple[tuple[Message, ...], str] | Unusable:
@@ -151,8 +157,11 @@ def _text(cell: object) -> str | None:
 
 def _digest(prompt: tuple[Message, ...], answer: str) -> str:
     parts = [part for message in prompt for part in message]
-    return hashlib.sha256(canonical_json([_plain(part) for part in (*parts, answer)])).hexdigest()
+    return hashlib.sha256(
+        canonical_json([normalised(part) for part in (*parts, answer)])
+    ).hexdigest()
 
 
-def _plain(text: str) -> str:
+def normalised(text: str) -> str:
+    """``text`` without what does not tell two texts apart: letter case, width, white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -85,8 +85,7 @@ def test_a_preset_is_checked_as_a_whole(tmp_path):
     ("values", "says"),
     [
         ({"learning_rates": [1e-3, 1e-4]}, "ascending"),
-        ({"learning_rates": [1e-3], "partition": "dirichlet"}, "it needs one"),
-        ({"learning_rates": [1e-3], "alpha": 0.5}, "it needs one"),
+        ({"learning_rates": [1e-3], "partition": "dirichlet"}, "ALPHA a number above 0"),
         ({"learning_rates": [1e-3], "participants": 1}, "greater than or equal to 2"),
     ],
 )
@@ -109,7 +108,7 @@ def test_what_arms_vary_is_not_set_for_all():
 
 def test_options_change_the_digest():
     preset = load_preset("cpu")
-    other = changed(preset, "another", partition="dirichlet", alpha=0.5)
-    assert (other.base.model, other.reproduce.alpha) == ("another", 0.5)
+    other = changed(preset, "another", partition="dirichlet(0.5)")
+    assert (other.base.model, other.reproduce.partition) == ("another", "dirichlet(0.5)")
     assert other.digest != preset.digest
     assert changed(preset, None, partition=None).digest == preset.digest

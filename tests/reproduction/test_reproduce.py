@@ -163,8 +163,8 @@ def test_a_folder_belongs_to_its_settings(home, results):
     ("options", "says"),
     [
         (("--arms", "base,middle"), "--arms: expected some of base"),
-        (("--partition", "dirichlet:much"), "expected dirichlet:ALPHA with a number"),
-        (("--partition", "by-group"), "expected a group for each question"),
+        (("--partition", "dirichlet(much)"), "expected iid, dirichlet(ALPHA)"),
+        (("--partition", "by-group"), "expected a group with every question"),
         (("--seeds", "0"), "0"),
     ],
 )
