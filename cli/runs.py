@@ -1,4 +1,4 @@
-"""``gradualdiff runs``: list, show, verify and export runs."""
+"""``gradualdiff runs``: list, show, verify, export and compare runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import pruning, steering
+from cli import comparing, pruning, steering
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -20,7 +20,8 @@ from cli.output import (
 )
 
 app = typer.Typer(
-    help="Runs in a store: list, show, verify, export, steer, branch, prune.", no_args_is_help=True
+    help="Runs in a store: list, show, verify, export, compare, steer, branch, prune.",
+    no_args_is_help=True,
 )
 
 for command in (
@@ -31,6 +32,7 @@ for command in (
     steering.exclude,
     steering.branch,
     pruning.prune,
+    comparing.compare,
 ):
     app.command()(command)
 

@@ -40,6 +40,7 @@ def store(tmp_path_factory):
         ("--help",),
         ("runs", "list"),
         ("runs", "show", "test"),
+        ("runs", "compare", "test"),
         ("rounds", "list", "test"),
         ("rounds", "show", "test", "1"),
     ],

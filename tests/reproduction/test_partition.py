@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.reproduction.partition import Policy, parse_policy, partition
 from cli.reproduction.questions import Question
-from cli.reproduction.splits import split
+from cli.reproduction.splits import split, subset
 from cli.reproduction.unlikeness import COLUMNS, js_distance, measure, rows, words_of
+from cli.reproduction.wordnet import load_questions
 from shared.errors import ConfigError, DataError
 
 IID, BY_LABEL, BY_GROUP = Policy("iid"), Policy("by-label"), Policy("by-group")
@@ -33,6 +35,7 @@ policies = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     policy=policies,
     count=st.integers(20, 80),
@@ -56,6 +59,7 @@ def test_every_question_is_at_exactly_one_participant(policy, count, participant
 
 @pytest.mark.parametrize("policy", [IID, Policy("dirichlet", 0.5)])
 def test_another_seed_deals_otherwise(policy):
+    """Where chance decides at all."""
     first, second = (partition(questions(60), 3, policy, seed).parts for seed in (1, 2))
     assert first != second
 
@@ -88,6 +92,7 @@ def test_whole_labels_and_groups_stay_together():
 
 @pytest.mark.parametrize("policy", [IID, Policy("dirichlet", 0.3)])
 def test_sizes_may_be_given(policy):
+    """Unlike mixtures and unlike sizes are two things."""
     dealt = partition(questions(20), 3, policy, 1, sizes=[2, 6, 12])
     assert [len(part) for part in dealt.parts] == [2, 6, 12]
 
@@ -131,6 +136,7 @@ def test_shares_follow_the_dirichlet_law():
     ],
 )
 def test_policies_are_read_and_written(text, policy):
+    """What is recorded can be read back."""
     assert parse_policy(text) == policy
     assert parse_policy(str(policy)) == policy
 
@@ -148,6 +154,7 @@ def test_policies_are_read_and_written(text, policy):
     ],
 )
 def test_another_policy_is_refused(text):
+    """With the forms that there are."""
     with pytest.raises(ConfigError, match="expected iid, dirichlet"):
         parse_policy(text)
 
@@ -167,12 +174,14 @@ def test_another_policy_is_refused(text):
     ],
 )
 def test_what_cannot_be_dealt_is_refused(policy, arguments, error, says):
+    """The rule and the counts are named."""
     with pytest.raises(error, match=says):
         partition(questions(20), **{"participants": 4, "policy": policy, "seed": 1, **arguments})
 
 
 @pytest.mark.parametrize("policy", [BY_LABEL, BY_GROUP, Policy("dirichlet", 1)])
 def test_a_policy_by_labels_needs_labels(policy):
+    """Without them nothing is dealt by chance instead."""
     what = "group" if policy == BY_GROUP else "label"
     with pytest.raises(DataError, match=f"expected a {what} with every question"):
         partition([Question("q", "a")], 1, policy, 1)
@@ -197,6 +206,7 @@ def test_the_distance_by_hand():
 
 
 def test_words_are_counted_without_case_and_punctuation():
+    """In prompts and answers alike."""
     assert words_of([Question("What is it?", "It is.")]) == {"what": 1, "is": 2, "it": 2}
 
 
@@ -212,3 +222,21 @@ def test_the_table_says_who_has_what():
     unlabelled = measure(partition([Question("q", "a b"), Question("r", "c")], 2, IID, 1))
     assert unlabelled.labels is None
     assert [p.largest_label for p in unlabelled.parts] == [None, None]
+
+
+FIELDS = [f"noun.{name}" for name in ("animal", "artifact", "food", "person", "plant")]
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "non-iid.md"
+
+
+def test_the_table_in_the_docs_is_what_wordnet_gives():
+    """Each row of the page's table, from the real files."""
+    train = split(subset(load_questions().questions, 1000, 1, FIELDS, "equal"), 1).train
+    found = []
+    for name in ("iid", "dirichlet(100)", "dirichlet(1)", "dirichlet(0.1)", "by-label"):
+        told = measure(partition(train, 5, parse_policy(name), 1))
+        sizes = sorted(part.questions for part in told.parts)
+        size = f"{sizes[0]} each" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
+        numbers = " | ".join(f"{n:.3f}" for n in (told.words, told.words_if_iid, told.labels))
+        found.append(f"| `{name}` | {numbers} | {size} |")
+    page = PAGE.read_text()
+    assert [row for row in found if row not in page] == []

@@ -67,6 +67,7 @@ def test_the_fields_are_those_of_lexnames():
     ],
 )
 def test_examples_are_no_part_of_a_definition(gloss, told):
+    """Quoted sentences go, however many definitions stand before them."""
     assert definition(gloss) == told
 
 
@@ -96,6 +97,7 @@ def test_the_folder_of_version_3_1_is_found(tmp_path):
 
 
 def test_missing_files_say_where_they_come_from(tmp_path):
+    """Of either file: the package, and what to do without it."""
     (tmp_path / "data.noun").write_text("")
     with pytest.raises(DataError, match=r"index\.noun: .*apt-get install wordnet-base.*--data"):
         load_questions(tmp_path)
@@ -114,6 +116,7 @@ def test_missing_files_say_where_they_come_from(tmp_path):
     ],
 )
 def test_another_file_is_named_by_its_line(tmp_path, line):
+    """A torn or foreign line is never half a synset."""
     shutil.copytree(FIXTURE, tmp_path / "wn")
     with (tmp_path / "wn" / "data.noun").open("a") as file:
         file.write(line + "\n")
@@ -122,6 +125,7 @@ def test_another_file_is_named_by_its_line(tmp_path, line):
 
 
 def test_an_index_of_another_kind_is_named(tmp_path):
+    """The senses are not guessed."""
     shutil.copytree(FIXTURE, tmp_path / "wn")
     (tmp_path / "wn" / "index.noun").write_text("word n x\n")
     with pytest.raises(DataError, match=r"index\.noun: line 1"):
@@ -184,6 +188,7 @@ def test_a_data_set_without_answers_is_refused(tmp_path, row):
 
 
 def test_a_file_with_neither_column_is_refused(tmp_path):
+    """Not as a data set without answers, which would be another mistake."""
     with pytest.raises(DataError, match="questions' column = 'prompt'"):
         read_examples(write(tmp_path / "own.jsonl", [{"said": "x"}]))
 
@@ -198,4 +203,5 @@ def test_what_is_written_is_what_a_site_reads(tmp_path):
 
 @pytest.mark.parametrize("other", ["what is  a CAT?", "What is a cat", " “What is a cat”!"])
 def test_one_question_in_other_letters_is_one_question(other):
+    """Case, space and final punctuation do not count; other characters do."""
     assert (Question(other, "x").key == Question("What is a cat?", "y").key) is ("“" not in other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.reproduction.questions import Question
@@ -18,6 +18,7 @@ def questions(count: int, labels: str = "a") -> list[Question]:
     return [Question(f"What is {i}?", f"number {i}", labels[i % len(labels)]) for i in range(count)]
 
 
+@settings(deadline=None)
 @given(count=st.integers(10, 200), seed=st.integers(0, 2**63 - 1))
 def test_every_question_is_on_exactly_one_side(count, seed):
     """70/10/20, whatever the seed; a second row of one question is on no side."""
@@ -66,6 +67,7 @@ def test_chosen_labels_may_share_equally():
 
 
 def test_questions_without_labels_have_subsets_too():
+    """They are one stratum."""
     rows = [Question(f"What is {i}?", "x") for i in range(20)]
     assert len(subset(rows, 5, 1)) == 5
 
@@ -91,5 +93,6 @@ def test_a_drawn_set_is_split_like_any_other():
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, error, says):
+    """The rule and the counts are named."""
     with pytest.raises(error, match=says):
         subset(questions(100, "aaaaabbbcc"), seed=1, **arguments)
