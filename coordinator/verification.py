@@ -26,7 +26,7 @@ from coordinator.selection import select
 from coordinator.server_optimizer import StateFiles
 from shared import topology
 from shared.codecs import get_codec
-from shared.config import FederationConfig, parse
+from shared.config import FederationConfig
 from shared.delta_file import DeltaHeader, check_delta
 from shared.errors import (
     DecodeError,
@@ -101,7 +101,7 @@ class _Verifier:
 
     def _settings(self) -> FederationConfig:
         record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
-        config = parse(FederationConfig, record.config, key)
+        config = FederationConfig.from_record(record.config, key)
         if config.digest != record.digest:
             self._expect(0, key, "digest", record.digest, config.digest)
         return config

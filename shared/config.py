@@ -336,13 +336,50 @@ class FederationConfig(Section):
         return self
 
     def recorded(self) -> dict[str, Any]:
-        """What goes into the ledger: all that can change the result, nothing about this machine."""
-        return self.model_dump(mode="json", exclude={"broker", "store", "simulation"})
+        """What goes into the ledger: all that can change the result, nothing about this machine.
+
+        What does as a release that did not have the setting is left out.
+        """
+        values = self.model_dump(mode="json", exclude={"broker", "store", "simulation"})
+        for table, before in _BEFORE.items():
+            for name, value in before.items():
+                if values[table][name] == value:
+                    del values[table][name]
+            if not values[table]:
+                del values[table]
+        return values
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any], source: str) -> FederationConfig:
+        """The config that :meth:`recorded` gave, here or in an earlier release.
+
+        Raises ConfigError that names ``source``.
+        """
+        tables = dict(values)
+        for table, before in _BEFORE.items():
+            given = values.get(table, {})
+            tables[table] = {**before, **given} if isinstance(given, dict) else given
+        return parse(cls, tables, source)
 
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON of :meth:`recorded`."""
         return hashlib.sha256(canonical_json(self.recorded())).hexdigest()
+
+
+# Settings that came later, and what every run did before there were any: so the records of those
+# runs keep their meaning and their digest.
+_BEFORE: dict[str, dict[str, Any]] = {
+    "lora": {"scaling": "classic", "ranks": {}},
+    "training": {"proximal_mu": 0.0},
+    "aggregation": {
+        "averaging": "fedavg",
+        "rule": "mean",
+        "assumed_bad": 1,
+        "clip_to_median": "off",
+    },
+    "server": ServerSection().model_dump(mode="json"),
+}
 
 
 class SiteSection(Section):

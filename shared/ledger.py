@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from shared import topology
-from shared.config import FederationConfig, canonical_json, parse
+from shared.config import FederationConfig, canonical_json
 from shared.errors import (
     FencedError,
     LedgerDamagedError,
@@ -144,7 +144,7 @@ class Ledger:
     def config(self) -> FederationConfig:
         """The run's config as recorded. Raises RunNotFoundError, LedgerDamagedError."""
         record = self.federation()
-        config = parse(FederationConfig, record.config, topology.federation_key(self.run))
+        config = FederationConfig.from_record(record.config, topology.federation_key(self.run))
         if config.digest != record.digest:
             raise LedgerDamagedError(
                 f"{topology.federation_key(self.run)}: the config does not have its digest "

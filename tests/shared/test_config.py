@@ -202,7 +202,7 @@ def test_the_recorded_config_reads_back_with_the_same_digest():
         training={"local_steps": 3},
         aggregation={"max_delta_norm": 0.1},
     )
-    again = parse(FederationConfig, config.recorded(), "ledger")
+    again = FederationConfig.from_record(config.recorded(), "ledger")
     assert again.digest == config.digest
     assert again == config
 
@@ -305,3 +305,19 @@ def test_a_config_is_frozen(name):
     """Nobody alters it on the way."""
     with pytest.raises(ValueError, match="frozen"):
         setattr(federation().run, name, 3)
+
+
+def test_a_record_of_before_a_setting_keeps_its_meaning_and_its_digest():
+    """An upgrade neither clips the deltas of an older run nor doubts its record."""
+    plain = federation(aggregation={"clip_to_median": "off"})
+    recorded = plain.recorded()
+    assert "server" not in recorded
+    assert recorded["aggregation"] == {"weights": "equal", "max_delta_norm": None}
+    again = FederationConfig.from_record(recorded, "ledger")
+    assert again.aggregation.clip_to_median == "off"
+    assert again.digest == plain.digest
+    clipped = federation()
+    assert clipped.recorded()["aggregation"]["clip_to_median"] == 3.0
+    assert FederationConfig.from_record(clipped.recorded(), "ledger") == clipped
+    with pytest.raises(ConfigError, match="aggregation"):
+        FederationConfig.from_record({**recorded, "aggregation": 3}, "ledger")
