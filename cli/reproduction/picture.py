@@ -32,7 +32,7 @@ def draw_losses(figures: Sequence[ArmFigures], path: Path) -> None:
     grid = picture.subplots(len(sizes), len(SHOWN), squeeze=False)
     for line, size in zip(grid, sizes, strict=True):
         for axes, (name, title) in zip(line, SHOWN.items(), strict=True):
-            for arm, word in ARMS.items():
+            for index, (arm, word) in enumerate(ARMS.items()):
                 mine = [f for f in figures if (f.batch_size, f.arm) == (size, arm) and f.rounds]
                 curves = [[getattr(one, name) for one in f.rounds] for f in mine]
                 if not curves or any(value is None for curve in curves for value in curve):
@@ -40,10 +40,12 @@ def draw_losses(figures: Sequence[ArmFigures], path: Path) -> None:
                 spread = [mean_and_sd(values) for values in zip(*curves, strict=True)]
                 numbers = [one.round for one in mine[0].rounds]
                 means = [mean for mean, _ in spread]
-                axes.plot(numbers, means, marker=".", label=word)
+                colour = f"C{index}"  # an arm has one in all axes
+                axes.plot(numbers, means, marker=".", label=word, color=colour)
+                axes.set_xticks(numbers)
                 low = [mean - (sd or 0.0) for mean, sd in spread]
                 high = [mean + (sd or 0.0) for mean, sd in spread]
-                axes.fill_between(numbers, low, high, alpha=0.15)
+                axes.fill_between(numbers, low, high, alpha=0.15, color=colour)
             if name == "test_nll":
                 base = [
                     f.losses["test"]["nll"]
