@@ -13,17 +13,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Of two norms nobody can say which one is unusual; of one there is nothing to compare it with.
-LEAST_DELTAS: Final = 3
+LEAST_SITES: Final = 3
 
 
-def scales(limit: float | Literal["off"], norms: Mapping[str, float]) -> dict[str, float]:
-    """What each delta is multiplied by, in name order: min(1, limit x median(norms) / norm).
+def scales(
+    limit: float | Literal["off"],
+    norms: Mapping[str, float],
+    sites: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """What each delta is multiplied by, in name order: min(1, limit x median / norm).
 
-    ``norms``: L2 of the deltas that a round counts, by label. Exactly 1.0 where nothing is clipped:
-    with ``limit`` "off", with fewer than three deltas, and where the median is 0 (most sites did
+    ``norms``: L2 of the deltas that a round counts, by label. ``sites``: whose each is; None: each
+    a site's own. The median is over sites, a site's norm the median of its own: one that hands in
+    several late deltas together must not say what is usual. Exactly 1.0 where nothing is clipped:
+    with ``limit`` "off", with fewer than three sites, and where the median is 0 (most sites did
     not move at all, so there is no usual norm, and a factor of 0 would silence those that did).
     """
-    median = statistics.median(norms.values()) if len(norms) >= LEAST_DELTAS else 0.0
+    own: dict[str, list[float]] = {}
+    for label, norm in norms.items():
+        own.setdefault(sites[label] if sites else label, []).append(norm)
+    usual = [statistics.median(values) for values in own.values()]
+    median = statistics.median(usual) if len(usual) >= LEAST_SITES else 0.0
     if limit == "off" or median == 0:
         return dict.fromkeys(sorted(norms), 1.0)
     bound = limit * median

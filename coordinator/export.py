@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.inspection import History
-    from shared.config import Averaging
+    from shared.config import FederationConfig
     from shared.store import ObjectStore
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -62,16 +62,24 @@ def export_adapter(
     return Exported(number, record.adapter_sha, target)
 
 
-def _joined(averaging: Averaging) -> str:
-    if averaging == "svd":
+# What each rule takes of the deltas, for the model card.
+_TAKEN = {
+    "mean": "the weighted mean of the participants' deltas",
+    "trimmed-mean": "the trimmed mean of the participants' deltas",
+    "median": "the median of the participants' deltas, value by value",
+    "multi-krum": "the mean of those participants' deltas that multi-Krum takes",
+}
+
+
+def _joined(config: FederationConfig) -> str:
+    if config.aggregation.averaging == "svd":
         return (
             "each round's global adapter is the best fit of its rank to the weighted mean of the "
             "participants' products BA"
         )
-    return (
-        "each round's global adapter is the one before plus the weighted mean of the "
-        "participants' deltas"
-    )
+    taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
+    step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
+    return f"each round's global adapter is the one before plus {step}"
 
 
 def _why_missing(run: str, store: ObjectStore, key: str) -> str:
@@ -103,7 +111,7 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
                 f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}, scaling "
                 f"{config.lora.scaling}) trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
-                f"No text left its site; {_joined(config.aggregation.averaging)}."
+                f"No text left its site; {_joined(config)}."
             ),
             "",
             f"- Adapter sha256: `{record.adapter_sha}`",

@@ -362,8 +362,10 @@ def clips(
     section: AggregationSection, counted: Iterable[AcceptedRecord], number: int
 ) -> dict[str, float]:
     """What each delta is scaled down by in round ``number``, by its label there; 1 if it is not."""
-    norms = {delta_label(record.site, record.round, number): record.norm for record in counted}
-    return scales(section.clip_to_median, norms)
+    labelled = {delta_label(record.site, record.round, number): record for record in counted}
+    norms = {label: record.norm for label, record in labelled.items()}
+    sites = {label: record.site for label, record in labelled.items()}
+    return scales(section.clip_to_median, norms, sites)
 
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:

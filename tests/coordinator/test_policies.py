@@ -112,12 +112,24 @@ def test_fresh_deltas_weigh_exactly_what_they_did():
 
 
 def test_a_carried_delta_is_clipped_by_its_own_label():
-    """Norms 1, 1 and 8 of one round's three deltas: the bound is 3, so b's old one counts 3/8."""
-    old = accepted("b", 2, "x").model_copy(update={"norm": 8.0})
-    records = [accepted("a", 5, "x"), accepted("b", 5, "x"), old]
-    assert clips(AggregationSection(), records, 5) == {"a": 1.0, "b": 1.0, "b@2": 0.375}
+    """Sites' norms 1, 1 and 2 (of 1 and 3): the bound is 1.5, so c's old one counts 1.5 / 3."""
+    old = accepted("c", 2, "x").model_copy(update={"norm": 3.0})
+    records = [*(accepted(site, 5, "x") for site in "abc"), old]
+    section = AggregationSection(clip_to_median=1.5)
+    assert clips(section, records, 5) == {"a": 1.0, "b": 1.0, "c": 1.0, "c@2": 0.5}
     off = AggregationSection(clip_to_median="off")
     assert set(clips(off, records, 5).values()) == {1.0}
+
+
+def test_a_site_with_many_late_deltas_does_not_say_which_norm_is_usual():
+    """Site c hands in five at once, each 1000 times too long: every one is clipped to 3."""
+    late = [accepted("c", n, "x").model_copy(update={"norm": 1000.0}) for n in range(1, 6)]
+    records = [accepted("a", 5, "x"), accepted("b", 5, "x"), *late]
+    found = clips(AggregationSection(), records, 5)
+    assert (found.pop("a"), found.pop("b")) == (1.0, 1.0)
+    assert set(found.values()) == {0.003}
+    # of two sites nobody can say which is unusual, however many deltas they have
+    assert set(clips(AggregationSection(), records[1:], 5).values()) == {1.0}
 
 
 def test_an_adaptive_deadline_by_hand():

@@ -104,6 +104,8 @@ def test_the_state_is_shown_and_not_exported(finished, tmp_path):
     exported = export_adapter(history, store_of(finished), tmp_path / "out", None)
     assert exported.sha == last.adapter_sha
     assert not any("state" in path.name for path in (tmp_path / "out").iterdir())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "plus the step that fedadam makes of the weighted mean of the" in card
 
 
 # Kills ------------------------------------------------------------

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cli import follow
 from cli.main import app
+from coordinator.export import export_adapter
 from coordinator.inspection import History, show_round, summarise_round
 from shared import topology
 from shared.config import canonical_json
@@ -102,6 +103,22 @@ def test_a_rule_keeps_the_run_near_the_clean_one(tmp_path, clean, rule, attack):
 def _attacked(folder, attack, **aggregation):
     settings = config(aggregation=aggregation)
     return federations.run(settings, folder, sites_with(settings, attack=attack))
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("mean", "plus the weighted mean of the participants' deltas."),
+        ("trimmed-mean", "plus the trimmed mean of the participants' deltas."),
+        ("median", "plus the median of the participants' deltas, value by value."),
+        ("multi-krum", "plus the mean of those participants' deltas that multi-Krum takes."),
+    ],
+)
+def test_the_model_card_says_what_was_added(tmp_path, rule, says):
+    _attacked(tmp_path, "noise", rule=rule)
+    history = History(store_of(tmp_path), "test")
+    exported = export_adapter(history, store_of(tmp_path), tmp_path / "out", None)
+    assert says in (exported.path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("attack", ["noise", "constant", "flipped"])
