@@ -188,3 +188,22 @@ def test_verify_knows_what_a_quorum_may_decide(tmp_path, record, change, problem
         key.endswith("closing.json" if record == "closing" else "opened.json") and problem in what
         for key, what in found
     ), found
+
+
+@pytest.mark.parametrize("figure", ["exactness_gap", "mean_norm", "step_norm"])
+def test_verify_tells_small_figures_apart(tmp_path, figure):
+    """At real learning rates they are far below 1: twice as much is wrong all the same."""
+    server = {"optimizer": "fedavgm", "learning_rate": 0.5}
+    config = federations.config(rounds=1, server=server)
+    sites = federations.learners(config)
+    for site in sites.values():
+        site.fault = lambda _: lambda _spec, delta: delta * np.float32(1e-7)
+    federations.run(config, tmp_path, sites)
+    assert verify(tmp_path).findings == []
+    path = tmp_path / "store/runs/test/rounds/00001/closed.json"
+    values = json.loads(path.read_text())
+    assert 0 < values[figure] < 5e-7
+    path.chmod(0o644)
+    path.write_text(json.dumps(values | {figure: 2 * values[figure]}))
+    found = verify(tmp_path).findings
+    assert [finding.key for finding in found] == ["runs/test/rounds/00001/closed.json"]
