@@ -32,9 +32,9 @@ DIFFERS: Final[dict[str, str]] = {
         "The paper gives no unit, and its three numbers fit a fixed part of 3.45 beside the "
         "training: mostly the model's loading. Here: seconds of a round without loading the base, "
         "by phase, with participants side by side (the phases are the slowest one's) and in turn "
-        "(all of them). Participants hold out no text here, so none evaluates: adapters are measured "
-        "outside of rounds. Transfer is the run's mean by round. Time in which an interrupted run "
-        "did not run is left out, unless it was aggregating. Peak: resident memory of the one "
+        "(all of them). Participants hold out no text here, so none evaluates: adapters are "
+        "measured outside of rounds. Transfer is the run's mean by round. Time in which an "
+        "interrupted run did not run is left out, unless it was aggregating. Peak: resident memory of the one "
         "process that holds the base, all participants and the coordinator."
     ),
 }

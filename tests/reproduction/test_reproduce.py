@@ -268,8 +268,8 @@ def test_a_folder_belongs_to_its_settings(home, results):
         (("--arms", "base,middle"), "--arms: expected some of base"),
         (("--partition", "dirichlet(much)"), "expected iid, dirichlet(ALPHA)"),
         (("--partition", "by-group"), "expected a group with every question"),
-        (("--seeds", "0"), "0"),
-        (("--seeds", "9" * 20), "1000"),
+        (("--seeds", "0"), "--seeds"),
+        (("--seeds", "9" * 20), "--seeds"),
     ],
 )
 def test_bad_options_end_with_one_line(home, options, says):
