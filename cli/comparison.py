@@ -132,6 +132,22 @@ def phases(counts: Sequence[Mapping[str, float]]) -> list[str]:
     return [phase for phase in (*SITE_PHASES, *others, WAITING, CLOSING) if phase in found]
 
 
+def closing_seconds(history: History, number: int) -> float | None:
+    """From a round's decision to the next one's opening, or the end: the aggregation.
+
+    None while that is not there, and where an operator let the run wait in between. A coordinator
+    that was dead in between is counted: no record says that it was.
+    """
+    closing = history.one(number, ClosingRecord)
+    following = history.one(number + 1, OpenedRecord) or history.finished
+    ends = getattr(following, "time", None)
+    if not isinstance(closing, ClosingRecord) or ends is None:
+        return None
+    if _was_paused(history, closing.time, ends):
+        return None
+    return max(float(ends) - closing.time, 0.0)
+
+
 def _round(history: History, number: int, uploaded: float) -> RoundFacts:
     by_site = history.held_out(number)
     pooled = pool_held_out(by_site.values())
@@ -165,10 +181,9 @@ def _wall_clock(
     # In a buffered run the slowest site may have begun before this round opened.
     rest = closing.time - opened.time - _total(slowest)
     slowest[WAITING] = max(rest, 0.0)
-    following = history.one(number + 1, OpenedRecord) or history.finished
-    ends = getattr(following, "time", None)
-    if ends is not None and not _was_paused(history, closing.time, ends):
-        slowest[CLOSING] = max(ends - closing.time, 0.0)
+    ending = closing_seconds(history, number)
+    if ending is not None:
+        slowest[CLOSING] = ending
     return slowest
 
 

@@ -107,12 +107,11 @@ def _seconds_to_deadline(state: RunState, embedding: Embedding) -> float:
 def _participant(
     server: EmbeddedBroker, embedding: Embedding, name: str, learner: Learner
 ) -> ParticipantRole:
-    traffic = embedding.meter.of(name)
-    broker = MeteredBroker(server.connect(name, site_rights(name)), traffic)
+    broker = MeteredBroker(server.connect(name, site_rights(name)), embedding.meter, name)
     site = Site(
         name=name,
         line=broker,
-        transfer=MeteredTransfer(DirectoryTransfer(embedding.store), traffic),
+        transfer=MeteredTransfer(DirectoryTransfer(embedding.store), embedding.meter, name),
         workspace=Workspace(
             embedding.folder / "sites" / name,
             embedding.checkpoint_seconds.get(name, DEFAULT_SECONDS),

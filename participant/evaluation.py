@@ -13,7 +13,7 @@ import torch
 
 from participant.learning import Progress
 from participant.model.batches import scored_tokens
-from shared.errors import DataError, InterruptedRunError, ModelError
+from shared.errors import DataError, DivergedError, InterruptedRunError
 from shared.manifest import HeldOut
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def evaluate_held_out(
 ) -> HeldOut:
     """Loss of the adapter in ``model``, without dropout and without gradients.
 
-    Raises DataError without examples, ModelError if the loss is not finite, InterruptedRunError
+    Raises DataError without examples, DivergedError if the loss is not finite, InterruptedRunError
     when ``should_stop()`` turns true, checked between batches.
     """
     tokens = sum(scored_tokens(example) for example in examples)
@@ -53,7 +53,9 @@ def evaluate_held_out(
             report(Progress("evaluate", done, len(examples)))
     mean = math.fsum(nll) / tokens
     if not math.isfinite(mean):
-        raise ModelError(f"evaluation: expected a finite loss, got {mean}; the adapter is unusable")
+        raise DivergedError(
+            f"evaluation: expected a finite loss, got {mean}; the adapter is unusable"
+        )
     return HeldOut(nll=mean, tokens=tokens, examples=len(examples))
 
 

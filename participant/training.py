@@ -19,7 +19,7 @@ from participant.learning import Progress, steps_in_round
 from participant.model.batches import scored_tokens
 from participant.optimizer_state import load_optimizer
 from participant.proximal import ProximalTerm
-from shared.errors import DataError, InterruptedRunError, ModelError
+from shared.errors import DataError, DivergedError, InterruptedRunError
 from shared.failpoints import failpoint
 from shared.seeds import derive_seed
 
@@ -116,8 +116,8 @@ def train_round(
     ends early with at least one step done: then the model holds what these steps made of it.
     With ``proximal_mu`` the gradient of FedProx's term is added before clipping, since it is part
     of the objective: gradient norms are of both, losses of the text alone.
-    Raises DataError without examples, ModelError if loss or gradient is not finite or the state
-    does not fit, InterruptedRunError when ``should_stop()`` turns true.
+    Raises DataError without examples, DivergedError if loss or gradient is not finite, ModelError
+    if the state does not fit, InterruptedRunError when ``should_stop()`` turns true.
     """
     if not examples:
         raise DataError("training: expected at least one example, found none")
@@ -252,7 +252,7 @@ def _proximal(
 def _check_finite(nll: float, norm: float, step: int, place: RoundPlace) -> None:
     if math.isfinite(nll) and math.isfinite(norm):
         return
-    raise ModelError(
+    raise DivergedError(
         f"training diverged in step {step + 1} of round {place.number}: loss {nll}, gradient norm "
         f"{norm}; expected finite numbers; lower training.learning_rate or look at the data"
     )

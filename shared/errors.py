@@ -5,6 +5,7 @@
     |- ConfigError             10   federation.toml, site.toml or a command's argument
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
+    |  `- DivergedError        14   a training or an adapter came to a loss that is not finite
     |- MissingPackageError     13   an optional package is not installed
     |- LedgerError             20   the run's records
     |  |- LedgerDamagedError   21   an object of the ledger is missing, torn or altered
@@ -70,6 +71,12 @@ class ModelError(GradualDiffError):
     """The base model cannot be loaded or is not the one the run asks for."""
 
     exit_code = 12
+
+
+class DivergedError(ModelError):
+    """A training or an adapter came to a loss that is no finite number."""
+
+    exit_code = 14
 
 
 class MissingPackageError(GradualDiffError):

@@ -70,8 +70,7 @@ def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:
     """The runs of one arm: one for each participant where it is alone, else one."""
     sizes = preset.reproduce
     sites = site_names(sizes.participants)
-    tag = f"{setting.learning_rate:g}".replace(".", "p").replace("+", "")
-    name = f"{setting.prefix}-{arm}-{tag}"
+    name = f"{setting.prefix}-{arm}-{number_word(setting.learning_rate)}"
     training: dict[str, Any] = {
         "local_steps": sizes.local_steps,
         "batch_size": setting.batch_size,
@@ -97,6 +96,12 @@ def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:
             return [RunPlan(name, arm, sites, setting, tables)]
         case _:
             raise ValueError(f"arm {arm} has no run of its own")
+
+
+def number_word(value: float) -> str:
+    """A number as part of a run's name: short, and no other number's."""
+    short = f"{value:g}"
+    return (short if float(short) == value else repr(value)).replace(".", "p").replace("+", "")
 
 
 def site_names(participants: int) -> tuple[str, ...]:

@@ -102,5 +102,6 @@ class Source:
                 f"Questions: {said}, split by seed {sides.seed}; {sides.duplicates} asked twice. "
                 "The lines of distances (Jensen-Shannon, 0 alike, 1 nothing in common): of the "
                 "participants' words, of the same sizes dealt by chance, of their labels.",
+                keys=2,
             )
         ]

@@ -6,15 +6,15 @@ start goes through the same steps, finds what is there, and goes on where the fi
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cli.reproduction.arms import ARMS, UNTRAINED, RunPlan, Setting, plans
 from cli.reproduction.fedavg import average_weights
-from cli.reproduction.figures import ArmFigures, mean_of, round_figures, traffic
+from cli.reproduction.figures import ArmFigures, largest, mean_of, round_figures, traffic
 from cli.reproduction.measuring import SETS, Measured, Measurements
-from participant.memory import peak_bytes, reset_peak
+from shared.errors import ConfigError, DivergedError
 from shared.records import ClosedRecord
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Chosen:
-    """A learning rate and how it was found: loss on dev, by rate, of seed 1."""
+    """A learning rate and how it was found: loss on dev, by rate, of seed 1; None: diverged."""
 
     rate: float
-    tried: dict[float, float]
+    tried: dict[float, float | None]
     at_edge: bool
 
 
@@ -77,7 +77,11 @@ class Experiment:
                 self.findings.figures.append(self._figures(arm, seed, batch_size))
 
     def _choose(self, arm: str, batch_size: int) -> Chosen:
-        """Climb the grid from its middle for as long as the loss on dev of seed 1 falls."""
+        """Climb the grid from its middle for as long as the loss on dev of seed 1 falls.
+
+        A rate under which the arm diverges is worse than any other. Raises ConfigError where all
+        that were tried are such.
+        """
         grid = self._laboratory.preset.reproduce.learning_rates
         tried: dict[int, float] = {}
 
@@ -85,8 +89,11 @@ class Experiment:
             if at not in tried:
                 self._laboratory.display.say(f"{ARMS[arm]}: learning rate {grid[at]:g}")
                 setting = Setting(1, batch_size, grid[at], self._partition)
-                found = [one.loss("dev").nll for one in self._last_adapters(arm, setting)]
-                tried[at] = sum(found) / len(found)
+                try:
+                    found = [one.loss("dev").nll for one in self._last_adapters(arm, setting)]
+                    tried[at] = sum(found) / len(found)
+                except DivergedError:
+                    tried[at] = math.inf
             return tried[at]
 
         best = len(grid) // 2
@@ -95,9 +102,15 @@ class Experiment:
                 best += direction
         if len(grid) == 1:
             return Chosen(grid[0], {}, at_edge=False)
+        if dev(best) == math.inf:
+            raise ConfigError(
+                f"reproduce.learning_rates: expected one under which the arm {arm} does not "
+                f"diverge, got {', '.join(f'{grid[at]:g}' for at in sorted(tried))}; name lower "
+                "ones, and another --dir"
+            )
         return Chosen(
             grid[best],
-            {grid[at]: loss for at, loss in sorted(tried.items())},
+            {grid[at]: loss if loss < math.inf else None for at, loss in sorted(tried.items())},
             at_edge=best in (0, len(grid) - 1),
         )
 
@@ -106,15 +119,9 @@ class Experiment:
 
     def _runs(self, arm: str, setting: Setting) -> list[tuple[RunPlan, History]]:
         laboratory = self._laboratory
-        found = []
-        for plan in plans(laboratory.preset, arm, setting):
-            memory = laboratory.folder / "runs" / plan.name / "peak.json"
-            reset_peak()
-            history = laboratory.run(plan, self._data_of(setting.seed))
-            if not memory.exists():
-                memory.write_text(json.dumps(peak_bytes()))
-            found.append((plan, history))
-        return found
+        data = self._data_of(setting.seed)
+        chosen = plans(laboratory.preset, arm, setting)
+        return [(plan, laboratory.run(plan, data)) for plan in chosen]
 
     def _last_adapters(self, arm: str, setting: Setting) -> list[Measured]:
         return [
@@ -142,7 +149,7 @@ class Experiment:
         setting = Setting(1, batch_size, 1.0)  # whichever is drawn, it changes nothing
         plan = plans(self._laboratory.preset, "federated", setting)[0]
         measured = self._measurements.of_base(self._laboratory.config(plan))
-        losses, replies = _worth([measured])
+        losses, replies = worth([measured])
         return ArmFigures("base", seed, batch_size, None, (), losses, replies)
 
     def _averaged(
@@ -155,7 +162,7 @@ class Experiment:
         path = folder / f"{plan.name}.safetensors"
         difference = average_weights(history, self._laboratory.store, path, folder)
         self.findings.differences[plan.name] = difference
-        losses, replies = _worth([self._measurements.of_file(path, self._laboratory.config(plan))])
+        losses, replies = worth([self._measurements.of_file(path, self._laboratory.config(plan))])
         return ArmFigures("fedavg", seed, batch_size, rate, (), losses, replies)
 
     def _trained(
@@ -175,7 +182,7 @@ class Experiment:
             test = self._adapter(*runs[0], number).loss("test").nll if alone else None
             rounds.append(round_figures(histories, meters, number, test))
         adapters = [self._adapter(plan, h, h.last_closed) for plan, h in runs]
-        losses, replies = _worth(adapters)
+        losses, replies = worth(adapters)
         up, down = (
             traffic(histories, meters) if arm in ("federated", "recommended") else (None,) * 2
         )
@@ -189,12 +196,12 @@ class Experiment:
             replies,
             up,
             down,
-            _peak(laboratory, runs),
+            largest([laboratory.peak(plan) for plan, _ in runs]),
             tuple(one.sha for one in adapters),
         )
 
 
-def _worth(adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
+def worth(adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Losses and reply scores of the adapters, their means where there are several."""
     losses: dict[str, Any] = {}
     for name in SETS:
@@ -206,7 +213,10 @@ def _worth(adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:
-    """Flat: what was copied is under ``copied_...``, signatures are the first one's."""
+    """Flat: what was copied is under ``copied_...``, signatures are the first one's.
+
+    Means, but of the longest copies the longest.
+    """
     flat = [
         {
             **score.model_dump(mode="json", exclude={"copied", "references_copied"}),
@@ -215,12 +225,5 @@ def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:
         for score in scores
     ]
     texts = {name: value for name, value in flat[0].items() if isinstance(value, str)}
-    return {**mean_of(flat), **texts}
-
-
-def _peak(laboratory: Laboratory, runs: Sequence[tuple[RunPlan, History]]) -> dict[str, int]:
-    found = [
-        json.loads((laboratory.folder / "runs" / plan.name / "peak.json").read_text())
-        for plan, _ in runs
-    ]
-    return {name: max(one.get(name, 0) for one in found) for name in found[0]}
+    longest = {name: max(one[name] for one in flat) for name in flat[0] if "_max_" in name}
+    return {**mean_of(flat), **longest, **texts}

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from shared.records import ClosedRecord, ClosingRecord, FinishedRecord, OpenedRecord
+from cli.comparison import closing_seconds
+from shared.records import ClosedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,13 +24,14 @@ class RoundFigures:
     """One round of an arm.
 
     ``client_nll``: nats per token of the round's training batches, each before its own step, over
-    all participants' own shards. ``parallel``: seconds by phase, the slowest participant's;
-    ``in_turn``: all participants' together. ``cosine``: mean over participants of their delta's
-    with the mean delta.
+    all participants' own shards; ``tokens``: how many those are. ``parallel``: seconds by phase of
+    the participant that took longest; ``in_turn``: all participants' together. ``cosine``: mean
+    over participants of their delta's with the mean delta.
     """
 
     round: int
-    client_nll: float
+    client_nll: float | None
+    tokens: int
     parallel: dict[str, float]
     in_turn: dict[str, float]
     cosine: float | None = None
@@ -61,9 +63,9 @@ class ArmFigures:
         return asdict(self)
 
     @property
-    def total_seconds(self) -> float:
-        """Of all rounds, participants side by side."""
-        return math.fsum(math.fsum(one.parallel.values()) for one in self.rounds)
+    def tokens(self) -> int:
+        """Answer tokens trained on, all rounds and participants."""
+        return sum(one.tokens for one in self.rounds)
 
 
 def round_figures(
@@ -72,10 +74,8 @@ def round_figures(
     """Round ``number`` of an arm's runs: the participants of all of them together."""
     accepted: list[AcceptedRecord] = []
     seconds: list[dict[str, float]] = []
-    aggregating: list[float] = []
     cosines: list[float] = []
     for history, meter in zip(histories, meters, strict=True):
-        aggregating.append(_aggregation(history, number))
         for site, record in history.accepted(number).items():
             accepted.append(record)
             moving = meter.of(site).transfer_seconds / history.last_closed
@@ -83,19 +83,36 @@ def round_figures(
         closed = history.one(number, ClosedRecord)
         if isinstance(closed, ClosedRecord):
             cosines += closed.cosines.values()
-    known = [(r.metrics.train_nll, r.tokens) for r in accepted]
-    tokens = sum(count for _, count in known)
-    phases = {name: [one.get(name, 0.0) for one in seconds] for name in PHASES}
-    parallel = {name: max(values, default=0.0) for name, values in phases.items()}
-    in_turn = {name: math.fsum(values) for name, values in phases.items()}
+    closing = [closing_seconds(history, number) or 0.0 for history in histories]
+    parallel, in_turn = slowest_and_sum(seconds, closing)
+    known = [(r.metrics.train_nll, r.tokens) for r in accepted if r.metrics.train_nll is not None]
+    weight = sum(count for _, count in known)
     return RoundFigures(
         round=number,
-        client_nll=math.fsum((nll or 0.0) * count for nll, count in known) / tokens,
-        parallel={**parallel, "aggregate": max(aggregating)},
-        in_turn={**in_turn, "aggregate": math.fsum(aggregating)},
+        client_nll=math.fsum(nll * n for nll, n in known) / weight if weight else None,
+        tokens=sum(record.tokens for record in accepted),
+        parallel=parallel,
+        in_turn=in_turn,
         cosine=math.fsum(cosines) / len(cosines) if cosines else None,
         test_nll=test_nll,
     )
+
+
+def slowest_and_sum(
+    participants: Sequence[Mapping[str, float]], closing: Sequence[float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds by phase of a round: the slowest participant's, and all of them together.
+
+    ``closing``: the aggregation's, one that all wait for, or one for each who trains alone.
+    """
+    each = closing if len(closing) > 1 else [*closing] * len(participants)
+    whole = [
+        {**{name: one.get(name, 0.0) for name in PHASES}, "aggregate": end}
+        for one, end in zip(participants, each, strict=True)
+    ]
+    slowest = max(whole, key=lambda one: math.fsum(one.values()))
+    in_turn = {name: math.fsum(one[name] for one in whole) for name in PHASES}
+    return slowest, {**in_turn, "aggregate": math.fsum(closing)}
 
 
 def traffic(histories: Sequence[History], meters: Sequence[Meter]) -> tuple[float, float]:
@@ -115,6 +132,12 @@ def mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(one[name] for one in values) / len(values) for name in names}
 
 
+def largest(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The largest of each number that any of ``values`` has."""
+    names = {name for one in values for name in one}
+    return {name: max(one.get(name, 0) for one in values) for name in sorted(names)}
+
+
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None of a single value."""
     mean = math.fsum(values) / len(values)
@@ -125,12 +148,3 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _aggregation(history: History, number: int) -> float:
-    """Seconds from the decision to the next round's opening, or to the end."""
-    closing = history.one(number, ClosingRecord)
-    after = history.one(number + 1, OpenedRecord) or history.finished
-    if isinstance(closing, ClosingRecord) and isinstance(after, OpenedRecord | FinishedRecord):
-        return max(after.time - closing.time, 0.0)
-    return 0.0

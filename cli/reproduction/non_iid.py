@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cli.reproduction.arms import ARMS
+from cli.reproduction.arms import ARMS, number_word
 from cli.reproduction.experiment import Experiment
 from cli.reproduction.tables import ResultTable, spread
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cli.reproduction.data import Source
+    from cli.reproduction.experiment import Findings
     from cli.reproduction.running import Laboratory
 
 PARTITIONED = ("local", "federated", "recommended")  # the others see all text in any case
@@ -20,23 +21,28 @@ PARTITIONED = ("local", "federated", "recommended")  # the others see all text i
 
 def compare_partitions(
     laboratory: Laboratory, source: Source, seeds: Sequence[int], whole: Experiment
-) -> ResultTable:
-    """Dirichlet partitions of the preset's alphas, each with the rates found by ``whole``."""
+) -> tuple[ResultTable, dict[float, Findings]]:
+    """Dirichlet partitions of the preset's alphas, each with the rates found by ``whole``.
+
+    The table, and all that was found by alpha.
+    """
     sizes = laboratory.preset.reproduce
     size = sizes.batch_sizes[0]
     arms = [arm for arm in PARTITIONED if f"b{size} {arm}" in whole.findings.rates]
     central = [arm for arm in ("central-steps", "central-batch") if _has(whole, arm)]
     rows: list[tuple[str, ...]] = []
+    found: dict[float, Findings] = {}
     for alpha in sizes.alphas:
-        name = f"-a{alpha:g}".replace(".", "p")
+        name = f"-a{number_word(alpha)}"
         part = Experiment(laboratory, partial(source.folder, alpha=alpha), name)
         part.run(arms, seeds, size, whole.findings.rates)
+        found[alpha] = part.findings
         cells = [spread(source.distance(seed, alpha) for seed in seeds)]
         cells += [_held_out(part, arm, size) for arm in arms]
         cells += [_held_out(whole, arm, size) for arm in central]
         rows.append((f"{alpha:g}", *cells))
     columns = ("alpha", "distance of texts", *(ARMS[arm] for arm in (*arms, *central)))
-    return ResultTable(
+    table = ResultTable(
         f"Held-out loss where participants' text differs, batch {size}",
         columns,
         rows,
@@ -45,6 +51,7 @@ def compare_partitions(
         "distributions, 0 (equal) to 1. Learning rates are those chosen on the preset's own "
         "partition. Central training sees all text, whatever the partition.",
     )
+    return table, found
 
 
 def _has(experiment: Experiment, arm: str) -> bool:

@@ -25,15 +25,20 @@ DIFFERS: Final[dict[str, str]] = {
         "A loss of 0.11 to 0.31 and a perplexity of 15 to 19 (2.73 to 2.95 nats) cannot be of one "
         "text. Here: exp of the token-weighted loss on held-out text; sacrebleu's corpus BLEU (0 "
         "to 100, and the paper's scale of 0 to 1 beside it) and chrF of greedy replies, on "
-        "held-out prompts and on training prompts apart."
+        "held-out prompts and on training prompts apart. The paper has one number for an arm, "
+        "whatever the batch size."
     ),
     "IV": (
         "The paper gives no unit, and its three numbers fit a fixed part of 3.45 beside the "
         "training: mostly the model's loading. Here: seconds of a round without loading the base, "
-        "by phase, with participants side by side (the slowest counts) and in turn (all of them)."
+        "by phase, with participants side by side (the phases are the slowest one's) and in turn "
+        "(all of them). Participants hold out no text here, so none evaluates: adapters are "
+        "measured outside of rounds. Transfer is the run's mean by round. Time in which an "
+        "interrupted run did not run is left out, unless it was aggregating. Peak: resident memory of the one "
+        "process that holds the base, all participants and the coordinator."
     ),
 }
 CLAIMS: Final = (
     "global + mean(local - global) = mean(local): the rule is FedAvg with equal weights, and "
-    "cannot by itself lower a loss. Both are computed here from the same trainings."
+    "cannot by itself lower a loss."
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cli.plot import new_figure, save_figure
 from cli.reproduction.arms import ARMS
 from cli.reproduction.figures import mean_and_sd
-from shared.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,17 +18,9 @@ SHOWN = {"client_nll": "client training loss", "test_nll": "held-out loss of the
 
 
 def draw_losses(figures: Sequence[ArmFigures], path: Path) -> None:
-    """One row of axes per batch size. Raises MissingPackageError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError(
-            "plotting needs matplotlib; run: pip install 'gradualdiff-fed[plot]'"
-        ) from None
+    """One row of axes per batch size. Raises MissingPackageError, ConfigError on the path."""
     sizes = sorted({one.batch_size for one in figures})
-    picture = Figure(figsize=(10, 4 * len(sizes)), layout="constrained")
-    FigureCanvasAgg(picture)
+    picture = new_figure((10, 4 * len(sizes)))
     grid = picture.subplots(len(sizes), len(SHOWN), squeeze=False)
     for line, size in zip(grid, sizes, strict=True):
         for axes, (name, title) in zip(line, SHOWN.items(), strict=True):
@@ -56,5 +48,6 @@ def draw_losses(figures: Sequence[ArmFigures], path: Path) -> None:
                     axes.axhline(base[0], color="grey", linestyle=":", label=ARMS["base"])
             axes.set(title=f"{title}, batch {size}", xlabel="round", ylabel="nats per answer token")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-    picture.savefig(path, dpi=150)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize="small")
+    save_figure(picture, path, "--dir")

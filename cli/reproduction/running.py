@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from cli.demo_files import write_tables
 from cli.federation import Embedding, run_embedded
 from cli.metering import Meter
+from cli.reproduction.figures import largest
 from cli.reproduction.presets import federation_of
 from coordinator.inspection import History
+from participant.memory import peak_bytes, reset_peak
 from participant.torch_learner import TorchLearner
 from shared.config import DataSection
-from shared.errors import InterruptedRunError
+from shared.errors import DivergedError, RunStuckError
 from shared.files import write_atomically
 
 if TYPE_CHECKING:
@@ -23,10 +25,23 @@ if TYPE_CHECKING:
     from cli.progress import Display
     from cli.reproduction.arms import RunPlan
     from cli.reproduction.presets import Preset
-    from coordinator.state import RunState
+    from participant.learning import Learned
     from participant.model_shelf import ModelShelf
     from shared.config import FederationConfig
     from shared.directory_store import DirectoryStore
+
+
+class _Learner(TorchLearner):
+    """Remembers that its training diverged: of a site's trouble a run only says the words."""
+
+    diverged: DivergedError | None = None
+
+    def learn(self, *args: Any, **named: Any) -> Learned:
+        try:
+            return super().learn(*args, **named)
+        except DivergedError as error:
+            self.diverged = error
+            raise
 
 
 @dataclass
@@ -39,35 +54,43 @@ class Laboratory:
     display: Display
     should_stop: Callable[[], bool]
     shelf: ModelShelf
-    again: str
 
     def run(self, plan: RunPlan, data: Path) -> History:
         """Bring the run to its end, or find it there. ``data``: folder with SITE.jsonl of each.
 
-        Raises InterruptedRunError naming the command that goes on, and what the run raises.
+        Raises DivergedError if a participant's training did, now or at an earlier start, and what
+        the run raises.
         """
         config = self.config(plan)
-        home = self.folder / "runs" / plan.name
+        home = self._home(plan)
         home.mkdir(parents=True, exist_ok=True)
+        diverged = home / "diverged.txt"
+        if diverged.exists():
+            raise DivergedError(diverged.read_text(encoding="utf-8"))
         self._write_settings(config, plan, data, home)
         if not self._is_finished(plan.name):
-            meter = self._meter(plan.name)
+            reset_peak()
+            meter = self.traffic(plan)
+            meter.changed = lambda: self._save(plan, meter)
+            learners = self._learners(plan, data)
             embedding = Embedding(
                 store=self.store,
                 folder=home,
                 report=self.display.report,
-                moved=lambda state: self._moved(state, home, meter),
+                moved=self.display.moved,
                 should_stop=self.should_stop,
                 meter=meter,
             )
             try:
-                run_embedded(config, self._learners(plan, data), embedding)
-            except InterruptedRunError:
-                raise InterruptedRunError(
-                    f"run {plan.name} was stopped; nothing finished is lost. "
-                    f"Go on with: {self.again}"
-                ) from None
-            self._save(home, meter)
+                run_embedded(config, learners, embedding)
+            except RunStuckError:
+                reason = next((one.diverged for one in learners.values() if one.diverged), None)
+                if reason is None:
+                    raise
+                said = f"run {plan.name}: {reason}"
+                write_atomically(diverged, said.encode())
+                raise DivergedError(said) from None
+            self._save(plan, meter)
         return History(self.store, plan.name)
 
     def config(self, plan: RunPlan) -> FederationConfig:
@@ -81,28 +104,33 @@ class Laboratory:
         return federation_of(self.preset, run, plan.tables)
 
     def traffic(self, plan: RunPlan) -> Meter:
-        """What the sites of a run sent and fetched."""
-        return self._meter(plan.name)
+        """What the sites of a run sent and fetched so far, at all starts."""
+        path = self._home(plan) / "traffic.json"
+        return Meter.from_json(json.loads(path.read_text())) if path.exists() else Meter()
+
+    def peak(self, plan: RunPlan) -> dict[str, int]:
+        """The most memory that this process needed while the run went on, at any start."""
+        path = self._home(plan) / "peak.json"
+        found: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        return found
+
+    def _home(self, plan: RunPlan) -> Path:
+        return self.folder / "runs" / plan.name
 
     def _is_finished(self, run: str) -> bool:
         from shared.ledger import list_runs
 
         return run in list_runs(self.store) and History(self.store, run).finished is not None
 
-    def _learners(self, plan: RunPlan, data: Path) -> dict[str, TorchLearner]:
-        return {site: TorchLearner(site, site_data(site), data, self.shelf) for site in plan.sites}
+    def _learners(self, plan: RunPlan, data: Path) -> dict[str, _Learner]:
+        return {site: _Learner(site, site_data(site), data, self.shelf) for site in plan.sites}
 
-    def _moved(self, state: RunState, home: Path, meter: Meter) -> None:
-        self.display.moved(state)
-        self._save(home, meter)
-
-    def _meter(self, run: str) -> Meter:
-        """The counts so far: a run that was interrupted goes on counting."""
-        path = self.folder / "runs" / run / "traffic.json"
-        return Meter.from_json(json.loads(path.read_text())) if path.exists() else Meter()
-
-    def _save(self, home: Path, meter: Meter) -> None:
-        write_atomically(home / "traffic.json", json.dumps(meter.as_json(), indent=1).encode())
+    def _save(self, plan: RunPlan, meter: Meter) -> None:
+        """What was counted, at once: a process that is killed takes nothing of it along."""
+        peak = largest([self.peak(plan), peak_bytes()])
+        for name, values in (("traffic", meter.as_json()), ("peak", peak)):
+            path = self._home(plan) / f"{name}.json"
+            write_atomically(path, json.dumps(values, indent=1).encode())
 
     def _write_settings(
         self, config: FederationConfig, plan: RunPlan, data: Path, home: Path

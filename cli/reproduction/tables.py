@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cli.reproduction import paper
 from cli.reproduction.arms import ARMS
@@ -18,29 +18,42 @@ if TYPE_CHECKING:
     from cli.reproduction.experiment import Findings
 
 DASH = "-"
+BY_ARM: tuple[str, ...] = ("arm", "batch")
+EQUAL_BATCHES = (
+    "All arms train on as many examples; answer tokens differ a little, as the examples do that "
+    "an arm's order puts into them."
+)
+OF_LOCAL = (
+    "Of participants alone every figure is the mean over them: of their perplexities, not exp of "
+    "their mean loss."
+)
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of text cells. ``note``: what differs from the paper, or what it means."""
+    """A table of text cells. ``note``: what differs from the paper, or what it means.
+
+    ``keys``: so many columns, the first ones, say which row it is.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]] = field(default_factory=list)
     note: str = ""
+    keys: int = 1
 
     def markdown(self) -> str:
         """A heading, the table, its note."""
         lines = [f"### {self.title}", "", "| " + " | ".join(self.columns) + " |"]
         lines.append("|" + "|".join([" --- ", *(" ---: " for _ in self.columns[1:])]) + "|")
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(map(_in_markdown, row)) + " |" for row in self.rows]
         return "\n".join([*lines, "", self.note, ""] if self.note else [*lines, ""])
 
 
 def make_tables(findings: Findings, model_bytes: int) -> list[ResultTable]:
-    """Every table. ``model_bytes``: of the full base model in fp16."""
+    """Every table that has a row. ``model_bytes``: of the full base model in fp16."""
     groups = _groups(findings.figures)
-    return [
+    tables = [
         _rates(findings),
         _losses(groups),
         _texts(groups),
@@ -49,18 +62,26 @@ def make_tables(findings: Findings, model_bytes: int) -> list[ResultTable]:
         _traffic(groups, model_bytes),
         _differences(findings, groups),
     ]
+    return [table for table in tables if table.rows]
 
 
 def as_csv(tables: Iterable[ResultTable]) -> str:
-    """All tables as rows of table, row, column, value."""
+    """All tables, a cell in a line. A row is named by its keys: ``arm=local only, batch=4``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("table", "arm", "column", "value"))
+    writer.writerow(("table", "row", "column", "value"))
     for table in tables:
         for row in table.rows:
-            for column, value in zip(table.columns[1:], row[1:], strict=True):
-                writer.writerow((table.title, row[0], column, value))
+            named = [*zip(table.columns, row, strict=True)]
+            key = ", ".join(f"{column}={cell}" for column, cell in named[: table.keys])
+            for column, value in named[table.keys :]:
+                writer.writerow((table.title, key, column, value))
     return text.getvalue()
+
+
+def _in_markdown(cell: str) -> str:
+    """A label is the user's text: it may hold what would end the cell or the line."""
+    return " ".join(cell.replace("|", "\\|").split())
 
 
 Groups = dict[tuple[int, str], list[ArmFigures]]
@@ -87,22 +108,33 @@ def spread(values: Iterable[float | None], digits: int = 3) -> str:
     return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
 
 
-def _per(groups: Groups, row: Callable[[int, str, list[ArmFigures]], tuple[str, ...]]) -> Any:
-    return [(ARMS[arm], str(size), *row(size, arm, mine)) for (size, arm), mine in groups.items()]
+def _by_arm(
+    title: str,
+    columns: tuple[str, ...],
+    groups: Groups,
+    row: Callable[[int, str, list[ArmFigures]], tuple[str, ...]],
+    note: str,
+) -> ResultTable:
+    rows = [(ARMS[arm], str(size), *row(size, arm, mine)) for (size, arm), mine in groups.items()]
+    return ResultTable(title, columns, rows, note, keys=len(BY_ARM))
 
 
 def _rates(findings: Findings) -> ResultTable:
     rows: list[tuple[str, ...]] = []
     for key, chosen in findings.rates.items():
         size, arm = key.split(" ")
-        tried = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in chosen.tried.items()) or DASH
+        tried = ", ".join(
+            f"{rate:g}: {'diverged' if loss is None else format(loss, '.3f')}"
+            for rate, loss in chosen.tried.items()
+        )
         edge = "at the edge of the grid" if chosen.at_edge else ""
-        rows.append((ARMS[arm], size.removeprefix("b"), f"{chosen.rate:g}", tried, edge))
+        rows.append((ARMS[arm], size.removeprefix("b"), f"{chosen.rate:g}", tried or DASH, edge))
     return ResultTable(
         "Learning rates, chosen on dev with seed 1",
-        ("arm", "batch", "chosen", "tried: loss on dev", ""),
+        (*BY_ARM, "chosen", "tried: loss on dev", "remark"),
         rows,
         "The grid is climbed from its middle for as long as the loss on dev falls.",
+        keys=len(BY_ARM),
     )
 
 
@@ -114,12 +146,13 @@ def _losses(groups: Groups) -> ResultTable:
             f"{known[0]} → {known[1]}" if known else DASH,
             spread(one.rounds[0].client_nll for one in trained),
             spread(one.rounds[-1].client_nll for one in trained),
+            spread((one.tokens for one in trained), 0),
             *(spread(one.losses[name]["nll"] for one in mine) for name in ("train", "dev", "test")),
         )
 
-    columns: tuple[str, ...] = ("arm", "batch", "paper: first → last round", "client, first round")
-    columns += ("client, last round", "all training text", "dev", "held-out")
-    return ResultTable("Table II: loss", columns, _per(groups, row), paper.DIFFERS["II"])
+    columns = (*BY_ARM, "paper: first → last round", "client, first round", "client, last round")
+    columns += ("tokens trained on", "all training text", "dev", "held-out")
+    return _by_arm("Table II: loss", columns, groups, row, f"{paper.DIFFERS['II']} {EQUAL_BATCHES}")
 
 
 def _texts(groups: Groups) -> ResultTable:
@@ -129,7 +162,7 @@ def _texts(groups: Groups) -> ResultTable:
         replies = [one.replies["test"] for one in mine]
         return (
             str(paper.PERPLEXITY.get(arm, DASH)),
-            spread(one["perplexity"] for one in test),
+            spread(one.get("perplexity") for one in test),
             spread((one["nll_per_byte"] for one in test), 4),
             str(paper.BLEU.get(arm, DASH)),
             spread((one["bleu"] for one in replies), 2),
@@ -138,35 +171,40 @@ def _texts(groups: Groups) -> ResultTable:
             spread((one.replies["train"]["bleu"] for one in mine), 2),
         )
 
-    columns: tuple[str, ...] = ("arm", "batch", "paper: perplexity", "perplexity", "nats per byte")
+    columns = (*BY_ARM, "paper: perplexity", "perplexity", "nats per byte")
     columns += ("paper: BLEU", "BLEU", "BLEU, 0 to 1", "chrF", "BLEU on training prompts")
     signature = next(iter(groups.values()))[0].replies["test"].get("bleu_signature", "")
-    note = f"{paper.DIFFERS['III']} BLEU's signature: `{signature}`."
-    return ResultTable("Table III: text, held out", columns, _per(groups, row), note)
+    note = f"{paper.DIFFERS['III']} {OF_LOCAL} BLEU's signature: `{signature}`."
+    return _by_arm("Table III: text, held out", columns, groups, row, note)
 
 
 def _copies(groups: Groups) -> ResultTable:
-    names = ("copied_mean_characters", "copied_max_characters", "copied_copied")
+    names = {"copied_mean_characters": 2, "copied_max_characters": 0, "copied_copied": 2}
 
     def row(size: int, arm: str, mine: list[ArmFigures]) -> tuple[str, ...]:
         del size, arm
         sides = (one for name in ("test", "train") for one in [[m.replies[name] for m in mine]])
-        return tuple(spread((r[n] for r in side), 2) for side in sides for n in names)
+        return tuple(
+            spread((r[name] for r in side), digits)
+            for side in sides
+            for name, digits in names.items()
+        )
 
     columns = (
-        "arm",
-        "batch",
+        *BY_ARM,
         *(
             f"{text}: {what}"
             for text in ("held-out", "training")
             for what in ("mean", "longest", "share ≥ 50")
         ),
     )
-    return ResultTable(
+    return _by_arm(
         "Longest substring of a reply that stands in a training answer, in characters",
         columns,
-        _per(groups, row),
-        "A figure for memorisation: how much of what it says a model has copied.",
+        groups,
+        row,
+        "A figure for memorisation: how much of what it says a model has copied. The longest of "
+        "participants alone is that of any of them.",
     )
 
 
@@ -185,18 +223,8 @@ def _seconds(groups: Groups) -> ResultTable:
             spread((one.peak_bytes.get("resident", 0) / 1e6 for one in mine), 0),
         )
 
-    columns: tuple[str, ...] = (
-        "arm",
-        "batch",
-        "paper: time per round",
-        "side by side",
-        "in turn",
-        *PHASES,
-    )
-    columns += ("peak MB",)
-    return ResultTable(
-        "Table IV: seconds per round", columns, _per(trained, row), paper.DIFFERS["IV"]
-    )
+    columns = (*BY_ARM, "paper: time per round", "side by side", "in turn", *PHASES, "peak MB")
+    return _by_arm("Table IV: seconds per round", columns, trained, row, paper.DIFFERS["IV"])
 
 
 def _traffic(groups: Groups, model_bytes: int) -> ResultTable:
@@ -213,12 +241,15 @@ def _traffic(groups: Groups, model_bytes: int) -> ResultTable:
             spread((model_bytes / one for one in up), 1),
         )
 
-    columns = ("arm", "batch", "MB up", "MB down", "full model in fp16, MB", "times below it")
-    return ResultTable(
+    columns = (*BY_ARM, "MB up", "MB down", "full model in fp16, MB", "times below it (up)")
+    return _by_arm(
         "Bytes of one participant in one round, objects and messages",
         columns,
-        _per(moving, row),
-        "Counted where a site fetches, uploads, sends and receives.",
+        moving,
+        row,
+        "Counted where a site fetches, uploads, sends and receives: all of a run, the last "
+        "adapter's fetch after the last round and what an interruption made it move twice "
+        "included, by rounds and participants.",
     )
 
 
@@ -235,10 +266,14 @@ def _differences(findings: Findings, groups: Groups) -> ResultTable:
     largest = max(findings.differences.values(), default=None)
     note = paper.CLAIMS
     if largest is not None:
-        note += f" Largest difference of an element over all rounds and seeds: {largest:.3g}."
+        note += (
+            " Both are computed here from the same trainings. Largest difference of an element "
+            f"over all rounds and seeds: {largest:.3g}."
+        )
     return ResultTable(
         "Held-out loss against GradualDiff-Fed, paired by seed",
-        ("arm", "batch", "nats", "%"),
+        (*BY_ARM, "nats", "%"),
         rows,
         note,
+        keys=len(BY_ARM),
     )

@@ -104,7 +104,7 @@ def js_distance(counts: Sequence[Mapping[str, int]]) -> float | None:
     mixture = _entropy([math.fsum(terms) for terms in mixed.values()])
     apart = math.fsum(_entropy(list(share.values())) for share in shares) / len(counts)
     divergence = (mixture - apart) / math.log2(len(counts))
-    return math.sqrt(min(max(divergence, 0.0), 1.0))  # rounding may leave -1e-17
+    return math.sqrt(min(max(0.0, divergence), 1.0))  # rounding may leave -1e-17
 
 
 def _entropy(shares: Sequence[float]) -> float:

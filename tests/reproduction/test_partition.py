@@ -240,3 +240,7 @@ def test_the_table_in_the_docs_is_what_wordnet_gives():
         found.append(f"| `{name}` | {numbers} | {size} |")
     page = PAGE.read_text()
     assert [row for row in found if row not in page] == []
+
+
+def test_alike_is_zero_and_not_minus_zero():
+    assert str(js_distance([{"a": 3}, {"a": 5}])) == "0.0"

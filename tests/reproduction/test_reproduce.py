@@ -1,12 +1,17 @@
 """The whole command over the tiny model: every arm, its tables, and going on after a stop."""
 
 import json
+import shlex
+import signal
 import subprocess
 import sys
+from importlib import util
 
 import pytest
 
+from cli.reproduce import reproduce
 from cli.reproduction.arms import ARMS
+from shared.errors import MissingPackageError
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -104,6 +109,45 @@ def test_the_best_rate_is_chosen(results):
         assert tried[chosen["rate"]] == min(tried.values())
 
 
+def test_the_json_has_what_the_tables_have(home, results):
+    """Also the partitions: no number is in the Markdown alone."""
+    text = (home / "whole" / "results.md").read_text()
+    for table in results["tables"]:
+        assert f"### {table['title']}" in text
+        for row in table["rows"]:
+            assert "| " + " | ".join(row) + " |" in text
+    arms = results["partitions"]["0.1"]["arms"]
+    assert {(one["arm"], one["seed"]) for one in arms} == {
+        (arm, seed) for arm in ("local", "federated", "recommended") for seed in (1, 2)
+    }
+
+
+def test_arms_of_a_seed_begin_with_one_adapter(home, results):
+    from coordinator.inspection import History
+    from shared.directory_store import DirectoryStore
+    from shared.ledger import list_runs
+    from shared.records import GenesisRecord
+
+    store = DirectoryStore(home / "whole" / "store")
+    found = {}
+    for run in list_runs(store):
+        genesis = History(store, run).one(0, GenesisRecord)
+        found.setdefault(run.split("-")[0], set()).add(genesis.adapter_sha)
+    assert sorted(found) == ["s1", "s2"]
+    assert all(len(adapters) == 1 for adapters in found.values())
+    assert found["s1"] != found["s2"]
+
+
+def test_arms_train_on_about_as_many_tokens(results):
+    tokens = {
+        (one["arm"], one["seed"]): sum(r["tokens"] for r in one["rounds"])
+        for one in results["arms"]
+        if one["rounds"]
+    }
+    for (arm, seed), count in tokens.items():
+        assert count == pytest.approx(tokens["federated", seed], rel=0.15), arm
+
+
 def test_files_are_written(home, results):
     folder = home / "whole"
     text = (folder / "results.md").read_text()
@@ -152,6 +196,65 @@ def test_a_kill_costs_nothing_that_was_finished(home, results):
         assert one["losses"] == other["losses"]
 
 
+def test_a_stop_while_measuring_names_a_command_that_goes_on(home):
+    """A folder with a space in its name, stopped outside of any run."""
+    words = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(home / "tiny.toml")]
+    words += ["--data", str(home / "text.jsonl"), "--dir", str(home / "a folder")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
+        said = ""
+        for line in p.stderr:
+            said += line
+            if "loss on dev" in line:
+                p.send_signal(signal.SIGINT)
+                break
+        said += p.stderr.read()
+    assert p.returncode == 130, said
+    again = shlex.split(said.split("Go on with: ")[1])
+    assert again[0] == "gradualdiff"
+    assert again[1:] == words[3:]
+
+
+def test_a_rate_that_diverges_is_the_worst_one(home):
+    """At its own start and at the next one, which finds it on file."""
+    text = (home / "tiny.toml").read_text().replace("[3e-3, 1e-2]", "[1e-2, 1e300]")
+    (home / "wild.toml").write_text(text)
+    for _ in range(2):
+        done = command(home, "wild", "--preset", str(home / "wild.toml"), "--arms", "federated")
+        assert done.returncode == 0, done.stderr
+        results = json.loads((home / "wild" / "results.json").read_text())
+        chosen = results["learning_rates"]["b2 federated"]
+        assert chosen["rate"] == 1e-2
+        assert chosen["tried"]["1e+300"] is None
+    assert "training diverged" in next((home / "wild" / "runs").rglob("diverged.txt")).read_text()
+
+
+def test_grids_that_only_diverge_end_with_one_line(home):
+    text = (home / "tiny.toml").read_text().replace("[3e-3, 1e-2]", "[1e299, 1e300]")
+    (home / "wilder.toml").write_text(text)
+    done = command(home, "wilder", "--preset", str(home / "wilder.toml"), "--arms", "federated")
+    assert done.returncode == 10
+    assert "expected one under which the arm federated does not diverge" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistaken_option_does_not_bind_the_folder(home):
+    done = command(home, "mistaken", "--model", str(home / "nothing"), "--arms", "base")
+    assert "nothing" in done.stderr
+    done = command(home, "mistaken", "--arms", "base")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "matplotlib"])
+def test_a_package_of_the_end_is_missed_at_the_beginning(package, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, find=util.find_spec: None if name == package else find(name),
+    )
+    with pytest.raises(MissingPackageError, match=package):
+        reproduce(folder=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_folder_belongs_to_its_settings(home, results):
     done = command(home, "whole", "--partition", "by-label")
     assert done.returncode != 0
@@ -165,7 +268,8 @@ def test_a_folder_belongs_to_its_settings(home, results):
         (("--arms", "base,middle"), "--arms: expected some of base"),
         (("--partition", "dirichlet(much)"), "expected iid, dirichlet(ALPHA)"),
         (("--partition", "by-group"), "expected a group with every question"),
-        (("--seeds", "0"), "0"),
+        (("--seeds", "0"), "--seeds"),
+        (("--seeds", "9" * 20), "--seeds"),
     ],
 )
 def test_bad_options_end_with_one_line(home, options, says):
