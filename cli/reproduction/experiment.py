@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from participant.quality import ReplyScores
 
 
+WHOLE = ("federated", "recommended")  # every round of these can be recomputed afterwards
+
+
 @dataclass
 class Chosen:
     """A learning rate and how it was found: loss on dev, by rate, of seed 1; None: diverged."""
@@ -100,6 +103,9 @@ class Experiment:
         for direction in (1, -1):
             while 0 <= best + direction < len(grid) and dev(best + direction) < dev(best):
                 best += direction
+        for at in tried.keys() - {best}:
+            setting = Setting(1, batch_size, grid[at], self._partition)
+            self._forget(plans(self._laboratory.preset, arm, setting))
         if len(grid) == 1:
             return Chosen(grid[0], {}, at_edge=False)
         if dev(best) == math.inf:
@@ -113,6 +119,12 @@ class Experiment:
             {grid[at]: loss if loss < math.inf else None for at, loss in sorted(tried.items())},
             at_edge=best in (0, len(grid) - 1),
         )
+
+    def _forget(self, measured: Sequence[RunPlan]) -> None:
+        """Make room: what was measured is on file."""
+        for plan in measured:
+            if self._laboratory.is_finished(plan.name):
+                self._laboratory.make_room(plan)
 
     def _rate(self, arm: str, batch_size: int) -> float:
         return self.findings.rates[f"b{batch_size} {arm}"].rate
@@ -183,6 +195,8 @@ class Experiment:
             rounds.append(round_figures(histories, meters, number, test))
         adapters = [self._adapter(plan, h, h.last_closed) for plan, h in runs]
         losses, replies = worth(adapters)
+        if arm not in WHOLE or self._partition:
+            self._forget([plan for plan, _ in runs])
         up, down = (
             traffic(histories, meters) if arm in ("federated", "recommended") else (None,) * 2
         )

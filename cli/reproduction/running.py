@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,13 @@ from cli.metering import Meter
 from cli.reproduction.figures import largest
 from cli.reproduction.presets import federation_of
 from coordinator.inspection import History
+from coordinator.retention import carry_out, read_plan
 from participant.memory import peak_bytes, reset_peak
 from participant.torch_learner import TorchLearner
 from shared.config import DataSection
 from shared.errors import DivergedError, RunStuckError
 from shared.files import write_atomically
+from shared.ledger import Ledger, list_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +72,7 @@ class Laboratory:
         if diverged.exists():
             raise DivergedError(diverged.read_text(encoding="utf-8"))
         self._write_settings(config, plan, data, home)
-        if not self._is_finished(plan.name):
+        if not self.is_finished(plan.name):
             reset_peak()
             meter = self.traffic(plan)
             meter.changed = lambda: self._save(plan, meter)
@@ -91,7 +95,18 @@ class Laboratory:
                 write_atomically(diverged, said.encode())
                 raise DivergedError(said) from None
             self._save(plan, meter)
+        for folder in ("sites", "spool"):  # of use to nobody once the run is finished
+            shutil.rmtree(home / folder, ignore_errors=True)
         return History(self.store, plan.name)
+
+    def make_room(self, plan: RunPlan) -> None:
+        """Keep of a run that was measured its last round, which can be recomputed; note what goes.
+
+        A run of a small model is some gigabytes, and a reproduction is dozens of them.
+        """
+        ledger = Ledger(self.store, plan.name, "reproduce", time.time)
+        wanted = read_plan(ledger, "last:1")
+        carry_out(ledger, wanted, "measured", "gradualdiff reproduce", lambda _: None)
 
     def config(self, plan: RunPlan) -> FederationConfig:
         """The run's settings. Raises ConfigError."""
@@ -117,9 +132,8 @@ class Laboratory:
     def _home(self, plan: RunPlan) -> Path:
         return self.folder / "runs" / plan.name
 
-    def _is_finished(self, run: str) -> bool:
-        from shared.ledger import list_runs
-
+    def is_finished(self, run: str) -> bool:
+        """Whether a run is in the store and has ended."""
         return run in list_runs(self.store) and History(self.store, run).finished is not None
 
     def _learners(self, plan: RunPlan, data: Path) -> dict[str, _Learner]:

@@ -277,3 +277,17 @@ def test_bad_options_end_with_one_line(home, options, says):
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_measured_makes_room(home, results):
+    """Whole are only the runs that are recomputed; the others keep their last round, on record."""
+    store = home / "whole" / "store" / "runs"
+    whole = set(results["fedavg_differences"])
+    for run in store.iterdir():
+        rounds = {path.parent.name for path in run.glob("deltas/*/*")}
+        kept = run.name in whole or "-recommended-" in run.name
+        pruned = any(run.glob("pruned/*"))
+        assert kept or rounds == {"00002"}, run.name
+        assert pruned or rounds == {"00001", "00002"}, run.name
+        assert run.name not in whole or not pruned
+    assert not list((home / "whole" / "runs").glob("*/spool"))
