@@ -34,8 +34,8 @@ DIFFERS: Final[dict[str, str]] = {
         "by phase, with participants side by side (the phases are the slowest one's) and in turn "
         "(all of them). Participants hold out no text here, so none evaluates: adapters are "
         "measured outside of rounds. Transfer is the run's mean by round. Time in which an "
-        "interrupted run did not run is left out, unless it was aggregating. Peak: resident memory "
-        "of the one process that holds the base, all participants and the coordinator."
+        "interrupted run did not run is left out, unless it was aggregating. Peak: resident "
+        "memory of the one process that holds the base, all participants and the coordinator."
     ),
 }
 CLAIMS: Final = (
