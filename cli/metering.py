@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from shared.broker import Broker, Consumer, Delivery, Message
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Traffic:
-    """What one site moved: bytes of objects and of message bodies, seconds spent on objects."""
+    """What one site moved: bytes of objects and of message bodies.
+
+    ``transfer_seconds``: while at least one object was on its way; several may be at once.
+    """
 
     objects_down: int = 0
     objects_up: int = 0
@@ -28,14 +33,26 @@ class Traffic:
 
 @dataclass
 class Meter:
-    """The traffic of every site of one run, by site. ``changed``: called when there is more."""
+    """The traffic of every site of one run, by site. ``changed``: called when there is more.
+
+    A delta's chunks are sent by several threads at once, so counting takes turns.
+    """
 
     sites: dict[str, Traffic] = field(default_factory=dict)
     changed: Callable[[], None] = lambda: None
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count(self, site: str, **amounts: float) -> None:
+        """Add to the site's counts, by the names of ``Traffic``."""
+        with self._turn:
+            traffic = self.sites.setdefault(site, Traffic())
+            for name, amount in amounts.items():
+                setattr(traffic, name, getattr(traffic, name) + amount)
+            self.changed()
 
     def of(self, site: str) -> Traffic:
-        """The site's counts, to be added to."""
-        return self.sites.setdefault(site, Traffic())
+        """The site's counts."""
+        return self.sites.get(site, Traffic())
 
     def as_json(self) -> dict[str, dict[str, float]]:
         """Plain numbers; ``from_json`` takes them back."""
@@ -53,24 +70,37 @@ class MeteredTransfer:
     def __init__(self, inner: Transfer, meter: Meter, site: str) -> None:
         self._inner = inner
         self._meter = meter
-        self._traffic = meter.of(site)
+        self._site = site
+        self._turn = threading.Lock()
+        self._under_way = 0
+        self._began = 0.0
 
     def download(self, url: str, path: Path, sha256: str) -> int:
         """See the port."""
-        began = time.perf_counter()
-        size = self._inner.download(url, path, sha256)
-        self._traffic.transfer_seconds += time.perf_counter() - began
-        self._traffic.objects_down += size
-        self._meter.changed()
+        with self._timed():
+            size = self._inner.download(url, path, sha256)
+        self._meter.count(self._site, objects_down=size)
         return size
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """See the port."""
-        began = time.perf_counter()
-        self._inner.upload(url, path, start, length)
-        self._traffic.transfer_seconds += time.perf_counter() - began
-        self._traffic.objects_up += length
-        self._meter.changed()
+        with self._timed():
+            self._inner.upload(url, path, start, length)
+        self._meter.count(self._site, objects_up=length)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        with self._turn:
+            if not self._under_way:
+                self._began = time.perf_counter()
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._under_way -= 1
+                seconds = 0.0 if self._under_way else time.perf_counter() - self._began
+            self._meter.count(self._site, transfer_seconds=seconds)
 
 
 class MeteredBroker:
@@ -79,7 +109,7 @@ class MeteredBroker:
     def __init__(self, inner: Broker, meter: Meter, site: str) -> None:
         self._inner = inner
         self._meter = meter
-        self._traffic = meter.of(site)
+        self._site = site
 
     @property
     def identity(self) -> str:
@@ -97,12 +127,11 @@ class MeteredBroker:
     def publish(self, messages: Sequence[Message]) -> None:
         """See the port."""
         self._inner.publish(messages)
-        self._traffic.messages_up += sum(len(message.body) for message in messages)
-        self._meter.changed()
+        self._meter.count(self._site, messages_up=sum(len(m.body) for m in messages))
 
     def consume(self, queue: str) -> Consumer:
         """See the port."""
-        return _MeteredConsumer(self._inner.consume(queue), self._traffic)
+        return _MeteredConsumer(self._inner.consume(queue), self._meter, self._site)
 
     def depth(self, queue: str) -> int:
         """See the port."""
@@ -120,14 +149,15 @@ class MeteredBroker:
 
 
 class _MeteredConsumer:
-    def __init__(self, inner: Consumer, traffic: Traffic) -> None:
+    def __init__(self, inner: Consumer, meter: Meter, site: str) -> None:
         self._inner = inner
-        self._traffic = traffic
+        self._meter = meter
+        self._site = site
 
     def receive(self, timeout_seconds: float = 0.0) -> Delivery | None:
         delivery = self._inner.receive(timeout_seconds)
         if delivery is not None:
-            self._traffic.messages_down += len(delivery.body)
+            self._meter.count(self._site, messages_down=len(delivery.body))
         return delivery
 
     def close(self) -> None:

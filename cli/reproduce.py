@@ -220,6 +220,7 @@ def _plain(findings: Findings) -> dict[str, Any]:
         "learning_rates": {key: asdict(one) for key, one in findings.rates.items()},
         "arms": [one.as_json() for one in findings.figures],
         "fedavg_differences": findings.differences,
+        "diverged": findings.diverged,
     }
 
 

@@ -40,11 +40,15 @@ class Chosen:
 
 @dataclass
 class Findings:
-    """All that came out. ``differences``: FedAvg's from GradualDiff-Fed's elements, by run."""
+    """All that came out. ``differences``: FedAvg's from GradualDiff-Fed's elements, by run.
+
+    ``diverged``: what has no figures, since its training diverged under the rate of seed 1.
+    """
 
     figures: list[ArmFigures] = field(default_factory=list)
     rates: dict[str, Chosen] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)
 
 
 class Experiment:
@@ -66,7 +70,10 @@ class Experiment:
         batch_size: int,
         rates: dict[str, Chosen] | None = None,
     ) -> None:
-        """Every arm under every seed; ``rates``: those of another partition, not sought again."""
+        """Every arm under every seed; ``rates``: those of another partition, not sought again.
+
+        An arm that diverges under one seed is left out there. Raises DivergedError if all are.
+        """
         for arm in arms:
             if arm not in UNTRAINED:
                 key = f"b{batch_size} {arm}"
@@ -77,7 +84,12 @@ class Experiment:
                 self._laboratory.display.say(
                     f"seed {seed}, batch {batch_size}{self._partition}: {ARMS[arm]}"
                 )
-                self.findings.figures.append(self._figures(arm, seed, batch_size))
+                try:
+                    self.findings.figures.append(self._figures(arm, seed, batch_size))
+                except DivergedError as error:
+                    self.findings.diverged.append(f"{ARMS[arm]}: {error}")
+        if not self.findings.figures:
+            raise DivergedError("; ".join(self.findings.diverged))
 
     def _choose(self, arm: str, batch_size: int) -> Chosen:
         """Climb the grid from its middle for as long as the loss on dev of seed 1 falls.

@@ -129,11 +129,14 @@ def _rates(findings: Findings) -> ResultTable:
         )
         edge = "at the edge of the grid" if chosen.at_edge else ""
         rows.append((ARMS[arm], size.removeprefix("b"), f"{chosen.rate:g}", tried or DASH, edge))
+    note = "The grid is climbed from its middle for as long as the loss on dev falls."
+    if findings.diverged:
+        note += f" Diverged, and in no figure: {'; '.join(findings.diverged)}."
     return ResultTable(
         "Learning rates, chosen on dev with seed 1",
         (*BY_ARM, "chosen", "tried: loss on dev", "remark"),
         rows,
-        "The grid is climbed from its middle for as long as the loss on dev falls.",
+        note,
         keys=len(BY_ARM),
     )
 

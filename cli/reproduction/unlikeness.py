@@ -1,4 +1,4 @@
-"""How unlike the participants' texts are: Jensen-Shannon distances, and the table to show."""
+"""How unlike the participants' texts are: Jensen-Shannon distances."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from cli.reproduction.questions import Question
 
 _WORD = re.compile(r"\w+")
-COLUMNS = ("participant", "questions", "answer words", "labels", "largest label", "its share")
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,6 @@ def measure(dealt: Partition) -> Unlikeness:
         words_if_iid=js_distance([words_of(part) for part in chance.parts]),
         labels=js_distance(by_label) if labelled else None,
     )
-
-
-def rows(measured: Unlikeness) -> list[tuple[object, ...]]:
-    """A row for each participant, under ``COLUMNS``."""
-    return [
-        (p.participant, p.questions, p.answer_words, p.labels, p.largest_label, p.share)
-        for p in measured.parts
-    ]
 
 
 def words_of(questions: Sequence[Question]) -> Counter[str]:

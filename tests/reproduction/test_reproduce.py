@@ -228,6 +228,23 @@ def test_a_rate_that_diverges_is_the_worst_one(home):
     assert "training diverged" in next((home / "wild" / "runs").rglob("diverged.txt")).read_text()
 
 
+def test_a_seed_that_diverges_is_left_out_and_named(home):
+    """Under the rate of seed 1, as an earlier start put it on file."""
+    run = home / "wild" / "runs" / "s2-b2-federated-0p01"
+    run.mkdir()
+    (run / "diverged.txt").write_text("training diverged in step 3")
+    options = ("--preset", str(home / "wild.toml"), "--arms", "fedavg", "--seeds", "2")
+    done = command(home, "wild", *options)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((home / "wild" / "results.json").read_text())
+    assert [(one["arm"], one["seed"]) for one in results["arms"]] == [
+        ("fedavg", 1),
+        ("federated", 1),
+    ]
+    assert len(results["diverged"]) == 2
+    assert "Diverged, and in no figure: FedAvg on the weights: training diverged" in done.stdout
+
+
 def test_grids_that_only_diverge_end_with_one_line(home):
     text = (home / "tiny.toml").read_text().replace("[3e-3, 1e-2]", "[1e299, 1e300]")
     (home / "wilder.toml").write_text(text)
