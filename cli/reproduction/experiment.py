@@ -173,7 +173,7 @@ class Experiment:
         setting = Setting(1, batch_size, 1.0)  # whichever is drawn, it changes nothing
         plan = plans(self._laboratory.preset, "federated", setting)[0]
         measured = self._measurements.of_base(self._laboratory.config(plan))
-        losses, replies = worth([measured])
+        losses, replies = self._worth([measured])
         return ArmFigures("base", seed, batch_size, None, (), losses, replies)
 
     def _averaged(
@@ -186,8 +186,23 @@ class Experiment:
         path = folder / f"{plan.name}.safetensors"
         difference = average_weights(history, self._laboratory.store, path, folder)
         self.findings.differences[plan.name] = difference
-        losses, replies = worth([self._measurements.of_file(path, self._laboratory.config(plan))])
+        averaged = self._measurements.of_file(path, self._laboratory.config(plan))
+        losses, replies = self._worth([averaged])
         return ArmFigures("fedavg", seed, batch_size, rate, (), losses, replies)
+
+    def _worth(self, adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Losses and reply scores of the adapters, their means where there are several.
+
+        Of another partition the held-out loss alone, which is what its table has.
+        """
+        losses: dict[str, Any] = {}
+        for name in ("test",) if self._partition else SETS:
+            losses[name] = mean_of([one.loss(name).model_dump(mode="json") for one in adapters])
+        replies = {
+            name: _mean_scores([one.replies(name) for one in adapters])
+            for name in (() if self._partition else ("test", "train"))
+        }
+        return losses, replies
 
     def _trained(
         self,
@@ -202,11 +217,11 @@ class Experiment:
         meters = [laboratory.traffic(plan) for plan, _ in runs]
         rounds = []
         for number in range(1, laboratory.preset.reproduce.rounds + 1):
-            alone = len(runs) == 1
-            test = self._adapter(*runs[0], number).loss("test").nll if alone else None
+            drawn = len(runs) == 1 and not self._partition  # as a curve of Figure 1
+            test = self._adapter(*runs[0], number).loss("test").nll if drawn else None
             rounds.append(round_figures(histories, meters, number, test))
         adapters = [self._adapter(plan, h, h.last_closed) for plan, h in runs]
-        losses, replies = worth(adapters)
+        losses, replies = self._worth(adapters)
         if arm not in WHOLE or self._partition:
             self._forget([plan for plan, _ in runs])
         up, down = (
@@ -225,17 +240,6 @@ class Experiment:
             largest([laboratory.peak(plan) for plan, _ in runs]),
             tuple(one.sha for one in adapters),
         )
-
-
-def worth(adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Losses and reply scores of the adapters, their means where there are several."""
-    losses: dict[str, Any] = {}
-    for name in SETS:
-        losses[name] = mean_of([one.loss(name).model_dump(mode="json") for one in adapters])
-    replies = {
-        name: _mean_scores([one.replies(name) for one in adapters]) for name in ("test", "train")
-    }
-    return losses, replies
 
 
 def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:

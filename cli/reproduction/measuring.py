@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
 
 SETS = ("train", "dev", "test")
-REPLIES_AT_ONCE = 16
+REPLIES_AT_ONCE = 64
 
 
 class Measurements:

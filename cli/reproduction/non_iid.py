@@ -30,26 +30,31 @@ def compare_partitions(
     size = sizes.batch_sizes[0]
     arms = [arm for arm in PARTITIONED if f"b{size} {arm}" in whole.findings.rates]
     central = [arm for arm in ("central-steps", "central-batch") if _has(whole, arm)]
-    rows: list[tuple[str, ...]] = []
+
+    def row(word: str, alpha: float | None, part: Experiment) -> tuple[str, ...]:
+        cells = [spread(source.distance(seed, alpha) for seed in seeds)]
+        cells += [_held_out(part, arm, size) for arm in arms]
+        cells += [_held_out(whole, arm, size) for arm in central]
+        return (word, *cells)
+
+    rows = [row(sizes.partition, None, whole)]
     found: dict[float, Findings] = {}
-    for alpha in sizes.alphas:
+    for alpha in sorted(sizes.alphas, reverse=True):
         name = f"-a{number_word(alpha)}"
         part = Experiment(laboratory, partial(source.folder, alpha=alpha), name)
         part.run(arms, seeds, size, whole.findings.rates)
         found[alpha] = part.findings
-        cells = [spread(source.distance(seed, alpha) for seed in seeds)]
-        cells += [_held_out(part, arm, size) for arm in arms]
-        cells += [_held_out(whole, arm, size) for arm in central]
-        rows.append((f"{alpha:g}", *cells))
+        rows.append(row(f"{alpha:g}", alpha, part))
     columns = ("alpha", "distance of texts", *(ARMS[arm] for arm in (*arms, *central)))
     table = ResultTable(
         f"Held-out loss where participants' text differs, batch {size}",
         columns,
         rows,
-        "Dirichlet partitions over the labels; the smaller alpha, the more each participant's text "
-        "is of its own kind. The distance is the Jensen-Shannon distance of the participants' word "
-        "distributions, 0 (equal) to 1. Learning rates are those chosen on the preset's own "
-        "partition. Central training sees all text, whatever the partition.",
+        "The preset's own partition, and Dirichlet ones over the labels: the smaller alpha, the "
+        "more each participant's text is of its own kind. The distance is the Jensen-Shannon "
+        "distance of the participants' word distributions, 0 (equal) to 1. Learning rates are "
+        "those chosen on the preset's own partition. Central training sees all text, whatever "
+        "the partition.",
     )
     return table, found
 
