@@ -123,8 +123,8 @@ def delta_manifest(
 def leading(name: str, values: NDArray[Any], rank: int) -> NDArray[Any]:
     """The first ``rank`` rows of A or columns of B, as a view; all of any other tensor.
 
-    Where the ranks of a run differ, its directions come in the order of their weight, so these are
-    the best adapter of that rank.
+    What a site of that rank trains. With ``svd`` the directions come in the order of their weight,
+    so these are the best adapter of that rank; with ``flora`` they all begin anew in each round.
     """
     if is_a(name):
         return values[:rank]

@@ -160,10 +160,11 @@ def test_genesis_has_the_full_rank_even_if_no_site_does(tmp_path):
     assert verify(tmp_path).findings == []
 
 
-@pytest.mark.parametrize("ranks", [{}, {"b": 2, "c": 1}])
-def test_floras_product_is_the_sum_of_all_that_the_sites_sent(tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "codec"), [({}, "int8"), ({"b": 2, "c": 1}, "fp32")])
+def test_floras_product_is_the_sum_of_all_that_the_sites_sent(tmp_path, ranks, codec):
     """Round by round, with a site that is left out of the second; what is trained begins anew."""
-    chosen = settings("flora", ranks, policy={"on_failure": "exclude", "max_attempts": 1})
+    policy = {"on_failure": "exclude", "max_attempts": 1}
+    chosen = settings("flora", ranks, policy=policy, codec={"name": codec})
     sites = learners(chosen)
     sites["b"].fault = fails_in_round(2)
     run(chosen, tmp_path, sites)
@@ -211,6 +212,14 @@ def test_floras_adapters_say_their_rank_to_peft_and_in_the_model_card(tmp_path):
     assert "(r=11, alpha=22, scaling classic)" in (tmp_path / "out" / "README.md").read_text()
     store.put(keys[1], store.get(keys[2]))
     assert [finding.key for finding in verify(tmp_path).findings] == [keys[1]]
+
+
+def test_a_decision_of_flora_that_is_lost_is_the_only_finding(tmp_path):
+    """The ranks after it follow from no record then, and are no findings of their own."""
+    run(settings("flora", {"b": 2}, rounds=2), tmp_path)
+    key = topology.round_key("test", 1, "closing")
+    store_of(tmp_path).delete(key)
+    assert {finding.key for finding in verify(tmp_path).findings} == {key}
 
 
 def test_flora_goes_on_beyond_the_rounds_that_were_asked_for(tmp_path):
