@@ -29,6 +29,7 @@ from coordinator.exactness import DIGITS, squared_gap
 from coordinator.factor_fit import FactorFit
 from coordinator.policies import too_few
 from coordinator.server_optimizer import open_optimizer
+from coordinator.stacking import Stacking
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -159,14 +160,15 @@ def aggregate(
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i (scale_i * fp64(D_i)))).
 
-    A tensor that no delta holds keeps its bytes. ``source``: the adapter all deltas started from.
-    ``watch`` gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd),
-    ``hash`` and ``write``. ``threads`` sum beside the one that writes; None: as many as there are
-    processors, at most 4. ``method`` None: the plain mean. ``state``: the files of the server's
-    optimiser, if the method has one that keeps any. Raises LedgerError for a site that is listed
-    twice, weights that do not sum to 1, fewer deltas than the rule needs or a result that is not
-    finite, DeltaRefusedError for a delta that does not fit the manifest, DecodeError for a source
-    that is torn.
+    A tensor that no delta holds keeps its bytes. With ``svd`` and ``flora`` layers are joined by
+    their products instead: coordinator/factor_fit.py, coordinator/stacking.py. ``source``: the
+    adapter all deltas started from. ``watch`` gets the seconds of ``read``, ``accumulate``,
+    ``measure``, ``gap``, ``fit`` (svd), ``hash`` and ``write``. ``threads`` sum beside the one that
+    writes; None: as many as there are processors, at most 4. ``method`` None: the plain mean.
+    ``state``: the files of the server's optimiser, if the method has one that keeps any. Raises
+    LedgerError for a site that is listed twice, weights that do not sum to 1, fewer deltas than the
+    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the
+    manifest, DecodeError for a source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
@@ -180,13 +182,17 @@ def aggregate(
         server = open_optimizer(method.server, manifest, state, watch)
         stack.enter_context(server or contextlib.nullcontext())
         closing = _Closing(adapter, ordered, files, watch, method, server, manifest)
-        layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-        if closing.is_fitted:
-            ahead = FactorFit(adapter, ordered, files, closing).tensors(manifest, threads)
-        else:
-            closing.judge(threads)
-            ahead = closing.tensors(manifest, threads)
+        match method.aggregation.averaging:
+            case "svd":
+                ahead = FactorFit(adapter, ordered, files, closing).tensors(manifest, threads)
+            case "flora":
+                stacking = Stacking(adapter, ordered, files, closing, manifest)
+                manifest, ahead = stacking.manifest, stacking.tensors()
+            case _:
+                closing.judge(threads)
+                ahead = closing.tensors(manifest, threads)
+        layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
@@ -234,11 +240,6 @@ class _Closing:
         self._manifest = sent
         self._sent = {spec.name for spec in sent.tensors}
         self._pairs = {pair.b.name: pair for pair in pairs(sent)}
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether layers are joined by their products and not tensor by tensor."""
-        return self._method.aggregation.averaging == "svd"
 
     def note_mean(self, square: float) -> None:
         """Add a tensor of the mean delta to the figures."""

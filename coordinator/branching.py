@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shared import topology
 from shared.errors import (
+    ConfigError,
     LedgerDamagedError,
     ObjectMissingError,
     RunExistsError,
@@ -20,6 +21,7 @@ from shared.records import ClosedRecord, GenesisRecord, OriginRecord
 
 if TYPE_CHECKING:
     from coordinator.state import RunState
+    from shared.config import FederationConfig
     from shared.ledger import Ledger
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # the tensors come last
@@ -30,16 +32,9 @@ def misfit(state: RunState) -> str | None:
     origin = state.origin
     if origin is None:
         return None
-    if state.config.lora.alpha != origin.lora_alpha:
-        return (
-            f"lora.alpha is {state.config.lora.alpha:g}, but the adapter of {origin.label} was "
-            f"trained with {origin.lora_alpha:g}: with another scale it is another model"
-        )
-    if state.config.lora.scaling != origin.lora_scaling:
-        return (
-            f'lora.scaling is "{state.config.lora.scaling}", but the adapter of {origin.label} was '
-            f'trained with "{origin.lora_scaling}": with another scale it is another model'
-        )
+    against = _misfit_of_settings(state.config, origin)
+    if against is not None:
+        return against
     for site, member in sorted(state.members.items()):
         if member.fingerprint != origin.fingerprint:
             return (
@@ -55,13 +50,40 @@ def misfit(state: RunState) -> str | None:
     return None
 
 
+def _misfit_of_settings(config: FederationConfig, origin: OriginRecord) -> str | None:
+    if config.aggregation.averaging == "flora":
+        return (
+            f'aggregation.averaging = "flora" begins with an adapter that changes nothing, but the '
+            f"run branches from {origin.label}; use another averaging, or begin a run that is no "
+            "branch"
+        )
+    if config.lora.alpha != origin.lora_alpha:
+        return (
+            f"lora.alpha is {config.lora.alpha:g}, but the adapter of {origin.label} was "
+            f"trained with {origin.lora_alpha:g}: with another scale it is another model"
+        )
+    if config.lora.scaling != origin.lora_scaling:
+        return (
+            f'lora.scaling is "{config.lora.scaling}", but the adapter of {origin.label} was '
+            f'trained with "{origin.lora_scaling}": with another scale it is another model'
+        )
+    return None
+
+
 def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
     """Give ``child`` the adapter that round ``number`` of ``parent`` produced, to begin with.
 
-    Raises RunNotFoundError (no such run, or no result of that round), RunExistsError,
-    LedgerDamagedError (the adapter is missing, altered or pruned).
+    Raises RunNotFoundError (no such run, or no result of that round), ConfigError (a parent whose
+    adapters have ranks of their own), RunExistsError, LedgerDamagedError (the adapter is missing,
+    altered or pruned).
     """
     config = parent.config()
+    if config.aggregation.averaging == "flora":
+        raise ConfigError(
+            f'run {parent.run}: aggregation.averaging: expected another than "flora" to branch '
+            "from, whose adapters grow by a stack in each round that no site of the branch could "
+            "hold; to use one elsewhere: gradualdiff runs export"
+        )
     genesis, result = _results(parent, number)
     _check_is_new(child)
     sha = result.adapter_sha

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation import Method, WeightedDelta, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.server_optimizer import StateFiles
+from coordinator.stacking import lora_in
 from coordinator.state import (
     Aggregate,
     AnnounceClosed,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from coordinator.intake import Intake
     from coordinator.state import Bell, RunState, Step
     from shared.broker import Broker
-    from shared.config import FederationConfig
+    from shared.config import FederationConfig, LoraSection
     from shared.ledger import Ledger
     from shared.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
 
@@ -113,7 +114,7 @@ class Effects:
         else:  # the branch brought the tensors; what stands beside them is this run's own
             sha, size = origin.adapter_sha, origin.adapter_size
             self._intake.local_adapter(self._config.run.name, sha)
-            self._store_adapter_config(sha, state)
+            self._store_adapter_config(sha, state, self._config.lora)
         record = GenesisRecord(
             members=step.members,
             manifest=manifest,
@@ -196,15 +197,15 @@ class Effects:
 
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
-        self._store_adapter_config(sha, state)
+        self._store_adapter_config(sha, state, lora_in(path, self._config))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, sha), path)
         failpoint("adapter.after", "tensors")
 
-    def _store_adapter_config(self, sha: str, state: RunState) -> None:
+    def _store_adapter_config(self, sha: str, state: RunState, lora: LoraSection) -> None:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all name the same layers
-        config = adapter_config(self._config.base, self._config.lora, manifest)
+        config = adapter_config(self._config.base, lora, manifest)
         failpoint("adapter.before", "config")
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
         failpoint("adapter.after", "config")
@@ -261,6 +262,7 @@ class Effects:
             training=WireTraining(**config.training.model_dump(exclude_none=True)),
             rounds=config.run.rounds,
             participants=len(config.run.participants),
+            averaging=config.aggregation.averaging,
         )
 
     def _round_for(self, site: str, state: RunState) -> RoundStarted:

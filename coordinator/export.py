@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.inspection import perplexity
+from coordinator.stacking import lora_in
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.files import digest_file
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.inspection import History
-    from shared.config import FederationConfig
+    from shared.config import FederationConfig, LoraSection
     from shared.store import ObjectStore
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -58,7 +59,8 @@ def export_adapter(
             raise LedgerDamagedError(f"{key}: {why}") from None
     if digest_file(target / FILES[1])[0] != record.adapter_sha:
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
-    (target / "README.md").write_text(_card(history, number, record), encoding="utf-8")
+    lora = lora_in(target / FILES[1], history.config)
+    (target / "README.md").write_text(_card(history, number, record, lora), encoding="utf-8")
     return Exported(number, record.adapter_sha, target)
 
 
@@ -77,6 +79,11 @@ def _joined(config: FederationConfig) -> str:
             "each round's global adapter is the best fit of its rank to the weighted mean of the "
             "participants' products BA"
         )
+    if config.aggregation.averaging == "flora":
+        return (
+            "each round's global adapter is the one before beside the participants' factors, so "
+            "that its product grows by the weighted mean of theirs"
+        )
     taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
     step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
     return f"each round's global adapter is the one before plus {step}"
@@ -89,7 +96,9 @@ def _why_missing(run: str, store: ObjectStore, key: str) -> str:
     return "is missing; see: gradualdiff runs verify"
 
 
-def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -> str:
+def _card(
+    history: History, number: int, record: ClosedRecord | GenesisRecord, lora: LoraSection
+) -> str:
     config = history.config
     losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
     lines = [
@@ -108,8 +117,8 @@ def _card(history: History, number: int, record: ClosedRecord | GenesisRecord) -
             f"# {history.run}, round {number}",
             "",
             (
-                f"A LoRA adapter (r={config.lora.rank}, alpha={config.lora.alpha:g}, scaling "
-                f"{config.lora.scaling}) trained by "
+                f"A LoRA adapter (r={lora.rank}, alpha={lora.alpha:g}, scaling "
+                f"{lora.scaling}) trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
                 f"No text left its site; {_joined(config)}."
             ),

@@ -25,6 +25,7 @@ from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.rounds import clips, shares
 from coordinator.selection import select
 from coordinator.server_optimizer import StateFiles
+from coordinator.stacking import lora_after
 from shared import topology
 from shared.codecs import get_codec
 from shared.config import FederationConfig
@@ -400,8 +401,12 @@ class _Verifier:
         except ObjectMissingError:
             self._find_missing(number, config_key)
             return
-        if self._genesis is not None:
-            made = adapter_config(self._config.base, self._config.lora, self._genesis.manifest)
+        closings = [self._chain.one(n, ClosingRecord) for n in range(1, number + 1)]
+        known = [closing for closing in closings if closing is not None]
+        # With flora the rank follows from all rounds; a missing record is a finding of its own.
+        if self._genesis is not None and len(known) == number:
+            lora = lora_after(known, self._config)
+            made = adapter_config(self._config.base, lora, self._genesis.manifest)
             if made != stored:
                 self._find(number, config_key, "is not the config that the run's record gives")
 

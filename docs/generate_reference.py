@@ -49,7 +49,7 @@ SETTINGS = {
     "lora.rank": "r of the adapter.",
     "lora.alpha": "Its scale: alpha / r.",
     "lora.scaling": "Of the adapter's product: alpha / r, or alpha / sqrt(r) (rsLoRA).",
-    "lora.ranks": "Sites that have a lower rank than `rank`: `svd` only.",
+    "lora.ranks": "Sites that have a lower rank than `rank`: `svd` and `flora` only.",
     "lora.dropout": "Dropout before the adapter's first matrix, in training.",
     "lora.target_modules": "Which layers get an adapter: all linear ones, or a list of names.",
     "training.local_steps": "Optimiser steps in a round. Not together with `local_epochs`.",
@@ -87,7 +87,7 @@ SETTINGS = {
     "aggregation.weights": "1/K each, or in proportion to the site's examples or tokens.",
     "aggregation.max_delta_norm": "A delta with a larger norm is refused.",
     "aggregation.averaging": "Which factors are trained, and how they are joined: see "
-    "explanation/averaging.md. `flora` is refused.",
+    "explanation/averaging.md. `flora` is refused over a quantised base.",
     "aggregation.rule": "The mean, or what withstands a bad site.",
     "aggregation.assumed_bad": "f: so many bad deltas `trimmed-mean` and `multi-krum` withstand.",
     "aggregation.clip_to_median": "A delta counts with at most so many times the median norm.",
@@ -154,7 +154,7 @@ FIELDS = {
     "scale": "What its values are multiplied by; below 1 where its norm was clipped.",
     "left_out": "By delta: why the rule did not take it.",
     "exactness_gap": "Frobenius norm of mean(BA) - mean(B) mean(A); for `svd` of what rank r "
-    "leaves of mean(BA). Null with a rule other than the mean.",
+    "leaves of mean(BA), for `flora` 0. Null with a rule other than the mean.",
     "step_norm": "L2 norm of what the server optimiser added; none if the mean was added as it is.",
     "server_sha": "State of the server optimiser after this round; none if it has no state.",
     "adapter_sha": "The adapter that came out.",
@@ -167,7 +167,8 @@ FIELDS = {
     "bytes_up": "Bytes sent by this process.",
     "changed": "When it was changed, seconds since the epoch.",
     "chunk_size": "Bytes in a chunk; the last may be shorter.",
-    "averaging": "With `round`: which tensors are trained and sent.",
+    "averaging": "With `round`: which tensors are trained and sent. With `flora` a site merges "
+    "what an adapter holds beyond the site's own rank into its base.",
     "codec": "How the delta is to travel.",
     "compute_dtype": "The type of the base's arithmetic.",
     "config": "All settings but `[store]` and `[simulation]`.",

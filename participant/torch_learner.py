@@ -22,7 +22,7 @@ from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
 from shared.errors import DecodeError, ModelError, ProtocolError
-from shared.lora_factors import leading, trained_in
+from shared.lora_factors import beyond, leading, trained_in
 from shared.manifest import LocalMetrics
 from shared.seeds import derive_seed
 from shared.tensors import TensorFile
@@ -66,6 +66,8 @@ class TorchLearner:
                     f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
                     f"{announced.base.model}; give this site the same model files and tokenizer"
                 )
+            if announced.averaging == "flora":
+                model.check_merges()
             data = self._data(model, announced.training)
             ready = Readiness(
                 model.manifest(), model.fingerprint, model.numerics(), len(data.train)
@@ -89,7 +91,7 @@ class TorchLearner:
         clock = _Clock()
         place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
         kept = state if task.training.optimizer_state == "keep" else None
-        with self._borrowed(announced) as model, _adapter(source) as adapter:
+        with self._standing(announced, source) as (model, adapter):
             data = self._data(model, task.training)
             trained = trained_in(model.manifest(), task.averaging, task.round)
             only = [spec.name for spec in trained.tensors]
@@ -130,7 +132,7 @@ class TorchLearner:
     ) -> HeldOut | None:
         """See the port. Raises ProtocolError for a run that was not prepared."""
         announced = self._prepared(run)
-        with self._borrowed(announced) as model, _adapter(source) as adapter:
+        with self._standing(announced, source) as (model, adapter):
             data = self._data(model, announced.training)
             if not data.held_out:
                 return None
@@ -150,7 +152,7 @@ class TorchLearner:
         Raises as ``evaluate`` does.
         """
         announced = self._prepared(next(reversed(self._announced), ""))
-        with self._borrowed(announced) as model, _adapter(source) as adapter:
+        with self._standing(announced, source) as (model, adapter):
             model.load_adapter(_reader(adapter, announced))
             return generate_replies(model, prompts, max_new_tokens, batch_size)
 
@@ -164,6 +166,16 @@ class TorchLearner:
 
     def _borrowed(self, run: RunAnnounced) -> contextlib.AbstractContextManager[LocalModel]:
         return self._models.borrow(run.base, run.lora, run.training.cpu_threads)
+
+    @contextlib.contextmanager
+    def _standing(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:
+        """The base as an adapter file wants it (``flora``: past rounds merged), and the file."""
+        with self._borrowed(run) as model, _adapter(source) as adapter:
+            past: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if run.averaging == "flora":
+                past = model.merged(lambda name: beyond(name, adapter.read(name), run.lora.rank))
+            with past:
+                yield model, adapter
 
     def _data(self, model: LocalModel, settings: TrainingSection) -> SiteData:
         """The site's text as tokens, made again only for another tokenizer or other limits."""

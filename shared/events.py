@@ -49,7 +49,8 @@ class Event(Fact):
 class RunAnnounced(Event):
     """Coordinator -> each listed site, when it comes online: here is a run, get ready.
 
-    ``lora``: as this site is to hold it; its rank may be its own.
+    ``lora``: as this site is to hold it; its rank may be its own. ``averaging``: with ``flora`` the
+    site merges what an adapter holds beyond that rank into its base.
     """
 
     word = "announced"
@@ -60,6 +61,7 @@ class RunAnnounced(Event):
     training: WireTraining
     rounds: Annotated[int, Field(ge=1)]
     participants: Annotated[int, Field(ge=1)]
+    averaging: Averaging = "fedavg"
 
 
 class RoundStarted(Event):

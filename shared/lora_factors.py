@@ -92,7 +92,11 @@ def lora_for(lora: LoraSection, site: str) -> LoraSection:
     """
     if not lora.ranks:
         return lora
-    rank = rank_of(lora, site)
+    return lora_of_rank(lora, rank_of(lora, site))
+
+
+def lora_of_rank(lora: LoraSection, rank: int) -> LoraSection:
+    """The settings at another rank, with the alpha that keeps the product's scale."""
     part = rank / lora.rank
     alpha = lora.alpha * (part if lora.scaling == "classic" else math.sqrt(part))
     return lora.model_copy(update={"rank": rank, "alpha": alpha, "ranks": {}})
@@ -100,12 +104,12 @@ def lora_for(lora: LoraSection, site: str) -> LoraSection:
 
 def whole_manifest(manifest: Manifest, lora: LoraSection) -> Manifest:
     """The run's adapter, from the manifest of any site."""
-    return _of_rank(manifest, lora.rank) if lora.ranks else manifest
+    return of_rank(manifest, lora.rank) if lora.ranks else manifest
 
 
 def site_manifest(manifest: Manifest, lora: LoraSection, site: str) -> Manifest:
     """A site's own adapter, from the manifest of the run's or of any other site's."""
-    return _of_rank(manifest, rank_of(lora, site)) if lora.ranks else manifest
+    return of_rank(manifest, rank_of(lora, site)) if lora.ranks else manifest
 
 
 def delta_manifest(
@@ -119,14 +123,31 @@ def delta_manifest(
 def leading(name: str, values: NDArray[Any], rank: int) -> NDArray[Any]:
     """The first ``rank`` rows of A or columns of B, as a view; all of any other tensor.
 
-    Where the ranks of a run differ, its directions come in the order of their weight, so these are
-    the best adapter of that rank.
+    What a site of that rank trains. With ``svd`` the directions come in the order of their weight,
+    so these are the best adapter of that rank; with ``flora`` they all begin anew in each round.
     """
     if is_a(name):
         return values[:rank]
     if is_b(name):
         return values[:, :rank]
     return values
+
+
+def beyond(name: str, values: NDArray[Any], rank: int) -> NDArray[Any]:
+    """What ``leading`` leaves of a factor, as a view: all of it but the first directions.
+
+    Raises ValueError for a tensor that is no factor.
+    """
+    if is_a(name):
+        return values[rank:]
+    if is_b(name):
+        return values[:, rank:]
+    raise ValueError(f"{name}: expected a name that ends in {A} or {B}")
+
+
+def of_rank(manifest: Manifest, rank: int) -> Manifest:
+    """The same layers with factors of another rank."""
+    return manifest.model_copy(update={"tensors": tuple(_ranked(manifest, rank))})
 
 
 def _fit(a: TensorSpec, b: TensorSpec) -> bool:
@@ -141,10 +162,6 @@ def _part(manifest: Manifest, averaging: Averaging, suffix: str) -> Manifest:
             'got one without; set it to "fedavg"'
         )
     return manifest.model_copy(update={"tensors": tensors})
-
-
-def _of_rank(manifest: Manifest, rank: int) -> Manifest:
-    return manifest.model_copy(update={"tensors": tuple(_ranked(manifest, rank))})
 
 
 def _ranked(manifest: Manifest, rank: int) -> Iterator[TensorSpec]:

@@ -19,6 +19,7 @@ from participant.model.fingerprint import fingerprint_of
 from participant.model.greedy import greedy_tokens
 from participant.model.libraries import offline
 from participant.model.loading import int8_layers, load_base, quantisation_facts
+from participant.model.merging import adapted_layers, merged
 from participant.model.numerics import describe_numerics, pick_compute_dtype
 from shared.errors import ModelError
 
@@ -69,6 +70,20 @@ class LocalModel:
         """Copy a whole adapter in: ``read(name)`` is float32 of the manifest's shape."""
         self.clear()
         write_parameters(self.parameters, read)
+
+    def check_merges(self) -> None:
+        """Raises ModelError if directions cannot be merged into this base."""
+        adapted_layers(self._network, self.parameters)
+
+    def merged(
+        self, read: Callable[[str], NDArray[Any]]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, ``scale B A`` of ``read(name)`` is part of the base's weights.
+
+        ``read``: float32 factors beside the adapter's own, of any rank. Afterwards the base has
+        its own bytes again. Raises ModelError as ``check_merges`` does, and for what does not fit.
+        """
+        return merged(adapted_layers(self._network, self.parameters), read)
 
     def read(self, name: str) -> NDArray[np.float32]:
         """One adapter tensor; on the CPU a view, valid until the next change."""

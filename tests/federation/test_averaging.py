@@ -5,6 +5,7 @@ The dense matrices are made here, from the deltas on record, and nowhere else.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -13,16 +14,18 @@ import pytest
 
 from coordinator import factor_fit
 from coordinator.branching import branch_run
+from coordinator.export import export_adapter
+from coordinator.inspection import History
 from shared import topology
 from shared.delta_file import DeltaFile
-from shared.errors import RunFailedError
+from shared.errors import ConfigError, DivergedError, RunFailedError
 from shared.ledger import Ledger
 from shared.lora_factors import delta_manifest, pairs
 from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, RefusedRecord
 from shared.tensors import TensorFile
 from tests.federations import config, learners, run
 from tests.numpy_learner import MANIFEST
-from tests.steering import Crash, Mortal, records, store_of, verify
+from tests.steering import Crash, Mortal, ask, records, store_of, verify
 
 LORA = {"rank": 4, "alpha": 8.0}
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
@@ -33,6 +36,8 @@ def settings(averaging, ranks=None, rounds=3, **sections):
     aggregation = {"averaging": averaging, "clip_to_median": "off"}
     aggregation |= sections.pop("aggregation", {})
     lora = {**LORA, "ranks": ranks or {}}
+    if averaging == "flora":
+        sections = {"base": {"model": "none", "quantisation": "none"}, **sections}
     return config(rounds=rounds, lora=lora, aggregation=aggregation, **sections)
 
 
@@ -155,11 +160,105 @@ def test_genesis_has_the_full_rank_even_if_no_site_does(tmp_path):
     assert verify(tmp_path).findings == []
 
 
-@pytest.mark.parametrize("averaging", ["ffa", "rolora", "svd"])
+@pytest.mark.parametrize(("ranks", "codec"), [({}, "int8"), ({"b": 2, "c": 1}, "fp32")])
+def test_floras_product_is_the_sum_of_all_that_the_sites_sent(tmp_path, ranks, codec):
+    """Round by round, with a site that is left out of the second; what is trained begins anew."""
+    policy = {"on_failure": "exclude", "max_attempts": 1}
+    chosen = settings("flora", ranks, policy=policy, codec={"name": codec})
+    sites = learners(chosen)
+    sites["b"].fault = fails_in_round(2)
+    run(chosen, tmp_path, sites)
+    found, total, rank = adapters(tmp_path), 0, 4
+    first = found[0]
+    for number, closed in enumerate(records(tmp_path, ClosedRecord), start=1):
+        after = found[number]
+        names = [item.site for item in records(tmp_path, ClosingRecord)[number - 1].inputs]
+        assert names == (["a", "c"] if number == 2 else ["a", "b", "c"])
+        for site, (weight, values) in zip(names, deltas(tmp_path, chosen, number), strict=True):
+            own = ranks.get(site, 4)
+            assert values[A].shape == (own, 8)
+            total = total + weight * values[B].astype(float) @ (
+                first[A][:own] + values[A].astype(float)
+            )
+            rank += own
+        assert (after[A].shape, after[B].shape) == ((rank, 8), (8, rank))
+        assert np.abs(after[B].astype(float) @ after[A] - total).max() < 1e-5
+        assert after[A][:4].tobytes() == first[A].tobytes()
+        assert not after[B][:, :4].any()
+        assert closed.exactness_gap == 0.0
+    assert verify(tmp_path).findings == []
+
+
+def fails_in_round(number):
+    """A training that fails in one round."""
+
+    def fault(task):
+        if task.round == number:
+            raise DivergedError("not this time")
+
+    return fault
+
+
+def test_floras_adapters_say_their_rank_to_peft_and_in_the_model_card(tmp_path):
+    """Alpha / r is 2 in every round: 4, then 4 + 7, then 4 + 14; another config is a finding."""
+    run(settings("flora", {"b": 2, "c": 1}, rounds=2), tmp_path)
+    store = store_of(tmp_path)
+    results = records(tmp_path, GenesisRecord) + records(tmp_path, ClosedRecord)
+    keys = [topology.adapter_key("test", r.adapter_sha, "adapter_config.json") for r in results]
+    made = [json.loads(store.get(key)) for key in keys]
+    assert [(one["r"], one["lora_alpha"]) for one in made] == [(4, 8), (11, 22), (18, 36)]
+    history = History(store, "test")
+    export_adapter(history, store, tmp_path / "out", 1)
+    assert "(r=11, alpha=22, scaling classic)" in (tmp_path / "out" / "README.md").read_text()
+    store.put(keys[1], store.get(keys[2]))
+    assert [finding.key for finding in verify(tmp_path).findings] == [keys[1]]
+
+
+def test_a_decision_of_flora_that_is_lost_is_the_only_finding(tmp_path):
+    """The ranks after it follow from no record then, and are no findings of their own."""
+    run(settings("flora", {"b": 2}, rounds=2), tmp_path)
+    key = topology.round_key("test", 1, "closing")
+    store_of(tmp_path).delete(key)
+    assert {finding.key for finding in verify(tmp_path).findings} == {key}
+
+
+def test_flora_goes_on_beyond_the_rounds_that_were_asked_for(tmp_path):
+    """An adapter has room for as many stacks as there are rounds."""
+    chosen = settings("flora", rounds=2)
+    sites = learners(chosen)
+    real = sites["a"].learn
+
+    def learn(task, *rest):
+        if task.round == 2 and not sites["a"].trained[1:]:
+            ask(tmp_path, "extend", rounds=1)
+        return real(task, *rest)
+
+    sites["a"].learn = learn
+    assert run(chosen, tmp_path, sites).last_round == 3
+    assert adapters(tmp_path)[-1][A].shape == (4 + 3 * 12, 8)
+    assert verify(tmp_path).findings == []
+
+
+def test_flora_has_no_branches(tmp_path):
+    """Neither from its adapters, which no site of a branch could hold, nor into it."""
+    run(settings("flora", rounds=1), tmp_path / "parent")
+    store = store_of(tmp_path / "parent")
+    ledgers = [Ledger(store, name, "operator", lambda: 7.0) for name in ("test", "child")]
+    with pytest.raises(ConfigError, match=r'averaging: expected another than "flora"'):
+        branch_run(ledgers[0], 1, ledgers[1])
+    assert list(store.list("runs/child/")) == []
+    run(settings("fedavg", rounds=1), tmp_path)
+    ledgers = [Ledger(store_of(tmp_path), n, "operator", lambda: 7.0) for n in ("test", "child")]
+    branch_run(ledgers[0], 1, ledgers[1])
+    with pytest.raises(RunFailedError, match=r'"flora" begins with an adapter that changes'):
+        run(settings("flora", rounds=1, name="child"), tmp_path)
+
+
+@pytest.mark.parametrize("averaging", ["ffa", "rolora", "svd", "flora"])
 @pytest.mark.parametrize(("at", "after"), [(8, True), (17, False), (22, True), (25, False)])
 def test_a_coordinator_killed_at_a_write_ends_in_the_same_adapter(tmp_path, averaging, at, after):
     """To the sha256, whichever write it died at."""
-    ranks = {"b": 2} if averaging == "svd" else None
+    ranks = {"b": 2} if averaging in ("svd", "flora") else None
     chosen = settings(averaging, ranks, rounds=2)
     whole = run(chosen, tmp_path / "whole")
     folder = tmp_path / "killed"
@@ -177,6 +276,7 @@ def test_a_coordinator_killed_at_a_write_ends_in_the_same_adapter(tmp_path, aver
         ("ffa", "fedavg", r"lora_A.*expected 1 tensors without it, got 2"),
         ("rolora", "svd", r"lora_A.*expected 1 tensors without it, got 2"),
         ("fedavg", "ffa", r"lora_A.*expected it, got a file without it"),
+        ("flora", "ffa", r"lora_A.*expected it, got a file without it"),
     ],
 )
 def test_a_delta_of_the_wrong_tensors_is_refused(tmp_path, averaging, other, says):
@@ -196,9 +296,10 @@ def test_a_delta_of_the_wrong_tensors_is_refused(tmp_path, averaging, other, say
     assert [item.site for item in records(tmp_path, ClosingRecord)[0].inputs] == ["a", "b"]
 
 
-def test_a_delta_of_another_rank_than_the_sites_is_refused(tmp_path):
+@pytest.mark.parametrize("averaging", ["svd", "flora"])
+def test_a_delta_of_another_rank_than_the_sites_is_refused(tmp_path, averaging):
     """A site of rank 2 sends the whole rank: the shape is not what its settings give."""
-    chosen = settings("svd", {"c": 2}, policy={"on_failure": "exclude", "max_attempts": 1})
+    chosen = settings(averaging, {"c": 2}, policy={"on_failure": "exclude", "max_attempts": 1})
     sites = learners(chosen)
     real = sites["c"].learn
 

@@ -14,6 +14,7 @@ from shared.ledger import Ledger
 from shared.lora_factors import delta_manifest, is_a, is_b, pairs, trained_in
 from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
 from shared.tensors import TensorFile
+from tests.federation.test_simulate import gradualdiff, plain_loss
 from tests.participant.test_killed_in_a_round import federation, simulate
 from tests.steering import records, store_of, verify
 from tests.tiny_model import make_tiny_model
@@ -26,6 +27,7 @@ CASES = {
     "ffa": 'optimizer_state = "keep"\n' + STEPS.format("ffa"),
     "rolora": STEPS.format("rolora"),
     "svd": STEPS.format("svd") + "[lora.ranks]\nb = 2\n",
+    "flora": STEPS.format("flora") + "[lora.ranks]\nb = 2\n",
 }
 ROUNDS = 2
 
@@ -33,6 +35,15 @@ ROUNDS = 2
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def prepared(folder, model, case):
+    """The federation.toml of a case; flora's base is not quantised."""
+    path = federation(folder, model, CASES[case], ROUNDS)
+    if case == "flora":
+        text = path.read_text().replace('"nf4"', '"none"\ncompute_dtype = "float32"')
+        path.write_text(text)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def whole(tmp_path_factory, model):
     def run(case):
         if case not in made:
             folder = tmp_path_factory.mktemp(case)
-            done, _ = simulate(federation(folder, model, CASES[case], ROUNDS))
+            done, _ = simulate(prepared(folder, model, case))
             assert done.returncode == 0, done.stderr
             made[case] = (folder, json.loads(done.stdout))
         return made[case]
@@ -64,11 +75,11 @@ def adapters(folder):
     return [tensors(folder, topology.adapter_key("tiny", r.adapter_sha)) for r in results]
 
 
-@pytest.mark.parametrize("case", ["ffa", "rolora", "svd"])
+@pytest.mark.parametrize("case", ["ffa", "rolora", "svd", "flora"])
 def test_kills_in_a_training_and_in_a_closing_end_in_the_same_adapter(whole, model, tmp_path, case):
     """To the sha256; and what is on record is recomputed without a finding."""
     folder, wanted = whole(case)
-    path = federation(tmp_path, model, CASES[case], ROUNDS)
+    path = prepared(tmp_path, model, case)
     kills = [("training.stepped", 17), ("round.aggregated", 1)]  # in round 2, after a checkpoint
     options = []
     for point, nth in kills:
@@ -130,6 +141,26 @@ def test_svd_fits_the_mean_of_what_the_sites_sent(whole):
         assert np.abs(wanted).max() > 1e-4
         assert np.abs(after[b].astype(float) @ after[a] - wanted).max() < 1e-6
     assert all(is_a(a) and is_b(b) for a, b in means)
+
+
+@pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in processes
+def test_floras_export_has_the_reported_loss_in_plain_peft(whole, model, tmp_path):
+    """Rank 4 + 2 x 6 beside the base, where the sites measured it merged into theirs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, reported = whole("flora")
+    store = folder / "store"
+    done = gradualdiff("runs", "export", "tiny", "--to", tmp_path / "out", "--store", store)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (made["r"], made["lora_alpha"]) == (16, 64)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loss = plain_loss(base, tmp_path / "out", folder, model, torch.float32)
+    assert loss == pytest.approx(reported["held_out_nll"], abs=1e-4)
+    shown = gradualdiff("rounds", "show", "tiny", "2", "--store", store, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert all(row["norm"] > 0 for row in json.loads(shown.stdout)["sites"])
 
 
 def test_each_mode_lowers_the_held_out_loss(whole):

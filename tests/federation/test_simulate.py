@@ -134,29 +134,16 @@ def test_verify_is_green_and_names_a_flipped_byte(whole):
     assert f"round 2: {key}" in done.stderr
 
 
-@pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in the processes above
-def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, model, tmp_path):
-    """PeftModel.from_pretrained on the same NF4 base; NLL computed here from plain logits."""
+def plain_loss(base, adapter, folder, model, dtype):
+    """Nats per held-out answer token of both sites, with PEFT alone and from plain logits."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoTokenizer
 
     from participant.data import load_site_data
-    from participant.model.numerics import pick_compute_dtype
     from shared.config import load_site
 
-    folder, reported = whole
-    target = tmp_path / "adapter"
-    done = gradualdiff("runs", "export", "tiny", "--to", target, "--store", folder / "store")
-    assert done.returncode == 0, done.stderr
-    dtype = pick_compute_dtype("auto", torch.device("cpu"))
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, quantization_config=quantisation
-    )
-    peft = PeftModel.from_pretrained(base, target).eval()
+    peft = PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     total, tokens = 0.0, 0
     for name in "ab":
@@ -171,7 +158,30 @@ def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, m
                 logits[start - 1 : -1], wanted, reduction="sum"
             )
             total, tokens = total + float(loss), tokens + len(wanted)
-    assert math.isclose(total / tokens, reported["held_out_nll"], abs_tol=1e-3)
+    return total / tokens
+
+
+@pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in the processes above
+def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, model, tmp_path):
+    """PeftModel.from_pretrained on the same NF4 base; NLL computed here from plain logits."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from participant.model.numerics import pick_compute_dtype
+
+    folder, reported = whole
+    target = tmp_path / "adapter"
+    done = gradualdiff("runs", "export", "tiny", "--to", target, "--store", folder / "store")
+    assert done.returncode == 0, done.stderr
+    dtype = pick_compute_dtype("auto", torch.device("cpu"))
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, quantization_config=quantisation
+    )
+    loss = plain_loss(base, target, folder, model, dtype)
+    assert math.isclose(loss, reported["held_out_nll"], abs_tol=1e-3)
 
 
 @pytest.mark.parametrize("quantisation", ["int8", "none"])

@@ -7,6 +7,7 @@ import pytest
 from shared.errors import ConfigError
 from tests.federations import config
 
+PLAIN = {"base": {"quantisation": "none"}}
 QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
 
 
@@ -15,7 +16,21 @@ QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
     [
         ({"mode": "flora"}, r'flora.*base.quantisation is "nf4".*use svd'),
         ({"mode": "flora", "base": {"quantisation": "int8"}}, r'flora.*"int8".*use svd'),
-        ({"mode": "flora", "base": {"quantisation": "none"}}, r"flora.*none here does.*use svd"),
+        ({"mode": "flora", **PLAIN, "aggregation": {"rule": "median"}}, r'"median".*"flora" joins'),
+        ({"mode": "flora", **PLAIN, "server": {"optimizer": "fedavgm"}}, r"expected plain.*flora"),
+        (
+            {"mode": "flora", **PLAIN, "training": {"optimizer_state": "keep"}},
+            r"optimizer_state.*flora.*into the base.*reset",
+        ),
+        ({"mode": "flora", **PLAIN, "policy": {**QUORUM, "late": "carry"}}, r"policy.*flora.*drop"),
+        (
+            {"mode": "flora", **PLAIN, "policy": {"kind": "buffered", "buffer": 2}},
+            r"policy.*flora",
+        ),
+        (
+            {"mode": "flora", **PLAIN, "run": {"rounds": 43}, "lora": {"ranks": {"c": 62}}},
+            r"run.rounds x the sum.*64 \+ 43 x 190 = 8234: lower lora.rank.*svd",
+        ),
         ({"lora": {"ranks": {"a": 8}}}, r"lora.ranks.*fedavg.*no mean; use svd"),
         ({"mode": "ffa", "lora": {"ranks": {"a": 8}}}, r"lora.ranks.*ffa.*no mean; use svd"),
         ({"mode": "svd", "lora": {"ranks": {"a": 65}}}, r"ranks.a: expected at most.*64, got 65"),
@@ -44,6 +59,10 @@ def test_a_combination_that_cannot_work_is_refused(sections, says):
     [
         {"mode": "svd", "lora": {"ranks": {"a": 64, "b": 1}}},
         {"mode": "svd", "policy": QUORUM},
+        {"mode": "flora", **PLAIN, "policy": QUORUM},
+        {"mode": "flora", **PLAIN, "lora": {"ranks": {"a": 64, "b": 1}}},
+        {"mode": "flora", **PLAIN, "run": {"rounds": 42}},
+        {"mode": "flora", **PLAIN, "codec": {"name": "int8"}},
         {"mode": "rolora", "policy": QUORUM},
         {"mode": "ffa", "policy": {"kind": "buffered", "buffer": 2}},
         {"mode": "ffa", "training": {"local_steps": 1, "optimizer_state": "keep"}},

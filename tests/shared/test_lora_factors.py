@@ -10,11 +10,13 @@ import pytest
 from shared.config import LoraSection
 from shared.errors import ConfigError
 from shared.lora_factors import (
+    beyond,
     delta_manifest,
     is_factors_only,
     layer_of,
     leading,
     lora_for,
+    lora_of_rank,
     pairs,
     site_manifest,
     trained_in,
@@ -77,6 +79,7 @@ def test_what_is_no_pair_is_not_taken_for_one(tensors):
     [
         ("fedavg", ["AB", "AB", "AB"]),
         ("svd", ["AB", "AB", "AB"]),
+        ("flora", ["AB", "AB", "AB"]),
         ("ffa", ["B", "B", "B"]),
         ("rolora", ["B", "A", "B"]),
     ],
@@ -145,3 +148,26 @@ def test_the_leading_block_is_rows_of_a_and_columns_of_b():
     assert small_b.tolist() == b[:, :2].tolist()
     other = np.ones(3)
     assert leading("q.weight", other, 2) is other
+
+
+def test_what_is_beyond_the_leading_block_is_the_rest_of_the_product():
+    """Together they are the whole; of a tensor that is no factor there is no rest."""
+    a, b = np.arange(24.0).reshape(4, 6), np.arange(20.0).reshape(5, 4)
+    for rank in (0, 1, 4):
+        parts = [
+            part("q.lora_B.weight", b, rank) @ part("q.lora_A.weight", a, rank)
+            for part in (leading, beyond)
+        ]
+        assert (parts[0] + parts[1] == b @ a).all()
+    with pytest.raises(ValueError, match=r"q.weight: expected"):
+        beyond("q.weight", a, 2)
+
+
+def test_a_larger_rank_keeps_the_scale_too():
+    """What an adapter that grew needs for plain PEFT to give the same product."""
+    for scaling, power in (("classic", 1.0), ("rslora", 0.5)):
+        lora = LoraSection(rank=4, alpha=6.0, scaling=scaling, ranks={"west": 1})
+        grown = lora_of_rank(lora, 36)
+        assert grown.rank == 36
+        assert math.isclose(grown.alpha / 36**power, 6.0 / 4**power)
+        assert grown.ranks == {}

@@ -1,0 +1,171 @@
+"""flora (arXiv:2409.05976): a round's factors stacked, so that their product is sum_i w_i B_i A_i.
+
+An adapter of a run of rank r is [fresh | round 1 | round 2 ...]: first r directions that the next
+round trains, A as drawn at genesis and B zero; then for each round, site by site in name order, the
+rows A_i and the columns w_i B_i of its r_i directions. So an adapter's rank is its file's own, and
+B A of the whole file is the sum of all rounds, without a rounding but that of each factor to fp32.
+Sites merge what stands beyond their own directions into their base: participant/model/merging.py.
+
+Nothing is summed but the figures, and one tensor is in memory at a time: bytes depend on no order
+of arrival and on no number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.deltas import is_finite, square_and_product, squared_norm
+from shared.errors import LedgerError
+from shared.lora_factors import is_a, is_b, is_factors_only, lora_of_rank, of_rank, pairs, rank_of
+from shared.tensors import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from coordinator.aggregation import WeightedDelta
+    from coordinator.factor_fit import Figures
+    from shared.config import FederationConfig, LoraSection
+    from shared.delta_file import DeltaFile
+    from shared.manifest import Manifest, TensorSpec
+    from shared.records import ClosingRecord
+
+
+class Stacking:
+    """One round's layers. ``manifest``: of the part that is trained, rank r.
+
+    A delta of a lower rank is a change of the adapter's first directions. Raises LedgerError for
+    an adapter that is not made of factors, or of fewer directions than r.
+    """
+
+    def __init__(
+        self,
+        adapter: TensorFile,
+        deltas: Sequence[WeightedDelta],
+        files: Sequence[DeltaFile],
+        figures: Figures,
+        manifest: Manifest,
+    ) -> None:
+        if not is_factors_only(manifest):
+            raise LedgerError(
+                'aggregation.averaging = "flora": the adapter is not of factors alone'
+            )
+        self._adapter = adapter
+        self._deltas = deltas
+        self._files = files
+        self._figures = figures
+        sent = [delta.manifest or manifest for delta in deltas]
+        self._specs = [{spec.name: spec for spec in own.tensors} for own in sent]
+        self._fresh = _rank(manifest)
+        self._before = rank_in(adapter)
+        _check_source(adapter, of_rank(manifest, max(self._before, self._fresh)))
+        self.manifest = of_rank(manifest, self._before + sum(map(_rank, sent)))
+        self._trained = {spec.name: spec for spec in manifest.tensors}
+
+    def tensors(self) -> Generator[NDArray[np.float32]]:
+        """The next adapter's tensors in order. Raises LedgerError for a value beyond fp32."""
+        watch = self._figures.watch
+        for spec in self.manifest.tensors:
+            with watch.phase("measure"):
+                self._measure(self._trained[spec.name])
+            with watch.phase("accumulate"):
+                values = self._stacked(spec)
+            self._adapter.release(spec.name)
+            for file, specs in zip(self._files, self._specs, strict=True):
+                file.release(specs[spec.name])
+            yield values
+
+    def _stacked(self, spec: TensorSpec) -> NDArray[np.float32]:
+        """One tensor: what was there, and below (A) or beside it (B) each site's new factor."""
+        result = np.empty(spec.shape, np.float32)
+        rows = _directions(spec.name, result)
+        source = _directions(spec.name, self._adapter.read(spec.name))
+        rows[: self._before] = source
+        at = self._before
+        for index, delta in enumerate(self._deltas):
+            factor = _directions(spec.name, self._read(index, spec.name)).astype(np.float64)
+            factor *= delta.scale
+            factor += source[: len(factor)]
+            if is_b(spec.name):
+                factor *= delta.weight
+            with np.errstate(over="ignore"):
+                rows[at : at + len(factor)] = factor
+            at += len(factor)
+        if is_b(spec.name):  # what was trained stands in the stack; the next round begins anew
+            rows[: self._fresh] = 0
+        if not is_finite(result):
+            raise LedgerError(
+                f"tensor {spec.name!r}: expected finite values, got a factor beyond fp32; "
+                "a delta is too large: set aggregation.max_delta_norm"
+            )
+        return result
+
+    def _measure(self, spec: TensorSpec) -> None:
+        """Figures of the deltas as they were sent; a lower rank counts as zeros beyond it."""
+        mean = np.zeros(spec.shape)
+        parts = []
+        for index, delta in enumerate(self._deltas):
+            own = self._specs[index][spec.name]
+            parts.append(mean[tuple(slice(length) for length in own.shape)])
+            share = delta.weight * delta.scale
+            parts[-1][:] += np.multiply(self._read(index, spec.name), share, dtype=np.float64)
+        self._figures.note_mean(squared_norm(mean))
+        for index, delta in enumerate(self._deltas):
+            found = square_and_product(self._read(index, spec.name), parts[index])
+            self._figures.note_delta(delta.site, *found)
+
+    def _read(self, index: int, name: str) -> NDArray[np.float32]:
+        return self._files[index].read(self._specs[index][name])
+
+
+def rank_in(adapter: TensorFile) -> int:
+    """The rank of an adapter file's first factor. Raises LedgerError if it holds none."""
+    for name, layout in adapter.layouts.items():
+        if is_a(name):
+            return layout.shape[0]
+    raise LedgerError("adapter: expected a tensor *.lora_A.weight, found none")
+
+
+def lora_in(adapter: Path, config: FederationConfig) -> LoraSection:
+    """The run's settings as PEFT needs them for this file: with ``flora`` its rank is its own.
+
+    Raises LedgerError for a file without factors, DecodeError or OSError for one that is torn.
+    """
+    if config.aggregation.averaging != "flora":
+        return config.lora
+    with TensorFile(adapter) as file:
+        return lora_of_rank(config.lora, rank_in(file))
+
+
+def lora_after(closings: Iterable[ClosingRecord], config: FederationConfig) -> LoraSection:
+    """The same from what the rounds counted, without the file."""
+    if config.aggregation.averaging != "flora":
+        return config.lora
+    counted = (item.site for closing in closings for item in closing.inputs)
+    rank = config.lora.rank + sum(rank_of(config.lora, site) for site in counted)
+    return lora_of_rank(config.lora, rank)
+
+
+def _rank(manifest: Manifest) -> int:
+    return pairs(manifest)[0].a.shape[0]
+
+
+def _directions(name: str, factor: NDArray[Any]) -> NDArray[Any]:
+    """A factor as a view of (rank, n): a row for each direction."""
+    return factor if is_a(name) else factor.T
+
+
+def _check_source(adapter: TensorFile, wanted: Manifest) -> None:
+    for spec in wanted.tensors:
+        layout = adapter.layouts.get(spec.name)
+        if layout is None or layout.shape != spec.shape:
+            got = "none" if layout is None else str(layout.shape)
+            raise LedgerError(
+                f"source: tensor {spec.name!r}: expected shape {spec.shape}, got {got}; it is not "
+                "an adapter of this run"
+            )

@@ -1,0 +1,106 @@
+"""LoRA directions merged into the weights of a base that is not quantised, for a while.
+
+W = W0 + scale B A, computed in float32 and rounded once to the weight's type, always from W0: so
+rounding does not add up over rounds. W0 is kept on the host and copied back, never got back by
+subtracting: afterwards the base has the bytes that it was loaded with. On the CPU this takes the
+memory of the adapted layers a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from shared.errors import ModelError
+from shared.lora_factors import A, B, is_a, layer_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class AdaptedLayer(NamedTuple):
+    """A layer of the base with an adapter. ``scale``: of the product BA.
+
+    ``is_transposed``: the weight is (inputs, outputs), as in GPT-2's Conv1D.
+    """
+
+    name: str
+    weight: torch.nn.Parameter
+    scale: float
+    is_transposed: bool
+
+
+def adapted_layers(network: torch.nn.Module, factors: Iterable[str]) -> list[AdaptedLayer]:
+    """The layers that the named factors belong to, each with a weight that can be merged into.
+
+    ``network``: as PEFT wrapped it. Raises ModelError for a weight that is quantised, or that
+    another layer uses too: merged there, the adapter would act in both.
+    """
+    uses: dict[int, int] = {}
+    for _, parameter in network.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    layers = []
+    for name in map(layer_of, filter(is_a, factors)):
+        module: Any = network.get_submodule(name)
+        weight = module.base_layer.weight
+        if not weight.is_floating_point():
+            raise ModelError(
+                f"{name}: expected a weight that is not quantised to merge an adapter into, got "
+                f'{weight.dtype}; use base.quantisation = "none", or another averaging than flora'
+            )
+        if uses[id(weight)] > 1:
+            raise ModelError(
+                f"{name}: expected a weight of its own to merge an adapter into, got one that "
+                "another layer shares; leave it out of lora.target_modules"
+            )
+        (scale,) = module.scaling.values()
+        layers.append(AdaptedLayer(name, weight, scale, module.fan_in_fan_out))
+    return layers
+
+
+@contextlib.contextmanager
+def merged(layers: Iterable[AdaptedLayer], read: Callable[[str], NDArray[Any]]) -> Iterator[None]:
+    """Inside the block each weight is W0 + scale B A; afterwards W0, whatever happened.
+
+    ``read(name)``: float32 factors of any one rank, 0 too. Raises ModelError for one that does not
+    fit the weight.
+    """
+    kept: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                product = _product(layer, read(layer.name + B), read(layer.name + A))
+                if product is None:
+                    continue
+                kept.append((layer.weight, layer.weight.detach().to("cpu", copy=True)))
+                layer.weight.copy_(layer.weight.float() + layer.scale * product)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in kept:
+                weight.copy_(before)
+
+
+def _product(
+    layer: AdaptedLayer, b: NDArray[np.float32], a: NDArray[np.float32]
+) -> torch.Tensor | None:
+    """B A in float32, of the weight's shape; None where it is zero."""
+    used = b.any(axis=0)
+    if not used.any():
+        return None
+    device = layer.weight.device
+    left, right = (torch.from_numpy(part.copy()).to(device) for part in (b[:, used], a[used]))
+    product = left @ right
+    if layer.is_transposed:
+        product = product.T
+    if product.shape != layer.weight.shape:
+        raise ModelError(
+            f"adapter: {layer.name}: expected factors of a weight {tuple(layer.weight.shape)}, got "
+            f"B A of {tuple(product.shape)}; is it an adapter of this base model?"
+        )
+    return product
