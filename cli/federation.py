@@ -18,6 +18,7 @@ from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
 from participant.handlers import Site
 from participant.workspace import Workspace
+from shared.config import AcceptSection
 from shared.directory_store import DirectoryTransfer
 from shared.embedded_broker import EmbeddedBroker
 from shared.errors import InterruptedRunError, RunFailedError, RunStuckError
@@ -120,6 +121,7 @@ def _participant(
         clock=embedding.clock,
         should_stop=embedding.should_stop,
         report=embedding.report,
+        accept=AcceptSection(flora=True),  # one owner has everybody's text here
     )
     return build_participant(site, broker)
 

@@ -144,6 +144,10 @@ SETTINGS = {
     "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",
     "accept.max_rounds": "Most rounds of a run, with every extension.",
     "accept.min_participants": "Fewest participants of a run, this site among them.",
+    "accept.flora": (
+        'Whether it takes part in a run with `averaging = "flora"`, which gives each site\'s own '
+        "factors to all others."
+    ),
     "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens do.",
 }
 

@@ -37,6 +37,11 @@ def objections(run: RunAnnounced, accept: AcceptSection, examples: int | None = 
     least = accept.min_participants
     if least is not None and run.participants < least:
         found.append(f"accept.min_participants: expected at least {least}, got {run.participants}")
+    if run.averaging == "flora" and not accept.flora:
+        found.append(
+            'accept.flora: expected true for a run with aggregation.averaging = "flora", which '
+            "gives each site's own factors to all others, got false"
+        )
     if not found:
         return ""
     return (

@@ -433,6 +433,7 @@ class AcceptSection(Section):
 
     ``max_steps``: local optimiser steps in a round. ``min_participants``: of the run as announced.
     ``send_metrics``: whether losses and counts leave the site; without, only the delta does.
+    ``flora``: whether its own factors may be given to all other sites, as that averaging does.
     """
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -442,6 +443,7 @@ class AcceptSection(Section):
     max_rounds: Positive | None = None
     min_participants: Positive | None = None
     send_metrics: bool = True
+    flora: bool = False
 
 
 class SiteConfig(Section):

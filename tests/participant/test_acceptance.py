@@ -45,6 +45,15 @@ def test_without_limits_it_takes_part_in_anything():
     assert objections(run(), AcceptSection()) == ""
 
 
+def test_own_factors_go_to_other_sites_only_where_the_site_says_so():
+    """Stacking shows them; every other averaging gives out a mean."""
+    stacked = run().model_copy(update={"averaging": "flora"})
+    assert 'accept.flora: expected true for a run with aggregation.averaging = "flora"' in (
+        objections(stacked, AcceptSection())
+    )
+    assert objections(stacked, AcceptSection(flora=True)) == ""
+
+
 def test_epochs_are_counted_once_the_examples_are_known():
     """21 examples in batches of 4, twice: 12 steps."""
     epochs = run(local_epochs=2, batch_size=4)
