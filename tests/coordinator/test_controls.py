@@ -15,7 +15,6 @@ from coordinator.controls import steer
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.operating import order
-from participant.handlers import Site
 from shared import topology
 from shared.config import AcceptSection
 from shared.directory_store import DirectoryStore
@@ -199,8 +198,8 @@ def test_extensions_count_from_the_next_round_and_stand_in_its_record(tmp_path):
 def test_a_site_that_accepts_fewer_rounds_is_not_trained_beyond_them(tmp_path, monkeypatch):
     """It said so before the run was extended; the round waits for it, and says why."""
     config = federations.config(rounds=1)
-    limited = functools.partial(Site, accept=AcceptSection(max_rounds=1))
-    monkeypatch.setattr(federation, "Site", limited)
+    limited = functools.partial(AcceptSection, max_rounds=1)
+    monkeypatch.setattr(federation, "AcceptSection", limited)
     sites = when(config, 1, lambda: ask(tmp_path, "extend", rounds=1))
     with pytest.raises(RunStuckError, match=r"accept.max_rounds: expected at most 1, got 2"):
         federations.run(config, tmp_path, sites)
