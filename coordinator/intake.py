@@ -107,9 +107,10 @@ class Intake:
             try:
                 self._store.compose(key, parts)
             except (ObjectChangedError, ObjectMissingError) as error:
-                raise DeltaRefusedError(
-                    f"the upload changed while it was checked ({error}); submit it again"
-                ) from None
+                if not self._is_stored(key, upload.sha):
+                    raise DeltaRefusedError(
+                        f"the upload changed while it was checked ({error}); submit it again"
+                    ) from None
             failpoint("delta.composed")
             self._clear_inbox(upload)
         return norm
@@ -167,6 +168,18 @@ class Intake:
         key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
         with contextlib.suppress(ObjectMissingError):
             return [], self._store.spool([key], target).sha256
+        try:
+            return self._collect_chunks(upload, target)
+        except ObjectMissingError as error:
+            # A coordinator that was frozen does not know yet that another one took over. That one
+            # may join the chunks and clear the inbox while this one reads them.
+            with contextlib.suppress(ObjectMissingError):
+                return [], self._store.spool([key], target).sha256
+            raise DeltaRefusedError(
+                f"the upload changed while it was read ({error}); submit it again"
+            ) from None
+
+    def _collect_chunks(self, upload: Upload, target: Path) -> tuple[list[ObjectInfo], str]:
         absent = self.missing_chunks(upload)
         if absent:
             raise DeltaRefusedError(
@@ -181,6 +194,13 @@ class Intake:
                     f"{part.size}; it changed while it was read: upload it, then submit again"
                 )
         return spooled.parts, spooled.sha256
+
+    def _is_stored(self, key: str, sha: str) -> bool:
+        """Whether another coordinator joined the same bytes meanwhile."""
+        try:
+            return self._store.sha256(key) == sha
+        except ObjectMissingError:
+            return False
 
     def _clear_inbox(self, upload: Upload) -> None:
         for number in range(upload.chunks):

@@ -173,7 +173,7 @@ class Experiment:
         setting = Setting(1, batch_size, 1.0)  # whichever is drawn, it changes nothing
         plan = plans(self._laboratory.preset, "federated", setting)[0]
         measured = self._measurements.of_base(self._laboratory.config(plan))
-        losses, replies = self._worth([measured])
+        losses, replies = worth_of([measured])
         return ArmFigures("base", seed, batch_size, None, (), losses, replies)
 
     def _averaged(
@@ -187,22 +187,8 @@ class Experiment:
         difference = average_weights(history, self._laboratory.store, path, folder)
         self.findings.differences[plan.name] = difference
         averaged = self._measurements.of_file(path, self._laboratory.config(plan))
-        losses, replies = self._worth([averaged])
+        losses, replies = worth_of([averaged])
         return ArmFigures("fedavg", seed, batch_size, rate, (), losses, replies)
-
-    def _worth(self, adapters: Sequence[Measured]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Losses and reply scores of the adapters, their means where there are several.
-
-        Of another partition the held-out loss alone, which is what its table has.
-        """
-        losses: dict[str, Any] = {}
-        for name in ("test",) if self._partition else SETS:
-            losses[name] = mean_of([one.loss(name).model_dump(mode="json") for one in adapters])
-        replies = {
-            name: _mean_scores([one.replies(name) for one in adapters])
-            for name in (() if self._partition else ("test", "train"))
-        }
-        return losses, replies
 
     def _trained(
         self,
@@ -221,7 +207,7 @@ class Experiment:
             test = self._adapter(*runs[0], number).loss("test").nll if drawn else None
             rounds.append(round_figures(histories, meters, number, test))
         adapters = [self._adapter(plan, h, h.last_closed) for plan, h in runs]
-        losses, replies = self._worth(adapters)
+        losses, replies = worth_of(adapters, held_out_only=bool(self._partition))
         if arm not in WHOLE or self._partition:
             self._forget([plan for plan, _ in runs])
         up, down = (
@@ -240,6 +226,23 @@ class Experiment:
             largest([laboratory.peak(plan) for plan, _ in runs]),
             tuple(one.sha for one in adapters),
         )
+
+
+def worth_of(
+    adapters: Sequence[Measured], *, held_out_only: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Losses and reply scores of the adapters, their means where there are several.
+
+    ``held_out_only``: the loss on held-out text and nothing else.
+    """
+    losses: dict[str, Any] = {}
+    for name in ("test",) if held_out_only else SETS:
+        losses[name] = mean_of([one.loss(name).model_dump(mode="json") for one in adapters])
+    replies = {
+        name: _mean_scores([one.replies(name) for one in adapters])
+        for name in (() if held_out_only else ("test", "train"))
+    }
+    return losses, replies
 
 
 def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:

@@ -349,7 +349,11 @@ def command(run, *more):
 
 def spawn(run, out, *more):
     """A process that follows."""
-    program = "from cli.main import main; main()"
+    # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from cli.main import main; main()"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, *command(run, *more)],
         stdout=out,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cli.reproduction.experiment import Chosen, Findings, worth
+from cli.reproduction.experiment import Chosen, Findings, worth_of
 from cli.reproduction.figures import ArmFigures, RoundFigures, mean_and_sd, slowest_and_sum
 from cli.reproduction.picture import draw_losses
 from cli.reproduction.tables import ResultTable, as_csv, make_tables
@@ -59,7 +59,7 @@ class Adapter:
 
 
 def figures(arm="federated", seed=1, size=4, adapters=None, tokens=100):
-    losses, replies = worth(adapters or [Adapter(2.0, math.exp(2.0), 7)])
+    losses, replies = worth_of(adapters or [Adapter(2.0, math.exp(2.0), 7)])
     rounds = ()
     if arm not in ("base", "fedavg"):
         rounds = (RoundFigures(1, 2.5, tokens, SECONDS, SECONDS, test_nll=2.0),)
