@@ -149,11 +149,11 @@ def preset_settings(
     tables["run"] = {
         "name": name,
         "seed": seed,
-        "rounds": loaded.reproduce.rounds,
+        "rounds": options.rounds or loaded.reproduce.rounds,
         "participants": list(SITES),
     }
     tables["training"] |= {
-        "local_steps": loaded.reproduce.local_steps,
+        "local_steps": options.steps or loaded.reproduce.local_steps,
         "batch_size": loaded.reproduce.batch_sizes[0],
         "learning_rate": options.learning_rate,
     }
@@ -182,12 +182,12 @@ def settings(name: str, model: Path, seed: int, options: argparse.Namespace) -> 
     """What all runs have in common."""
     return {
         "run": {
-            "name": name, "seed": seed, "rounds": options.rounds, "participants": list(SITES),
+            "name": name, "seed": seed, "rounds": options.rounds or 6, "participants": list(SITES),
         },
         "base": {"model": str(model), "quantisation": "none"},
         "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
         "training": {
-            "local_steps": options.steps,
+            "local_steps": options.steps or 12,
             "batch_size": 4,
             "learning_rate": options.learning_rate,
             "max_prompt_tokens": 48,
@@ -256,7 +256,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             for attack, rewrite in ATTACKS.items():
                 for defence, aggregation in DEFENCES.items():
                     reference = rewrite is None and defence == "none"
-                    if not reference and defence not in options.defences:
+                    wanted = attack in options.attacks and defence in options.defences
+                    if not reference and not wanted:
                         continue
                     label = f"s{seed}-{len(found)}"
                     if options.preset:
@@ -314,7 +315,7 @@ def table(found: list[dict[str, Any]], figure: str, digits: int = 4) -> list[str
         "| " + " | ".join(["the bad site sends", *DEFENCES]) + " |",
         "|---|" + "---:|" * len(DEFENCES),
     ]
-    for attack in ATTACKS:
+    for attack in dict.fromkeys(attack for attack, _ in values):
         cells = []
         for defence in DEFENCES:
             here = values.get((attack, defence))
@@ -331,11 +332,12 @@ def main() -> None:
     """Run all, or read what was run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=6, help="of the tiny model")
-    parser.add_argument("--steps", type=int, default=12, help="of the tiny model, in a round")
+    parser.add_argument("--rounds", type=int, help="6, or the preset's")
+    parser.add_argument("--steps", type=int, help="in a round; 12, or the preset's")
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--preset", help="a preset of `gradualdiff reproduce`, as cpu")
     parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=[*DEFENCES])
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=[*ATTACKS])
     parser.add_argument("--json", type=Path, help="write the figures of every run here")
     parser.add_argument("--read", type=Path, help="run nothing: tables of such a file")
     options = parser.parse_args()

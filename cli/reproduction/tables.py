@@ -129,7 +129,10 @@ def _rates(findings: Findings) -> ResultTable:
         )
         edge = "at the edge of the grid" if chosen.at_edge else ""
         rows.append((ARMS[arm], size.removeprefix("b"), f"{chosen.rate:g}", tried or DASH, edge))
-    note = "The grid is climbed from its middle for as long as the loss on dev falls."
+    note = (
+        "The grid is climbed from its middle for as long as the loss on dev falls. Of participants "
+        "alone the first one's loss decides."
+    )
     if findings.diverged:
         note += f" Diverged, and in no figure: {'; '.join(findings.diverged)}."
     return ResultTable(
