@@ -3,8 +3,7 @@
     python benchmarks/non_iid.py [--seeds 3] [--dir FOLDER]
 
 A tiny Llama with random weights learns WordNet's glosses by ``gradualdiff reproduce --non-iid``,
-with the preset below. Prints the losses of all arms and the table over alpha. Takes a few minutes
-on two cores. The real model's: ``gradualdiff reproduce --preset cpu --non-iid``.
+with the preset below. Prints the losses of all arms and the table over alpha. The real model's: ``gradualdiff reproduce --preset cpu --non-iid``.
 """
 
 from __future__ import annotations
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="keep the reproduction here")
     options = parser.parse_args()
+    from cli.reproduction.tables import ResultTable
     from tests.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as name:
@@ -65,10 +65,7 @@ def main() -> None:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         for table in json.loads(done.stdout)["tables"]:
             if table["title"].startswith(("Table II:", "Held-out", "Learning")):
-                print(f"{table['title']}\n")
-                print("| " + " | ".join(table["columns"]) + " |")
-                print("|---" * len(table["columns"]) + "|")
-                print("\n".join("| " + " | ".join(row) + " |" for row in table["rows"]), "\n")
+                print(ResultTable(**table).markdown())
 
 
 if __name__ == "__main__":
