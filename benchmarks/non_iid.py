@@ -3,7 +3,8 @@
     python benchmarks/non_iid.py [--seeds 3] [--dir FOLDER]
 
 A tiny Llama with random weights learns WordNet's glosses by ``gradualdiff reproduce --non-iid``,
-with the preset below. Prints the losses of all arms and the table over alpha. The real model's: ``gradualdiff reproduce --preset cpu --non-iid``.
+with the preset below. Prints the losses of all arms and the table over alpha. The real model's:
+``gradualdiff reproduce --preset cpu --non-iid``.
 """
 
 from __future__ import annotations

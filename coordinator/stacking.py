@@ -143,9 +143,7 @@ def lora_in(adapter: Path, config: FederationConfig) -> LoraSection:
 
 
 def lora_after(closings: Iterable[ClosingRecord], config: FederationConfig) -> LoraSection:
-    """The same from what the rounds counted, without the file."""
-    if config.aggregation.averaging != "flora":
-        return config.lora
+    """The same for ``flora``, from what all its rounds counted, without the file."""
     counted = (item.site for closing in closings for item in closing.inputs)
     rank = config.lora.rank + sum(rank_of(config.lora, site) for site in counted)
     return lora_of_rank(config.lora, rank)

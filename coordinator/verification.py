@@ -28,7 +28,7 @@ from coordinator.server_optimizer import StateFiles
 from coordinator.stacking import lora_after
 from shared import topology
 from shared.codecs import get_codec
-from shared.config import FederationConfig
+from shared.config import FederationConfig, LoraSection
 from shared.delta_file import DeltaHeader, check_delta
 from shared.errors import (
     DecodeError,
@@ -401,14 +401,19 @@ class _Verifier:
         except ObjectMissingError:
             self._find_missing(number, config_key)
             return
-        closings = [self._chain.one(n, ClosingRecord) for n in range(1, number + 1)]
-        known = [closing for closing in closings if closing is not None]
-        # With flora the rank follows from all rounds; a missing record is a finding of its own.
-        if self._genesis is not None and len(known) == number:
-            lora = lora_after(known, self._config)
+        lora = self._lora_after(number)
+        if self._genesis is not None and lora is not None:
             made = adapter_config(self._config.base, lora, self._genesis.manifest)
             if made != stored:
                 self._find(number, config_key, "is not the config that the run's record gives")
+
+    def _lora_after(self, number: int) -> LoraSection | None:
+        """As PEFT needs it; None where flora's rank follows from a record that is missing."""
+        if self._config.aggregation.averaging != "flora":
+            return self._config.lora
+        closings = [self._chain.one(n, ClosingRecord) for n in range(1, number + 1)]
+        known = [closing for closing in closings if closing is not None]
+        return lora_after(known, self._config) if len(known) == number else None
 
     def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
         """The state the round went on from; None if it is not there whole."""

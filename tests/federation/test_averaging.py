@@ -222,6 +222,18 @@ def test_a_decision_of_flora_that_is_lost_is_the_only_finding(tmp_path):
     assert {finding.key for finding in verify(tmp_path).findings} == {key}
 
 
+def test_a_lost_decision_hides_no_damaged_config_of_the_other_modes(tmp_path):
+    """Their rank is the run's, whatever the rounds counted."""
+    run(settings("ffa", rounds=2), tmp_path)
+    store = store_of(tmp_path)
+    last = records(tmp_path, ClosedRecord)[-1].adapter_sha
+    config = topology.adapter_key("test", last, "adapter_config.json")
+    lost = topology.round_key("test", 1, "closing")
+    store.delete(lost)
+    store.put(config, b"{}")
+    assert {finding.key for finding in verify(tmp_path).findings} == {lost, config}
+
+
 def test_flora_goes_on_beyond_the_rounds_that_were_asked_for(tmp_path):
     """An adapter has room for as many stacks as there are rounds."""
     chosen = settings("flora", rounds=2)
