@@ -134,7 +134,7 @@ def test_verify_is_green_and_names_a_flipped_byte(whole):
     assert f"round 2: {key}" in done.stderr
 
 
-def plain_loss(base, adapter, folder, model, dtype):
+def plain_loss(base, adapter, folder, model, dtype, device):
     """Nats per held-out answer token of both sites, with PEFT alone and from plain logits."""
     import torch
     from peft import PeftModel
@@ -149,8 +149,9 @@ def plain_loss(base, adapter, folder, model, dtype):
     for name in "ab":
         site = load_site(folder / f"{name}.toml")
         for example in load_site_data(site.data, folder, tokenizer, 32, 16).held_out:
-            ids = torch.tensor([example.input_ids])
-            with torch.inference_mode(), torch.autocast("cpu", dtype, dtype == torch.bfloat16):
+            ids = torch.tensor([example.input_ids], device=device)
+            mixed = torch.autocast(device.type, dtype, dtype == torch.bfloat16)
+            with torch.inference_mode(), mixed:
                 logits = peft(input_ids=ids).logits[0].float()
             start = example.answer_start
             wanted = ids[0, start:]
@@ -164,23 +165,23 @@ def plain_loss(base, adapter, folder, model, dtype):
 @pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in the processes above
 def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, model, tmp_path):
     """PeftModel.from_pretrained on the same NF4 base; NLL computed here from plain logits."""
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from participant.model.numerics import pick_compute_dtype
+    from participant.model.numerics import pick_compute_dtype, pick_device
 
     folder, reported = whole
     target = tmp_path / "adapter"
     done = gradualdiff("runs", "export", "tiny", "--to", target, "--store", folder / "store")
     assert done.returncode == 0, done.stderr
-    dtype = pick_compute_dtype("auto", torch.device("cpu"))
+    device = pick_device("auto")  # as the runs above did
+    dtype = pick_compute_dtype("auto", device)
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
     base = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, quantization_config=quantisation
+        model, dtype=dtype, quantization_config=quantisation, device_map={"": device}
     )
-    loss = plain_loss(base, target, folder, model, dtype)
+    loss = plain_loss(base, target, folder, model, dtype, device)
     assert math.isclose(loss, reported["held_out_nll"], abs_tol=1e-3)
 
 
