@@ -131,7 +131,7 @@ def preset_text(folder: Path, name: str, seed: int) -> None:
 
     source = Source.prepare(load_preset(name).reproduce, None, folder / "source")
     for number, site in enumerate(SITES, start=1):
-        lines = (source.folder(seed) / f"site-{number}.jsonl").read_text().splitlines()
+        lines = (source.folder(seed) / f"site-{number}.jsonl").read_text().strip().split("\n")
         rows = [{"q": row["prompt"], "a": row["answer"]} for row in map(json.loads, lines)]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{site}.jsonl").write_text(text)

@@ -55,6 +55,8 @@ def new_figure(inches: tuple[float, float]) -> Figure:
 
 def save_figure(figure: Figure, path: Path, option: str) -> None:
     """Write it. Raises ConfigError, which names ``option``, where it cannot be written."""
+    if path.suffix.lower() != ".png":  # matplotlib would append it, or write another format
+        raise ConfigError(f"{option} {path}: expected a name that ends in .png, got another")
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:

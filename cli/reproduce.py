@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.output import JsonOption, console, print_json
-from shared.errors import ConfigError, InterruptedRunError, MissingPackageError
+from shared.errors import (
+    ConfigError,
+    IntegrityError,
+    InterruptedRunError,
+    LedgerDamagedError,
+    MissingPackageError,
+    ObjectMissingError,
+)
 from shared.files import write_atomically
 
 if TYPE_CHECKING:
@@ -84,6 +91,11 @@ def reproduce(
         raise InterruptedRunError(
             f"{error}; what is done is on file. Go on with: {command}"
         ) from None
+    except (IntegrityError, LedgerDamagedError, ObjectMissingError) as error:
+        raise type(error)(
+            f"{error}. To train a run again, delete {folder}/store/runs/RUN, "
+            f"{folder}/store/inbox/RUN and {folder}/runs/RUN, then give the same command"
+        ) from None
     if as_json:
         print_json(results)
         return
@@ -104,6 +116,7 @@ def _results(
     non_iid: bool,
 ) -> dict[str, Any]:
     """Run what is missing, write the results, and return them."""
+    from cli.reproduction.arms import check_plans
     from cli.reproduction.data import Source
     from cli.reproduction.experiment import Experiment
     from cli.simulate import stop_on_signal
@@ -111,6 +124,10 @@ def _results(
 
     with held(folder / ".lock", f"the reproduction in {folder}"), stop_on_signal() as should_stop:
         source = Source.prepare(preset.reproduce, data, folder / "data")
+        check_plans(preset, arms)
+        for seed in seeds if non_iid else ():  # what cannot be dealt out is said before training
+            for alpha in preset.reproduce.alphas:
+                source.dealt(seed, alpha)
         _bind(folder, preset, source.digest)
         laboratory = _laboratory(preset, folder, display, should_stop)
         experiment = Experiment(laboratory, source.folder)
@@ -118,15 +135,15 @@ def _results(
             experiment.run(arms, seeds, size)
         tables = _tables(experiment.findings, laboratory)
         results = _about(preset, source.digest, command, seeds) | _plain(experiment.findings)
+        text = source.tables(seeds)
+        _write(folder, results, [*tables, *text], experiment.findings)
         if non_iid:
             from cli.reproduction.non_iid import compare_partitions
 
             table, parts = compare_partitions(laboratory, source, seeds, experiment)
             tables.append(table)
             results["partitions"] = {f"{alpha:g}": _plain(found) for alpha, found in parts.items()}
-    tables += source.tables(seeds)
-    results["tables"] = [asdict(table) for table in tables]
-    _write(folder, results, tables, experiment.findings)
+            _write(folder, results, [*tables, *text], experiment.findings)
     return results
 
 
@@ -172,7 +189,9 @@ def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
     if not path.exists() or not begun:
         write_atomically(path, json.dumps(mine).encode())
         return
-    theirs = json.loads(path.read_text())
+    from cli.reproduction.running import read_values
+
+    theirs = read_values(path)
     for name, digest in mine.items():
         if theirs.get(name) != digest:
             raise ConfigError(
@@ -230,6 +249,7 @@ def _write(
     from cli.reproduction.picture import draw_losses
     from cli.reproduction.tables import as_csv
 
+    results["tables"] = [asdict(table) for table in tables]
     text = json.dumps(results, indent=1, sort_keys=True, default=str)
     write_atomically(folder / "results.json", text.encode())
     write_atomically(folder / "results.csv", as_csv(tables).encode())

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cli.reproduction.presets import federation_of
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cli.reproduction.presets import Preset
+    from shared.config import FederationConfig
 
 # name -> what a table calls it
 ARMS = {
@@ -64,6 +68,27 @@ def check_arms(names: tuple[str, ...]) -> tuple[str, ...]:
         raise ConfigError(f"--arms: expected some of {', '.join(ARMS)}, got {unknown[0]!r}")
     wanted = set(names) | ({"federated"} if "fedavg" in names else set())
     return tuple(arm for arm in ARMS if arm in wanted)
+
+
+def check_plans(preset: Preset, arms: Sequence[str]) -> None:
+    """Say what is wrong with an arm's settings before any arm is trained. Raises ConfigError."""
+    sizes = preset.reproduce
+    for arm in arms:
+        for size in sizes.batch_sizes if arm not in UNTRAINED else ():
+            for rate in sizes.learning_rates:
+                for plan in plans(preset, arm, Setting(1, size, rate)):
+                    config_of(preset, plan, f"the preset, for the arm {arm}")
+
+
+def config_of(preset: Preset, plan: RunPlan, source: str = "") -> FederationConfig:
+    """The run's settings. Raises ConfigError, which names ``source``, or the run."""
+    run = {
+        "name": plan.name,
+        "seed": plan.setting.seed,
+        "rounds": preset.reproduce.rounds,
+        "participants": list(plan.sites),
+    }
+    return federation_of(preset, run, plan.tables, source=source)
 
 
 def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:

@@ -113,10 +113,7 @@ class Experiment:
                     tried[at] = math.inf
             return tried[at]
 
-        best = len(grid) // 2
-        for direction in (1, -1):
-            while 0 <= best + direction < len(grid) and dev(best + direction) < dev(best):
-                best += direction
+        best = climb(len(grid), dev)
         for at in tried.keys() - {best}:
             setting = Setting(1, batch_size, grid[at], self._partition)
             self._forget(plans(self._laboratory.preset, arm, setting))
@@ -224,6 +221,20 @@ class Experiment:
             largest([laboratory.peak(plan) for plan, _ in runs]),
             tuple(one.sha for one in adapters),
         )
+
+
+def climb(count: int, loss: Callable[[int], float]) -> int:
+    """The index at which the loss is least, sought from the middle in both directions.
+
+    On for as long as the loss falls, and downwards past all at which it is infinite: a lower
+    learning rate may do where a higher one diverges.
+    """
+    best = count // 2
+    while best + 1 < count and loss(best + 1) < loss(best):
+        best += 1
+    while best > 0 and (loss(best - 1) < loss(best) or loss(best) == math.inf):
+        best -= 1
+    return best
 
 
 def worth_of(

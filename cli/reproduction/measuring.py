@@ -6,9 +6,12 @@ later start of the command.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from coordinator.genesis import draw_adapter
 from participant.quality import AnswerLoss, ReplyScores, answer_loss, score_replies
@@ -64,10 +67,12 @@ class Measurements:
         return self.of_file(path, config)
 
     def known(self, sha: str) -> dict[str, Any]:
-        """What is on file of an adapter."""
-        path = self._folder / f"{sha}.json"
-        values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return values
+        """What is on file of an adapter; a file that is none of ours is measured again."""
+        try:
+            values = json.loads((self._folder / f"{sha}.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     def keep(self, sha: str, name: str, value: object) -> None:
         """Put one measurement on file."""
@@ -97,14 +102,18 @@ class Measurements:
         prompts = [row["prompt"] for row in rows]
         with self._borrowed(config) as model, TensorFile(path) as adapter:
             model.load_adapter(adapter.read)
-            replies = model.replies(prompts, sizes.reply_tokens, REPLIES_AT_ONCE)
+            self._laboratory.display.say(f"replies to {len(prompts)} prompts of {name}")
+            replies = model.replies(
+                prompts, sizes.reply_tokens, REPLIES_AT_ONCE, self._laboratory.should_stop
+            )
         training = [row["answer"] for row in self.rows("train")]
         return score_replies(replies, [row["answer"] for row in rows], training)
 
     def rows(self, name: str) -> Sequence[dict[str, str]]:
         """The rows of one of SETS, in an order that says nothing."""
-        lines = (self._data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        # Lines end in \n alone: text may hold other characters that split lines, as U+2028.
+        with (self._data / f"{name}.jsonl").open(encoding="utf-8", newline="\n") as lines:
+            return [json.loads(line) for line in lines]
 
     def _borrowed(self, config: FederationConfig) -> AbstractContextManager[LocalModel]:
         return self._laboratory.shelf.borrow(config.base, config.lora, config.training.cpu_threads)
@@ -122,9 +131,8 @@ class Measured:
     def loss(self, name: str) -> AnswerLoss:
         """Its loss on one of SETS."""
         key = f"loss on {name}"
-        found = self._all.known(self.sha).get(key)
-        if found is not None:
-            return AnswerLoss.model_validate(found)
+        with contextlib.suppress(ValidationError):
+            return AnswerLoss.model_validate(self._all.known(self.sha).get(key))
         loss = self._all.loss(self._fetch(), name, self._config)
         self._all.keep(self.sha, key, loss.model_dump(mode="json"))
         return loss
@@ -132,9 +140,8 @@ class Measured:
     def replies(self, name: str) -> ReplyScores:
         """The scores of its replies to prompts of one of SETS."""
         key = f"replies to {name}"
-        found = self._all.known(self.sha).get(key)
-        if found is not None:
-            return ReplyScores.model_validate(found)
+        with contextlib.suppress(ValidationError):
+            return ReplyScores.model_validate(self._all.known(self.sha).get(key))
         scores = self._all.replies(self._fetch(), name, self._config)
         self._all.keep(self.sha, key, scores.model_dump(mode="json"))
         return scores

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PRESETS = ("cpu", "paper")
+# What may differ between the recommended mode and the paper's rule over the same text and base.
+_RECOMMENDABLE = {"aggregation", "codec", "lora", "policy", "selection", "server", "training"}
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -71,12 +73,27 @@ class Preset(Section):
 
     @model_validator(mode="after")
     def _arms_own_what_they_vary(self) -> Self:
-        given = self.training.model_fields_set
         owned = {"local_steps", "batch_size", "gradient_accumulation", "learning_rate"}
-        if given & owned:
+        changed = self.recommended.get("training", {}).keys()
+        for table, given in (
+            ("training", self.training.model_fields_set),
+            ("recommended.training", changed),
+        ):
+            if given & owned:
+                raise ValueError(
+                    f"{table}.{min(given & owned)}: expected it under [reproduce], where "
+                    "every arm takes it from; remove it"
+                )
+        if unknown := self.recommended.keys() - _RECOMMENDABLE:
             raise ValueError(
-                f"training.{min(given & owned)}: expected it under [reproduce], where every arm "
-                "takes it from; remove it"
+                f"recommended.{min(unknown)}: expected one of the tables "
+                f"{', '.join(sorted(_RECOMMENDABLE))}; remove it"
+            )
+        if self.recommended.get("aggregation", {}).get("averaging") == "flora":
+            raise ValueError(
+                "recommended.aggregation.averaging: expected one whose adapter keeps its rank, "
+                "got flora, whose sites merge it into their base: the adapter's own loss would "
+                "not be the run's; compare such runs by the loss that their sites report"
             )
         return self
 
@@ -120,13 +137,18 @@ def changed(preset: Preset, base: str | None, **reproduce: Any) -> Preset:
     return parse(Preset, values, "options")
 
 
-def federation_of(preset: Preset, run: dict[str, Any], *more: dict[str, Any]) -> FederationConfig:
-    """A run's config from the preset's tables, with ``more`` tables laid over them."""
+def federation_of(
+    preset: Preset, run: dict[str, Any], *more: dict[str, Any], source: str = ""
+) -> FederationConfig:
+    """A run's config from the preset's tables, with ``more`` tables laid over them.
+
+    Raises ConfigError, which names ``source``, or the run.
+    """
     tables = preset.tables() | {"run": run}
     for layer in more:
         for table, values in layer.items():
             tables[table] = {**tables.get(table, {}), **values}
-    return parse(FederationConfig, tables, f"run {run['name']}")
+    return parse(FederationConfig, tables, source or f"run {run['name']}")
 
 
 def _parse(text: str, source: str) -> Preset:
@@ -134,6 +156,13 @@ def _parse(text: str, source: str) -> Preset:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: is not TOML: {error}; mend that line") from None
+    training = values.get("training")
+    if isinstance(training, dict) and "local_epochs" in training:
+        # TrainingSection fills it in where it is not given: only here can one tell.
+        raise ConfigError(
+            f"{source}: training.local_epochs: expected reproduce.local_steps, which all arms "
+            "share; remove it"
+        )
     return parse(Preset, values, source)
 
 

@@ -118,9 +118,13 @@ def _require_columns(table: Table, prompt: str, answer: str) -> None:
         raise DataError(
             f"{table.path}: expected a column {answer!r} of reference answers, got "
             f"{shown_columns(table.columns)}; perplexity and BLEU need an answer to compare with: "
-            "add the column, or name the one that holds it"
+            f"add the column, or rename the one that holds it to {answer!r}"
         )
-    table.require({"the questions' column": prompt, "the answers' column": answer})
+    if prompt not in table.columns:
+        raise DataError(
+            f"{table.path}: expected the columns {prompt!r} and {answer!r}, got "
+            f"{shown_columns(table.columns)}; rename those of questions and answers"
+        )
 
 
 def _unmarked(row: Row, prompt: str, answer: str) -> Row:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from cli.demo_files import write_tables
 from cli.federation import Embedding, run_embedded
 from cli.metering import Meter
+from cli.reproduction.arms import config_of
 from cli.reproduction.figures import largest
-from cli.reproduction.presets import federation_of
 from coordinator.inspection import History
 from coordinator.retention import carry_out, read_plan
 from participant.memory import peak_bytes, reset_peak
 from participant.torch_learner import TorchLearner
 from shared.config import DataSection
-from shared.errors import DivergedError, RunStuckError
+from shared.errors import DataError, DivergedError, RunStuckError
 from shared.files import write_atomically
 from shared.ledger import Ledger, list_runs
 
@@ -110,24 +110,17 @@ class Laboratory:
 
     def config(self, plan: RunPlan) -> FederationConfig:
         """The run's settings. Raises ConfigError."""
-        run = {
-            "name": plan.name,
-            "seed": plan.setting.seed,
-            "rounds": self.preset.reproduce.rounds,
-            "participants": list(plan.sites),
-        }
-        return federation_of(self.preset, run, plan.tables)
+        return config_of(self.preset, plan)
 
     def traffic(self, plan: RunPlan) -> Meter:
         """What the sites of a run sent and fetched so far, at all starts."""
         path = self._home(plan) / "traffic.json"
-        return Meter.from_json(json.loads(path.read_text())) if path.exists() else Meter()
+        return Meter.from_json(read_values(path)) if path.exists() else Meter()
 
     def peak(self, plan: RunPlan) -> dict[str, int]:
         """The most memory that this process needed while the run went on, at any start."""
         path = self._home(plan) / "peak.json"
-        found: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
-        return found
+        return read_values(path) if path.exists() else {}
 
     def _home(self, plan: RunPlan) -> Path:
         return self.folder / "runs" / plan.name
@@ -161,6 +154,20 @@ class Laboratory:
             section = site_data(site).model_dump(mode="json", exclude_unset=True)
             section["path"] = str(data.resolve() / section["path"])
             write_tables(home / f"{site}.toml", {"site": {"name": site}, "data": section})
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """A JSON object that was kept beside the runs. Raises DataError."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path}: expected the JSON object that was written there, got something else; restore "
+            "it, or delete it, which loses what it says"
+        )
+    return values
 
 
 def site_data(site: str) -> DataSection:

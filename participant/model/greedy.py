@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared.errors import InterruptedRunError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from collections.abc import Set as AbstractSet
@@ -23,6 +25,7 @@ def greedy_tokens(
     ends: AbstractSet[int],
     max_new_tokens: int,
     device: torch.device,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """The most probable continuation of each prompt's token ids, up to one of ``ends``.
 
@@ -30,6 +33,7 @@ def greedy_tokens(
     prompt's first token; a batch without padding is passed without mask and positions, exactly as
     one prompt is. In float32 the result is that of one prompt after the other up to rounding (a
     near tie may fall otherwise); in bfloat16 and with quantised activations it may differ more.
+    Raises InterruptedRunError when ``should_stop()`` turns true, which is asked before each token.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -40,6 +44,8 @@ def greedy_tokens(
     running = set(range(len(prompts)))
     cache = None
     for _ in range(max_new_tokens):
+        if should_stop():
+            raise InterruptedRunError("stopped while replies were decoded")
         places = {"attention_mask": mask, "position_ids": positions} if is_padded else {}
         out = network(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **places

@@ -133,13 +133,18 @@ class LocalModel:
         )
 
     def replies(
-        self, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 1
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        batch_size: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[str]:
         """The greedy answer to each user message through the model's own chat template.
 
         ``batch_size`` prompts are decoded together, neighbours in length first; with 1 every
         reply is computed alone, to the same bytes whatever the other prompts are. Raises
-        ModelError if the tokenizer has no chat template.
+        ModelError if the tokenizer has no chat template, InterruptedRunError when
+        ``should_stop()`` turns true.
         """
         rows = [self._prompt_ids(prompt) for prompt in prompts]
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
@@ -149,7 +154,9 @@ class LocalModel:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = [rows[index] for index in chosen]
-                found = greedy_tokens(self._network, batch, ends, max_new_tokens, self.device)
+                found = greedy_tokens(
+                    self._network, batch, ends, max_new_tokens, self.device, should_stop
+                )
                 for index, tokens in zip(chosen, found, strict=True):
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                     answers[index] = str(text).strip()

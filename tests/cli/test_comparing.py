@@ -197,6 +197,7 @@ def test_a_run_that_has_not_begun_is_compared_too(folder, tmp_path):
         ((":three",), errors.ConfigError.exit_code, "STORE:RUN"),
         (("nowhere:three",), errors.StoreError.exit_code, "nowhere"),
         (("three", "--to", "nowhere/x.png"), errors.ConfigError.exit_code, "--to"),
+        (("three", "--to", "picture"), errors.ConfigError.exit_code, ".png"),
         ((), 2, "RUN"),
     ],
 )

@@ -1,8 +1,11 @@
 """The presets load, and every arm of them is a run that the product takes."""
 
+import math
+
 import pytest
 
-from cli.reproduction.arms import ARMS, UNTRAINED, Setting, check_arms, plans
+from cli.reproduction.arms import ARMS, UNTRAINED, Setting, check_arms, check_plans, plans
+from cli.reproduction.experiment import climb
 from cli.reproduction.presets import PRESETS, Preset, changed, federation_of, load_preset
 from shared.config import parse
 from shared.errors import ConfigError
@@ -66,6 +69,68 @@ def test_unknown_names_are_refused_with_the_known_ones():
         check_arms(("base", "centre"))
     with pytest.raises(ConfigError, match="--preset: expected cpu, paper or the path"):
         load_preset("gpu")
+
+
+@pytest.mark.parametrize(
+    ("recommended", "says"),
+    [
+        ({"run": {"name": "x"}}, "recommended.run: expected one of the tables aggregation"),
+        ({"training": {"learning_rate": 1.0}}, "recommended.training.learning_rate: expected"),
+        ({"aggregation": {"averaging": "flora"}}, "expected one whose adapter keeps its rank"),
+    ],
+)
+def test_the_recommended_mode_may_not_change_what_is_compared(recommended, says):
+    values = load_preset("cpu").model_dump(mode="json", exclude_unset=True)
+    with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
+        parse(Preset, values | {"recommended": recommended}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("recommended", "says"),
+    [
+        ({"lora": {"scalling": "rslora"}}, r"lora\.scalling: expected a known"),
+        ({"aggregation": {"rule": "multi-krum", "assumed_bad": 2}}, "multi-krum"),
+        ({"lora": {"ranks": {"site-1": 2}}}, r"lora\.ranks"),
+    ],
+)
+def test_every_arm_is_checked_before_any_is_trained(recommended, says):
+    values = load_preset("cpu").model_dump(mode="json", exclude_unset=True)
+    preset = parse(Preset, values | {"recommended": recommended}, "mine")
+    check_plans(preset, ("base", "local", "fedavg", "federated"))
+    with pytest.raises(ConfigError, match=f"(?s)arm recommended.*{says}"):
+        check_plans(preset, tuple(ARMS))
+
+
+def test_epochs_are_no_setting_of_a_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        "[reproduce]\nlearning_rates = [1e-3]\n[base]\nmodel = 'm'\n[training]\nlocal_epochs = 2\n"
+    )
+    with pytest.raises(ConfigError, match=r"training\.local_epochs: expected"):
+        load_preset(str(file))
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "asked"),
+    [
+        ([3, 2, 1, 2, 3], 2, {1, 2, 3}),
+        ([5, 4, 3, 2, 1], 4, {2, 3, 4}),
+        ([1, 2, 3, 4, 5], 0, {0, 1, 2, 3}),
+        ([2, 1, math.inf, math.inf, math.inf], 1, {0, 1, 2, 3}),
+        ([1, math.inf, math.inf, math.inf, math.inf], 0, {0, 1, 2, 3}),
+        ([math.inf] * 5, 0, {0, 1, 2, 3}),
+        ([1], 0, set()),
+    ],
+)
+def test_the_grid_is_climbed_past_what_diverges(losses, best, asked):
+    seen = set()
+
+    def loss(at):
+        seen.add(at)
+        return losses[at]
+
+    assert climb(len(losses), loss) == best
+    assert seen == asked
 
 
 def test_fedavg_needs_the_run_it_is_computed_from():

@@ -189,7 +189,7 @@ def test_a_data_set_without_answers_is_refused(tmp_path, row):
 
 def test_a_file_with_neither_column_is_refused(tmp_path):
     """Not as a data set without answers, which would be another mistake."""
-    with pytest.raises(DataError, match="questions' column = 'prompt'"):
+    with pytest.raises(DataError, match="expected the columns 'prompt' and 'answer', got said"):
         read_examples(write(tmp_path / "own.jsonl", [{"said": "x"}]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from cli.reproduce import reproduce
 from cli.reproduction.arms import ARMS
-from shared.errors import MissingPackageError
+from shared.errors import DataError, MissingPackageError, ObjectMissingError
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -45,7 +46,8 @@ def home(tmp_path_factory):
     model = make_tiny_model(folder / "model")
     (folder / "tiny.toml").write_text(PRESET.format(model=json.dumps(str(model))))
     rows = [
-        {"prompt": f"What is {n}?", "answer": f"a number near {n + 1}", "label": f"l{n % 3}"}
+        # U+2028 ends a line for str.splitlines, not for a JSONL file.
+        {"prompt": f"What is {n}?", "answer": f"a number\u2028near {n + 1}", "label": f"l{n % 3}"}
         for n in range(40)
     ]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -252,6 +254,54 @@ def test_grids_that_only_diverge_end_with_one_line(home):
     assert done.returncode == 10
     assert "expected one under which the arm federated does not diverge" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_partitions_that_cannot_be_are_refused_before_training(home):
+    """Text without labels has no Dirichlet partition."""
+    rows = [{"prompt": f"What is {n}?", "answer": f"{n}"} for n in range(40)]
+    plain = home / "plain.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command(home, "plain", "--non-iid", "--data", str(plain))
+    assert done.returncode == DataError.exit_code
+    assert "expected a label with every question" in done.stderr
+    assert not (home / "plain" / "runs").exists()
+
+
+def test_damaged_side_files_are_measured_again_or_named(home):
+    assert command(home, "torn", "--arms", "base").returncode == 0
+    before = json.loads((home / "torn" / "results.json").read_text())
+    (torn,) = (home / "torn" / "measured").glob("*.json")
+    for damage in ("{", "[]", '{"loss on dev": 3, "replies to test": {"bleu": "x"}}'):
+        torn.write_text(damage)
+        done = command(home, "torn", "--arms", "base")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((home / "torn" / "results.json").read_text())["arms"] == before["arms"]
+    (home / "torn" / "settings.json").write_text("[")
+    done = command(home, "torn", "--arms", "base")
+    assert done.returncode == DataError.exit_code
+    assert "settings.json: expected the JSON object that was written there" in done.stderr
+
+
+def test_a_run_that_lost_an_object_says_how_to_train_it_again(home):
+    assert command(home, "lost", "--arms", "federated").returncode == 0
+    results = json.loads((home / "lost" / "results.json").read_text())
+    (sha,) = results["arms"][0]["adapters"]
+    (adapter,) = (home / "lost" / "store").rglob(f"adapters/{sha}/*.safetensors")
+    adapter.unlink()
+    (home / "lost" / "measured" / f"{sha}.json").unlink()
+    (home / "lost" / "measured" / "adapter.safetensors").unlink()
+    done = command(home, "lost", "--arms", "federated")
+    assert done.returncode == ObjectMissingError.exit_code
+    said = done.stderr.replace("\n", " ")
+    assert "To train a run again, delete" in said
+    run = adapter.parents[2].name
+    for folder in ("store/runs", "store/inbox", "runs"):
+        shutil.rmtree(home / "lost" / folder / run, ignore_errors=True)
+    done = command(home, "lost", "--arms", "federated")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((home / "lost" / "results.json").read_text())
+    assert again["arms"][0]["adapters"] == [sha]
+    assert again["arms"][0]["losses"] == results["arms"][0]["losses"]
 
 
 def test_a_mistaken_option_does_not_bind_the_folder(home):
