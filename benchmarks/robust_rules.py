@@ -311,19 +311,20 @@ def compared(found: list[dict[str, Any]], figure: str) -> dict[tuple[str, str], 
 def table(found: list[dict[str, Any]], figure: str, digits: int = 4) -> list[str]:
     """Attacks as rows, defences as columns: mean +- standard deviation over the seeds."""
     values = compared(found, figure)
+    defences = [one for one in DEFENCES if any(defence == one for _, defence in values)]
     lines = [
-        "| " + " | ".join(["the bad site sends", *DEFENCES]) + " |",
-        "|---|" + "---:|" * len(DEFENCES),
+        "| " + " | ".join(["the bad site sends", *defences]) + " |",
+        "|---|" + "---:|" * len(defences),
     ]
     for attack in dict.fromkeys(attack for attack, _ in values):
         cells = []
-        for defence in DEFENCES:
+        for defence in defences:
             here = values.get((attack, defence))
             if here is None:
                 cells.append("not run")
                 continue
-            spread = statistics.stdev(here) if len(here) > 1 else 0.0
-            cells.append(f"{statistics.mean(here):.{digits}f} ± {spread:.{digits}f}")
+            spread = f" ± {statistics.stdev(here):.{digits}f}" if len(here) > 1 else ""
+            cells.append(f"{statistics.mean(here):.{digits}f}{spread}")
         lines.append("| " + " | ".join([attack, *cells]) + " |")
     return lines
 
