@@ -134,7 +134,7 @@ def test_verify_is_green_and_names_a_flipped_byte(whole):
     assert f"round 2: {key}" in done.stderr
 
 
-def plain_loss(base, adapter, folder, model, dtype, device):
+def plain_loss(base, adapter, folder, model, dtype):
     """Nats per held-out answer token of both sites, with PEFT alone and from plain logits."""
     import torch
     from peft import PeftModel
@@ -143,6 +143,7 @@ def plain_loss(base, adapter, folder, model, dtype, device):
     from participant.data import load_site_data
     from shared.config import load_site
 
+    device = next(base.parameters()).device
     peft = PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     total, tokens = 0.0, 0
@@ -181,7 +182,7 @@ def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, m
     base = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, quantization_config=quantisation, device_map={"": device}
     )
-    loss = plain_loss(base, target, folder, model, dtype, device)
+    loss = plain_loss(base, target, folder, model, dtype)
     assert math.isclose(loss, reported["held_out_nll"], abs_tol=1e-3)
 
 
