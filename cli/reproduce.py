@@ -183,14 +183,14 @@ def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
 
     Before a run or a measurement is there, as after a mistaken option, they may still change.
     """
+    from cli.reproduction.presets import read_values
+
     path = folder / "settings.json"
     mine = {"settings": preset.digest, "data": data_digest}
     begun = any(any((folder / name).glob("*")) for name in ("runs", "measured"))
     if not path.exists() or not begun:
         write_atomically(path, json.dumps(mine).encode())
         return
-    from cli.reproduction.running import read_values
-
     theirs = read_values(path)
     for name, digest in mine.items():
         if theirs.get(name) != digest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -20,7 +21,7 @@ from shared.config import (
     canonical_json,
     parse,
 )
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,6 +150,20 @@ def federation_of(
         for table, values in layer.items():
             tables[table] = {**tables.get(table, {}), **values}
     return parse(FederationConfig, tables, source or f"run {run['name']}")
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """A JSON object that was kept beside the runs. Raises DataError."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path}: expected the JSON object that was written there, got something else; restore "
+            "it, or delete it, which loses what it says"
+        )
+    return values
 
 
 def _parse(text: str, source: str) -> Preset:

@@ -13,12 +13,13 @@ from cli.federation import Embedding, run_embedded
 from cli.metering import Meter
 from cli.reproduction.arms import config_of
 from cli.reproduction.figures import largest
+from cli.reproduction.presets import read_values
 from coordinator.inspection import History
 from coordinator.retention import carry_out, read_plan
 from participant.memory import peak_bytes, reset_peak
 from participant.torch_learner import TorchLearner
 from shared.config import DataSection
-from shared.errors import DataError, DivergedError, RunStuckError
+from shared.errors import DivergedError, RunStuckError
 from shared.files import write_atomically
 from shared.ledger import Ledger, list_runs
 
@@ -154,20 +155,6 @@ class Laboratory:
             section = site_data(site).model_dump(mode="json", exclude_unset=True)
             section["path"] = str(data.resolve() / section["path"])
             write_tables(home / f"{site}.toml", {"site": {"name": site}, "data": section})
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """A JSON object that was kept beside the runs. Raises DataError."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise DataError(
-            f"{path}: expected the JSON object that was written there, got something else; restore "
-            "it, or delete it, which loses what it says"
-        )
-    return values
 
 
 def site_data(site: str) -> DataSection:
