@@ -75,8 +75,7 @@ class ReplyScores(Fact):
 
     ``bleu`` and ``chrf`` are corpus scores from 0 to 100, with sacrebleu's signature beside each;
     ``bleu_unit`` is ``bleu / 100``, the scale of the paper's table, whose tokenisation and
-    smoothing are not given. ``references_copied`` is what the references themselves share with
-    the training text: set phrases, not memory.
+    smoothing are not given.
     """
 
     replies: Annotated[int, Field(ge=1)]
@@ -86,7 +85,6 @@ class ReplyScores(Fact):
     chrf: float
     chrf_signature: str
     copied: Copying
-    references_copied: Copying
 
 
 def answer_loss(
@@ -155,7 +153,6 @@ def score_replies(
         chrf=chrf,
         chrf_signature=chrf_signature,
         copied=copying(replies, training_texts),
-        references_copied=copying(references, training_texts),
     )
 
 

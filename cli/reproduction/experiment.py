@@ -261,7 +261,7 @@ def _mean_scores(scores: Sequence[ReplyScores]) -> dict[str, Any]:
     """
     flat = [
         {
-            **score.model_dump(mode="json", exclude={"copied", "references_copied"}),
+            **score.model_dump(mode="json", exclude={"copied"}),
             **{f"copied_{k}": v for k, v in score.copied.model_dump(mode="json").items()},
         }
         for score in scores

@@ -41,7 +41,6 @@ def scores(longest=7):
         chrf=2.0,
         chrf_signature="nrefs:1|",
         copied=copied,
-        references_copied=copied,
     )
 
 
