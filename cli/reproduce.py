@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from shared.errors import (
 from shared.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from cli.progress import Display
     from cli.reproduction.experiment import Findings
@@ -82,11 +83,23 @@ def reproduce(
     folder.mkdir(parents=True, exist_ok=True)
     _configure_log(folder)
     command = shlex.join(["gradualdiff", *sys.argv[1:]])
+    with _say_how_to_go_on(folder, command), make_display(quiet=as_json) as display:
+        results = _results(
+            settings, data, [*range(1, seeds + 1)], chosen, folder, display, command, non_iid
+        )
+    if as_json:
+        print_json(results)
+        return
+    typer.echo((folder / "results.md").read_text(encoding="utf-8"))
+    names = ", ".join(str(folder / f"results.{kind}") for kind in ("md", "json", "csv"))
+    console().print(f"written: {names}, {folder / 'figure-1.png'}", soft_wrap=True)
+    console().print(f"next: gradualdiff runs list --store {folder / 'store'}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _say_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
     try:
-        with make_display(quiet=as_json) as display:
-            results = _results(
-                settings, data, [*range(1, seeds + 1)], chosen, folder, display, command, non_iid
-            )
+        yield
     except InterruptedRunError as error:
         raise InterruptedRunError(
             f"{error}; what is done is on file. Go on with: {command}"
@@ -96,13 +109,6 @@ def reproduce(
             f"{error}. To train a run again, delete {folder}/store/runs/RUN, "
             f"{folder}/store/inbox/RUN and {folder}/runs/RUN, then give the same command"
         ) from None
-    if as_json:
-        print_json(results)
-        return
-    typer.echo((folder / "results.md").read_text(encoding="utf-8"))
-    names = ", ".join(str(folder / f"results.{kind}") for kind in ("md", "json", "csv"))
-    console().print(f"written: {names}, {folder / 'figure-1.png'}", soft_wrap=True)
-    console().print(f"next: gradualdiff runs list --store {folder / 'store'}", soft_wrap=True)
 
 
 def _results(
@@ -183,7 +189,7 @@ def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
 
     Before a run or a measurement is there, as after a mistaken option, they may still change.
     """
-    from cli.reproduction.presets import read_values
+    from cli.reproduction.kept import read_kept
 
     path = folder / "settings.json"
     mine = {"settings": preset.digest, "data": data_digest}
@@ -191,7 +197,7 @@ def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
     if not path.exists() or not begun:
         write_atomically(path, json.dumps(mine).encode())
         return
-    theirs = read_values(path)
+    theirs = read_kept(path)
     for name, digest in mine.items():
         if theirs.get(name) != digest:
             raise ConfigError(

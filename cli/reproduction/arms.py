@@ -7,16 +7,16 @@ batches of the same size: K participants times their steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cli.reproduction.presets import federation_of
+from shared.config import FederationConfig, parse
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cli.reproduction.presets import Preset
-    from shared.config import FederationConfig
 
 # name -> what a table calls it
 ARMS = {
@@ -73,22 +73,24 @@ def check_arms(names: tuple[str, ...]) -> tuple[str, ...]:
 def check_plans(preset: Preset, arms: Sequence[str]) -> None:
     """Say what is wrong with an arm's settings before any arm is trained. Raises ConfigError."""
     sizes = preset.reproduce
-    for arm in arms:
-        for size in sizes.batch_sizes if arm not in UNTRAINED else ():
-            for rate in sizes.learning_rates:
-                for plan in plans(preset, arm, Setting(1, size, rate)):
-                    config_of(preset, plan, f"the preset, for the arm {arm}")
+    trained = [arm for arm in arms if arm not in UNTRAINED]
+    for arm, size, rate in product(trained, sizes.batch_sizes, sizes.learning_rates):
+        for plan in plans(preset, arm, Setting(1, size, rate)):
+            config_of(preset, plan, f"the preset, for the arm {arm}")
 
 
 def config_of(preset: Preset, plan: RunPlan, source: str = "") -> FederationConfig:
     """The run's settings. Raises ConfigError, which names ``source``, or the run."""
-    run = {
+    tables: dict[str, dict[str, Any]] = preset.tables()
+    tables["run"] = {
         "name": plan.name,
         "seed": plan.setting.seed,
         "rounds": preset.reproduce.rounds,
         "participants": list(plan.sites),
     }
-    return federation_of(preset, run, plan.tables, source=source)
+    for table, values in plan.tables.items():
+        tables[table] = tables.get(table, {}) | values
+    return parse(FederationConfig, tables, source or f"run {plan.name}")
 
 
 def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from cli.reproduction.kept import read_kept
 from coordinator.genesis import draw_adapter
 from participant.quality import AnswerLoss, ReplyScores, answer_loss, score_replies
 from shared import topology
+from shared.errors import DataError
 from shared.files import digest_file, write_atomically
 from shared.tensors import TensorFile
 
@@ -68,11 +70,9 @@ class Measurements:
 
     def known(self, sha: str) -> dict[str, Any]:
         """What is on file of an adapter; a file that is none of ours is measured again."""
-        try:
-            values = json.loads((self._folder / f"{sha}.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+        with contextlib.suppress(DataError):
+            return read_kept(self._folder / f"{sha}.json")
+        return {}
 
     def keep(self, sha: str, name: str, value: object) -> None:
         """Put one measurement on file."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -13,7 +12,6 @@ from pydantic import Field, model_validator
 from cli.reproduction.partition import parse_policy
 from shared.config import (
     BaseSection,
-    FederationConfig,
     LoraSection,
     Positive,
     Section,
@@ -21,14 +19,14 @@ from shared.config import (
     canonical_json,
     parse,
 )
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PRESETS = ("cpu", "paper")
 # What may differ between the recommended mode and the paper's rule over the same text and base.
-_RECOMMENDABLE = {"aggregation", "codec", "lora", "policy", "selection", "server", "training"}
+_RECOMMENDABLE = {"aggregation", "codec", "lora", "server", "training"}
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -75,16 +73,16 @@ class Preset(Section):
     @model_validator(mode="after")
     def _arms_own_what_they_vary(self) -> Self:
         owned = {"local_steps", "batch_size", "gradient_accumulation", "learning_rate"}
-        changed = self.recommended.get("training", {}).keys()
-        for table, given in (
-            ("training", self.training.model_fields_set),
-            ("recommended.training", changed),
-        ):
-            if given & owned:
-                raise ValueError(
-                    f"{table}.{min(given & owned)}: expected it under [reproduce], where "
-                    "every arm takes it from; remove it"
-                )
+        if given := self.training.model_fields_set & owned:
+            raise ValueError(
+                f"training.{min(given)}: expected it under [reproduce], where every arm "
+                "takes it from; remove it"
+            )
+        owned |= {"max_prompt_tokens", "max_answer_tokens"}  # another text, another loss
+        if given := self.recommended.get("training", {}).keys() & owned:
+            raise ValueError(
+                f"recommended.training.{min(given)}: expected what every arm has; remove it"
+            )
         if unknown := self.recommended.keys() - _RECOMMENDABLE:
             raise ValueError(
                 f"recommended.{min(unknown)}: expected one of the tables "
@@ -136,34 +134,6 @@ def changed(preset: Preset, base: str | None, **reproduce: Any) -> Preset:
         values["base"]["model"] = base
     values["reproduce"] |= {key: value for key, value in reproduce.items() if value is not None}
     return parse(Preset, values, "options")
-
-
-def federation_of(
-    preset: Preset, run: dict[str, Any], *more: dict[str, Any], source: str = ""
-) -> FederationConfig:
-    """A run's config from the preset's tables, with ``more`` tables laid over them.
-
-    Raises ConfigError, which names ``source``, or the run.
-    """
-    tables = preset.tables() | {"run": run}
-    for layer in more:
-        for table, values in layer.items():
-            tables[table] = {**tables.get(table, {}), **values}
-    return parse(FederationConfig, tables, source or f"run {run['name']}")
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """A JSON object that was kept beside the runs. Raises DataError."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise DataError(
-            f"{path}: expected the JSON object that was written there, got something else; restore "
-            "it, or delete it, which loses what it says"
-        )
-    return values
 
 
 def _parse(text: str, source: str) -> Preset:

@@ -13,7 +13,7 @@ from cli.federation import Embedding, run_embedded
 from cli.metering import Meter
 from cli.reproduction.arms import config_of
 from cli.reproduction.figures import largest
-from cli.reproduction.presets import read_values
+from cli.reproduction.kept import read_kept
 from coordinator.inspection import History
 from coordinator.retention import carry_out, read_plan
 from participant.memory import peak_bytes, reset_peak
@@ -115,13 +115,11 @@ class Laboratory:
 
     def traffic(self, plan: RunPlan) -> Meter:
         """What the sites of a run sent and fetched so far, at all starts."""
-        path = self._home(plan) / "traffic.json"
-        return Meter.from_json(read_values(path)) if path.exists() else Meter()
+        return Meter.from_json(read_kept(self._home(plan) / "traffic.json"))
 
     def peak(self, plan: RunPlan) -> dict[str, int]:
         """The most memory that this process needed while the run went on, at any start."""
-        path = self._home(plan) / "peak.json"
-        return read_values(path) if path.exists() else {}
+        return read_kept(self._home(plan) / "peak.json")
 
     def _home(self, plan: RunPlan) -> Path:
         return self.folder / "runs" / plan.name

@@ -4,9 +4,17 @@ import math
 
 import pytest
 
-from cli.reproduction.arms import ARMS, UNTRAINED, Setting, check_arms, check_plans, plans
+from cli.reproduction.arms import (
+    ARMS,
+    UNTRAINED,
+    Setting,
+    check_arms,
+    check_plans,
+    config_of,
+    plans,
+)
 from cli.reproduction.experiment import climb
-from cli.reproduction.presets import PRESETS, Preset, changed, federation_of, load_preset
+from cli.reproduction.presets import PRESETS, Preset, changed, load_preset
 from shared.config import parse
 from shared.errors import ConfigError
 
@@ -14,8 +22,7 @@ from shared.errors import ConfigError
 def configs(preset: Preset, arm: str, batch_size: int = 4):
     setting = Setting(1, batch_size, preset.reproduce.learning_rates[0])
     for plan in plans(preset, arm, setting):
-        run = {"name": plan.name, "seed": 1, "rounds": 2, "participants": list(plan.sites)}
-        yield federation_of(preset, run, plan.tables)
+        yield config_of(preset, plan)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -76,6 +83,11 @@ def test_unknown_names_are_refused_with_the_known_ones():
     [
         ({"run": {"name": "x"}}, "recommended.run: expected one of the tables aggregation"),
         ({"training": {"learning_rate": 1.0}}, "recommended.training.learning_rate: expected"),
+        (
+            {"training": {"max_answer_tokens": 8}},
+            "training.max_answer_tokens: expected what",
+        ),
+        ({"selection": {"fraction": 0.6}}, "recommended.selection: expected one of the tables"),
         ({"aggregation": {"averaging": "flora"}}, "expected one whose adapter keeps its rank"),
     ],
 )
