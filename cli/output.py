@@ -39,7 +39,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 def open_store(path: Path) -> ObjectStore:
     """An existing store: a directory, or the one that a federation.toml names.
 
-    Raises StoreError when there is none at ``path``.
+    Raises StoreMissingError when there is none at ``path``.
     """
     from shared.directory_store import DirectoryStore
 
@@ -51,7 +51,25 @@ def open_store(path: Path) -> ObjectStore:
         if config.store.url is not None:
             return open_s3(config.store, path.resolve().parent)
         path = path.parent / config.store.directory
+    _check_store(path)
     return DirectoryStore(path, create=False)
+
+
+def _check_store(path: Path) -> None:
+    """A store was opened for writing once, or is a copy of one that holds a run."""
+    from shared.errors import StoreMissingError
+
+    def is_store(folder: Path) -> bool:
+        return (folder / ".tmp").is_dir() or any(folder.glob("runs/*/federation.json"))
+
+    if is_store(path):
+        return
+    near = [path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())]
+    found = [f"--store {folder}" for folder in near if is_store(folder)]
+    hint = f"there is one here: {', '.join(found)}" if found else "name another with --store"
+    raise StoreMissingError(
+        f"no store at {path}: expected a directory that a run was begun in; {hint}"
+    )
 
 
 def writable_store(path: Path) -> ObjectStore:

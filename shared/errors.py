@@ -18,7 +18,8 @@
     |  |- ObjectExistsError    33   a conditional create met an existing object
     |  |- ObjectChangedError   34   an object is not the one that was read before
     |  |- IntegrityError       35   bytes do not have the sha256 or size they should
-    |  `- GrantError           36   a signed URL is expired, altered or for something else
+    |  |- GrantError           36   a signed URL is expired, altered or for something else
+    |  `- StoreMissingError    37   there is no store in this directory
     |- BrokerError             40   the message broker
     |  |- BrokerUnavailableError 41 the connection is gone (retryable)
     |  |  `- BrokerSilentError 45   connected, but a question stayed without an answer (retryable)
@@ -156,6 +157,12 @@ class GrantError(StoreError):
     """A signed URL is expired, altered, or for another object or method."""
 
     exit_code = 36
+
+
+class StoreMissingError(StoreError):
+    """There is no store in this directory."""
+
+    exit_code = 37
 
 
 class BrokerError(GradualDiffError):

@@ -66,6 +66,18 @@ def test_looking_imports_neither_torch_nor_numpy(store, command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("place", ["", "store/runs", "elsewhere", "elsewhere/store"])
+def test_a_folder_that_is_no_store_is_said_and_the_near_one_named(store, tmp_path, place):
+    """One level off is told where the store is; a folder with files of its own is no store."""
+    (tmp_path / "elsewhere" / "runs" / "tensorboard").mkdir(parents=True)
+    folder = store.parent / place if place in ("", "store/runs") else tmp_path / place
+    done = gradualdiff("runs", "list", "--store", folder)
+    assert done.returncode == errors.StoreMissingError.exit_code
+    assert f"no store at {folder}" in done.stderr
+    assert (f"--store {store}" in done.stderr) == (place in ("", "store/runs"))
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -136,7 +148,7 @@ def test_what_is_not_there_is_named(store, tmp_path, command, error, says):
 def test_a_missing_store_is_named(tmp_path):
     """No store at the path: nothing is made there."""
     done = gradualdiff("runs", "list", "--store", tmp_path / "nowhere")
-    assert done.returncode == errors.StoreError.exit_code
+    assert done.returncode == errors.StoreMissingError.exit_code
     assert not (tmp_path / "nowhere").exists()
 
 

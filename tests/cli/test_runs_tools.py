@@ -132,7 +132,7 @@ def test_prune_says_what_is_lost_before_it_deletes(tmp_path):
 def test_a_store_is_not_made_by_a_word_to_it(tmp_path):
     """A mistyped --store is named, not begun."""
     done = gradualdiff("runs", "pause", "test", "--store", tmp_path / "nowhere")
-    assert done.returncode == errors.StoreError.exit_code
+    assert done.returncode == errors.StoreMissingError.exit_code
     assert not (tmp_path / "nowhere").exists()
 
 
