@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cli.standing import Standing, awaited, is_away
+from cli.output import open_store
+from cli.standing import Standing, awaited, away_since, is_away
 from coordinator.policies import too_few
 from coordinator.watch import read_status
-from shared.errors import RunNotFoundError, StoreError
+from shared.errors import RunNotFoundError, StoreError, StoreMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from cli.standing import RoundNow
     from coordinator.watch import RunStatus, SiteStatus
@@ -74,20 +76,37 @@ class View:
     sites: list[SiteNow] = field(default_factory=list)
 
 
-def follow(store: ObjectStore, run: str, number: int | None, *, as_json: bool) -> None:
+def follow(path: Path, run: str, number: int | None, *, as_json: bool) -> None:
     """Show the run's newest round, or round ``number``, until the run is finished or it is closed.
 
-    Raises RunNotFoundError. On Ctrl-C the process ends with 130.
+    Waits for a run that has not begun. Raises RunNotFoundError for a round that has not. On Ctrl-C
+    the process ends with 130.
     """
     from cli.follow_screens import make_screen
 
     screen = make_screen(as_json=as_json)
     try:
-        watch(store, run, number, screen.show)
+        watch(wait_for_run(path, run), run, number, screen.show)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         screen.close()
+
+
+def wait_for_run(path: Path, run: str, sleep: Callable[[float], None] = time.sleep) -> ObjectStore:
+    """The store at ``path`` once it holds the run: whoever follows may be there first."""
+    told = False
+    while True:
+        try:
+            store = open_store(path)
+            Standing(store, run)
+        except (StoreMissingError, RunNotFoundError) as error:
+            if not told:
+                print(f"{error}\nwaiting until it begins; Ctrl-C ends", file=sys.stderr)  # noqa: T201
+            told = True
+            sleep(REFRESH_SECONDS)
+        else:
+            return store
 
 
 def watch(
@@ -182,11 +201,12 @@ def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -
         pending_since=current.since if pending else None,
         reason=reason,
     )
-    if done is not None or told is None:
+    if done is not None:
         return base
-    if is_away(told, status, now):
-        return _changed(base, state="away", away_since=told.seen)
-    if not _is_of(told, current):
+    if status is not None and is_away(site, status, now):
+        since, why = away_since(site, status)
+        return _changed(base, state="away", away_since=since, reason=reason or why)
+    if told is None or not _is_of(told, current):
         return base
     return _changed(
         base,

@@ -137,6 +137,10 @@ class MeteredBroker:
         """See the port."""
         return self._inner.depth(queue)
 
+    def consumers(self, queues: Sequence[str]) -> dict[str, int]:
+        """See the port."""
+        return self._inner.consumers(queues)
+
     def close(self) -> None:
         """See the port."""
         self._inner.close()

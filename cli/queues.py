@@ -246,7 +246,7 @@ def _with_site(
     from cli.standing import awaited, is_away, moment
 
     told = status.sites.get(site) if status else None
-    away = is_away(told, status, time.time())
+    away = is_away(site, status, time.time())
     return replace(
         row,
         site=site,

@@ -60,16 +60,19 @@ def show(
     With --follow each participant's state, again every second: a table on a terminal, lines
     elsewhere, with --json one object a line. Ctrl-C ends it.
     """
+    from cli.standing import with_absence
     from coordinator.inspection import History, show_round, summarise_round
+    from coordinator.watch import read_status
 
     if follow:
         from cli.follow import follow as watch_on
 
         if plot is not None:
             raise ConfigError("--follow: expected no --plot beside it, got both; give one of them")
-        watch_on(open_store(store), run, round_number, as_json=as_json)
+        watch_on(store, run, round_number, as_json=as_json)
         return
-    history = History(open_store(store), run)
+    objects = open_store(store)
+    history = History(objects, run)
     if plot is not None:
         from cli.plot import plot_held_out
 
@@ -79,7 +82,8 @@ def show(
     if round_number is None:
         _list(history, as_json=as_json)
         return
-    summary, rows = summarise_round(history, round_number), show_round(history, round_number)
+    summary = summarise_round(history, round_number)
+    rows = with_absence(show_round(history, round_number), read_status(objects, run))
     if as_json:
         print_json({"round": summary, "sites": rows})
         return

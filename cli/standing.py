@@ -6,7 +6,8 @@ may be asked again and again. Needs neither torch nor numpy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -30,7 +31,8 @@ from shared.records import (
 )
 
 if TYPE_CHECKING:
-    from coordinator.watch import RunStatus, SiteStatus
+    from coordinator.inspection import SiteRow
+    from coordinator.watch import RunStatus
     from shared.config import FederationConfig
     from shared.store import ObjectStore
 
@@ -176,15 +178,40 @@ def awaited(standing: Standing, site: str) -> str:
     return f"its word that it is ready is awaited since {moment(now.since)}"
 
 
-def is_away(told: SiteStatus | None, status: RunStatus | None, now: float) -> bool | None:
-    """Whether a site has gone silent, by the coordinator's own clock.
+def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:
+    """Whether a site is gone: nobody reads its queue, or it was silent, by the coordinator's clock.
 
     None: it was never heard, or no coordinator wrote for so long that nobody can say. ``now`` is
     this machine's time.
     """
-    if told is None or status is None or now - status.at > ONLINE_SECONDS:
+    if status is None or now - status.at > ONLINE_SECONDS:
         return None
-    return status.at - told.seen > ONLINE_SECONDS
+    if site in status.absent:
+        return True
+    told = status.sites.get(site)
+    return None if told is None else status.at - told.seen > ONLINE_SECONDS
+
+
+def away_since(site: str, status: RunStatus) -> tuple[float, str]:
+    """Since when a site that is away is known to be, in seconds since the epoch, and why."""
+    if site in status.absent:
+        return status.absent[
+            site
+        ], "its process is gone (the broker counts no consumer of its queue)"
+    return status.sites[site].seen, "not heard since then"
+
+
+def with_absence(rows: list[SiteRow], status: RunStatus | None) -> list[SiteRow]:
+    """The rows of one round; a site that is awaited and away says so as its reason."""
+    now = time.time()
+
+    def told(row: SiteRow) -> SiteRow:
+        if row.state != "pending" or status is None or not is_away(row.site, status, now):
+            return row
+        since, why = away_since(row.site, status)
+        return replace(row, reason=f"away since {moment(since)}: {why}")
+
+    return [told(row) for row in rows]
 
 
 def moment(seconds: float | None) -> str | None:

@@ -15,9 +15,11 @@ from shared import topology, wire
 from shared.broker import Message
 from shared.codecs import get_codec
 from shared.dispatch import NO_PATIENCE, Dispatcher, Patience
+from shared.errors import BrokerError, BrokerUnavailableError
 from shared.events import CoordinatorTick, MessageRefused
 from shared.failpoints import failpoint
 from shared.ledger import Ledger
+from shared.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,11 +34,12 @@ TICK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class CoordinatorRole:
-    """A coordinator connected to its queue."""
+    """A coordinator connected to its queue. ``look``: write down what people may see of it."""
 
     coordinator: Coordinator
     dispatcher: Dispatcher
     tick: Callable[[], None]
+    look: Callable[[], None]
 
 
 def build_coordinator(
@@ -70,6 +73,20 @@ def build_coordinator(
         body = wire.encode(CoordinatorTick(run=run, writer=writer, now=now), now)
         broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
 
+    def look() -> None:
+        queues = {site: topology.site_queue(site) for site in coordinator.state.waiting_for}
+        try:
+            consumers = broker.consumers(list(queues.values()))
+        except BrokerUnavailableError:
+            raise
+        except BrokerError as error:  # somebody deleted a queue: then nobody can say
+            get_logger().debug("consumers.unknown", reason=str(error))
+            consumers = {}
+        now = clock()
+        told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
+        coordinator.watch.counted(told, now)
+        coordinator.watch.write(coordinator.state, now)
+
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(
             run=run,
@@ -90,4 +107,4 @@ def build_coordinator(
         patience.seconds,
         patience.pause,
     )
-    return CoordinatorRole(coordinator, dispatcher, tick)
+    return CoordinatorRole(coordinator, dispatcher, tick, look)

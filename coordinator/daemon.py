@@ -120,7 +120,7 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
         if now >= next_tick:
             role.tick()
             if coordinator.active:
-                coordinator.watch.write(coordinator.state, office.clock())
+                role.look()
             next_tick = now + TICK_SECONDS
         was_active = coordinator.active
         role.dispatcher.handle_next(min(0.5, max(0.0, next_tick - now)))

@@ -19,6 +19,8 @@ from shared.log import get_logger
 from shared.manifest import Fact
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coordinator.state import RunState
     from shared.events import TrainingProgressed
     from shared.store import ObjectStore
@@ -42,7 +44,10 @@ class SiteStatus(Fact):
 
 
 class RunStatus(Fact):
-    """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``."""
+    """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
+
+    ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
+    """
 
     run: Name
     writer: str
@@ -52,6 +57,7 @@ class RunStatus(Fact):
     since: float
     waiting_for: Annotated[tuple[str, ...], Field(strict=False)] = ()
     sites: dict[str, SiteStatus] = Field(default_factory=dict)
+    absent: dict[str, float] = Field(default_factory=dict)
 
 
 class Watch:
@@ -62,6 +68,7 @@ class Watch:
         self._run = run
         self._writer = writer
         self._sites: dict[str, SiteStatus] = {}
+        self._absent: dict[str, float] = {}
 
     def saw(self, site: str, now: float) -> None:
         """A message of this site (or of the coordinator itself) was handled."""
@@ -73,6 +80,14 @@ class Watch:
         """How far a site says it is."""
         told = event.model_dump(exclude={"run"})
         self._sites[site] = SiteStatus(seen=now, progress_at=now, **told)
+
+    def counted(self, consumers: Mapping[str, int], now: float) -> None:
+        """How many consumers the broker counts on each awaited site's queue.
+
+        A process that was killed is gone from there at once; its last words say nothing of that.
+        """
+        gone = (site for site, count in consumers.items() if count == 0)
+        self._absent = {site: self._absent.get(site, now) for site in gone}
 
     def write(self, state: RunState, now: float) -> None:
         """Write the status object. A store that is away is no error: the next tick comes."""
@@ -93,6 +108,7 @@ class Watch:
             since=since,
             waiting_for=state.waiting_for,
             sites={site: self._sites[site] for site in participants if site in self._sites},
+            absent={site: when for site, when in self._absent.items() if site in state.waiting_for},
         )
         failpoint("status.before")
         try:

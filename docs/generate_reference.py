@@ -283,6 +283,8 @@ OVERRIDES = {
     "TrainingProgressed.seconds": "Since this activity began.",
     "SiteStatus.seconds": "Since this activity began.",
     "SiteStatus.round": "The round it is at.",
+    "RunStatus.absent": "Awaited sites whose queue has no consumer: since when (a restart counts "
+    "anew).",
     "RunStatus.state": "`waiting`, `open`, `closing` or `finished`.",
     "SiteAccount.state": "What is under way, or done.",
 }

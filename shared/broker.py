@@ -97,6 +97,9 @@ class Broker(Protocol):
     def depth(self, queue: str) -> int:
         """Messages ready in the queue."""
 
+    def consumers(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many consumers each of these queues has. Raises BrokerError when one is missing."""
+
     def close(self) -> None:
         """End the connection and its consumers. Repeatable."""
 

@@ -146,6 +146,12 @@ class EmbeddedConnection:
             self._check_open()
             return self._server.state.queue(queue).depth(self._server.clock())
 
+    def consumers(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many consumers each of these queues has. Raises BrokerError when one is missing."""
+        with self._server.changed:
+            self._check_open()
+            return {queue: len(self._server.state.queue(queue).subscribers) for queue in queues}
+
     def close(self) -> None:
         """End the connection and its consumers. Repeatable."""
         with self._server.changed:

@@ -149,6 +149,27 @@ class RabbitConnection:
         )
         return found.method.message_count, found.method.consumer_count
 
+    def consumers(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many consumers each of these queues has. Raises BrokerError when one is missing.
+
+        On one channel: a federation of a thousand sites asks for all of them every few seconds.
+        """
+        found: dict[str, int] = {}
+
+        def start(channel: Channel, done: Callable[[object], None]) -> None:
+            def take(frame: Any) -> None:
+                found[frame.method.queue] = frame.method.consumer_count
+                if len(found) == len(wanted):
+                    done(None)
+
+            for queue in wanted:
+                channel.queue_declare(queue, passive=True, callback=take)
+
+        wanted = set(queues)
+        if wanted:
+            self._on_own_channel(start)
+        return found
+
     def peek(self, queue: str, limit: int) -> list[tuple[str, str | None, bytes]]:
         """Routing key, sender and body of the first ``limit`` messages, which stay in the queue."""
         found: list[tuple[str, str | None, bytes]] = []

@@ -21,7 +21,7 @@ from cli.main import app
 from coordinator.operating import operator_ledger, order
 from coordinator.watch import ONLINE_SECONDS, RunStatus, SiteStatus
 from shared import topology
-from shared.config import canonical_json
+from shared.config import canonical_json, load_federation
 from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, RunNotFoundError, StoreUnavailableError
 from shared.ledger import Ledger
@@ -37,6 +37,7 @@ from shared.records import (
     MemberRecord,
     OpenedRecord,
 )
+from shared.stores import open_s3
 from tests.federations import config
 from tests.numpy_learner import MANIFEST, NUMERICS
 from tests.servers.deployment import Deployment
@@ -127,7 +128,7 @@ class Written:
     def finish(self):
         self.ledger.write(FinishedRecord(round=1, sha=SHA, reason="all rounds are closed"))
 
-    def status(self, *, waiting=(), state="open", number=1, **sites):
+    def status(self, *, waiting=(), state="open", number=1, absent=None, **sites):
         """Each site as keyword: a SiteStatus's values."""
         status = RunStatus(
             run="test",
@@ -137,6 +138,7 @@ class Written:
             state=state,
             since=START,
             waiting_for=waiting,
+            absent=absent or {},
             sites={name: SiteStatus(**{"seen": self.now, **told}) for name, told in sites.items()},
         )
         data = canonical_json(status.model_dump(mode="json"))
@@ -216,6 +218,45 @@ def test_each_participants_state_is_told(run):
     assert "away since 20" in follow_screens.sentence(c)
     assert not view.coordinator_silent
     assert follow.look(standing, status, run.now + 31).coordinator_silent
+
+
+def test_a_site_that_does_not_listen_is_away_whatever_it_said_last(run):
+    """Although it was heard a second ago, and also if it was never heard; not one that is done."""
+    run.genesis()
+    run.now = START + 10
+    run.open()
+    run.accept("c")
+    training = {"progress_at": run.now, "round": 1, "activity": "train", "step": 2, "of": 4}
+    run.status(waiting=("a", "b"), absent={"a": START + 11, "b": START + 12}, a=training)
+    standing = follow.Standing(run.store, "test")
+    standing.refresh()
+    view = follow.look(standing, follow.read_status(run.store, "test"), run.now)
+    states = {name: (site.state, site.away_since) for name, site in sites(view).items()}
+    assert states == {
+        "a": ("away", START + 11),
+        "b": ("away", START + 12),
+        "c": ("accepted", None),
+    }
+    assert "its process is gone" in follow_screens.sentence(sites(view)["a"])
+
+
+def test_it_waits_for_a_run_that_has_not_begun(tmp_path, capsys):
+    """Neither the store nor the run need be there; it says so once, and goes on when they are."""
+    folder, waits = tmp_path / "store", []
+
+    def sleep(_seconds):
+        waits.append(1)
+        if len(waits) == 2:
+            DirectoryStore(folder)
+        elif len(waits) == 4:
+            Written(folder)
+
+    store = follow.wait_for_run(folder, "test", sleep)
+    assert store.list("runs/")
+    assert len(waits) == 4
+    told = capsys.readouterr().err
+    assert told.count("waiting until it begins") == 1
+    assert "no store at" in told
 
 
 def test_a_word_about_an_earlier_round_is_not_shown(run):
@@ -436,3 +477,42 @@ def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost
     assert rows["a"]["consumers"] == 1
     assert "of round" in rows["a"]["waits_for"]
     assert "ParticipantReady" in {message["type"] for message in events["messages"]}
+
+
+@pytest.mark.slow
+def test_a_killed_site_is_shown_as_away_long_before_its_silence_tells(
+    tmp_path, rabbit_server, vhost, s3_server
+):
+    """Kill -9 while it trains: the broker counts no consumer of its queue, and that is shown."""
+    deployment = Deployment(tmp_path, None, rabbit_server, vhost, s3_server)
+    where = ("--federation", str(deployment.federation))
+    try:
+        deployment.start(
+            "follow", "cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
+        )
+        deployment.wait_for("waiting until it begins", "follow")
+        deployment.start_coordinator()
+        deployment.start_participant("a", slow=600.0)
+        deployment.start_participant("b")
+        deployment.wait_for('"state": "accepted"', "follow")
+        killed = time.time()
+        deployment.kill("a")
+        deployment.wait_for('"state": "away"', "follow")
+        print("seen after", round(time.time() - killed, 1), "s")  # noqa: T201 - a report quotes it
+        status = follow.read_status(
+            open_s3(load_federation(deployment.federation).store, tmp_path), "tiny"
+        )
+        assert status.at - status.sites["a"].seen < ONLINE_SECONDS
+        rows = json.loads(
+            deployment.command("rounds", "show", "tiny", "1", "--json", *where).stdout
+        )
+        reasons = {row["site"]: row["reason"] for row in rows["sites"]}
+        assert "its process is gone" in reasons["a"]
+        assert reasons["b"] == ""
+        deployment.start_participant("a")
+        deployment.finish()
+        assert deployment.processes["follow"].wait(20) == 0
+    finally:
+        deployment.close()
+    last = json.loads(deployment.log("follow").splitlines()[-1])
+    assert last["state"] == "finished"

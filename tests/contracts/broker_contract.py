@@ -437,8 +437,21 @@ class BrokerContract:
         with pytest.raises(BrokerError):
             coordinator.declare(Topology((), (), (binding,)))
 
+    def test_consumers_are_counted(self, bus, coordinator):
+        """Of each queue that was asked for, as they come and go; any account may ask."""
+        queues = [site_queue(site) for site in SITES]
+        site = bus.connect("site-a", site_rights("site-a"))
+        assert site.consumers(queues) == dict.fromkeys(queues, 0)
+        site.consume(site_queue("site-a"))
+        assert coordinator.consumers(queues) == {queues[0]: 1, queues[1]: 0}
+        site.close()
+        self.eventually(lambda: coordinator.consumers(queues) == dict.fromkeys(queues, 0))
+        assert coordinator.consumers([]) == {}
+
     def test_a_missing_queue_has_no_consumer_and_no_depth(self, coordinator):
-        """BrokerError naming the queue, twice."""
+        """BrokerError naming the queue, three times."""
+        with pytest.raises(BrokerError, match="no-such-queue"):
+            coordinator.consumers([coordinator_queue("r1"), "no-such-queue"])
         with pytest.raises(BrokerError, match="no-such-queue"):
             coordinator.consume("no-such-queue")
         with pytest.raises(BrokerError, match="no-such-queue"):
@@ -501,6 +514,7 @@ class BrokerContract:
             lambda: coordinator.publish([]),
             lambda: coordinator.consume(coordinator_queue("r1")),
             lambda: coordinator.depth(coordinator_queue("r1")),
+            lambda: coordinator.consumers([coordinator_queue("r1")]),
             consumer.receive,
         ):
             with pytest.raises(BrokerUnavailableError):
