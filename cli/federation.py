@@ -150,7 +150,11 @@ def _why_stuck(state: RunState, store: Path) -> str:
             f"with its last result: gradualdiff runs stop {run} --reason WHY --store {store}"
         )
     where = f"round {state.opened.round}" if state.opened else "the start"
-    known = {**state.declined, **{site: t.reason for site, t in state.troubles.items()}}
+    known = {
+        **state.declined,
+        **state.unfit,
+        **{site: t.reason for site, t in state.troubles.items()},
+    }
     waiting = [f"{site} ({known.get(site, 'no word from it')})" for site in state.waiting_for]
     waiting += [f"{s} ({why})" for s, why in state.declined.items() if s not in state.waiting_for]
     return (

@@ -39,9 +39,10 @@ class SiteNow:
     """One participant. Times are seconds since the epoch.
 
     ``state``: waiting, loading, evaluating, training, uploading, accepted, counted, left out (by
-    the rule), excluded, declined, joined, idle (not in this round) or away. ``eta_seconds``: to the
-    end of the activity, at the speed so far. ``pending_since``: since when its word is awaited;
-    None if it is not. Rates and bytes are as it told last.
+    the rule), excluded, declined, does not fit (the others' base, tensors or versions), joined,
+    idle (not in this round) or away. ``eta_seconds``: to the end of the activity, at the speed so
+    far. ``pending_since``: since when its word is awaited; None if it is not. Rates and bytes are
+    as it told last.
     """
 
     site: str
@@ -170,12 +171,18 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
         since=current.since,
         seen=status.at if status else None,
         coordinator_silent=silent,
-        reason=finished.reason if finished else paused or _too_few(standing),
+        reason=finished.reason if finished else paused or _odd(standing) or _too_few(standing),
         adapter_sha=finished.sha if finished else None,
         sites=[
             _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
         ],
     )
+
+
+def _odd(standing: Standing) -> str:
+    """Who has to be mended before the run can begin, if anybody has."""
+    odd = sorted(standing.unfit)
+    return f"waits until {', '.join(odd)} is mended and started again" if odd else ""
 
 
 def _too_few(standing: Standing) -> str:
@@ -225,6 +232,7 @@ def _settled(standing: Standing, site: str) -> tuple[str | None, str]:
         "declined": standing.declined,
         "excluded": current.excluded,
         "left out": current.left_out,
+        "does not fit": standing.unfit,
     }
     for state, reasons in apart.items():
         if site in reasons:

@@ -78,6 +78,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         ("rounds closed", f"{summary.rounds_closed} of {summary.rounds}"),
         ("paused", summary.paused),
         ("branch of", summary.origin),
+        *((f"waits for {site}", why) for site, why in summary.waits_for.items()),
         *((f"without {site}", why) for site, why in summary.excluded.items()),
         ("held-out loss", summary.held_out_nll),
         ("adapter", summary.adapter_sha),

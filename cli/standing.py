@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from coordinator.controls import Steering, steer
+from coordinator.members import unfit
 from coordinator.watch import ONLINE_SECONDS
 from shared import topology
 from shared.ledger import Ledger
@@ -25,9 +25,12 @@ from shared.records import (
     FailedRecord,
     FinishedRecord,
     GenesisRecord,
+    MemberRecord,
     OpenedRecord,
+    OriginRecord,
     Record,
     RefusedRecord,
+    RejoinedRecord,
 )
 
 if TYPE_CHECKING:
@@ -77,6 +80,7 @@ class Standing:
         self.config: FederationConfig = self._ledger.config()
         self.members: frozenset[str] = frozenset()
         self.declined: dict[str, str] = {}
+        self.unfit: dict[str, str] = {}
         self.finished: FinishedRecord | None = None
         self.steering = Steering()
         self.newest = -1
@@ -86,7 +90,15 @@ class Standing:
         """Read what is new; round ``number``, or the newest one."""
         prefix = topology.run_prefix(self.run)
         names = [info.key.removeprefix(prefix) for info in self._store.list(prefix)]
-        self.members = frozenset(PurePosixPath(n).stem for n in names if n.startswith("members/"))
+        words = {
+            name: record
+            for folder, kind in (("members/", MemberRecord), ("rejoined/", RejoinedRecord))
+            for name in names
+            if name.startswith(folder)
+            and isinstance(record := self._record(kind, prefix + name), MemberRecord)
+        }
+        members = {record.site: record for record in words.values()}  # the last word counts
+        self.members = frozenset(members)
         self.declined = {
             record.site: record.reason
             for name in names
@@ -100,6 +112,8 @@ class Standing:
             and isinstance(record := self._record(ControlRecord, prefix + name), ControlRecord)
         ]
         self.steering = steer(controls)
+        began = any(name.startswith("rounds/") for name in names)
+        self.unfit = {} if began else self._unfit(members, names)
         if "finished.json" in names:
             finished = self._record(FinishedRecord, topology.finished_key(self.run))
             self.finished = finished if isinstance(finished, FinishedRecord) else None
@@ -113,6 +127,13 @@ class Standing:
             folder = [parts for parts in rounds if parts[1].isdigit() and int(parts[1]) == wanted]
             self.round = self._fold(wanted, [self._at(prefix, parts) for parts in folder])
         return self.round
+
+    def _unfit(self, members: dict[str, MemberRecord], names: list[str]) -> dict[str, str]:
+        origin = None
+        if "origin.json" in names:
+            origin = self._record(OriginRecord, topology.origin_key(self.run))
+        known = origin if isinstance(origin, OriginRecord) else None
+        return unfit(members, self.config, known, self.steering.excluded)
 
     def _waiting(self) -> RoundNow:
         return RoundNow(-1, "waiting", self._began, tuple(sorted(self.config.run.participants)))
@@ -173,9 +194,11 @@ def awaited(standing: Standing, site: str) -> str:
     if site in standing.members and now.state == "open" and site in now.selected:
         trouble = f" ({now.troubles[site]})" if site in now.troubles else ""
         return f"its delta of round {now.number} is awaited since {moment(now.since)}{trouble}"
-    if site in standing.members or now.number >= 0:
+    odd = standing.unfit.get(site)
+    if odd is None and (site in standing.members or now.number >= 0):
         return "nothing: it joined" if site in standing.members else "nothing: it did not join"
-    return f"its word that it is ready is awaited since {moment(now.since)}"
+    again = "" if odd is None else f" ({odd})"
+    return f"its word that it is ready is awaited since {moment(now.since)}{again}"
 
 
 def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:

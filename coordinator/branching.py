@@ -16,41 +16,19 @@ from shared.errors import (
     RunExistsError,
     RunNotFoundError,
 )
-from shared.lora_factors import whole_manifest
 from shared.records import ClosedRecord, GenesisRecord, OriginRecord
 
 if TYPE_CHECKING:
-    from coordinator.state import RunState
     from shared.config import FederationConfig
     from shared.ledger import Ledger
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # the tensors come last
 
 
-def misfit(state: RunState) -> str | None:
-    """Why the sites that joined cannot go on from the run's origin; None when they can."""
-    origin = state.origin
+def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
+    """Why a run with these settings cannot go on from its origin; None when it can."""
     if origin is None:
         return None
-    against = _misfit_of_settings(state.config, origin)
-    if against is not None:
-        return against
-    for site, member in sorted(state.members.items()):
-        if member.fingerprint != origin.fingerprint:
-            return (
-                f"base: {site} loaded {member.fingerprint[:12]}, but the adapter of "
-                f"{origin.label} was trained over {origin.fingerprint[:12]}; a branch keeps its "
-                "parent's base model"
-            )
-        if whole_manifest(member.manifest, state.config.lora).digest != origin.manifest.digest:
-            return (
-                f"manifest: {site} trains other tensors than the adapter of {origin.label} has; "
-                "a branch keeps its parent's lora.rank and lora.target_modules"
-            )
-    return None
-
-
-def _misfit_of_settings(config: FederationConfig, origin: OriginRecord) -> str | None:
     if config.aggregation.averaging == "flora":
         return (
             f'aggregation.averaging = "flora" begins with an adapter that changes nothing, but the '

@@ -24,6 +24,7 @@ from shared.records import (
     OriginRecord,
     PrunedRecord,
     Record,
+    RejoinedRecord,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ MOST_LOST_ROUNDS = 100
 # Beside the rounds: what lies where, and the kind of record it is.
 _PLACES: tuple[tuple[str, type[Record]], ...] = (
     ("members/", MemberRecord),
+    ("rejoined/", RejoinedRecord),
     ("declined/", DeclinedRecord),
     ("control/", ControlRecord),
     ("pruned/", PrunedRecord),
@@ -169,7 +171,7 @@ def _place(record: Record) -> int:
 
 def _keep(chain: Chain, record: Record, number: int | None) -> None:
     match record:
-        case MemberRecord():
+        case MemberRecord():  # listed first word first: the last one counts
             chain.members[record.site] = record
         case ControlRecord():
             chain.controls.append(record)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.chain import Finding
 from coordinator.controls import steer
-from coordinator.members import disagreement
+from coordinator.members import unfit
 from coordinator.policies import weighting
 from shared import topology
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
@@ -51,7 +51,13 @@ def _check_members(chain: Chain, config: FederationConfig) -> None:
     for site in genesis.members:
         if site not in chain.members:
             chain.miss(0, topology.member_key(chain.run, site), "the run began with this site")
-    for member in chain.members.values():
+    # Who did not fit at the start and was not waited for is in the run no more than who declined.
+    joined = {
+        site: member
+        for site, member in chain.members.items()
+        if site in genesis.members or member.from_round > 0
+    }
+    for member in joined.values():
         key = member.key(chain.run)
         if member.fingerprint != genesis.fingerprint:
             chain.find(
@@ -61,12 +67,11 @@ def _check_members(chain: Chain, config: FederationConfig) -> None:
             chain.find(0, key, "manifest: is not the one that the run began with")
     fitting = {
         site: member
-        for site, member in chain.members.items()
+        for site, member in joined.items()
         if member.fingerprint == genesis.fingerprint and _fits(member, genesis, config)
     }
-    problem = disagreement(fitting, config)
-    if problem is not None:
-        chain.find(0, f"{topology.run_prefix(chain.run)}members/", problem)
+    for why in dict.fromkeys(unfit(fitting, config).values()):
+        chain.find(0, f"{topology.run_prefix(chain.run)}members/", why)
 
 
 def _fits(member: MemberRecord, genesis: GenesisRecord, config: FederationConfig) -> bool:

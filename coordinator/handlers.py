@@ -7,11 +7,12 @@ that is known changes nothing, an answer may be given twice.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
-from coordinator.members import disagreement
+from coordinator.members import unfit
 from coordinator.rounds import apply, debts, replay, resume
 from coordinator.server_optimizer import wants_more_than_zeros
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
@@ -46,6 +47,7 @@ from shared.records import (
     OpenedRecord,
     Record,
     RefusedRecord,
+    RejoinedRecord,
 )
 from shared.topology import accepted_key, site_queue
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from shared.ledger import Ledger
 
 GRANT_SECONDS = 3600.0
+MOST_WORDS = 100  # of one site before the run begins: a site that is mended needs few
 
 
 class Coordinator:
@@ -111,6 +114,7 @@ class Coordinator:
         self.reload()
         failpoint("start.reloaded")
         self._carry_out(resume(self.state))
+        self._say_unfit()
         self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
 
@@ -141,29 +145,53 @@ class Coordinator:
             self._effects.ring(bell, self.state)
 
     def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
-        """Record the member. Idempotent: the record is adopted if it says the same."""
+        """Record the member. Idempotent: nothing is recorded of a word that was said before.
+
+        Until the run begins a site may be mended: then its last word counts.
+        """
         if event.config_digest != self._config.digest:
             raise ProtocolError(
                 f"config_digest: {sender} is ready for {event.config_digest[:12]}, this run is "
                 f"{self._config.digest[:12]}; start the site again"
             )
-        known = self.state.members.get(sender)
-        if known is not None:
-            self._check_same_member(known, event, sender)
+        known, genesis = self.state.members.get(sender), self.state.genesis
+        changed = [] if known is None else _changed(known, event)
+        if known is not None and not (changed and genesis is None):
+            if changed:
+                raise ProtocolError(
+                    f"{changed[0]}: {sender} came back with another one than it joined with; give "
+                    "it the base model and the versions it began the run with"
+                )
             return
-        genesis = self.state.genesis
         if genesis is not None:
             self._check_joins(event, sender)
-        self._record(
-            MemberRecord(
-                site=sender,
-                manifest=event.manifest,
-                fingerprint=event.fingerprint,
-                numerics=event.numerics,
-                examples=event.examples,
-                from_round=self._next_round() if genesis is not None else 0,
+        self._record(self._member(event, sender))
+        self._say_unfit()
+
+    def _member(self, event: ParticipantReady, sender: str) -> MemberRecord:
+        word = self.state.words.get(sender, 0) + 1
+        if word > MOST_WORDS:
+            raise ProtocolError(
+                f"{sender}: said {MOST_WORDS} times that it is ready, each time with another "
+                "model, adapter or version; take it out of the run, or begin another run"
             )
+        kind: Callable[..., MemberRecord] = MemberRecord
+        if word > 1:
+            kind = partial(RejoinedRecord, number=word)
+        return kind(
+            site=sender,
+            manifest=event.manifest,
+            fingerprint=event.fingerprint,
+            numerics=event.numerics,
+            examples=event.examples,
+            from_round=self._next_round() if self.state.genesis is not None else 0,
         )
+
+    def _say_unfit(self) -> None:
+        """Tell the log who does not fit, once nothing else is waited for."""
+        if not self.state.silent:
+            for site, why in self.state.unfit.items():
+                get_logger().warning("site.unfit", site=site, reason=why)
 
     def on_run_declined(self, event: RunDeclined, sender: str) -> None:
         """Record that the site stays out. Idempotent: one record per site."""
@@ -422,21 +450,13 @@ class Coordinator:
                     f"{name}: {sender} came after the run began with another one; give it the "
                     "base model and the release that the others have"
                 )
-        newcomer = MemberRecord(
-            site=sender,
-            manifest=event.manifest,
-            fingerprint=event.fingerprint,
-            numerics=event.numerics,
-            examples=event.examples,
-        )
-        against = disagreement({**self.state.members, sender: newcomer}, self._config)
+        members = {**self.state.members, sender: self._member(event, sender)}
+        against = unfit(members, self._config).get(sender)
         if against is not None:
             raise ProtocolError(f"{sender} cannot join: {against}")
 
-    def _check_same_member(self, known: MemberRecord, event: ParticipantReady, sender: str) -> None:
-        for name in ("fingerprint", "manifest", "numerics"):
-            if getattr(known, name) != getattr(event, name):
-                raise ProtocolError(
-                    f"{name}: {sender} came back with another one than it joined with; give it "
-                    "the base model and the versions it began the run with"
-                )
+
+def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:
+    """What is another one now than on record."""
+    names = ("fingerprint", "manifest", "numerics")
+    return [name for name in names if getattr(known, name) != getattr(event, name)]

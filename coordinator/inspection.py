@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.controls import Steering, steer
+from coordinator.members import unfit
 from coordinator.policies import too_few
 from shared.errors import RunNotFoundError
 from shared.ledger import Ledger, list_runs
@@ -20,6 +21,7 @@ from shared.records import (
     ClosedRecord,
     ClosingRecord,
     ControlRecord,
+    DeclinedRecord,
     EvaluatedRecord,
     FailedRecord,
     FederationRecord,
@@ -48,7 +50,8 @@ class RunSummary:
     """One line on a run. ``state``: waiting, round n open or closed, paused, finished or failed.
 
     ``rounds`` counts every extension. ``paused``: the reason, also while a round is still open.
-    ``excluded``: by an operator. ``origin``: what it branches from, ``RUN@ROUND``.
+    ``waits_for``: before the run begins, each site that it waits for, and why. ``excluded``: by an
+    operator. ``origin``: what it branches from, ``RUN@ROUND``.
     """
 
     run: str
@@ -63,6 +66,7 @@ class RunSummary:
     paused: str | None = None
     excluded: dict[str, str] = field(default_factory=dict)
     origin: str | None = None
+    waits_for: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class History:
         self.run = run
         self.by_round: dict[int, list[Record]] = defaultdict(list)
         self.members: dict[str, MemberRecord] = {}
+        self.declined: dict[str, str] = {}
         self.finished: FinishedRecord | None = None
         self.controls: list[ControlRecord] = []
         self.origin: OriginRecord | None = None
@@ -133,8 +138,10 @@ class History:
             match record:
                 case FederationRecord():
                     self.federation = record
-                case MemberRecord():
+                case MemberRecord():  # a site's last word is the last one
                     self.members[record.site] = record
+                case DeclinedRecord():
+                    self.declined[record.site] = record.reason
                 case FinishedRecord():
                     self.finished = record
                 case ControlRecord():
@@ -185,6 +192,21 @@ class History:
         return steer(self.controls, self.finished.controls if self.finished else None)
 
     @property
+    def waits_for(self) -> dict[str, str]:
+        """Before the run begins: each site that it waits for, and why."""
+        if self.finished is not None or self.last_closed >= 0:
+            return {}
+        out = self.steering.excluded
+        odd = unfit(self.members, self.config, self.origin, out)
+        said = {site: f"it declined: {why}" for site, why in self.declined.items()}
+        sites = (site for site in sorted(self.config.run.participants) if site not in out)
+        reasons = {
+            site: odd.get(site) if site in self.members else said.get(site, "no word from it yet")
+            for site in sites
+        }
+        return {site: why for site, why in reasons.items() if why is not None}
+
+    @property
     def total_rounds(self) -> int:
         """T with every extension."""
         return self.config.run.rounds + self.steering.more_rounds
@@ -233,6 +255,7 @@ def summarise_run(history: History) -> RunSummary:
         paused=paused,
         excluded=dict(steering.excluded),
         origin=history.origin.label if history.origin else None,
+        waits_for=history.waits_for,
     )
 
 

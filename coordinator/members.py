@@ -1,76 +1,150 @@
-"""Whether the sites that joined can be averaged with each other. Pure."""
+"""Which of the sites that joined cannot be averaged with the others, and why. Pure."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from shared.config import FederationConfig
-    from shared.records import MemberRecord
+    from shared.records import MemberRecord, OriginRecord
+
+AGAIN = "and start it again: its new word then counts"
 
 
-def disagreement(members: Mapping[str, MemberRecord], config: FederationConfig) -> str | None:
-    """Why these sites do not fit together, naming each; None when they do.
+def unfit(
+    members: Mapping[str, MemberRecord],
+    config: FederationConfig,
+    origin: OriginRecord | None = None,
+    excluded: Collection[str] = (),
+) -> dict[str, str]:
+    """The sites that do not fit, each with why and what to do; empty when all fit together.
 
-    All must hold the same base (``base.fingerprint`` where the config gives it, else unanimity),
-    train the same tensors (each of the rank that the config gives it), and run the same library
-    versions unless ``run.versions = "any"``.
+    All must hold the same base, train the same tensors (each of the rank that the config gives it),
+    and run the same library versions unless ``run.versions = "any"``. Which is right says the
+    config (``base.fingerprint``), the run's origin, or else more than half of the sites that spoke
+    and are not ``excluded``. Where none has a majority, no site fits.
     """
-    pinned = config.base.fingerprint
-    bases = {site: record.fingerprint for site, record in members.items()}
-    if pinned is not None and any(value != pinned for value in bases.values()):
-        wrong = {site: value for site, value in bases.items() if value != pinned}
-        return (
-            f"base.fingerprint is {pinned[:12]}, but {_each(wrong)} loaded another base model; "
-            "give every site the model that the config names"
-        )
-    if len(set(bases.values())) > 1:
-        return (
-            f"the sites loaded different base models: {_each(bases)}; give every site the same "
-            "weights, tokenizer and chat template, or pin one with base.fingerprint"
-        )
-    against = _other_tensors(members, config)
-    if against is not None:
-        return against
+    found: dict[str, str] = {}
+
+    def left() -> dict[str, MemberRecord]:
+        return {site: member for site, member in sorted(members.items()) if site not in found}
+
+    found |= _other_base(left(), config, origin, excluded)
+    found |= _other_factors(left(), config)
+    found |= _other_tensors(left(), config, origin, excluded)
     if config.run.versions == "equal":
-        versions = {site: _versions(record) for site, record in members.items()}
-        if len(set(versions.values())) > 1:
-            listed = "; ".join(f"{site}: {text}" for site, text in sorted(versions.items()))
-            return (
-                f"the sites run different versions: {listed}; make them equal, or allow it with "
-                'run.versions = "any" (results are then no longer the same on every site)'
-            )
-    return None
+        found |= _by_majority(
+            {site: _versions(member) for site, member in left().items()},
+            excluded,
+            ("runs other versions than most sites", "the sites run different versions"),
+            f'give it their versions {AGAIN}, or allow it with run.versions = "any" (results are '
+            "then no longer the same on every site)",
+        )
+    return found
 
 
-def _other_tensors(members: Mapping[str, MemberRecord], config: FederationConfig) -> str | None:
-    """Why what the sites train cannot be joined."""
+def _other_base(
+    members: Mapping[str, MemberRecord],
+    config: FederationConfig,
+    origin: OriginRecord | None,
+    excluded: Collection[str],
+) -> dict[str, str]:
+    values = {site: member.fingerprint for site, member in members.items()}
+    advice = f"give it the same weights, tokenizer and chat template {AGAIN}"
+    if config.base.fingerprint is not None:
+        wanted = config.base.fingerprint
+        right = f"base.fingerprint is {wanted[:12]}"
+    elif origin is not None:
+        wanted = origin.fingerprint
+        right = f"the adapter of {origin.label} was trained over {wanted[:12]}"
+    else:
+        return _by_majority(
+            values,
+            excluded,
+            (
+                "loaded another base model than most sites",
+                "the sites loaded different base models",
+            ),
+            f"{advice}, or pin the right one with base.fingerprint",
+        )
+    return {
+        site: f"{site} loaded another base model ({value[:12]}), but {right}; {advice}"
+        for site, value in values.items()
+        if value != wanted
+    }
+
+
+def _other_factors(members: Mapping[str, MemberRecord], config: FederationConfig) -> dict[str, str]:
+    """What a site trains against the config alone."""
     lora, mode = config.lora, config.aggregation.averaging
-    for site, record in sorted(members.items()):
-        if site_manifest(record.manifest, lora, site) != record.manifest:
-            return (
+    found = {}
+    for site, member in members.items():
+        if site_manifest(member.manifest, lora, site) != member.manifest:
+            found[site] = (
                 f"{site} trains factors of another rank than the {rank_of(lora, site)} that "
-                "lora.rank and lora.ranks give it; start that site again"
+                f"lora.rank and lora.ranks give it; give it this run's settings {AGAIN}"
             )
-        if mode != "fedavg" and not is_factors_only(record.manifest):
-            return (
+        elif mode != "fedavg" and not is_factors_only(member.manifest):
+            found[site] = (
                 f'aggregation.averaging = "{mode}": {site} trains tensors that are no LoRA '
                 'factors; set it to "fedavg", or change lora.target_modules'
             )
-    shapes = {
-        site: whole_manifest(record.manifest, lora).digest for site, record in members.items()
+    return found
+
+
+def _other_tensors(
+    members: Mapping[str, MemberRecord],
+    config: FederationConfig,
+    origin: OriginRecord | None,
+    excluded: Collection[str],
+) -> dict[str, str]:
+    values = {
+        site: whole_manifest(member.manifest, config.lora).digest
+        for site, member in members.items()
     }
-    if len(set(shapes.values())) > 1:
-        return f"the sites train different tensors: {_each(shapes)}; use one release everywhere"
-    return None
+    if origin is None:
+        return _by_majority(
+            values,
+            excluded,
+            ("trains other tensors than most sites", "the sites train different tensors"),
+            f"give it their release and base model {AGAIN}",
+        )
+    return {
+        site: (
+            f"{site} trains other tensors than the adapter of {origin.label} has; a branch keeps "
+            "its parent's lora.rank and lora.target_modules"
+        )
+        for site, value in values.items()
+        if value != origin.manifest.digest
+    }
 
 
-def _each(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{site} ({value[:12]})" for site, value in sorted(values.items()))
+def _by_majority(
+    values: Mapping[str, str], excluded: Collection[str], words: tuple[str, str], advice: str
+) -> dict[str, str]:
+    """Who has not the value that more than half have; everybody where there is no such value."""
+    votes = Counter(value for site, value in values.items() if site not in excluded)
+    best, count = next(iter(votes.most_common(1)), ("", 0))
+    sides = "; ".join(
+        f"{', '.join(site for site, own in values.items() if own == value)}: {_short(value)}"
+        for value in dict.fromkeys(values.values())
+    )
+    one, all_of_them = words
+    if 2 * count > votes.total():
+        odd = {site for site, value in values.items() if value != best}
+        return {site: f"{site} {one} ({sides}); {advice}" for site in sorted(odd)}
+    if not votes:
+        return {}
+    return dict.fromkeys(values, f"{all_of_them}, and none has a majority ({sides}); {advice}")
+
+
+def _short(value: str) -> str:
+    return value[:12] if len(value) == 64 else value
 
 
 def _versions(record: MemberRecord) -> str:

@@ -17,7 +17,6 @@ from coordinator.aggregation import Counts, weights
 from coordinator.branching import misfit
 from coordinator.clipping import scales
 from coordinator.controls import added
-from coordinator.members import disagreement
 from coordinator.policies import (
     POLICIES,
     Trouble,
@@ -178,14 +177,18 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return replace(state, origin=fact), ()
         case ControlRecord():
             return replace(state, controls=added(state.controls, fact)), ()
-        case MemberRecord() if state.genesis is None or fact.from_round > 0:
-            declined = {s: r for s, r in state.declined.items() if s != fact.site}
-            members = {**state.members, fact.site: fact}
-            return replace(state, members=members, declined=declined), ()
+        case MemberRecord() if fact.word > state.words.get(fact.site, 0):
+            return _fold_member(state, fact), ()
         case DeclinedRecord() if state.genesis is None and fact.site not in state.members:
             return replace(state, declined={**state.declined, fact.site: fact.reason}), ()
         case GenesisRecord():
-            return replace(state, genesis=fact), ()
+            # Who did not fit and was not waited for stays out until it joins a later round.
+            members = {
+                site: member
+                for site, member in state.members.items()
+                if site in fact.members or member.from_round > 0
+            }
+            return replace(state, genesis=fact, members=members), ()
         case OpenedRecord() if fact.round == state.last_round + 1:
             openings = {**state.openings, fact.round: fact}
             after = replace(state, opened=fact, openings=openings, troubles={})
@@ -205,6 +208,15 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return replace(state, finished=fact), (everybody,)
         case _:
             return state, ()
+
+
+def _fold_member(state: RunState, fact: MemberRecord) -> RunState:
+    words = {**state.words, fact.site: fact.word}
+    if state.genesis is not None and fact.from_round == 0:
+        return replace(state, words=words)
+    declined = {s: r for s, r in state.declined.items() if s != fact.site}
+    members = {**state.members, fact.site: fact}
+    return replace(state, members=members, declined=declined, words=words)
 
 
 def _fold_delta(
@@ -281,15 +293,19 @@ def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:
 
 def _toward_genesis(state: RunState) -> Step | None:
     section = state.config.run
-    problem = disagreement(state.members, state.config) or misfit(state)
+    problem = misfit(state.config, state.origin)
     if problem is not None:
         return _finish(state, problem, failed=True)
-    # Too few because a site declined is no end: its operator mends the cause and starts it again.
-    there = state.steering.in_force(state.members)
-    enough = section.min_participants or len(state.steering.in_force(section.participants))
     timed_out = state.now - state.began >= section.start_timeout_seconds
-    if there and len(there) >= enough and (not state.waiting_for or timed_out):
-        return MakeGenesis(tuple(sorted(state.members)))
+    if not timed_out and state.waiting_for:
+        return None
+    # Too few because a site declined or does not fit is no end: its operator mends the cause and
+    # starts it again.
+    fitting = [site for site in state.members if site not in state.unfit]
+    there = state.steering.in_force(fitting)
+    enough = section.min_participants or len(state.steering.in_force(section.participants))
+    if there and len(there) >= enough:
+        return MakeGenesis(tuple(sorted(fitting)))
     return None
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from coordinator.controls import Steering, steer
+from coordinator.members import unfit
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -105,7 +107,8 @@ Fact = Record | Ticked
 class RunState:
     """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown.
 
-    ``openings``: every round that was opened. ``times``: of each closed round, the seconds that its
+    ``words``: how often each site's word to join was recorded. ``openings``: every round that was
+    opened. ``times``: of each closed round, the seconds that its
     deltas took to arrive.
     """
 
@@ -113,6 +116,7 @@ class RunState:
     began: float = 0.0
     now: float = 0.0
     members: Mapping[str, MemberRecord] = field(default_factory=dict)
+    words: Mapping[str, int] = field(default_factory=dict)
     declined: Mapping[str, str] = field(default_factory=dict)
     genesis: GenesisRecord | None = None
     opened: OpenedRecord | None = None
@@ -170,13 +174,27 @@ class RunState:
         return tuple(sorted(joined.union(self.genesis.members)))
 
     @property
+    def silent(self) -> tuple[str, ...]:
+        """Before genesis: the sites that said neither that they are ready nor that they decline."""
+        if self.genesis is not None:
+            return ()
+        known = {*self.members, *self.declined, *self.steering.excluded}
+        return tuple(s for s in sorted(self.config.run.participants) if s not in known)
+
+    @cached_property
+    def unfit(self) -> dict[str, str]:
+        """Before genesis: the sites whose word does not fit the others', each with the reason."""
+        if self.genesis is not None:
+            return {}
+        return unfit(self.members, self.config, self.origin, self.steering.excluded)
+
+    @property
     def waiting_for(self) -> tuple[str, ...]:
         """Sites whose word is missing: to join, or for the open round."""
         if self.finished is not None:
             return ()
         if self.genesis is None:
-            known = {*self.members, *self.declined, *self.steering.excluded}
-            return tuple(s for s in sorted(self.config.run.participants) if s not in known)
+            return self.silent or self.steering.in_force(self.unfit)
         opened = self.open_round
         if opened is None:
             return ()

@@ -279,6 +279,7 @@ OVERRIDES = {
     "ControlRecord.site": "With `exclude`: whom.",
     "OpenedRecord.rounds": "T when the round opened, with every extension.",
     "OpenedRecord.members": "The sites among which it was selected.",
+    "RejoinedRecord.number": "Which word of this site it is; its last one counts.",
     "MemberRecord.from_round": "The round from which it takes part.",
     "TrainingProgressed.seconds": "Since this activity began.",
     "SiteStatus.seconds": "Since this activity began.",

@@ -39,6 +39,7 @@ from shared.records import (
     PrunedRecord,
     Record,
     RefusedRecord,
+    RejoinedRecord,
     StampedRecord,
 )
 
@@ -179,9 +180,10 @@ class Ledger:
             return
 
     def members(self) -> Iterator[MemberRecord]:
-        """Every site that joined, in name order."""
-        prefix = f"{topology.run_prefix(self.run)}members/"
-        yield from (self.read(MemberRecord, info.key) for info in self.store.list(prefix))
+        """Each word of every site that joined: the first ones in name order, then the others."""
+        for folder, kind in (("members/", MemberRecord), ("rejoined/", RejoinedRecord)):
+            prefix = f"{topology.run_prefix(self.run)}{folder}"
+            yield from (self.read(kind, info.key) for info in self.store.list(prefix))
 
     def origin(self) -> OriginRecord | None:
         """Where the run branches from; None for a run of its own."""

@@ -66,9 +66,29 @@ class MemberRecord(StampedRecord):
     examples: Annotated[int, Field(ge=1)]
     from_round: RoundNumber = 0
 
+    @property
+    def word(self) -> int:
+        """Which word of this site it is: the first one, unless it is said otherwise."""
+        return 1
+
     def key(self, run: str) -> str:
         """One per site."""
         return topology.member_key(run, self.site)
+
+
+class RejoinedRecord(MemberRecord):
+    """A further word of a site that did not fit at first. Its last one counts."""
+
+    number: Annotated[int, Field(ge=2)]
+
+    @property
+    def word(self) -> int:
+        """Its number."""
+        return self.number
+
+    def key(self, run: str) -> str:
+        """Numbered from 2: the first word is the member's record."""
+        return topology.rejoined_key(run, self.site, self.number)
 
 
 class DeclinedRecord(StampedRecord):

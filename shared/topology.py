@@ -178,6 +178,11 @@ def member_key(run: str, site: str) -> str:
     return f"runs/{run}/members/{site}.json"
 
 
+def rejoined_key(run: str, site: str, number: int) -> str:
+    """A further word of a site that is mended; the first one is its member's record."""
+    return f"runs/{run}/rejoined/{site}/{number:05d}.json"
+
+
 def declined_key(run: str, site: str) -> str:
     """A site that will not take part, and why."""
     return f"runs/{run}/declined/{site}.json"

@@ -36,6 +36,7 @@ from shared.records import (
     Input,
     MemberRecord,
     OpenedRecord,
+    RejoinedRecord,
 )
 from shared.stores import open_s3
 from tests.federations import config
@@ -185,6 +186,30 @@ def run(tmp_path):
 def sites(view):
     """Each site's view by name."""
     return {site.site: site for site in view.sites}
+
+
+def test_who_does_not_fit_is_told_until_it_is_mended(run):
+    """Before the run begins: the odd one out, why and what to do; its last word counts."""
+    run.join("a", "b")
+    odd = {"site": "c", "manifest": MANIFEST, "numerics": NUMERICS, "examples": 1}
+    run.ledger.write(MemberRecord(**odd, fingerprint="e" * 64))
+    run.status(waiting=("c",), state="waiting", number=0)
+
+    def mend():
+        run.ledger.write(RejoinedRecord(**odd, fingerprint=SHA, number=2))
+        run.status(state="waiting", number=0)
+
+    def end():
+        run.genesis()
+        run.finish()
+        run.status(state="finished")
+
+    waiting, mended, *_ = run.views(mend, end)
+    assert sites(waiting)["c"].state == "does not fit"
+    assert sites(waiting)["c"].pending_since == START
+    assert "give it the same weights" in sites(waiting)["c"].reason
+    assert waiting.reason == "waits until c is mended and started again"
+    assert (mended.reason, sites(mended)["c"].state) == ("", "joined")
 
 
 def test_each_participants_state_is_told(run):

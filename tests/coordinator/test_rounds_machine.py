@@ -21,6 +21,7 @@ from shared.records import (
     GenesisRecord,
     MemberRecord,
     RefusedRecord,
+    RejoinedRecord,
     StampedRecord,
 )
 from tests.federations import config
@@ -74,12 +75,14 @@ class Ledger:
         """As the real ledger folds: round by round, opened, accepted, ..., closing, closed."""
         kinds = ("opened", "accepted", "refused", "failed", "closing", "closed")
 
+        first = ("federation", "members", "rejoined")
+
         def place(key: str):
             if "/rounds/" not in key:
-                return (0 if "federation" in key else 1 if "members" in key else 9**9, 0, key)
+                return (next((i for i, name in enumerate(first) if name in key), 9**9), 0, key)
             number, rest = key.split("/rounds/")[1].split("/", 1)
             kind = next(i for i, name in enumerate(kinds) if rest.startswith(name))
-            return (2 + int(number), kind, key)
+            return (len(first) + int(number), kind, key)
 
         return [self.records[key] for key in sorted(self.records, key=place)]
 
@@ -154,13 +157,16 @@ class AnyOrder(RuleBasedStateMachine):
             perform(self.pending.pop(0), self.state, self.ledger, self.writer)
             self.restart()
 
-    @rule(site=st.sampled_from(SITES))
-    def join(self, site: str) -> None:
-        if self.state.genesis is None:
-            record = MemberRecord(
-                site=site, manifest=MANIFEST, fingerprint="f" * 64, numerics=NUMERICS, examples=1
-            )
-            self.feed(self.ledger.write(record, self.writer))
+    @rule(site=st.sampled_from(SITES), base=st.sampled_from("fe"))
+    def join(self, site: str, base: str = "f") -> None:
+        """A first word, or one of a site that was mended (or spoilt) since; the last one counts."""
+        known, word = self.state.members.get(site), self.state.words.get(site, 0) + 1
+        if self.state.genesis is not None or (known and known.fingerprint == base * 64):
+            return
+        said = {"site": site, "fingerprint": base * 64}
+        said |= {"manifest": MANIFEST, "numerics": NUMERICS, "examples": 1}
+        record = MemberRecord(**said) if word == 1 else RejoinedRecord(**said, number=word)
+        self.feed(self.ledger.write(record, self.writer))
 
     @rule(site=st.sampled_from(SITES))
     def submit(self, site: str) -> None:
@@ -202,8 +208,23 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def memory_is_the_fold_of_the_ledger(self) -> None:
         again = replay(self.config, self.ledger.history())
-        for name in ("members", "genesis", "opened", "closing", "closed", "uncounted", "finished"):
+        for name in (
+            "members",
+            "words",
+            "unfit",
+            "genesis",
+            "opened",
+            "closing",
+            "closed",
+            "uncounted",
+            "finished",
+        ):
             assert getattr(again, name) == getattr(self.state, name), name
+
+    @invariant()
+    def all_members_hold_one_base(self) -> None:
+        if self.state.genesis is not None:
+            assert len({member.fingerprint for member in self.state.members.values()}) == 1
 
     @invariant()
     def nothing_counts_twice_and_weights_sum_to_one(self) -> None:

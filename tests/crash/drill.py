@@ -274,6 +274,8 @@ def carry_out(drill: Drill, row: Row) -> float | None:
     if row.fault == "garbage":
         drill.spoil_queue("a")
     victim = _start_all(drill, row, victim_name)
+    if row.fault == "unfit":  # the run waits for this, so no point beyond it is reached before
+        _mend(drill, row)
     drill.wait(f"{row.name}: the kill", lambda: victim.code() is not None)
     assert victim.code() == -signal.SIGKILL, f"{row.name}: ended by itself\n{victim.tail()}"
     reached = [name for _, name in victim.points()]
@@ -305,14 +307,16 @@ def _is_open_or_dead(life: Life) -> bool:
 
 # What a site's operator mends by starting it again, and what its log says before.
 MENDED_BY_RESTART = {"declined": "run.declined", "spoilt": "delta.answered"}
+# Whose word must have come through before it is taken back: where it is on record.
+ON_RECORD = {"declined": "declined/", "unfit": "members/a.json"}
 
 
 def _mend(drill: Drill, row: Row) -> None:
     sick = next(life for life in drill.lives if life.name == "a")
-    said = MENDED_BY_RESTART[row.fault]
+    said = MENDED_BY_RESTART.get(row.fault, "")
     drill.wait(f"{row.name}: {said}", lambda: said in sick.log.read_text(errors="replace"))
-    if row.fault == "declined":  # the word of it must have come through before it is taken back
-        prefix = f"runs/{drill.run}/declined/"
+    if row.fault in ON_RECORD:
+        prefix = f"runs/{drill.run}/{ON_RECORD[row.fault]}"
         drill.wait(f"{row.name}: on record", lambda: any(drill.store.list(prefix)))
     sick.kill()
     drill.start("a", fault=row.fault)

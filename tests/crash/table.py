@@ -147,6 +147,7 @@ FAULTS: dict[str, dict[str, list[str]]] = {
             *around(ACKNOWLEDGED, "RunDeclined"),
         ],
     },
+    "unfit": {"coordinator": around(RECORDED, "rejoined")},
     "failed": {
         "participant": around(PUBLISHED, "TrainingFailed"),
         "coordinator": [

@@ -3,7 +3,8 @@
 Deterministic in site, round and seed. Each step is a line in ``steps.txt`` beside the site's file,
 so that a test can count what was really trained. One fault may be ordered, which happens once in a
 site's life: ``failed`` (the first training raises), ``declined`` (the first preparation finds the
-wrong model), ``spoilt`` (the first upload sends other bytes than were announced).
+wrong model), ``unfit`` (it finds another model than the other site has), ``spoilt`` (the first
+upload sends other bytes than were announced).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class TinyTrainer:
         report(Progress("load", 1, 1))
         if self.strikes("declined"):
             raise ModelError("base.model: expected the run's, got another; give it the same files")
-        return Readiness(MANIFEST, "f" * 64, NUMERICS, EXAMPLES)
+        base = "e" if self.strikes("unfit") else "f"
+        return Readiness(MANIFEST, base * 64, NUMERICS, EXAMPLES)
 
     def learn(self, task, source, state, folder, should_stop, report, checkpoints):
         if self.strikes("failed"):

@@ -13,6 +13,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from coordinator.inspection import History, summarise_run
 from coordinator.verification import verify_run
 from participant.learning import DELTA_FILE
 from shared import topology, wire
@@ -40,6 +41,7 @@ from shared.records import (
     FailedRecord,
     FinishedRecord,
     RefusedRecord,
+    RejoinedRecord,
 )
 from shared.tensors import TensorFile
 from tests import federations
@@ -423,27 +425,77 @@ def test_a_truncated_delta_is_refused(tmp_path):
 # Bad sites -----------------------------------------------------------------------------------
 
 
-def test_a_site_with_another_base_ends_the_run_and_every_site_is_named(tmp_path):
-    """Deltas over different bases must not be averaged."""
+def test_a_site_with_another_base_is_named_and_the_run_begins_once_it_is_mended(tmp_path):
+    """Deltas over different bases must not be averaged, and one site ends no run for good."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "undisturbed").adapter_sha
+    sites = federations.learners(config)
+    sites["c"].fingerprint = "e" * 64
+    with pytest.raises(RunStuckError, match=r"start waits for c \(c loaded another base model"):
+        federations.run(config, tmp_path, sites)
+    assert records(tmp_path, FinishedRecord) == []
+    assert federations.run(config, tmp_path).adapter_sha == wanted
+    assert [(r.site, r.word) for r in records(tmp_path, RejoinedRecord)] == [("c", 2)]
+    assert verify(tmp_path).findings == []
+
+
+def test_a_run_that_ended_over_unlike_bases_in_an_earlier_release_is_shown_as_it_was(tmp_path):
+    """Its end is on record; nothing is waited for."""
     config = federations.config()
     sites = federations.learners(config)
     sites["c"].fingerprint = "e" * 64
-    with pytest.raises(RunFailedError, match=r"a \(ffffffffffff\).*c \(eeeeeeeeeeee\)"):
+    with pytest.raises(RunStuckError):
         federations.run(config, tmp_path, sites)
-    (finished,) = records(tmp_path, FinishedRecord)
-    assert finished.failed
+    reason = "the sites loaded different base models"
+    ledger(tmp_path).write(FinishedRecord(round=0, sha=None, reason=reason, failed=True))
+    summary = summarise_run(History(DirectoryStore(tmp_path / "store"), "test"))
+    assert (summary.state, summary.reason, summary.waits_for) == ("failed", reason, {})
+    with pytest.raises(RunFailedError, match=reason):
+        federations.run(config, tmp_path)
 
 
-def test_a_site_with_other_versions_ends_the_run_unless_allowed(tmp_path):
+def test_two_sites_with_unlike_bases_are_both_named(tmp_path):
+    """One against one is no majority: nobody is right, and the run waits."""
+    config = federations.config(("a", "b"))
+    sites = federations.learners(config)
+    sites["b"].fingerprint = "e" * 64
+    said = r"none has a majority \(a: ffffffffffff; b: eeeeeeeeeeee\).*base\.fingerprint"
+    with pytest.raises(RunStuckError, match=said):
+        federations.run(config, tmp_path, sites)
+    assert federations.run(config, tmp_path).finished is not None
+
+
+def test_a_pinned_base_outvotes_the_majority(tmp_path):
+    """What the config says is right, however many sites have something else."""
+    config = federations.config(base={"model": "none", "fingerprint": "f" * 64})
+    sites = federations.learners(config)
+    sites["a"].fingerprint = sites["b"].fingerprint = "e" * 64
+    with pytest.raises(RunStuckError, match=r"waits for a \(a loaded .*; b \(b loaded "):
+        federations.run(config, tmp_path, sites)
+    assert federations.run(config, tmp_path).finished is not None
+
+
+def test_a_site_with_other_versions_is_waited_for_unless_allowed(tmp_path):
     """Equal versions are asked for by default; the error says how to allow others."""
     other = NUMERICS.model_copy(update={"versions": {"numpy": "9.9"}})
     config = federations.config()
     sites = federations.learners(config)
     sites["b"].numerics = other
-    with pytest.raises(RunFailedError, match=r'run\.versions = "any"'):
+    with pytest.raises(RunStuckError, match=r'waits for b \(b runs .*run\.versions = "any"'):
         federations.run(config, tmp_path / "equal", sites)
     allowed = federations.config(run={"versions": "any"})
     assert federations.run(allowed, tmp_path / "any", sites).finished is not None
+
+
+def test_after_the_start_timeout_a_run_with_enough_sites_begins_without_the_odd_one(tmp_path):
+    """It is let in later, once it is mended; until then it is told nothing and counts nowhere."""
+    limits = {"min_participants": 2, "start_timeout_seconds": 0.001}
+    config = federations.config(rounds=2, run=limits)
+    sites = federations.learners(config)
+    sites["c"].fingerprint = "e" * 64
+    state = federations.run(config, tmp_path, sites)
+    assert (state.genesis.members, sorted(state.members)) == (("a", "b"), ["a", "b"])
+    assert verify(tmp_path).findings == []
 
 
 def test_a_site_that_declines_is_named_and_the_run_begins_once_it_is_mended(tmp_path):
