@@ -58,6 +58,7 @@ def check_federation(file: Path, spool: Path | None) -> Iterator[Finding]:
     yield from _store(config, folder, store)
     if config.broker is not None:
         yield from _accounts(config, config.broker, folder, store)
+        yield from _coordinator(config, config.broker, folder, file, store)
     yield from check_folder("spool", spool or folder / "spool", make=True)
 
 
@@ -195,6 +196,43 @@ def _account(store: ObjectStore, site: str, on_broker: set[str]) -> Finding:
             check, "FAIL", "is on record, but the broker lost it; run gradualdiff sites restore"
         )
     return Finding(check, "OK", "is there")
+
+
+def _coordinator(
+    config: FederationConfig,
+    section: OperatedBrokerSection,
+    folder: Path,
+    file: Path,
+    stores: list[ObjectStore],
+) -> Iterator[Finding]:
+    """Whether one listens. Before the run's first start there need be none."""
+    from cli.standing import moment
+    from coordinator.watch import read_status
+    from shared.ledger import list_runs
+    from shared.topology import coordinator_queue, finished_key
+
+    run = config.run.name
+    queue = coordinator_queue(run)
+    with connection(section, folder, []) as broker:
+        if broker is None or not stores:
+            return  # told above
+        listening = broker.consumers([queue])[queue] if _is_there(broker, queue) else 0
+    store = stores[0]
+    if run not in list_runs(store):
+        yield Finding("coordinator", "SKIP", f"run {run} has not begun")
+    elif any(info.key == finished_key(run) for info in store.list(finished_key(run))):
+        yield Finding("coordinator", "OK", f"run {run} is finished, and needs none")
+    elif listening:
+        yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")
+    else:
+        status = read_status(store, run)
+        wrote = f", and the last one wrote at {moment(status.at)}" if status else ""
+        yield Finding(
+            "coordinator",
+            "FAIL",
+            f"run {run} is not finished, but no coordinator listens to {queue}{wrote}; run: "
+            f"gradualdiff coordinator {file}",
+        )
 
 
 # The store ---------------------------------------------------------------------------------------

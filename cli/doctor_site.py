@@ -49,13 +49,12 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
         return
     yield Finding("config", "OK", f"site {config.site.name}")
     folder = file.resolve().parent
-    ca_file: Path | None = None
     if config.broker is None:
         yield Finding(
             "broker",
-            "FAIL",
-            "no [broker] table: a participant has nowhere to connect to; take it "
-            "from the kit that gradualdiff sites add wrote",
+            "WARN",
+            "no [broker] table: only gradualdiff simulate can run this site; for gradualdiff "
+            "participant take the table from the kit that gradualdiff sites add wrote",
         )
     else:
         yield from check_secret("broker.password_file", folder / config.broker.password_file)
@@ -64,7 +63,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
         yield from _broker(config.broker, config.site.name, folder, addresses)
         store_url = store_url or next(iter(addresses), None)
         ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
-    yield from _clock(store_url, ca_file)
+        yield from _clock(store_url, ca_file)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
     yield from attempt("data", lambda: _data(config, folder))
     yield from _models(config)

@@ -19,9 +19,13 @@ from cli.main import app
 from coordinator.account_doors import ManagementDoor
 from shared import topology, wire
 from shared.broker import Message
+from shared.config import load_federation
+from shared.credentials import broker_address
 from shared.errors import ConfigError, GradualDiffError
 from shared.events import UploadGranted
+from shared.ledger import Ledger
 from shared.rabbitmq import connect
+from shared.records import FinishedRecord
 from tests.servers.faults import ToldServer, make_certificate, reply
 from tests.servers.rabbitmq import ADMIN, RabbitServer
 
@@ -122,7 +126,8 @@ def mended(path, old, new):
 def test_a_federation_that_was_set_up_is_well(office):
     """Each check is OK, and nothing of it stays in the store or on the broker."""
     found = doctor(office.toml)
-    assert {verdict for verdict, _ in found.values()} <= {"OK", "WARN"}
+    assert {verdict for verdict, _ in found.values()} <= {"OK", "WARN", "SKIP"}
+    assert found["coordinator"] == ("SKIP", "run night has not begun")
     assert {check for check, (verdict, _) in found.items() if verdict == "WARN"} <= {"spool"}
     assert {"config", "secret", "tls", "broker", "topology", "rights", "clock"} < set(found)
     assert {"store", "signed urls", "management", f"account {office.name}"} < set(found)
@@ -177,6 +182,22 @@ def test_what_setup_has_not_made_or_the_broker_lost_is_told(office):
         office.server.api("GET", f"{queues}/{topology.mirror_queue('night')}")
     office.server.api("PUT", f"{queues}/{topology.mirror_queue('night')}", {"durable": True})
     assert "topology" in failed(doctor(office.toml, fails=True))
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_dead_is_told(office):
+    """A run that began and did not end needs one that listens; a finished one needs none."""
+    config = load_federation(office.toml)
+    ledger = Ledger(office.s3.store(office.vhost), "night", "w", time.time)
+    ledger.begin(config)
+    verdict, says = doctor(office.toml, fails=True)["coordinator"]
+    assert verdict == "FAIL"
+    assert f"gradualdiff coordinator {office.toml}" in says
+    with connect(office_address(office)) as broker:
+        broker.consume(topology.coordinator_queue("night"))
+        assert doctor(office.toml)["coordinator"][0] == "OK"
+    ledger.write(FinishedRecord(round=0, sha=None, reason="stopped"))
+    assert "needs none" in doctor(office.toml)["coordinator"][1]
 
 
 @pytest.mark.slow
@@ -235,9 +256,6 @@ def test_a_waiting_message_tells_where_the_store_is_and_not_more(office):
 
 def office_address(office):
     """The operator's way to the broker."""
-    from shared.config import load_federation
-    from shared.credentials import broker_address
-
     return broker_address(load_federation(office.toml).broker, office.folder)
 
 
@@ -339,3 +357,20 @@ def test_a_federation_for_one_machine_needs_no_servers(tmp_path):
     assert found["broker"][0] == "WARN"
     assert found["store"][0] in ("OK", "WARN")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.model
+def test_a_site_that_is_simulated_only_needs_no_broker(tmp_path):
+    """A warning that it is one; its text and its device are looked at."""
+    rows = [{"question": f"{TEXT} {i}", "answer": f"{i}"} for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site = tmp_path / "north.toml"
+    site.write_text(
+        '[site]\nname = "north"\n[data]\npath = "text.jsonl"\nprompt = "question"\n'
+        'answer = "answer"\n[device]\nkind = "cpu"\n'
+    )
+    found = doctor(site)
+    assert found["broker"][0] == "WARN"
+    assert "gradualdiff simulate" in found["broker"][1]
+    assert found["data"][0] == found["device"][0] == "OK"
+    assert "clock" not in found
