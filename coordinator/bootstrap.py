@@ -74,14 +74,17 @@ def build_coordinator(
         broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
 
     def look() -> None:
+        own = topology.coordinator_queue(run)
         queues = {site: topology.site_queue(site) for site in coordinator.state.waiting_for}
         try:
-            consumers = broker.consumers(list(queues.values()))
+            consumers = broker.consumers([own, *queues.values()])
         except BrokerUnavailableError:
             raise
         except BrokerError as error:  # somebody deleted a queue: then nobody can say
             get_logger().debug("consumers.unknown", reason=str(error))
             consumers = {}
+        if not consumers.get(own):
+            consumers = {}  # RabbitMQ says 0 as well when a queue's leader gives it no answer
         now = clock()
         told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
         coordinator.watch.counted(told, now)
