@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PASSWORD_FILE = "broker-password"  # noqa: S105 - a file's name
 CA_FILE = "ca.pem"
+KITS = "kits"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def prepare_kit(office: Office, name: str, kit: Path | None) -> Path:
     """
     from shared.credentials import existing_file
 
-    folder = kit or Path("kits") / name
+    folder = kit or office.folder / KITS / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.kits import PASSWORD_FILE, accounts_of, open_office, prepare_kit, write_secret
+from cli.kits import KITS, PASSWORD_FILE, accounts_of, open_office, prepare_kit, write_secret
 from cli.output import console
 from shared.errors import ConfigError
 
@@ -47,7 +47,7 @@ def setup(
     accounts = accounts_of(office)
     accounts.restore()  # the broker may have lost them since
     for name in config.run.participants:
-        place = (kits or folder / "kits") / name
+        place = (kits or folder / KITS) / name
         # A kit without a password was never handed out: we died before it was written.
         unfinished = place.exists() and not (place / PASSWORD_FILE).exists()
         if accounts.exists(name) and not unfinished:
