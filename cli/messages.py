@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cli.output import cell
 from cli.standing import moment
 from shared import wire
 from shared.errors import DecodeError
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from shared.events import Event
 
 BEGINNING = 16  # bytes; a signature is longer
+MANY = 20
 DEEPEST = 3  # a refusal of a refusal of a refusal: what is in it, a stranger could have nested
 
 
@@ -83,22 +83,40 @@ def show_message(
     )
 
 
-def lines_of(message: ShownMessage) -> Iterator[str]:
-    """The message for a person, line by line."""
+def title_of(message: ShownMessage) -> str:
+    """The message for a person in one line."""
     who = message.sender or "nobody (the broker knows no sender)"
     if message.problem is not None:
-        yield f"{message.bytes} bytes that do not decode, from {who}"
-        yield f"  reason  {message.problem}"
-        yield f"  begins  {message.begins}  (sha256 {message.sha256})"
-        return
+        return f"{message.bytes} bytes that do not decode, from {who}"
     run = f", run {message.run}" if message.run else ""
     number = f", round {message.round}" if message.round is not None else ""
-    yield f"{message.time}  {message.type} from {who}{run}{number}"
-    for name, value in (message.fields or {}).items():
-        yield f"  {name}  {cell(value)}"
+    return f"{message.time}  {message.type} from {who}{run}{number}"
+
+
+def rows_of(message: ShownMessage) -> Iterator[tuple[str, object]]:
+    """Its fields, each with its value; what is within a field has the field's name before it."""
+    if message.problem is not None:
+        yield "reason", message.problem
+        yield "begins", message.begins
+        yield "sha256", message.sha256
+        return
+    yield from _flat("", message.fields or {})
     if message.refused is not None:
-        yield "  what was refused:"
-        yield from (f"    {line}" for line in lines_of(message.refused))
+        yield "what was refused", title_of(message.refused)
+        yield from ((f"  {name}", value) for name, value in rows_of(message.refused))
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, object]]:
+    """A list of many is cut: a manifest names hundreds of tensors, and --json has them all."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for count, (key, item) in enumerate(items):
+        if count == MANY:
+            yield f"{name}...", f"{len(value) - MANY} more; --json has them all"
+            return
+        if isinstance(item, dict | list | tuple) and item:
+            yield from _flat(f"{name}{key}.", item)
+        else:
+            yield f"{name}{key}", item
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shared.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -130,6 +132,25 @@ def cell(value: object) -> str:
 def printable(text: str) -> str:
     """``text`` for a terminal: what a site wrote may hold codes that move its cursor."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def agree(question: str, *, yes: bool) -> None:
+    """Go on if ``yes``, or if a person says so; ends the command on a no.
+
+    Raises ConfigError when nobody is there to ask.
+    """
+    if yes:
+        return
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise ConfigError(
+            "--yes: expected it, or an answer to the question above, got neither"
+        ) from None
+    if not agreed:
+        raise typer.Abort
 
 
 def fixed(value: float | None, digits: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.kits import Office, open_office
-from cli.output import JsonOption, console, print_json, print_table, printable
+from cli.output import JsonOption, agree, console, print_json, print_table, printable
 from shared.errors import BrokerError, BrokerUnavailableError, ConfigError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -92,7 +92,11 @@ def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption
 @app.command()
 def peek(
     queue: Annotated[
-        str, typer.Argument(metavar="QUEUE", help="refused, events, or site:NAME.")
+        str,
+        typer.Argument(
+            metavar="QUEUE",
+            help="refused, events, or site:NAME; or a queue's name as queues list prints it.",
+        ),
     ] = REFUSED,
     limit: Annotated[
         int | None,
@@ -107,13 +111,16 @@ def peek(
     site:NAME. Looking at a site's queue counts as a delivery: a message that was delivered ten
     times is refused, so look at it once or twice, and rather while its participant is stopped.
     """
-    from cli.messages import lines_of, show_message
+    from cli.messages import rows_of, show_message, title_of
+    from shared.topology import mirror_queue, site_queue
 
     office = open_office(federation)
     name = _queue_name(office, queue)
-    count = limit or (SITE_PEEK_LIMIT if queue.startswith(SITE) else PEEK_LIMIT)
+    count = limit or (SITE_PEEK_LIMIT if name.startswith(site_queue("")) else PEEK_LIMIT)
     with _connect(office) as broker:
-        if queue == EVENTS:  # it is bounded, and what was said last stands at its end
+        if name == mirror_queue(
+            office.config.run.name
+        ):  # it is bounded, and what was said last stands at its end
             found = broker.peek(name, broker.depth(name))[-count:]
         else:
             found = broker.peek(name, count)
@@ -124,9 +131,7 @@ def peek(
     if not messages:
         console().print(f"{name}: no message")
     for message in messages:
-        for line in lines_of(message):
-            text = printable(line)
-            console().print(text, markup=False, highlight=False, soft_wrap=True)
+        print_table(title_of(message), ("field", "value"), list(rows_of(message)))
 
 
 @app.command()
@@ -153,9 +158,8 @@ def redrive(
     office = open_office(federation)
     with _connect(office) as broker:
         count = broker.depth(REFUSED_QUEUE)
-        if count and not yes:
-            question = f"Send {_letters(count)} back to where they came from?"
-            typer.confirm(question, abort=True, err=True)
+        if count:
+            agree(f"Send {_letters(count)} back to where they came from?", yes=yes)
         done = send_back(broker)
     if as_json:
         print_json(done)
@@ -179,9 +183,10 @@ def purge(
     office = open_office(federation)
     with _connect(office) as broker:
         count = broker.depth(REFUSED_QUEUE)
-        if count and not yes:
-            typer.confirm(f"Drop {_letters(count)} for ever?", abort=True, err=True)
-        dropped = broker.purge(REFUSED_QUEUE)
+        if count:
+            agree(f"Drop {_letters(count)} for ever?", yes=yes)
+        # Not of what nobody was asked about: it may have come since, or not have been counted.
+        dropped = broker.purge(REFUSED_QUEUE) if count or yes else 0
     if as_json:
         print_json({"dropped": dropped})
         return
@@ -200,16 +205,26 @@ def _connect(office: Office) -> RabbitConnection:
 
 def _queue_name(office: Office, queue: str) -> str:
     from shared.config import NAME_PATTERN
-    from shared.topology import REFUSED_QUEUE, mirror_queue, site_queue
+    from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
-    if queue == REFUSED:
+    run = office.config.run.name
+    if queue in (REFUSED, REFUSED_QUEUE):
         return REFUSED_QUEUE
-    if queue == EVENTS:
-        return mirror_queue(office.config.run.name)
-    site = queue.removeprefix(SITE)
-    if queue.startswith(SITE) and re.match(NAME_PATTERN, site):
-        return site_queue(site)
-    raise ConfigError(f"QUEUE: expected refused, events or site:NAME, got {queue!r}; give one")
+    if queue in (EVENTS, mirror_queue(run)):
+        return mirror_queue(run)
+    for prefix in (SITE, site_queue("")):
+        site = queue.removeprefix(prefix)
+        if queue.startswith(prefix) and re.match(NAME_PATTERN, site):
+            return site_queue(site)
+    if queue == coordinator_queue(run):
+        raise ConfigError(
+            f"QUEUE: expected one that can be looked into, got {queue}, which the broker shows to "
+            "its one reader only; give events, which holds copies of what is in it"
+        )
+    raise ConfigError(
+        f"QUEUE: expected refused, events, site:NAME or a name that gradualdiff queues list "
+        f"prints, got {queue!r}; give one"
+    )
 
 
 def _list(office: Office) -> QueueList:

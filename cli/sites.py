@@ -20,7 +20,7 @@ from cli.kits import (
     site_url,
     write_secret,
 )
-from cli.output import JsonOption, console, print_json, print_table
+from cli.output import JsonOption, agree, console, print_json, print_table
 from shared.errors import BrokerError, ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ FederationOption = Annotated[
 ]
 KitOption = Annotated[
     Path | None,
-    typer.Option("--kit", help="Folder of what the site needs. Without it: kits/NAME."),
+    typer.Option(
+        "--kit",
+        help="Folder of what the site needs (default: kits/NAME beside the federation.toml).",
+    ),
 ]
 DEFAULT_FEDERATION = Path("federation.toml")
 
@@ -90,9 +93,7 @@ def remove(
     """Take a site's account away and cut it off. Its queue and its results stay."""
     office = open_office(federation)
     _find(office, name)
-    if not yes:
-        question = f"Remove the account of site {name} and cut it off now?"
-        typer.confirm(question, abort=True, err=True)
+    agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
     accounts_of(office).remove(name)
     if as_json:
         print_json({"site": name, "state": "removed"})

@@ -21,9 +21,17 @@ from shared.config import canonical_json, load_federation
 from shared.credentials import BrokerAddress
 from shared.directory_store import DirectoryStore
 from shared.errors import AccessRefusedError, BrokerError, ConfigError
-from shared.events import DeltaAnswered, MessageRefused, RunDeclined, UploadGranted
+from shared.events import (
+    DeltaAnswered,
+    MessageRefused,
+    ParticipantReady,
+    RunDeclined,
+    UploadGranted,
+)
 from shared.ledger import Ledger
-from shared.rabbitmq import connect
+from shared.manifest import Manifest, TensorSpec
+from shared.rabbitmq import RabbitConnection, connect
+from tests.numpy_learner import NUMERICS
 
 pytestmark = pytest.mark.slow
 
@@ -240,14 +248,64 @@ def test_garbage_is_shown_as_such_with_the_reason(federation):
 
 
 def test_purging_asks_first(federation):
-    """No answer and a no keep all; --yes does not ask; the count is told."""
+    """A no keeps all, and so does nobody to ask; --yes does not ask; the count is told."""
     for _ in range(2):
         refuse(federation, declined(), sender=federation.north, queue="gone")
-    for answer in ("n\n", ""):
-        assert queues("purge", given=answer).exit_code == 1
+    assert queues("purge", given="n\n").exit_code == 1
+    for command in ("purge", "redrive"):
+        with pytest.raises(ConfigError, match="--yes"):
+            queues(command, given="")
     assert len(bodies(federation, topology.REFUSED_QUEUE)) == 2
     assert json.loads(queues("purge", "--yes", "--json").stdout) == {"dropped": 2}
     assert queues("purge").stdout == "dropped 0 dead letters\n"
+
+
+def test_what_nobody_was_asked_about_is_not_dropped(federation, monkeypatch):
+    """It came after the count, or the broker did not count it: a purge of nothing drops nothing."""
+    refuse(federation, declined(), sender=federation.north, queue="gone")
+    monkeypatch.setattr(RabbitConnection, "depth", lambda *_: 0)
+    assert queues("purge").stdout == "dropped 0 dead letters\n"
+    assert len(bodies(federation, topology.REFUSED_QUEUE)) == 1
+
+
+def test_a_queue_is_looked_into_by_the_name_that_the_list_prints(federation):
+    """Each of them but the coordinator's, which the broker shows to its reader only."""
+    refuse(federation, declined(), sender=federation.north, queue="gone")
+    for row in json.loads(queues("list", "--json").stdout)["queues"]:
+        if row["role"] == "coordinator":
+            with pytest.raises(ConfigError, match="give events"):
+                queues("peek", row["queue"])
+        else:
+            shown = json.loads(queues("peek", row["queue"], "--json").stdout)
+            assert shown["queue"] == row["queue"]
+            assert len(shown["messages"]) == (row["role"] == "refused")
+
+
+def test_a_message_is_shown_as_a_table_of_its_fields(federation):
+    """What is within a field has a row of its own; of hundreds of tensors some are shown."""
+    ready = ParticipantReady(
+        run=RUN,
+        config_digest=SHA,
+        manifest=Manifest(
+            tensors=tuple(
+                TensorSpec(name=f"layer{i}.lora_A.weight", shape=(4, 8), init="zeros")
+                for i in range(10, 40)
+            ),
+            target_modules=("layer",),
+        ),
+        fingerprint=SHA,
+        numerics=NUMERICS,
+        examples=7,
+    )
+    key = topology.event_key(RUN, federation.north, ready.word)
+    with federation.connected(federation.north) as site:
+        site.publish([Message(topology.EVENTS_EXCHANGE, key, wire.encode(ready, time.time()))])
+    shown = queues("peek", "events").stdout
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["examples", "7"] in rows
+    assert ["numerics.device", NUMERICS.device] in rows
+    assert "{" not in shown
+    assert "more; --json has them all" in shown
 
 
 def test_own_messages_go_back_and_a_sites_stay(federation):

@@ -164,11 +164,12 @@ def test_rotating_leaves_an_edited_kit_alone(office):
 
 
 def test_removing_asks_first(office):
-    """No answer or a no changes nothing; --yes does not ask; the site can come back."""
+    """A no changes nothing, nor does nobody to ask; --yes does not ask; the site can come back."""
     sites("add", office.name)
     password = (office.kit / "broker-password").read_text().strip()
-    for answer in ("n\n", ""):
-        assert sites("remove", office.name, given=answer).exit_code == 1
+    assert sites("remove", office.name, given="n\n").exit_code == 1
+    with pytest.raises(ConfigError, match="--yes"):
+        sites("remove", office.name, given="")
     assert can_log_in(office, password)
     assert json.loads(sites("remove", office.name, "--yes", "--json").stdout) == {
         "site": office.name,
@@ -210,6 +211,17 @@ def test_a_mistake_changes_nothing(office):
     with pytest.raises(ConfigError, match=f"that of site {office.name}"):
         sites("add", "south", "--kit", str(office.kit))
     assert find_account(office.store(), "south") is None
+
+
+@one_door
+def test_a_kit_lies_beside_the_federation_whatever_folder_one_is_in(office, monkeypatch):
+    """Where gradualdiff setup writes them."""
+    elsewhere = office.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    sites("add", office.name, "--federation", str(office.folder / "federation.toml"))
+    assert (office.kit / "site.toml").is_file()
+    assert list(elsewhere.iterdir()) == []
 
 
 @one_door
