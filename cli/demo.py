@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import JsonOption, console, fixed, megabytes, print_json, print_table
+from cli.output import JsonOption, console, finite, fixed, megabytes, print_json, print_table
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def demo(
     participants: Annotated[int, typer.Option(help="How many participants (K).")] = 5,
     rounds: Annotated[int, typer.Option(help="How many rounds (T).")] = 5,
     local_steps: Annotated[int, typer.Option(help="Optimiser steps a round and site.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 3e-3,
+    learning_rate: Annotated[
+        float, typer.Option(callback=finite, help="AdamW's learning rate.")
+    ] = 3e-3,
     seed: Annotated[int, typer.Option(help="The run's one seed.")] = 1,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")

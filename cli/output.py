@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ StoreOption = Annotated[
 ]
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def finite(param: typer.CallbackParam, value: float) -> float:
+    """The callback of every option that takes a number with a point. Raises ConfigError."""
+    if not math.isfinite(value):
+        name = f"--{(param.name or '').replace('_', '-')}"
+        raise ConfigError(f"{name}: expected a finite number, got {value}; give another")
+    return value
 
 
 def open_store(path: Path) -> ObjectStore:

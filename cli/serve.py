@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.output import finite
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ def coordinator(
         Path | None, typer.Option(help="Local disk for deltas (default: spool beside the file).")
     ] = None,
     linger: Annotated[
-        float, typer.Option(help="Seconds after the end to wait for the sites' last evaluation.")
+        float,
+        typer.Option(
+            callback=finite, help="Seconds after the end to wait for the sites' last evaluation."
+        ),
     ] = 600.0,
     log: LogOption = "info",
 ) -> None:
@@ -84,7 +88,8 @@ def participant(
         bool, typer.Option("--once", help="Take one round and exit: for cron and Slurm.")
     ] = False,
     wait: Annotated[
-        float, typer.Option(help="With --once: seconds to wait for something to do.")
+        float,
+        typer.Option(callback=finite, help="With --once: seconds to wait for something to do."),
     ] = 60.0,
     log: LogOption = "info",
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -220,6 +221,37 @@ def test_an_unknown_model_is_named_by_every_site_and_can_be_mended(tmp_path):
     assert done.returncode == errors.RunStuckError.exit_code, done.stderr
     assert "base.model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def number_options(app):
+    """Every option of every command that takes a number with a point: its name and its callback."""
+    for group in app.registered_groups:
+        yield from number_options(group.typer_instance)
+    for command in app.registered_commands:
+        hints = get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            if get_origin(hint) is Annotated and float in (hint.__origin__, *get_args(hint)):
+                yield name, hint.__metadata__[0].callback
+
+
+def test_every_option_with_a_number_asks_for_a_finite_one():
+    """None is left out: what takes a float refuses nan, before anything is written."""
+    from cli.main import app
+    from cli.output import finite
+
+    found = dict(number_options(app))
+    assert found.keys() >= {"learning_rate", "linger", "wait"}
+    assert {name for name, callback in found.items() if callback is not finite} == set()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_rate_that_is_no_number_is_one_line(tmp_path, value):
+    """Exit code 10 with the option, expected and got; no traceback, no file."""
+    done = gradualdiff("demo", "--learning-rate", value, "--dir", "new", cwd=tmp_path)
+    assert done.returncode == errors.ConfigError.exit_code
+    assert f"--learning-rate: expected a finite number, got {value}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_and_begin_are_not_mixed_up(tmp_path):
