@@ -204,7 +204,7 @@ def _connect(office: Office) -> RabbitConnection:
 
 
 def _queue_name(office: Office, queue: str) -> str:
-    from shared.config import NAME_PATTERN
+    from shared.config_mistakes import NAME_PATTERN
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
     run = office.config.run.name

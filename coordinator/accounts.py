@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from shared.config import NAME_PATTERN, RESERVED_NAMES, Name, canonical_json
+from shared.config import RESERVED_NAMES, Name, canonical_json
+from shared.config_mistakes import NAME_PATTERN
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,

@@ -20,7 +20,8 @@ from pydantic_core import PydanticUndefined
 
 from coordinator import accounts, watch
 from shared import errors, manifest, records, topology
-from shared.config import NAME_PATTERN, FederationConfig, SiteConfig
+from shared.config import FederationConfig, SiteConfig
+from shared.config_mistakes import PATTERNS, section_of
 from shared.events import EVENTS
 from shared.records import Record
 
@@ -298,7 +299,6 @@ SHORT_TYPES = {
     bool: "true or false",
     bytes: "bytes",
 }
-PATTERNS = {NAME_PATTERN: "a-z, 0-9 and dashes, 1 to 40", r"^[0-9a-f]{64}$": "64 hex digits"}
 
 
 def config_page() -> str:
@@ -309,7 +309,9 @@ def config_page() -> str:
     for title, model in (("federation.toml", FederationConfig), ("site.toml", SiteConfig)):
         parts.append(f"## {title}\n")
         for name, field in model.model_fields.items():
-            section = _section(field.annotation)
+            section = section_of(field.annotation)
+            if section is None:
+                raise TypeError(f"{name}: expected a table of settings")
             here = {n: SETTINGS[f"{name}.{n}"] for n in section.model_fields}
             unused -= {f"{name}.{n}" for n in here}
             parts.append(f"### [{name}]\n\n{_prose(section)}\n")
@@ -436,13 +438,6 @@ def pages() -> dict[Path, str]:
         REFERENCE / "errors.md": errors_page(),
         REFERENCE / "queues.md": queues_page(),
     }
-
-
-def _section(annotation: Any) -> type[BaseModel]:
-    """The section's class, also where the whole section may be left out."""
-    if inspect.isclass(annotation):
-        return annotation
-    return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
 
 
 def _key_functions() -> list[tuple[Any, tuple[object, ...]]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -22,19 +23,19 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from shared.config_rules import misfits
+from shared.config_mistakes import NAME_PATTERN, SHA256_PATTERN, mistakes
+from shared.config_rules import RULES
 from shared.errors import ConfigError
 from shared.topology import ANY_RUN, COORDINATOR
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from pydantic_core import ErrorDetails
-
-NAME_PATTERN = r"^[a-z0-9-]{1,40}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=SHA256_PATTERN)]
 Positive = Annotated[int, Field(ge=1)]
 Averaging = Literal["fedavg", "rolora", "ffa", "svd", "flora"]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
@@ -44,6 +45,22 @@ class Section(BaseModel):
     """One table of a TOML file: frozen, an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What must hold of several settings together. Each yields what does not, and what to do.
+
+        A rule may be asked of a table with settings missing, and then only as far as it can read.
+        """
+        return ()
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self) -> Self:
+        found = [problem for rule in self.rules() for problem in rule()]
+        if found:
+            raise PydanticCustomError(
+                "misfit", "{said}", {"said": "; ".join(found), "found": found}
+            )
+        return self
 
 
 class RunSection(Section):
@@ -106,13 +123,19 @@ class TrainingSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_epoch_unless_said(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            given = [k for k in ("local_steps", "local_epochs") if values.get(k) is not None]
-            if len(given) == 2:
-                raise ValueError("local_steps and local_epochs are both given; give exactly one")
-            if not given:
-                return {**values, "local_epochs": 1}
+        if isinstance(values, dict) and all(
+            values.get(name) is None for name in ("local_steps", "local_epochs")
+        ):
+            return {**values, "local_epochs": 1}
         return values
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """Steps or epochs."""
+        return (self._steps_or_epochs,)
+
+    def _steps_or_epochs(self) -> Iterator[str]:
+        if self.local_steps is not None and self.local_epochs is not None:
+            yield "local_steps and local_epochs are both given; give exactly one"
 
 
 class SelectionSection(Section):
@@ -121,11 +144,13 @@ class SelectionSection(Section):
     method: Literal["all", "random"] = "all"
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    @model_validator(mode="after")
-    def _fraction_needs_random(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """A fraction needs a draw."""
+        return (self._fraction_needs_random,)
+
+    def _fraction_needs_random(self) -> Iterator[str]:
         if self.method == "all" and self.fraction != 1.0:
-            raise ValueError('fraction needs method = "random"')
-        return self
+            yield 'fraction needs method = "random"'
 
 
 class PolicySection(Section):
@@ -153,30 +178,36 @@ class PolicySection(Section):
         """Whether a delta that comes after its round closed counts in a later one."""
         return self.kind == "buffered" or (self.kind == "quorum" and self.late == "carry")
 
-    @model_validator(mode="after")
-    def _settings_fit_the_kind(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """Each kind has settings of its own."""
+        return (self._has_what_the_kind_needs, self._has_nothing_else, self._waits_as_a_quorum)
+
+    def _has_what_the_kind_needs(self) -> Iterator[str]:
         needed = {"all": (), "quorum": ("quorum", "deadline_seconds"), "buffered": ("buffer",)}
         for name in needed[self.kind]:
             if getattr(self, name) is None:
-                raise ValueError(f'kind = "{self.kind}" needs {name}; add it')
+                yield f'kind = "{self.kind}" needs {name}; add it'
+
+    def _has_nothing_else(self) -> Iterator[str]:
         for name, kind in (
             ("quorum", "quorum"),
             ("deadline_seconds", "quorum"),
             ("buffer", "buffered"),
         ):
             if self.kind != kind and getattr(self, name) is not None:
-                raise ValueError(
+                yield (
                     f'{name} goes with kind = "{kind}", got kind = "{self.kind}"; '
                     "remove it or change the kind"
                 )
+
+    def _waits_as_a_quorum(self) -> Iterator[str]:
         if self.kind != "quorum" and (
             self.late != "drop" or self.deadline != "fixed" or self.grace_seconds
         ):
-            raise ValueError(
+            yield (
                 f'late, deadline and grace_seconds go with kind = "quorum", got kind = '
                 f'"{self.kind}"; remove them or change the kind'
             )
-        return self
 
 
 class AggregationSection(Section):
@@ -277,11 +308,13 @@ class StoreSection(Section):
     ca_file: str | None = None
     transport: Transport = "tls"
 
-    @model_validator(mode="after")
-    def _keys_go_with_the_url(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """A server wants keys."""
+        return (self._keys_go_with_the_url,)
+
+    def _keys_go_with_the_url(self) -> Iterator[str]:
         if self.url is not None and (self.access_key_file is None or self.secret_key_file is None):
-            raise ValueError("url needs access_key_file and secret_key_file")
-        return self
+            yield "url needs access_key_file and secret_key_file"
 
 
 class SimulationSection(Section):
@@ -307,33 +340,42 @@ class FederationConfig(Section):
     store: StoreSection = StoreSection()
     simulation: SimulationSection = SimulationSection()
 
-    @model_validator(mode="after")
-    def _participants_fit(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What tables must have to do with each other."""
+        return (
+            self._names_fit,
+            self._run_name_is_free,
+            *(partial(self._enough_are_listed, setting) for setting in ("quorum", "buffer")),
+            self._enough_to_begin,
+            *(partial(rule, self) for rule in RULES),
+        )
+
+    def _names_fit(self) -> Iterator[str]:
         names = self.run.participants
         if len(set(names)) != len(names):
-            raise ValueError("run.participants names a participant twice")
+            yield "run.participants names a participant twice"
         reserved = sorted(RESERVED_NAMES.intersection(names))
         if reserved:
-            raise ValueError(
-                f"run.participants: {', '.join(reserved)} is a reserved name; choose another"
-            )
+            yield f"run.participants: {', '.join(reserved)} is a reserved name; choose another"
+
+    def _run_name_is_free(self) -> Iterator[str]:
         if self.run.name == ANY_RUN:
-            raise ValueError(f"run.name: {ANY_RUN} is a reserved name; choose another")
-        for setting in ("quorum", "buffer"):
-            wanted = getattr(self.policy, setting)
-            if wanted is not None and wanted > len(names):
-                raise ValueError(
-                    f"policy.{setting} is {wanted}, but run.participants lists {len(names)}: no "
-                    "round could ever close"
-                )
-        if (self.run.min_participants or 1) > len(names):
-            raise ValueError(
-                f"run.min_participants is {self.run.min_participants}, "
-                f"but run.participants lists {len(names)}"
+            yield f"run.name: {ANY_RUN} is a reserved name; choose another"
+
+    def _enough_are_listed(self, setting: str) -> Iterator[str]:
+        wanted, names = getattr(self.policy, setting), self.run.participants
+        if wanted is not None and wanted > len(names):
+            yield (
+                f"policy.{setting} is {wanted}, but run.participants lists {len(names)}: no "
+                "round could ever close"
             )
-        for problem in misfits(self):
-            raise ValueError(problem)
-        return self
+
+    def _enough_to_begin(self) -> Iterator[str]:
+        if (self.run.min_participants or 1) > len(self.run.participants):
+            yield (
+                f"run.min_participants is {self.run.min_participants}, "
+                f"but run.participants lists {len(self.run.participants)}"
+            )
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.
@@ -409,17 +451,20 @@ class DataSection(Section):
     max_held_out: Positive | None = None
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
 
-    @model_validator(mode="after")
-    def _one_mapping(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """One way to read the text."""
+        return (self._one_mapping,)
+
+    def _one_mapping(self) -> Iterator[str]:
         if (self.prompt is None) != (self.answer is None):
-            raise ValueError("prompt and answer go together; give both column names")
+            yield "prompt and answer go together; give both column names"
+            return
         kinds = [k for k in ("messages", "prompt", "text") if getattr(self, k) is not None]
         if len(kinds) != 1:
-            raise ValueError(
+            yield (
                 "give exactly one of: messages; prompt and answer; text "
                 f"(got {', '.join(kinds) or 'none'})"
             )
-        return self
 
 
 class DeviceSection(Section):
@@ -470,13 +515,19 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def parse(kind: type[AnyConfig], values: dict[str, Any], source: str) -> AnyConfig:
-    """Check plain values against ``kind``. ``source`` is named in the error."""
+    """Check plain values against ``kind``. ``source`` is named in the error.
+
+    Raises ConfigError with all that is wrong, a line each.
+    """
     try:
-        return kind.model_validate(values)
+        made, details = kind.model_validate(values), []
     except ValidationError as error:
-        lines = [f"  {_describe(detail)}" for detail in error.errors(include_url=False)]
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise ConfigError(f"{source}: {count}\n" + "\n".join(lines)) from None
+        made, details = None, error.errors(include_url=False)
+    lines = mistakes(kind, values, details)
+    if made is not None and not lines:
+        return made
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    raise ConfigError("\n  ".join([f"{source}: {count}", *lines]))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -498,22 +549,3 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}; mend that line") from None
     return parse(kind, values, str(path))
-
-
-def _describe(detail: ErrorDetails) -> str:
-    field = ".".join(str(part) for part in detail["loc"]) or "(the file)"
-    if detail["type"] == "extra_forbidden":
-        return f"{field}: expected a known setting, got an unknown name; check the spelling"
-    if detail["type"] == "missing":
-        return f"{field}: expected a value, got nothing; add it"
-    if detail["type"] == "value_error":
-        return f"{field}: {detail['msg'].removeprefix('Value error, ')}"
-    if detail["type"] == "string_pattern_mismatch":
-        pattern = detail.get("ctx", {}).get("pattern", "")
-        return f"{field}: expected text matching {pattern}, got {detail['input']!r}"
-    return f"{field}: expected: {detail['msg']}, got {_short(detail['input'])}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

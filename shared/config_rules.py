@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from shared.lora_factors import rank_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from shared.config import FederationConfig
 
@@ -17,36 +17,29 @@ if TYPE_CHECKING:
 MAX_STACKED_RANK: Final = 8192
 
 
-def misfits(config: FederationConfig) -> Iterator[str]:
-    """Every combination of settings in ``config`` that cannot work: field, what to do."""
-    yield from _averaging(config)
-    yield from _robust(config)
-    yield from _server(config)
-
-
-def _averaging(config: FederationConfig) -> Iterator[str]:
+def _joined_by_value(config: FederationConfig) -> Iterator[str]:
     mode = config.aggregation.averaging
-    if mode == "flora":
-        yield from _flora(config)
-    yield from _ranks(config)
     if mode in ("svd", "flora") and config.aggregation.rule != "mean":
         yield (
             f'aggregation.rule = "{config.aggregation.rule}" takes values one by one, but '
             f'aggregation.averaging = "{mode}" joins products of whole factors; use rule = "mean" '
             "with clip_to_median or max_delta_norm against a bad site, or another averaging"
         )
-    if mode in ("rolora", "svd", "flora"):
-        yield from _new_factors_each_round(config, mode)
 
 
-def _flora(config: FederationConfig) -> Iterator[str]:
-    if config.base.quantisation != "none":
+def _flora_merges(config: FederationConfig) -> Iterator[str]:
+    if config.aggregation.averaging == "flora" and config.base.quantisation != "none":
         yield (
             f'aggregation.averaging = "flora" merges every round into the base, but '
             f'base.quantisation is "{config.base.quantisation}": quantised again, the merged base '
             "would lose more than a round adds (a residual of 1 % of the weight's norm comes back "
             'with an error of 108 % of itself from nf4); use svd, or quantisation = "none"'
         )
+
+
+def _flora_grows(config: FederationConfig) -> Iterator[str]:
+    if config.aggregation.averaging != "flora":
+        return
     lora, sites = config.lora, config.run.participants
     each_round = sum(rank_of(lora, site) for site in sites)
     rank = lora.rank + config.run.rounds * each_round
@@ -59,7 +52,7 @@ def _flora(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _ranks(config: FederationConfig) -> Iterator[str]:
+def _one_rank(config: FederationConfig) -> Iterator[str]:
     mode, lora = config.aggregation.averaging, config.lora
     if lora.ranks and mode not in ("svd", "flora"):
         yield (
@@ -67,12 +60,19 @@ def _ranks(config: FederationConfig) -> Iterator[str]:
             f"got {len(lora.ranks)} of their own: factors of two ranks have no mean; use svd, or "
             "flora over a base that is not quantised"
         )
-    strangers = sorted(lora.ranks.keys() - set(config.run.participants))
+
+
+def _ranks_of_participants(config: FederationConfig) -> Iterator[str]:
+    strangers = sorted(config.lora.ranks.keys() - set(config.run.participants))
     if strangers:
         yield (
             f"lora.ranks: expected sites of run.participants, got {', '.join(strangers)}; "
             "mend the name, or list it there"
         )
+
+
+def _ranks_are_parts(config: FederationConfig) -> Iterator[str]:
+    lora = config.lora
     for site, rank in sorted(lora.ranks.items()):
         if rank > lora.rank:
             yield (
@@ -81,48 +81,60 @@ def _ranks(config: FederationConfig) -> Iterator[str]:
             )
 
 
-def _new_factors_each_round(config: FederationConfig, mode: str) -> Iterator[str]:
-    """What cannot outlive a round whose factors are not those of the round before."""
-    why = {
-        "rolora": "trains the other factor in the next round",
-        "svd": "makes both factors anew in every round, in other directions",
-        "flora": "merges what was trained into the base and begins anew in every round",
-    }[mode]
-    if config.training.optimizer_state == "keep":
+# What cannot outlive a round whose factors are not those of the round before.
+_NEW_FACTORS: Final = {
+    "rolora": "trains the other factor in the next round",
+    "svd": "makes both factors anew in every round, in other directions",
+    "flora": "merges what was trained into the base and begins anew in every round",
+}
+
+
+def _no_moments_of_old_factors(config: FederationConfig) -> Iterator[str]:
+    mode = config.aggregation.averaging
+    if mode in _NEW_FACTORS and config.training.optimizer_state == "keep":
         yield (
-            f'training.optimizer_state = "keep": aggregation.averaging = "{mode}" {why}, so '
-            'AdamW\'s moments are not of what it then trains; use "reset"'
+            f'training.optimizer_state = "keep": aggregation.averaging = "{mode}" '
+            f"{_NEW_FACTORS[mode]}, so AdamW's moments are not of what it then trains; use "
+            '"reset"'
         )
-    if config.policy.carries:
+
+
+def _no_deltas_of_old_factors(config: FederationConfig) -> Iterator[str]:
+    mode = config.aggregation.averaging
+    if mode in _NEW_FACTORS and config.policy.carries:
         yield (
             f"policy: a delta that counts in a later round needs factors that stay, but "
-            f'aggregation.averaging = "{mode}" {why}; use policy.late = "drop", or fedavg or ffa'
+            f'aggregation.averaging = "{mode}" {_NEW_FACTORS[mode]}; use policy.late = "drop", or '
+            "fedavg or ffa"
         )
 
 
-def _robust(config: FederationConfig) -> Iterator[str]:
-    """A rule that withstands a bad site needs enough deltas of equal standing in every round."""
-    section, policy = config.aggregation, config.policy
-    if section.rule == "mean":
-        return
-    rule = f'aggregation.rule = "{section.rule}"'
-    if section.weights != "equal":
+def _one_vote_whatever_the_text(config: FederationConfig) -> Iterator[str]:
+    section = config.aggregation
+    if section.rule != "mean" and section.weights != "equal":
         yield (
-            f'aggregation.weights: expected "equal" with {rule}, got "{section.weights}": each '
-            "delta has one vote, or a bad site could claim the most text"
+            f'aggregation.weights: expected "equal" with aggregation.rule = "{section.rule}", got '
+            f'"{section.weights}": each delta has one vote, or a bad site could claim the most text'
         )
-    if policy.carries:
+
+
+def _one_vote_in_a_round(config: FederationConfig) -> Iterator[str]:
+    section, policy = config.aggregation, config.policy
+    if section.rule != "mean" and policy.carries:
         late = 'kind = "buffered"' if policy.kind == "buffered" else 'late = "carry"'
         yield (
-            f"policy.{late} does not go with {rule}: each site has one vote in a round, and late "
-            'deltas would give it more; use kind = "all", or kind = "quorum" with late = "drop"'
+            f'policy.{late} does not go with aggregation.rule = "{section.rule}": each site has '
+            "one vote in a round, and late deltas would give it more; use "
+            'kind = "all", or kind = "quorum" with late = "drop"'
         )
-    yield from _enough_deltas(config, rule)
 
 
-def _enough_deltas(config: FederationConfig, rule: str) -> Iterator[str]:
+def _enough_deltas(config: FederationConfig) -> Iterator[str]:
+    """A rule that withstands a bad site needs enough deltas of equal standing in every round."""
     run, section = config.run, config.aggregation
-    bad = section.assumed_bad
+    if section.rule == "mean":
+        return
+    rule, bad = f'aggregation.rule = "{section.rule}"', section.assumed_bad
     needs = {"median": "3", "trimmed-mean": f"2 x {bad} + 1", "multi-krum": f"2 x {bad} + 3"}
     why = "" if section.rule == "median" else f" with aggregation.assumed_bad = {bad}"
     # The smallest round that these settings allow; a selection takes ceil(fraction x members).
@@ -160,32 +172,43 @@ _MOST_GROWTH = 1e6
 _MOST_SCALE = 1e7
 
 
-def _server(config: FederationConfig) -> Iterator[str]:
-    server, mode = config.server, config.aggregation.averaging
-    word = f'server.optimizer = "{server.optimizer}"'
+def _server_needs_no_more(config: FederationConfig) -> Iterator[str]:
+    server = config.server
     for name in ("momentum", "second_momentum", "tau"):
         given, default = getattr(server, name), type(server).model_fields[name].default
         if given != default and name not in _USED[server.optimizer]:
-            yield f"server.{name}: expected none with {word}, which has no use for it, got {given}"
-    if server.optimizer == "plain":
-        if server.learning_rate != 1:
             yield (
-                f"server.learning_rate: expected none with {word}, which adds the mean delta as it "
-                f'is, got {server.learning_rate}; to scale it use optimizer = "fedavgm" with '
-                "momentum = 0.0"
+                f"server.{name}: expected none with {_server_word(config)}, which has no use for "
+                f"it, got {given}"
             )
-        return
-    if mode in ("svd", "flora"):
+    if server.optimizer == "plain" and server.learning_rate != 1:
         yield (
-            f'{word}: expected plain with aggregation.averaging = "{mode}": it makes the factors '
-            "anew in each round, so what was remembered of a value says nothing of the next one "
-            "in its place; use fedavg, rolora or ffa"
+            f"server.learning_rate: expected none with {_server_word(config)}, which adds the mean "
+            f"delta as it is, got {server.learning_rate}; to scale it use optimizer = "
+            '"fedavgm" with momentum = 0.0'
         )
+
+
+def _server_needs_factors_that_stay(config: FederationConfig) -> Iterator[str]:
+    mode = config.aggregation.averaging
+    if config.server.optimizer != "plain" and mode in ("svd", "flora"):
+        yield (
+            f'{_server_word(config)}: expected plain with aggregation.averaging = "{mode}": it '
+            "makes the factors anew in each round, so what was remembered of a value says nothing "
+            "of the next one in its place; use fedavg, rolora or ffa"
+        )
+
+
+def _momentum(config: FederationConfig) -> Iterator[str]:
+    server = config.server
     if server.optimizer == "nesterov" and server.momentum == 0:
-        yield f'server.momentum: expected above 0 with {word}, got 0; use "fedavgm"'
-    if "tau" in _USED[server.optimizer]:
-        yield from _adaptive(config)
-    elif server.learning_rate / (1 - server.momentum) > _MOST_GROWTH:
+        yield (
+            f'server.momentum: expected above 0 with {_server_word(config)}, got 0; use "fedavgm"'
+        )
+    if (
+        server.optimizer in ("fedavgm", "nesterov")
+        and server.learning_rate / (1 - server.momentum) > _MOST_GROWTH
+    ):
         yield (
             f"server.learning_rate: expected at most {_MOST_GROWTH:g} / (1 - momentum), got "
             f"{server.learning_rate:g}: a large delta's step would leave fp32"
@@ -194,10 +217,12 @@ def _server(config: FederationConfig) -> Iterator[str]:
 
 def _adaptive(config: FederationConfig) -> Iterator[str]:
     server = config.server
+    if "tau" not in _USED[server.optimizer]:
+        return
     if server.learning_rate >= 1:
         yield (
-            f'server.learning_rate: expected below 1 with server.optimizer = "{server.optimizer}", '
-            f"got {server.learning_rate:g}: each value moves by about so much in a round, however "
+            f"server.learning_rate: expected below 1 with {_server_word(config)}, got "
+            f"{server.learning_rate:g}: each value moves by about so much in a round, however "
             "small the deltas are; begin with 0.01"
         )
     if server.learning_rate / server.tau > _MOST_SCALE:
@@ -205,3 +230,28 @@ def _adaptive(config: FederationConfig) -> Iterator[str]:
             f"server.tau: expected at least learning_rate / {_MOST_SCALE:g}, got {server.tau:g}: "
             "a large delta's step would leave fp32"
         )
+
+
+def _server_word(config: FederationConfig) -> str:
+    return f'server.optimizer = "{config.server.optimizer}"'
+
+
+# Each yields every combination of a few settings that cannot work: field, what to do. A rule of
+# its own for each few, so that one setting that cannot be read silences no more than it must.
+RULES: Final[tuple[Callable[[FederationConfig], Iterator[str]], ...]] = (
+    _joined_by_value,
+    _flora_merges,
+    _flora_grows,
+    _one_rank,
+    _ranks_of_participants,
+    _ranks_are_parts,
+    _no_moments_of_old_factors,
+    _no_deltas_of_old_factors,
+    _one_vote_whatever_the_text,
+    _one_vote_in_a_round,
+    _enough_deltas,
+    _server_needs_no_more,
+    _server_needs_factors_that_stay,
+    _momentum,
+    _adaptive,
+)

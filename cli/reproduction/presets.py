@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cli.reproduction.partition import parse_policy
 from shared.config import (
@@ -22,11 +22,13 @@ from shared.config import (
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PRESETS = ("cpu", "paper")
 # What may differ between the recommended mode and the paper's rule over the same text and base.
 _RECOMMENDABLE = {"aggregation", "codec", "lora", "server", "training"}
+_VARIED = {"local_steps", "batch_size", "gradient_accumulation", "learning_rate"}
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -50,15 +52,19 @@ class ReproduceSection(Section):
     prompts: Positive = 64
     reply_tokens: Positive = 32
 
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What no type says."""
+        return (self._rates_ascend, self._partition_is_known)
+
+    def _rates_ascend(self) -> Iterator[str]:
         if list(self.learning_rates) != sorted(set(self.learning_rates)):
-            raise ValueError("learning_rates: expected them ascending, each once")
+            yield "learning_rates: expected them ascending, each once"
+
+    def _partition_is_known(self) -> Iterator[str]:
         try:
             parse_policy(self.partition)
         except ConfigError as error:
-            raise ValueError(str(error)) from None
-        return self
+            yield str(error)
 
 
 class Preset(Section):
@@ -70,31 +76,33 @@ class Preset(Section):
     training: TrainingSection = Field(default_factory=TrainingSection)
     recommended: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _arms_own_what_they_vary(self) -> Self:
-        owned = {"local_steps", "batch_size", "gradient_accumulation", "learning_rate"}
-        if given := self.training.model_fields_set & owned:
-            raise ValueError(
-                f"training.{min(given)}: expected it under [reproduce], where every arm "
-                "takes it from; remove it"
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What the arms vary is theirs."""
+        return (self._training_is_shared, self._recommended_is_comparable)
+
+    def _training_is_shared(self) -> Iterator[str]:
+        for name in sorted(self.training.model_fields_set & _VARIED):
+            yield (
+                f"training.{name}: expected it under [reproduce], where every arm takes it from; "
+                "remove it"
             )
-        owned |= {"max_prompt_tokens", "max_answer_tokens"}  # another text, another loss
-        if given := self.recommended.get("training", {}).keys() & owned:
-            raise ValueError(
-                f"recommended.training.{min(given)}: expected what every arm has; remove it"
-            )
-        if unknown := self.recommended.keys() - _RECOMMENDABLE:
-            raise ValueError(
-                f"recommended.{min(unknown)}: expected one of the tables "
+
+    def _recommended_is_comparable(self) -> Iterator[str]:
+        # Another limit of tokens would be another text, and another loss.
+        owned = _VARIED | {"max_prompt_tokens", "max_answer_tokens"}
+        for name in sorted(self.recommended.get("training", {}).keys() & owned):
+            yield f"recommended.training.{name}: expected what every arm has; remove it"
+        for name in sorted(self.recommended.keys() - _RECOMMENDABLE):
+            yield (
+                f"recommended.{name}: expected one of the tables "
                 f"{', '.join(sorted(_RECOMMENDABLE))}; remove it"
             )
         if self.recommended.get("aggregation", {}).get("averaging") == "flora":
-            raise ValueError(
+            yield (
                 "recommended.aggregation.averaging: expected one whose adapter keeps its rank, "
                 "got flora, whose sites merge it into their base: the adapter's own loss would "
                 "not be the run's; compare such runs by the loss that their sites report"
             )
-        return self
 
     @property
     def digest(self) -> str:

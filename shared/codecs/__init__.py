@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from shared.config_mistakes import did_you_mean
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,5 +62,8 @@ def get_codec(name: str) -> Codec:
     """The codec of this name. Raises ConfigError that lists the known ones."""
     known = codec_names()
     if name not in known:
-        raise ConfigError(f"codec.name: expected one of {', '.join(known)}, got {name!r}")
+        raise ConfigError(
+            f"codec.name: expected one of {', '.join(known)}, got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
     return cast("Codec", importlib.import_module(f"{__name__}.{name}").CODEC)

@@ -34,7 +34,7 @@ WRONG_FEDERATION = {
     "a key": (("access-key", "nobody"), None, 30, "store.access_key_file"),
     "a secret": (("secret-key", "not-it"), None, 30, "store.secret_key_file"),
     "plain text": (None, ("@127.0.0.1:", "@broker.example:"), 10, 'broker.transport = "plaintext"'),
-    "a setting": (None, ("password_file", "pasword_file"), 10, "check the spelling"),
+    "a setting": (None, ("password_file", "pasword_file"), 10, "did you mean password_file?"),
     "a codec": (None, ("[store]", '[codec]\nname = "zip"\n[store]'), 10, "codec"),
 }
 
@@ -81,7 +81,7 @@ def test_a_run_without_servers_is_sent_to_simulate(deployment):
     [
         ("broker-password", "missing", 10, "broker.password_file"),
         ("@127.0.0.1", "@broker.example", 10, "broker.transport"),
-        ("\n[broker]", "\n[brokr]", 10, "check the spelling"),
+        ("\n[broker]", "\n[brokr]", 10, "did you mean broker?"),
         ("//a@", "//b@", 43, "broker.password_file"),
     ],
 )

@@ -156,6 +156,12 @@ def test_a_preset_is_checked_as_a_whole(tmp_path):
         load_preset(str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_preset(str(tmp_path / "none.toml"))
+    file.write_text(
+        "[reproduce]\nlearning_rates = [1e-3]\n[base]\nmodel = 'm'\n"
+        "[recommended.training]\nwarmup_ratio = nan\n"
+    )
+    with pytest.raises(ConfigError, match=r"recommended: training: warmup_ratio: .*finite.* nan"):
+        load_preset(str(file))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +169,8 @@ def test_a_preset_is_checked_as_a_whole(tmp_path):
     [
         ({"learning_rates": [1e-3, 1e-4]}, "ascending"),
         ({"learning_rates": [1e-3], "partition": "dirichlet"}, "ALPHA a number above 0"),
-        ({"learning_rates": [1e-3], "participants": 1}, "greater than or equal to 2"),
+        ({"learning_rates": [1e-3, float("nan")]}, "entry 2: expected a finite number, got nan"),
+        ({"learning_rates": [1e-3], "participants": 1}, "expected 2 or more, got 1"),
     ],
 )
 def test_sizes_that_make_no_sense(values, says):

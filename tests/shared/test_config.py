@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 
 import pytest
 
+from cli.reproduction.presets import Preset
 from shared.config import (
     FederationConfig,
     SiteConfig,
@@ -14,6 +16,7 @@ from shared.config import (
     load_site,
     parse,
 )
+from shared.config_mistakes import section_of
 from shared.errors import ConfigError
 
 FEDERATION = """
@@ -92,8 +95,99 @@ def test_every_mistake_is_told_at_once():
         "codec.name",
     ]
     assert "'Trial 1'" in lines[0]
-    assert "check the spelling" in lines[2]
+    assert "did you mean rank?" in lines[2]
     assert "'fast'" in lines[3]
+
+
+def test_what_goes_wrong_together_is_told_beside_what_is_wrong_alone():
+    """A bad number hides neither another table's misfit nor that of its own."""
+    with pytest.raises(ConfigError) as caught:
+        federation(
+            run={"rounds": 0, "participants": ["a", "a", "any"], "min_participants": 4},
+            policy={"kind": "quorum", "max_attempts": 0, "buffer": 2},
+            aggregation={"averaging": "svd", "rule": "median"},
+            training={"optimizer_state": "keep"},
+            lora={"ranks": {"z": 8}},
+        )
+    text = str(caught.value)
+    for said in (
+        "run.rounds: expected 1 or more, got 0",
+        "policy.max_attempts: expected 1 or more, got 0",
+        "run.participants names a participant twice",
+        "any is a reserved name",
+        "run.min_participants is 4",
+        'policy: kind = "quorum" needs quorum',
+        'policy: kind = "quorum" needs deadline_seconds',
+        "policy: buffer goes with",
+        'aggregation.rule = "median" takes values one by one',
+        'training.optimizer_state = "keep"',
+        "lora.ranks: expected sites",
+    ):
+        assert said in text
+    assert text.startswith("test: 11 mistakes\n")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"policy": {"kind": "quorum", "quorum": "two", "deadline_seconds": 5}},
+        {"policy": {"kind": "quorum", "qourum": 2, "deadline_seconds": 5}},
+        {"run": {"min_participants": 3, "participants": "ab"}},
+        {"selection": {"fraction": 0.5, "methd": "random"}},
+    ],
+)
+def test_a_mistake_is_not_told_twice(sections):
+    """What follows from a value that could not be read is not known, and not told."""
+    with pytest.raises(ConfigError, match="test: 1 mistake\n"):
+        federation(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"lora": {"rnak": 8}}, "lora.rnak: expected a known setting, .*; did you mean rank"),
+        ({"training": {"rank": 8}}, "training.rank: expected .*; did you mean lora.rank"),
+        ({"trainig": {}}, "trainig: .*did you mean training"),
+        ({"base": {"model": "m", "quantisation": "n4f"}}, "'int8' or 'none', got 'n4f'; .*nf4"),
+        ({"lora": {"target_modules": "all_linear"}}, "'all-linear' or a list, .*mean all-linear"),
+        ({"lora": {"target_modules": ["q", 3]}}, r"target_modules: entry 2: expected text, got 3"),
+        ({"run": {"participants": ["a", "B"]}}, "participants: entry 2: expected a-z, .*'B'"),
+        ({"lora": {"ranks": {"site-a": 0}}}, "lora.ranks: site-a: expected 1 or more, got 0"),
+        ({"run": {"participants": []}}, "a list with at least one entry, got"),
+        ({"aggregation": {"clip_to_median": 0.5}}, "clip_to_median: .*1.0 or more or 'off', got"),
+        ({"training": {"gradient_checkpointing": "perhaps"}}, "true or false, got 'perhaps'"),
+    ],
+)
+def test_a_mistake_says_what_was_perhaps_meant(sections, says):
+    """An unknown name, a wrong choice, an entry of a list: the nearest that there is."""
+    with pytest.raises(ConfigError, match=says):
+        federation(**sections)
+
+
+WRONG = (
+    None, True, -1, 0, 2**70, 1e400, float("nan"), 0.5, "", "x", "A b", [], [3], [[]], {}, {"a": 1},
+    {"A b": "c"}, dt.date(2026, 1, 1),
+)  # fmt: skip
+WORDS_OF_PYDANTIC = re.compile(r"[Ii]nput|Tuple|tuple|[Vv]alid |Value error|should|instance")
+
+
+@pytest.mark.parametrize("kind", [FederationConfig, SiteConfig, Preset])
+def test_no_wrong_value_is_told_in_another_librarys_words(kind):
+    """Each setting with each kind of wrong value: its name, expected, got, on one line."""
+    told = 0
+    for table, field in kind.model_fields.items():
+        section = section_of(field.annotation)
+        for name in section.model_fields if section else ():
+            for value in WRONG:
+                try:
+                    parse(kind, {table: {name: value}}, "test")
+                except ConfigError as error:
+                    lines = [line for line in str(error).splitlines() if f"{table}.{name}:" in line]
+                    told += bool(lines)
+                    for line in lines:
+                        assert "expected" in line
+                        assert not WORDS_OF_PYDANTIC.search(line.partition(", got")[0]), line
+    assert told > 50
 
 
 def test_what_is_missing_is_named():
@@ -117,9 +211,9 @@ def test_a_long_value_is_not_printed_whole():
         ({"run": {"participants": ["a", "any"]}}, "run.participants: any is a reserved name"),
         ({"run": {"participants": ["coordinator"]}}, "coordinator is a reserved name"),
         ({"run": {"name": "any"}}, "run.name: any is a reserved name"),
-        ({"run": {"name": "a.b"}}, "run.name: expected text matching"),
-        ({"run": {"name": "a\n"}}, "run.name: expected text matching"),
-        ({"run": {"name": "a" * 41}}, "run.name: expected text matching"),
+        ({"run": {"name": "a.b"}}, "run.name: expected a-z, 0-9 and dashes"),
+        ({"run": {"name": "a\n"}}, "run.name: expected a-z, 0-9 and dashes"),
+        ({"run": {"name": "a" * 41}}, "run.name: expected a-z, 0-9 and dashes"),
         ({"run": {"min_participants": 3}}, "run.min_participants is 3.*lists 2"),
         ({"run": {"seed": -1}}, "run.seed"),
         ({"run": {"seed": 2**63}}, "run.seed"),
@@ -133,7 +227,7 @@ def test_a_long_value_is_not_printed_whole():
         ({"base": {"model": ""}}, "base.model"),
         (
             {"base": {"model": "m", "fingerprint": "ABC"}},
-            "base.fingerprint: expected text matching",
+            "base.fingerprint: expected 64 hex digits",
         ),
         ({"unknown": {}}, "unknown: expected a known setting"),
     ],
