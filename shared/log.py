@@ -2,7 +2,9 @@
 
 Whatever is bound by ``structlog.contextvars`` (run, round, participant) is in every line of that
 thread. Invariant: no signed URL leaves through a log line, in whatever field, exception text or
-object it hides; :func:`redact` stands last before the renderer, on rendered values only.
+object it hides, and nothing that a terminal would act on; :func:`redact` stands last before the
+renderer, on rendered values only. What is logged may be a stranger's: it takes time in proportion
+to its length, and its length has an end.
 
 structlog takes a tenth of a second to import (it pulls rich and asyncio), so it is imported when
 the first line is written and not with this module.
@@ -15,6 +17,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from shared.errors import ConfigError
+from shared.printing import cut, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -25,10 +28,9 @@ REDACTED = "redacted"
 LEVELS = ("debug", "info", "warning", "error", "critical")
 
 _URL_FIELDS = frozenset({"get_url", "put_url", "signed_url", "url", "urls", "signature"})
-# The whole word around the parameter goes: key and expiry beside a signature help to guess it.
-_SIGNED = re.compile(
-    r"\S*(?:signature=|X-Amz-(?:Signature|Credential|Security-Token))\S*", re.IGNORECASE
-)
+_SIGNS = ("signature=", "x-amz-signature", "x-amz-credential", "x-amz-security-token")
+_WORD = re.compile(r"\S+")
+_MOST_CHARACTERS = 20_000  # of one text; a traceback has fewer
 
 
 def configure(stream: TextIO | None = None, json: bool | None = None, level: str = "info") -> None:
@@ -87,8 +89,20 @@ def _clean(key: object, value: object) -> object:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, dict):
-        return {str(inner): _clean(inner, item) for inner, item in value.items()}
+        return {_text(str(inner)): _clean(inner, item) for inner, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_clean(None, item) for item in value]
     # Objects become text here, since a renderer would call repr() on them behind our back.
-    return _SIGNED.sub(REDACTED, value if isinstance(value, str) else str(value))
+    text = value if isinstance(value, str) else str(value)
+    return _text(text, lines=key == "exception")
+
+
+def _text(text: str, *, lines: bool = False) -> str:
+    """Cut first: a parameter stands before its secret, so a cut may part it from nothing else."""
+    return printable(_WORD.sub(_word, cut(text, _MOST_CHARACTERS)), lines=lines)
+
+
+def _word(match: re.Match[str]) -> str:
+    """The whole word around a signature goes: key and expiry beside it help to guess it."""
+    word = match[0]
+    return REDACTED if any(sign in word.lower() for sign in _SIGNS) else word
