@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from shared.bounds import prose
 from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
+from shared.printing import cut
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.records import MemberRecord, OriginRecord
 
+MOST_OF_ONE = 300  # characters of what a site said of its versions
 AGAIN = "and start it again: its new word then counts"
 
 
@@ -45,7 +48,7 @@ def unfit(
             f'give it their versions {AGAIN}, or allow it with run.versions = "any" (results are '
             "then no longer the same on every site)",
         )
-    return found
+    return {site: prose(why) for site, why in found.items()}  # it holds what sites said
 
 
 def _other_base(
@@ -144,7 +147,7 @@ def _by_majority(
 
 
 def _short(value: str) -> str:
-    return value[:12] if len(value) == 64 else value
+    return value[:12] if len(value) == 64 else cut(value, MOST_OF_ONE)
 
 
 def _versions(record: MemberRecord) -> str:

@@ -330,7 +330,9 @@ def events_page() -> str:
             "`<run>.<site>.<word>` toward the coordinator and the site's name toward a site. "
             "Manifest, Numerics, HeldOut and LocalMetrics are on the page of "
             "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are sections of "
-            "[the settings](config.md), unknown names ignored.\n"
+            "[the settings](config.md), unknown names ignored. Every text, list, map and number "
+            "has a bound (`shared/bounds.py`): a message that breaks one is refused, but reasons, "
+            "which only people read, are made printable and cut.\n"
         ),
     ]
     for name, event in EVENTS.items():

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=SHA256_PATTERN)]
 Positive = Annotated[int, Field(ge=1)]
+Module = Annotated[str, StringConstraints(max_length=300)]
 Averaging = Literal["fedavg", "rolora", "ffa", "svd", "flora"]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
@@ -78,7 +79,7 @@ class RunSection(Section):
 class BaseSection(Section):
     """The frozen base model. The coordinator never opens it; participants do."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1, max_length=4_096)]
     quantisation: Literal["nf4", "int8", "none"] = "nf4"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     fingerprint: Sha256 | None = None
@@ -94,11 +95,11 @@ class LoraSection(Section):
     rank: Annotated[int, Field(ge=1, le=8192)] = 64
     alpha: Annotated[float, Field(gt=0)] = 16.0
     scaling: Literal["classic", "rslora"] = "classic"
-    ranks: dict[Name, Positive] = Field(default_factory=dict)
+    ranks: Annotated[dict[Name, Positive], Field(max_length=10_000)] = Field(default_factory=dict)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = (
-        "all-linear"
-    )
+    target_modules: (
+        Literal["all-linear"] | Annotated[tuple[Module, ...], Field(min_length=1, max_length=1_000)]
+    ) = "all-linear"
 
 
 class TrainingSection(Section):

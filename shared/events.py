@@ -2,7 +2,7 @@
 
 A reader of version n takes any message of version n: unknown fields are ignored, missing and
 mistyped ones are a DecodeError (``shared/wire.py``). A change that old readers cannot ignore gets
-a new version number. ``word`` is the last part of the routing key.
+a new version number. ``word`` is the last part of the routing key. Everything has a bound.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
+from shared.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.config import Averaging, BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+from shared.topology import REFUSED_BYTES
 
-RoundNumber = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=0)]
+Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
 
 
 class WireBase(BaseSection):
@@ -59,8 +60,8 @@ class RunAnnounced(Event):
     base: WireBase
     lora: WireLora
     training: WireTraining
-    rounds: Annotated[int, Field(ge=1)]
-    participants: Annotated[int, Field(ge=1)]
+    rounds: Count
+    participants: Count
     averaging: Averaging = "fedavg"
 
 
@@ -72,18 +73,18 @@ class RoundStarted(Event):
 
     word = "started"
     run: Name
-    round: RoundNumber
+    round: Amount
     source_sha: Sha256
-    get_url: str
-    expires_at: float
+    get_url: Url
+    expires_at: Time
     training: WireTraining
-    progress_from: float
-    progress_to: float
-    seed: int
-    codec: str
-    attempt: Annotated[int, Field(ge=1)] = 1
+    progress_from: Figure
+    progress_to: Figure
+    seed: Annotated[int, Within(0, 2**64)]
+    codec: Word
+    attempt: Count = 1
     last_counted: Sha256 | None = None
-    deadline: float | None = None
+    deadline: Time | None = None
     averaging: Averaging = "fedavg"
 
 
@@ -92,11 +93,11 @@ class UploadGranted(Event):
 
     word = "granted"
     run: Name
-    round: RoundNumber
+    round: Amount
     sha: Sha256
-    chunk_size: Annotated[int, Field(ge=1)]
-    urls: dict[int, str]
-    expires_at: float
+    chunk_size: Count
+    urls: Annotated[dict[Amount, Url], Most(10_000)]
+    expires_at: Time
 
 
 class DeltaAnswered(Event):
@@ -104,10 +105,10 @@ class DeltaAnswered(Event):
 
     word = "answered"
     run: Name
-    round: RoundNumber
+    round: Amount
     sha: Sha256
     verdict: Literal["accepted", "refused", "late"]
-    reason: str = ""
+    reason: Prose = ""
 
 
 class RoundClosed(Event):
@@ -118,7 +119,7 @@ class RoundClosed(Event):
 
     word = "closed"
     run: Name
-    round: RoundNumber
+    round: Amount
     result_sha: Sha256
     late_counts: bool = False
 
@@ -128,11 +129,11 @@ class RunFinished(Event):
 
     word = "finished"
     run: Name
-    round: RoundNumber
+    round: Amount
     sha: Sha256 | None
-    reason: str
-    get_url: str | None = None
-    expires_at: float | None = None
+    reason: Prose
+    get_url: Url | None = None
+    expires_at: Time | None = None
 
 
 # site -> coordinator -------------------------------------------------------------------------
@@ -143,10 +144,10 @@ class SiteOnline(Event):
 
     word = "online"
     run: Name | None = None
-    round: RoundNumber | None = None
+    round: Amount | None = None
     sha: Sha256 | None = None
     first: bool = True
-    versions: dict[str, str] = Field(default_factory=dict)
+    versions: Annotated[dict[Word, Word], Most(100)] = Field(default_factory=dict)
 
 
 class ParticipantReady(Event):
@@ -158,7 +159,7 @@ class ParticipantReady(Event):
     manifest: Manifest
     fingerprint: Sha256
     numerics: Numerics
-    examples: Annotated[int, Field(ge=1)]
+    examples: Count
 
 
 class RunDeclined(Event):
@@ -166,7 +167,7 @@ class RunDeclined(Event):
 
     word = "declined"
     run: Name
-    reason: str
+    reason: Prose
 
 
 class UploadRequested(Event):
@@ -174,9 +175,9 @@ class UploadRequested(Event):
 
     word = "requested"
     run: Name
-    round: RoundNumber
+    round: Amount
     sha: Sha256
-    size: Annotated[int, Field(ge=1)]
+    size: Count
 
 
 class DeltaSubmitted(Event):
@@ -184,12 +185,12 @@ class DeltaSubmitted(Event):
 
     word = "submitted"
     run: Name
-    round: RoundNumber
+    round: Amount
     source_sha: Sha256
     sha: Sha256
-    size: Annotated[int, Field(ge=1)]
-    examples: Annotated[int, Field(ge=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    size: Count
+    examples: Count
+    tokens: Count
     metrics: LocalMetrics
     state: Literal["fresh", "kept"] = "fresh"
 
@@ -199,9 +200,9 @@ class TrainingFailed(Event):
 
     word = "failed"
     run: Name
-    round: RoundNumber
+    round: Amount
     attempt: Annotated[int, Field(ge=1, le=1_000_000)]
-    reason: str
+    reason: Prose
     retryable: bool = False
 
 
@@ -214,14 +215,14 @@ class TrainingProgressed(Event):
 
     word = "progressed"
     run: Name
-    round: RoundNumber
-    activity: Annotated[str, Field(max_length=20)]
-    step: Annotated[int, Field(ge=0)]
-    of: Annotated[int, Field(ge=0)]
-    seconds: Annotated[float, Field(ge=0)]
-    tokens_per_second: float | None = None
-    bytes_down: Size = 0
-    bytes_up: Size = 0
+    round: Amount
+    activity: Annotated[str, Most(20)]
+    step: Amount
+    of: Amount
+    seconds: Annotated[Figure, Field(ge=0)]
+    tokens_per_second: Figure | None = None
+    bytes_down: Amount = 0
+    bytes_up: Amount = 0
 
 
 class AdapterEvaluated(Event):
@@ -229,7 +230,7 @@ class AdapterEvaluated(Event):
 
     word = "evaluated"
     run: Name
-    round: RoundNumber
+    round: Amount
     sha: Sha256
     held_out: HeldOut
 
@@ -243,10 +244,10 @@ class MessageRefused(Event):
     word = "refused"
     run: Name | None = None
     reported_by: Name | None = None
-    queue: str
-    sender: str | None
-    reason: str
-    data: Annotated[bytes, Strict(True)]
+    queue: Prose
+    sender: Prose | None
+    reason: Prose
+    data: Annotated[bytes, Strict(True), Most(REFUSED_BYTES)]
 
 
 # coordinator -> itself -----------------------------------------------------------------------
@@ -257,8 +258,8 @@ class CoordinatorTick(Event):
 
     word = "tick"
     run: Name
-    writer: str
-    now: float
+    writer: Word
+    now: Time
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
+from shared.bounds import Amount, Count, Figure, Most, Nll, Word
 from shared.config import canonical_json
 
-Shape = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False), Field(min_length=1)]
+Shape = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1), Most(8)]
 
 
 class Fact(BaseModel):
@@ -25,7 +26,7 @@ class Fact(BaseModel):
 class TensorSpec(Fact):
     """One trainable tensor. ``init``: how round 1 begins (PEFT's choice for LoRA)."""
 
-    name: Annotated[str, Field(min_length=1, max_length=300)]
+    name: Annotated[str, Field(min_length=1, max_length=300), Most(300)]
     shape: Shape
     dtype: Literal["float32"] = "float32"
     init: Literal["kaiming_uniform", "zeros"]
@@ -42,8 +43,8 @@ class TensorSpec(Fact):
 class Manifest(Fact):
     """All trainable tensors in name order, and the modules they belong to (for PEFT's config)."""
 
-    tensors: Annotated[tuple[TensorSpec, ...], Strict(False), Field(min_length=1)]
-    target_modules: Annotated[tuple[str, ...], Strict(False)]
+    tensors: Annotated[tuple[TensorSpec, ...], Strict(False), Field(min_length=1), Most(20_000)]
+    target_modules: Annotated[tuple[Word, ...], Strict(False), Most(20_000)]
 
     @model_validator(mode="after")
     def _names_sorted(self) -> Self:
@@ -61,19 +62,19 @@ class Manifest(Fact):
 class Numerics(Fact):
     """What the bytes of a local training depend on beside config and data."""
 
-    versions: dict[str, str]
-    device: str
-    cpu_capability: str
-    cpu_threads: int
-    compute_dtype: str
+    versions: Annotated[dict[Word, Word], Most(100)]
+    device: Word
+    cpu_capability: Word
+    cpu_threads: Amount
+    compute_dtype: Word
 
 
 class HeldOut(Fact):
     """Loss on text that no participant trained on: nats per answer token, weighted by token."""
 
-    nll: float
-    tokens: Annotated[int, Field(ge=1)]
-    examples: Annotated[int, Field(ge=1)]
+    nll: Nll
+    tokens: Count
+    examples: Count
 
 
 class LocalMetrics(Fact):
@@ -82,12 +83,12 @@ class LocalMetrics(Fact):
     A site that sends no metrics leaves all out but steps and seconds.
     """
 
-    steps: Annotated[int, Field(ge=1)]
-    train_nll: float | None = None
-    first_step_nll: float | None = None
-    last_step_nll: float | None = None
-    mean_grad_norm: float | None = None
-    truncated_examples: Annotated[int, Field(ge=0)] = 0
-    dropped_examples: Annotated[int, Field(ge=0)] = 0
+    steps: Count
+    train_nll: Nll | None = None
+    first_step_nll: Nll | None = None
+    last_step_nll: Nll | None = None
+    mean_grad_norm: Figure | None = None
+    truncated_examples: Amount = 0
+    dropped_examples: Amount = 0
     held_out: HeldOut | None = None
-    seconds: dict[str, float] = Field(default_factory=dict)
+    seconds: Annotated[dict[Word, Figure], Most(100)] = Field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Events as bytes: a msgpack map ``{v, type, id, time, body}``. Decoding is the border control.
 
-Whatever does not decode is a DecodeError that keeps the bytes; nothing else escapes from here.
+Whatever does not decode is a DecodeError that keeps the bytes; nothing else escapes from here. What
+a reader would refuse for its bounds is not written either.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from math import isfinite
 import msgpack
 from pydantic import ValidationError
 
+from shared.bounds import AT_THE_DOOR
 from shared.broker import MAX_MESSAGE_BYTES
 from shared.errors import DecodeError
 from shared.events import EVENTS, Event
+from shared.printing import printable
 
 _SHORT = 80
+_MOST_ID = 100
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Envelope:
 
 
 def encode(event: Event, now: float, event_id: str | None = None) -> bytes:
-    """The bytes of an event. Raises DecodeError if they would exceed the message limit."""
+    """The bytes of an event. Raises DecodeError if it exceeds a bound or the message limit."""
+    body = event.model_dump(mode="python")
+    _checked(type(event), body, b"")
     data: bytes = msgpack.packb(
         {
             "v": event.version,
             "type": type(event).__name__,
             "id": event_id or uuid.uuid4().hex,
             "time": now,
-            "body": event.model_dump(mode="python"),
+            "body": body,
         },
         use_bin_type=True,
     )
@@ -71,12 +77,20 @@ def decode(data: bytes) -> Envelope:
         )
     if not isinstance(event_id, str) or not isinstance(time, int | float) or not isfinite(time):
         raise DecodeError(f"{name}: expected text in id and a finite number in time", data)
+    if len(event_id) > _MOST_ID:
+        raise DecodeError(f"{name}: expected at most {_MOST_ID} characters in id", data)
+    return Envelope(event_id, float(time), _checked(kind, body, data))
+
+
+def _checked(kind: type[Event], body: object, data: bytes) -> Event:
+    """The event, if it keeps to its types and its bounds. Raises DecodeError with ``data``."""
     try:
-        return Envelope(event_id, float(time), kind.model_validate(body))
+        return kind.model_validate(body, context=AT_THE_DOOR)
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in detail["loc"]) or "body"
-        raise DecodeError(f"{name}.{field[:_SHORT]}: {detail['msg']}", data) from None
+        text = printable(f"{kind.__name__}.{field[:_SHORT]}: {detail['msg']}")
+        raise DecodeError(text, data) from None
 
 
 def _short(value: object) -> str:

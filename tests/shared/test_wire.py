@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import types
+import typing
+from typing import Annotated, Any
 
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from shared.bounds import Most
 from shared.broker import MAX_MESSAGE_BYTES
 from shared.errors import DecodeError
 from shared.events import (
@@ -289,8 +295,9 @@ def test_a_strangers_length_and_depth_stay_out_of_the_message():
 
 def test_an_oversize_message_is_refused_on_both_ways():
     """The limit is in bytes, and bulk belongs into the store."""
+    urls = dict.fromkeys(range(1_000), "u" * 2_000)
     with pytest.raises(DecodeError, match=f"at most {MAX_MESSAGE_BYTES} bytes"):
-        encode(RunDeclined(run="r1", reason="x" * MAX_MESSAGE_BYTES), 1.0)
+        encode(EXAMPLES[2].model_copy(update={"urls": urls}), 1.0)
     with pytest.raises(DecodeError, match=f"at most {MAX_MESSAGE_BYTES} bytes"):
         decode(bytes(MAX_MESSAGE_BYTES + 1))
 
@@ -351,3 +358,150 @@ def test_a_flipped_byte_decodes_or_is_refused(data):
     packed = bytearray(encode(data.draw(st.sampled_from(EXAMPLES)), 12.5, "id-1"))
     packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
     event_or_none(bytes(packed))
+
+
+# Bounds ------------------------------------------------------------------------------------------
+
+
+def loose(annotation, metadata=(), where=""):
+    """Every text, bytes, list and map in a type that has no bound on its length, by its place."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        inner, *more = typing.get_args(annotation)
+        return loose(inner, (*metadata, *more), where)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = annotation.model_fields.items()
+        return [p for n, f in fields for p in loose(f.annotation, f.metadata, f"{where}.{n}")]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return []
+    if origin in (typing.Union, types.UnionType):
+        return [p for kind in arguments for p in loose(kind, metadata, where)]
+    found = [] if is_bounded(metadata) else [where]
+    if origin in (dict, tuple):
+        return found + [p for a in arguments if a is not ... for p in loose(a, (), f"{where}[]")]
+    assert annotation in (str, bytes, int, float, bool, type(None)), (where, annotation)
+    return found if annotation in (str, bytes) else []
+
+
+def is_bounded(metadata):
+    """A maximum of ours or of pydantic's, or a pattern that has one."""
+    for mark in metadata:
+        if isinstance(mark, FieldInfo) and is_bounded(mark.metadata):
+            return True
+        pattern = getattr(mark, "pattern", None)
+        if isinstance(mark, Most) or getattr(mark, "max_length", None) is not None:
+            return True
+        if pattern is not None and re.search(r"\{(1,)?\d+\}\$$", pattern):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kind", EVENTS.values(), ids=EVENTS)
+def test_everything_in_an_event_has_a_bound(kind):
+    """Whoever adds a text, a list or a map says how long it may be."""
+    assert loose(kind, where=kind.__name__) == []
+
+
+def test_a_field_without_a_bound_is_found():
+    """By its place, in whatever it is nested."""
+
+    class Careless(Event):
+        word = "careless"
+        note: str | None
+        names: Annotated[dict[int, tuple[str, ...]], Most(3)]
+
+    assert loose(Careless, where="Careless") == [
+        "Careless.note",
+        "Careless.names[]",
+        "Careless.names[][]",
+    ]
+
+
+def longer(value):
+    """The same kind of value, far too long."""
+    match value:
+        case str():
+            return "A" * 900_000
+        case bytes():
+            return bytes(1_000_000)
+        case list() | tuple():
+            return [*value] * 100_000
+        case dict():
+            key = next(iter(value), "key")
+            keys = range(100_000) if isinstance(key, int) else map(str, range(100_000))
+            return dict.fromkeys(keys, next(iter(value.values()), "text"))
+    return None
+
+
+def places(value, path=()):
+    """Each value in a message's body with its way there."""
+    yield path, value
+    items = value.items() if isinstance(value, dict) else []
+    items = enumerate(value) if isinstance(value, list) else items
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+@pytest.mark.parametrize("event", EXAMPLES, ids=lambda event: type(event).__name__)
+def test_what_is_far_too_long_is_cut_or_refused(event):
+    """At every place of every event; what comes out can be sent on."""
+    tried = 0
+    for path, value in places(outer(event)["body"]):
+        message, instead = outer(event), longer(value)
+        if not path or instead is None:
+            continue
+        where = message["body"]
+        for key in path[:-1]:
+            where = where[key]
+        where[path[-1]] = instead
+        tried += 1
+        found = event_or_none(msgpack.packb(message))
+        assert found is None or len(encode(found, 1.0)) < 50_000
+    assert tried or type(event) is CoordinatorTick
+
+
+@pytest.mark.parametrize(
+    ("index", "way", "value", "says"),
+    [
+        (6, ("versions",), {str(n): "1" for n in range(101)}, "at most 100 of them, got 101"),
+        (7, ("numerics", "device"), "cpu\x1b[2J", "printable"),
+        (7, ("manifest", "target_modules"), ["\u202eproj"], "printable"),
+        (10, ("metrics", "held_out", "nll"), -1.79e308, "-1 to 1e"),
+        (10, ("metrics", "held_out", "nll"), 1.7e308, "-1 to 1e"),
+        (10, ("metrics", "last_step_nll"), 1e300, "-1 to 1e"),
+        (10, ("metrics", "held_out", "tokens"), 2**63, "got 9.2"),
+        (10, ("tokens",), 2**64 - 1, "got 1.8"),
+        (13, ("held_out", "nll"), -1.79e308, "-1 to 1e"),
+    ],
+)
+def test_what_breaks_a_bound_is_refused_on_both_ways(index, way, value, says):
+    """By the reader, and by a writer that would not be read."""
+    message = outer(EXAMPLES[index])
+    where = message["body"]
+    for key in way[:-1]:
+        where = where[key]
+    where[way[-1]] = value
+    error = refused(message)
+    assert f"{message['type']}.{'.'.join(way)}" in str(error)
+    assert says in str(error)
+    lenient = type(EXAMPLES[index]).model_validate(message["body"])
+    with pytest.raises(DecodeError, match=re.escape(says)):
+        encode(lenient, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("x" * 3_000, "x" * 1_992 + " … (cut)"),
+        ("\x1b]52;c;aGk=\x07", r"\x1b]52;c;aGk=\x07"),
+        ("a\u202eb\u0085c\nd", r"a\u202eb\x85c\nd"),
+        ("ä, 中文", "ä, 中文"),
+    ],
+)
+def test_prose_is_printable_and_cut_wherever_it_comes_from(said, heard):
+    """In an event that was read, and in one that this program makes."""
+    message = outer(EXAMPLES[8])
+    message["body"]["reason"] = said
+    assert decode(msgpack.packb(message)).event.reason == heard
+    assert RunDeclined(run="r1", reason=said).reason == heard
+    assert RunDeclined(run="r1", reason=heard).reason == heard
