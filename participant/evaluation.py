@@ -13,6 +13,7 @@ import torch
 
 from participant.learning import Progress
 from participant.model.batches import scored_tokens
+from shared.bounds import LEAST_NLL, MOST_NLL
 from shared.errors import DataError, DivergedError, InterruptedRunError
 from shared.manifest import HeldOut
 
@@ -35,7 +36,7 @@ def evaluate_held_out(
 ) -> HeldOut:
     """Loss of the adapter in ``model``, without dropout and without gradients.
 
-    Raises DataError without examples, DivergedError if the loss is not finite, InterruptedRunError
+    Raises DataError without examples, DivergedError for an insane loss, InterruptedRunError
     when ``should_stop()`` turns true, checked between batches.
     """
     tokens = sum(scored_tokens(example) for example in examples)
@@ -52,9 +53,10 @@ def evaluate_held_out(
             done += len(batch)
             report(Progress("evaluate", done, len(examples)))
     mean = math.fsum(nll) / tokens
-    if not math.isfinite(mean):
+    if not LEAST_NLL <= mean <= MOST_NLL:  # NaN is not either
         raise DivergedError(
-            f"evaluation: expected a finite loss, got {mean}; the adapter is unusable"
+            f"evaluation: expected a loss of at most {MOST_NLL:g} nats per token, got {mean:g}; "
+            "the adapter is unusable"
         )
     return HeldOut(nll=mean, tokens=tokens, examples=len(examples))
 

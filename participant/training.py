@@ -19,6 +19,7 @@ from participant.learning import Progress, steps_in_round
 from participant.model.batches import scored_tokens
 from participant.optimizer_state import load_optimizer
 from participant.proximal import ProximalTerm
+from shared.bounds import LEAST_NLL, MOST_NLL
 from shared.errors import DataError, DivergedError, InterruptedRunError
 from shared.failpoints import failpoint
 from shared.seeds import derive_seed
@@ -116,7 +117,7 @@ def train_round(
     ends early with at least one step done: then the model holds what these steps made of it.
     With ``proximal_mu`` the gradient of FedProx's term is added before clipping, since it is part
     of the objective: gradient norms are of both, losses of the text alone.
-    Raises DataError without examples, DivergedError if loss or gradient is not finite, ModelError
+    Raises DataError without examples, DivergedError if loss or gradient is insane, ModelError
     if the state does not fit, InterruptedRunError when ``should_stop()`` turns true.
     """
     if not examples:
@@ -147,7 +148,7 @@ def train_round(
             if proximal is not None:
                 proximal.add_gradient()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-            _check_finite(nll, norm, step, place)
+            _check_sane(nll / tokens, norm, step, place)
             progress = place.progress_from + (place.progress_to - place.progress_from) * (
                 (step + 1) / steps
             )
@@ -249,12 +250,13 @@ def _proximal(
     return ProximalTerm(factors, begin.source or model.read, settings.proximal_mu)
 
 
-def _check_finite(nll: float, norm: float, step: int, place: RoundPlace) -> None:
-    if math.isfinite(nll) and math.isfinite(norm):
+def _check_sane(nll: float, norm: float, step: int, place: RoundPlace) -> None:
+    if LEAST_NLL <= nll <= MOST_NLL and math.isfinite(norm):  # NaN is not either
         return
     raise DivergedError(
-        f"training diverged in step {step + 1} of round {place.number}: loss {nll}, gradient norm "
-        f"{norm}; expected finite numbers; lower training.learning_rate or look at the data"
+        f"training diverged in step {step + 1} of round {place.number}: loss {nll:g} nats per "
+        f"token, gradient norm {norm:g}; expected at most {MOST_NLL:g} and a finite norm; lower "
+        "training.learning_rate or look at the data"
     )
 
 

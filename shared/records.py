@@ -354,7 +354,7 @@ def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
         return None
     tokens = sum(loss.tokens for loss in known)
     nll = sum(loss.nll * loss.tokens for loss in known) / tokens
-    if not math.isfinite(nll):  # a site may say any finite number; a mean of such is finite too
+    if not math.isfinite(nll):  # an older record may hold any finite number; their mean is finite
         mean = sum(loss.nll * (loss.tokens / tokens) for loss in known)
-        nll = min(mean, sys.float_info.max)
+        nll = max(-sys.float_info.max, min(mean, sys.float_info.max))
     return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))
