@@ -71,12 +71,13 @@ def demo(
     from cli.progress import make_display
     from cli.simulate import load_learners, run_here
     from coordinator.inspection import History
+    from shared.base_model import located
     from shared.config import load_federation
     from shared.directory_store import DirectoryStore
 
     _configure_log(folder)
     with make_display(quiet=as_json) as display:
-        base = model or str(packaged_model(display))
+        base = located(model, Path.cwd()) if model else str(packaged_model(display))
         sites = _site_files(folder, data, group, participants)
         settings = {
             "rounds": rounds,

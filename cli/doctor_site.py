@@ -20,6 +20,7 @@ from cli.checks import (
     check_tls,
     connection,
 )
+from shared.base_model import located
 from shared.errors import (
     AccessRefusedError,
     BrokerError,
@@ -66,7 +67,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
         yield from _clock(store_url, ca_file)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
     yield from attempt("data", lambda: _data(config, folder))
-    yield from _models(config)
+    yield from _models(config, folder)
     yield from _device(config)
     yield from _quantisation()
 
@@ -182,13 +183,13 @@ def _data(config: SiteConfig, folder: Path) -> str:
     return f"{path}: {counts}"
 
 
-def _models(config: SiteConfig) -> Iterator[Finding]:
+def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:
     """Folders are looked for; what is fetched from a hub or a package cannot be told from here."""
     if config.accept.models is None:
         yield Finding("base model", "SKIP", "any is accepted ([accept] models); the run names it")
         return
     for model in config.accept.models:
-        folder = Path(model).expanduser()
+        folder = Path(located(model, here))
         if folder.is_dir():
             if (folder / "config.json").is_file():
                 yield Finding("base model", "OK", f"{model}: is there")
@@ -199,7 +200,7 @@ def _models(config: SiteConfig) -> Iterator[Finding]:
                     f"{model}: expected a model's folder with config.json, "
                     "got one without; save the model there again",
                 )
-        elif folder.is_absolute() or model.startswith(("./", "../", "~")):
+        elif str(folder) != model or folder.is_absolute():
             yield Finding(
                 "base model",
                 "FAIL",

@@ -166,7 +166,7 @@ def _learner(config: SiteConfig, folder: Path) -> Learner:
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    shelf = ModelShelf(config.device.kind)
+    shelf = ModelShelf(config.device.kind, folder)
     return TorchLearner(config.site.name, config.data, folder, shelf)
 
 

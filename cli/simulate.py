@@ -103,7 +103,7 @@ def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLear
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    shelf = ModelShelf(devices.pop())
+    shelf = ModelShelf(devices.pop(), folder)
     return {
         site.site.name: TorchLearner(site.site.name, site.data, base, shelf) for site, base in sites
     }

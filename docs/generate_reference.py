@@ -43,7 +43,8 @@ SETTINGS = {
     "run.start_timeout_seconds": "How long the start waits for the sites that are missing.",
     "run.versions": '`"equal"`: the run fails if sites have different library versions or compute '
     'types. `"any"` allows it.',
-    "base.model": "Path of a model folder, or a hub id.",
+    "base.model": "Path of a model folder, relative to this file, or a hub id. At a site that runs "
+    "apart a relative path is relative to its `site.toml`.",
     "base.quantisation": "How the frozen base is held: 4 bit, 8 bit, or as it is.",
     "base.compute_dtype": "The type of its arithmetic.",
     "base.fingerprint": "The base model every site must hold. Without it they must agree.",
@@ -139,7 +140,8 @@ SETTINGS = {
     "data.max_held_out": "At most so many held-out examples are measured.",
     "data.split_seed": "Seed of the split. It is the site's own, not the run's.",
     "device.kind": "Where to train. In a simulation it must be the same at every site.",
-    "accept.models": "Base models this site trains, as the run names them.",
+    "accept.models": "Base models this site trains, as the run names them; a relative path is "
+    "relative to this file.",
     "accept.runs": "Runs it takes part in.",
     "accept.max_rank": "Largest r of an adapter.",
     "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",

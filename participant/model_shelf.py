@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from participant.model import LocalModel, pick_device, settle_threads
+from shared.base_model import located
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,10 +24,17 @@ _DEVICE_LOCK = threading.RLock()
 
 
 class ModelShelf:
-    """Holds the model that was asked for last. ``device``: what ``site.toml`` says."""
+    """Holds the model that was asked for last.
 
-    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+    ``device``: what ``site.toml`` says. ``folder``: of the file whose ``base.model`` may be a path;
+    a site that a run is announced to has only its own.
+    """
+
+    def __init__(
+        self, device: Literal["auto", "cpu", "cuda"] = "auto", folder: Path = Path()
+    ) -> None:
         self._device = device
+        self._folder = folder
         self._held: tuple[tuple[str, str, int], LocalModel] | None = None
 
     @contextlib.contextmanager
@@ -45,6 +54,8 @@ class ModelShelf:
                 model.clear()
 
     def _load(self, base: BaseSection, lora: LoraSection, threads: int) -> LocalModel:
+        # What is on record and announced stays as it was written: only here is it opened.
+        base = base.model_copy(update={"model": located(base.model, self._folder)})
         key = (base.model_dump_json(exclude={"fingerprint"}), lora.model_dump_json(), threads)
         if self._held is None or self._held[0] != key:
             # Let go first: two base models may not fit.

@@ -10,6 +10,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from shared.base_model import TOKENIZER_FILES
 from shared.config import canonical_json
 from shared.errors import ModelError
 
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 # Written by whoever saved the model; they change no number.
 _WRITERS_OWN = frozenset({"_commit_hash", "_name_or_path", "transformers_version"})
 

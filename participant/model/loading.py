@@ -7,15 +7,15 @@ code that comes with a model is never run.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from participant.model.fingerprint import TOKENIZER_FILES, weight_files
+from participant.model.fingerprint import weight_files
 from participant.model.libraries import bitsandbytes, huggingface_hub, offline, transformers
+from shared.base_model import HUB_ID, TOKENIZER_FILES
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # bitsandbytes' block for 4-bit weights, stated because it is part of the fingerprint.
 NF4_BLOCK = 64
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # RuntimeError: shapes that do not fit config.json, and a device that is too small.
 _LOADING_ERRORS = (
     OSError,
@@ -59,7 +58,7 @@ def find_folder(model: str) -> Path:
                 "give the folder that save_pretrained wrote or that the hub calls a model"
             )
         return folder
-    if not _HUB_ID.fullmatch(model):
+    if not HUB_ID.fullmatch(model):
         raise ModelError(
             f"base.model: {model!r} is no folder here; give the path of a model folder "
             "or a hub id such as owner/name"

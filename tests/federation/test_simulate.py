@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -184,6 +185,20 @@ def test_the_exported_adapter_loads_with_peft_and_has_the_reported_loss(whole, m
     )
     loss = plain_loss(base, target, folder, model, dtype)
     assert math.isclose(loss, reported["held_out_nll"], abs_tol=1e-3)
+
+
+def test_a_relative_base_model_is_relative_to_its_file(whole, model, tmp_path):
+    """Started from anywhere else, with the sites' files in another folder: the same adapter."""
+    here = tmp_path / "mine"
+    path = write_federation(here, Path("models/tiny"))
+    (here / "models").mkdir()
+    (here / "models" / "tiny").symlink_to(model)
+    done = subprocess.run(
+        command("simulate", path, "--json"), capture_output=True, text=True, cwd="/", check=False
+    )
+    assert summary(done)["adapter_sha"] == whole[1]["adapter_sha"]
+    config = Ledger(DirectoryStore(here / "store"), "tiny", "t", lambda: 0.0).config()
+    assert config.base.model == "models/tiny"
 
 
 @pytest.mark.parametrize("quantisation", ["int8", "none"])
