@@ -36,7 +36,6 @@ from shared.errors import (
     LedgerError,
     ObjectMissingError,
 )
-from shared.files import digest_file
 from shared.lora_factors import delta_manifest, whole_manifest
 from shared.records import (
     AcceptedRecord,
@@ -302,8 +301,7 @@ class _Verifier:
         stored = self._scratch / "stored"
         key = topology.adapter_key(self._ledger.run, closed.adapter_sha)
         try:
-            self._ledger.store.fetch_file(key, stored)
-            if digest_file(stored)[0] != closed.adapter_sha:
+            if self._ledger.store.spool([key], stored).sha256 != closed.adapter_sha:
                 return False
             apart = distance(stored, again, self._genesis.manifest)
         except (ObjectMissingError, KeyError, ValueError, DecodeError):
@@ -427,10 +425,9 @@ class _Verifier:
         path = self._scratch / "state"
         key = topology.server_state_key(self._ledger.run, self._server_sha)
         try:
-            self._ledger.store.fetch_file(key, path)
+            whole = self._ledger.store.spool([key], path).sha256 == self._server_sha
         except ObjectMissingError:
             return None  # said of the round that it came from
-        whole = digest_file(path)[0] == self._server_sha
         return StateFiles(path, self._scratch / "state-again") if whole else None
 
     def _check_state(self, number: int, sha: str | None) -> None:
@@ -456,11 +453,10 @@ class _Verifier:
     def _fetch(self, number: int, key: str, sha: str, name: str) -> Path | None:
         path = self._scratch / name
         try:
-            self._ledger.store.fetch_file(key, path)
+            found = self._ledger.store.spool([key], path).sha256
         except ObjectMissingError:
             self._find_missing(number, key)
             return None
-        found, _ = digest_file(path)
         self._expect(number, key, "sha256", sha, found)
         return path if found == sha else None
 

@@ -143,19 +143,30 @@ class DirectoryStore:
                 raise ObjectMissingError(f"{key}: no such object in {self._root}") from None
 
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
-        """Link (or copy) the object to a local file, replacing it whole. Never write into it."""
-        self.stat(key)
-        with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
-            fetched = link_or_copy(self._path(key), temp)
-            _move(temp, path)
-        return _info(key, fetched)
+        """Copy the object to a local file of the caller's own, replacing it whole."""
+        with self.open(key) as file, file_errors(path):
+            make_directories(path.parent)
+            with temporary(path.parent, f".{path.name}.") as temp:
+                write_new(temp, read_chunks(file))
+                temp.chmod(0o644)
+                _move(temp, path)
+            return _info(key, os.fstat(file.fileno()))
 
     def spool(self, keys: Sequence[str], path: Path) -> Spooled:
         """A link to one object, or a copy of several. Raises ObjectMissingError."""
+        parts: list[ObjectInfo] = []
         if len(keys) == 1:
-            part = self.fetch_file(keys[0], path)
-            return Spooled([part], digest_file(path)[0])
-        digest, parts = hashlib.sha256(), []
+            (key,) = keys
+            self.stat(key)
+
+            def tell(found: os.stat_result) -> None:
+                parts.append(_info(key, found))
+
+            with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
+                link_or_copy(self._path(key), temp, tell)
+                temp.replace(path)
+                return Spooled(parts, digest_file(path)[0])
+        digest = hashlib.sha256()
         with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
             with temp.open("wb") as out:
                 for key in keys:

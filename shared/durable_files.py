@@ -65,11 +65,11 @@ def write_new(path: Path, chunks: Iterable[bytes]) -> os.stat_result:
 
 
 def link_or_copy(
-    source: Path, path: Path, check: Callable[[os.stat_result], None] = lambda _found: None
+    source: Path, path: Path, tell: Callable[[os.stat_result], None] = lambda _found: None
 ) -> os.stat_result:
     """Make ``path`` a sealed file with the source's bytes; a hard link where that is safe.
 
-    ``check`` may refuse, by raising, the source as it was opened: that very file is taken.
+    ``tell`` hears of the source as it was opened: that very file is taken.
 
     A writable source with no other name is sealed and linked: it must not be altered afterwards.
     A writable source that has other names is copied, for whoever holds those may write through
@@ -78,7 +78,7 @@ def link_or_copy(
     source = source.resolve()  # link(2) would link a symbolic link itself
     with source.open("rb") as file:
         found = os.fstat(file.fileno())
-        check(found)
+        tell(found)
         sealed = not found.st_mode & 0o222
         if sealed or found.st_nlink == 1:
             try:

@@ -228,7 +228,7 @@ class S3Store:
         return b"".join(self._read(key, start, length))
 
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
-        """Copy the object to a local file, read-only, replacing it whole."""
+        """Copy the object to a local file of the caller's own, replacing it whole."""
         found: list[ObjectInfo] = []
         chunks = self._read(key, tell=found.append)
         first = next(chunks, b"")  # no object, no file
@@ -236,6 +236,7 @@ class S3Store:
             make_directories(path.parent)
             with temporary(path.parent, f".{path.name}.") as temp:
                 write_new(temp, chain((first,), chunks))
+                temp.chmod(0o644)
                 temp.replace(path)
                 sync_path(path.parent)
         return found[0]

@@ -56,7 +56,7 @@ class ObjectStore(Protocol):
         """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
 
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
-        """Copy (or link) the object to a new local file, replacing it whole."""
+        """Copy the object to a local file of the caller's own (mode 0644), replacing it whole."""
 
     def spool(self, keys: Sequence[str], path: Path) -> Spooled:
         """Objects one after another in a new local file, hashed on the way (or link one).

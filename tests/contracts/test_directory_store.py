@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from shared.directory_store import STALE_SECONDS, DirectoryStore, DirectoryTransfer
 from shared.errors import GrantError, ObjectChangedError, StoreError, StoreUnavailableError
 from tests.contracts.store_contract import StoreContract, sha256
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -175,14 +174,36 @@ def test_a_part_written_again_with_the_same_bytes_is_not_joined(store):
 
 
 def test_links_stand_in_for_copies(root, store, tmp_path):
-    """One inode for the file that was put, the object, the composed object and the fetched file."""
+    """One inode for the file that was put, the object, the composed object and the spooled file."""
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b"bytes")
     part = store.put_file("part", source)
     store.compose("whole", [part])
-    store.fetch_file("whole", target)
+    store.spool(["whole"], target)
     assert len({p.stat().st_ino for p in (source, target, root / "part", root / "whole")}) == 1
     assert store.stat("part") == part
+
+
+def test_a_copy_is_told_of_as_the_object_it_was_made_of(root, tmp_path):
+    """Also on another file system, where a spooled file is no link."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        store = DirectoryStore(Path(elsewhere))
+        assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
+        infos = [store.put(key, bytes(9)) for key in ("a", "b")]
+        assert store.fetch_file("a", tmp_path / "out") == infos[0]
+        for count in (1, 2):
+            spooled = store.spool(["a", "b"][:count], tmp_path / "spooled")
+            assert spooled.parts == infos[:count]
+            assert spooled.sha256 == hashlib.sha256(bytes(9 * count)).hexdigest()
+
+
+def test_a_fetched_file_is_the_callers_own(root, store, tmp_path):
+    """Mode 0644 and no link: it may be written into."""
+    store.put("k", b"bytes")
+    store.fetch_file("k", tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "out").write_bytes(b"other")
+    assert store.get("k") == b"bytes"
 
 
 def test_stored_files_are_read_only(root, store, tmp_path):
@@ -228,7 +249,7 @@ def test_without_links_bytes_are_copied(root, store, tmp_path, monkeypatch, code
     (tmp_path / "in").write_bytes(b"bytes")
     part = store.put_file("part", tmp_path / "in")
     store.compose("whole", [part])
-    store.fetch_file("whole", tmp_path / "out")
+    store.spool(["whole"], tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"bytes"
     assert len({p.stat().st_ino for p in (tmp_path / "in", root / "part", root / "whole")}) == 3
     assert len(fired) == 3
