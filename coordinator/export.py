@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from coordinator.genesis import adapter_config
 from coordinator.inspection import perplexity
 from coordinator.stacking import lora_in
 from shared import topology
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig, LoraSection
     from shared.store import ObjectStore
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def export_adapter(
 ) -> Exported:
     """Write the adapter that a round produced into the new or empty folder ``target``.
 
-    Raises RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
+    Both files are the caller's own: nothing that is done to them reaches the ledger. Raises
+    RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
     LedgerDamagedError when the stored adapter is missing or altered.
     """
     number = history.last_closed if round_number is None else round_number
@@ -50,18 +52,28 @@ def export_adapter(
         raise ConfigError(f"--to {target}: cannot be made ({error.strerror})") from None
     if any(target.iterdir()):
         raise ConfigError(f"--to {target}: is not empty; name a new directory")
-    for file in FILES:
-        key = topology.adapter_key(history.run, record.adapter_sha, file)
-        try:
-            store.fetch_file(key, target / file)
-        except ObjectMissingError:
-            why = _why_missing(history.run, store, key)
-            raise LedgerDamagedError(f"{key}: {why}") from None
-    if digest_file(target / FILES[1])[0] != record.adapter_sha:
+    tensors = target / TENSORS
+    key = topology.adapter_key(history.run, record.adapter_sha, TENSORS)
+    try:
+        store.fetch_file(key, tensors)
+    except ObjectMissingError:
+        why = _why_missing(history.run, store, key)
+        raise LedgerDamagedError(f"{key}: {why}") from None
+    if digest_file(tensors)[0] != record.adapter_sha:
+        tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
-    lora = lora_in(target / FILES[1], history.config)
+    lora = lora_in(tensors, history.config)
+    # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
+    config = adapter_config(history.config.base, lora, _genesis(history).manifest)
+    (target / CONFIG).write_bytes(config)
     (target / "README.md").write_text(_card(history, number, record, lora), encoding="utf-8")
     return Exported(number, record.adapter_sha, target)
+
+
+def _genesis(history: History) -> GenesisRecord:
+    record = history.one(0, GenesisRecord)
+    assert isinstance(record, GenesisRecord)  # no result comes before it
+    return record
 
 
 # What each rule takes of the deltas, for the model card.

@@ -1,0 +1,70 @@
+"""What an export hands out: files of the reader's own, as the record says."""
+
+import pytest
+
+from coordinator.export import export_adapter
+from coordinator.inspection import History
+from shared import topology
+from shared.errors import LedgerDamagedError
+from shared.records import ClosedRecord
+from tests import federations
+from tests.steering import records, store_of, verify
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    federations.run(federations.config(rounds=1), folder)
+    return folder
+
+
+def export(folder, to):
+    """The last adapter, written to ``to``."""
+    return export_adapter(History(store_of(folder), "test"), store_of(folder), to, None)
+
+
+def test_what_is_done_to_an_export_does_not_reach_the_ledger(finished, tmp_path):
+    """Each file is written into, as save_pretrained does; root may write what is read-only."""
+    out = tmp_path / "out"
+    export(finished, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    inodes = {path.stat().st_ino for path in (finished / "store").rglob("*")}
+    for path in out.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert path.stat().st_ino not in inodes
+        with path.open("r+b") as file:
+            file.write(b"another")
+    assert verify(finished).findings == []
+
+
+def test_a_damaged_config_is_not_exported(tmp_path):
+    """It has no sha256 on record; what is exported is made from the record."""
+    federations.run(federations.config(rounds=1), tmp_path)
+    (closed,) = records(tmp_path, ClosedRecord)
+    key = topology.adapter_key("test", closed.adapter_sha, "adapter_config.json")
+    store = store_of(tmp_path)
+    whole = store.get(key)
+    store.put(key, whole.replace(b'"r": ', b'"r": 9'))
+    export(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == whole
+
+
+def test_damaged_tensors_are_not_exported(tmp_path):
+    """The export fails, names the object, and leaves no such file behind."""
+    federations.run(federations.config(rounds=1), tmp_path)
+    (closed,) = records(tmp_path, ClosedRecord)
+    key = topology.adapter_key("test", closed.adapter_sha)
+    store = store_of(tmp_path)
+    store.put(key, store.get(key)[:-1] + b"\x01")
+    with pytest.raises(LedgerDamagedError, match=key):
+        export(tmp_path, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_ledgers_files_are_read_only(finished):
+    """Nobody but root can write into one by mistake."""
+    files = [path for path in (finished / "store").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o444}
