@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from shared.s3_store import S3Store
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK, WIDTH, LAYERS = 16, 8_192, 64
+RANK, LAYERS = 16, 64
+WIDTH = int(os.environ.get("WIRE_WIDTH", "8192"))  # so that processes of this file inherit it
 PASSWORD = "for-benchmarks"
 FLOOR_BUCKET = "bare-bytes"
 PATIENCE_SECONDS = 600.0
@@ -313,12 +314,15 @@ class Federation:
 
     def round_seconds(self) -> list[float]:
         """Seconds from each round's opening to the next one's, or to the end of the run."""
+        return [end - begin for begin, end in itertools.pairwise(self.stamps())]
+
+    def stamps(self) -> list[float]:
+        """When each round was opened so far, and when the run finished."""
         from shared.ledger import Ledger
         from shared.records import FinishedRecord, OpenedRecord
 
         ledger = Ledger(self.servers.store(self.name), self.name, "benchmark", time.time)
-        times = [r.time for r in ledger.history() if isinstance(r, OpenedRecord | FinishedRecord)]
-        return [end - begin for begin, end in itertools.pairwise(times)]
+        return [r.time for r in ledger.history() if isinstance(r, OpenedRecord | FinishedRecord)]
 
     def phases(self, name: str) -> dict[str, float]:
         """What the process's stopwatch says."""
@@ -702,6 +706,12 @@ class Floor:
 
 def run_federation(federation: Federation, setup: bool = True) -> None:
     """Make accounts and kits, start all processes, wait for the end."""
+    start_federation(federation, setup)
+    federation.wait()
+
+
+def start_federation(federation: Federation, setup: bool = True) -> None:
+    """Make accounts and kits, start all processes."""
     if setup:
         subprocess.run(
             [sys.executable, "-m", "cli.main", "setup", str(federation.file), "--kits",
@@ -716,7 +726,6 @@ def run_federation(federation: Federation, setup: bool = True) -> None:
         )
         federation.start(site, __file__, "--role", "site", str(federation.file), site)
     federation.start_coordinator()
-    federation.wait()
 
 
 def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) -> None:
