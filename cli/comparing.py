@@ -39,7 +39,8 @@ def compare(
         ),
     ],
     to: Annotated[
-        Path | None, typer.Option("--to", help="Write the comparison as a picture to this PNG.")
+        Path | None,
+        typer.Option("--to", help="Write the comparison as a picture: a .png, .pdf or .svg file."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -106,6 +107,11 @@ def _print(runs: Sequence[RunFacts]) -> None:
         ("run", "base model", "members", "rounds", "loss before", "after", "perplexity"),
         [_summary(run) for run in runs],
     )
+    from cli.differing import differing_settings
+
+    differing = differing_settings([run.settings for run in runs])
+    if differing:
+        print_table("Settings that differ", ("setting", *labels), differing)
     quantities: list[tuple[str, Callable[[RoundFacts], str | None]]] = [
         (
             "Held-out loss (nats per answer token); round 0: the base",
@@ -129,7 +135,7 @@ def _print(runs: Sequence[RunFacts]) -> None:
         ("phase", *labels),
         [
             *((phase, *(fixed(s.get(phase), 1) for s in seconds)) for phase in phases(seconds)),
-            ("all", *(fixed(sum(s.values()), 1) for s in seconds)),
+            ("total", *(fixed(sum(s.values()), 1) for s in seconds)),
         ],
     )
 

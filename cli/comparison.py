@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cli.differing import flat_settings
 from coordinator.inspection import perplexity
 from shared.records import (
     ClosedRecord,
@@ -57,7 +58,8 @@ class RunFacts:
 
     ``label``: its name, or STORE:RUN where names repeat, STORE without the folder that all have in
     common. ``held_out``: examples and tokens of each site's held-out text, as far as known.
-    ``base``: fingerprint of the base model; None before the first adapter is there.
+    ``base``: fingerprint of the base model; None before the first adapter is there. ``settings``:
+    what is on record, by name.
     """
 
     label: str
@@ -67,6 +69,7 @@ class RunFacts:
     members: tuple[str, ...]
     held_out: dict[str, tuple[int, int]]
     rounds: tuple[RoundFacts, ...]
+    settings: dict[str, Any]
 
     @property
     def last(self) -> RoundFacts | None:
@@ -100,6 +103,7 @@ def gather(history: History, label: str) -> RunFacts:
         members=tuple(sorted(history.members)),
         held_out=dict(sorted(held_out.items())),
         rounds=tuple(rounds),
+        settings=flat_settings(history.config),
     )
 
 

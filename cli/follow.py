@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from cli.standing import RoundNow
+    from cli.standing import RoundLoss, RoundNow
     from coordinator.watch import RunStatus, SiteStatus
     from shared.store import ObjectStore
 
@@ -62,7 +62,8 @@ class SiteNow:
 class View:
     """The run at one moment. ``round`` -1: before round 0. ``seen``: when a coordinator last wrote.
 
-    ``state``: waiting, open, closing, closed, paused, finished or failed.
+    ``state``: waiting, open, closing, closed, paused, finished or failed. ``losses``: of rounds
+    that closed since it is followed.
     """
 
     run: str
@@ -75,6 +76,7 @@ class View:
     reason: str = ""
     adapter_sha: str | None = None
     sites: list[SiteNow] = field(default_factory=list)
+    losses: list[RoundLoss] = field(default_factory=list)
 
 
 def follow(path: Path, run: str, number: int | None, *, as_json: bool) -> None:
@@ -176,6 +178,7 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
         sites=[
             _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
         ],
+        losses=list(standing.losses.values()),
     )
 
 

@@ -6,13 +6,22 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from cli.output import console, fixed, make_table, megabytes, printable
+from cli.output import (
+    console,
+    fixed,
+    make_table,
+    make_title,
+    megabytes,
+    printable,
+    round_line,
+)
 from cli.standing import moment
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from cli.follow import SiteNow, View
+    from cli.standing import RoundLoss
 
 
 class Screen(Protocol):
@@ -62,13 +71,18 @@ class LiveTable:
 
 
 class Lines:
-    """One line for the run and each site whenever it changes."""
+    """One line for each round that closed, with its losses, and for the run and each site's state.
+
+    Not for each step of a training: a log would be full of them.
+    """
 
     def __init__(self) -> None:
         self._said: dict[str, str] = {}
 
     def show(self, view: View) -> None:
         """Say what is new."""
+        for loss in view.losses:
+            self._say(f"round {loss.round}", _losses(view, loss))
         self._say("", headline(view))
         for site in view.sites:
             self._say(site.site, f"  {site.site}: {sentence(site)}")
@@ -98,21 +112,15 @@ def headline(view: View) -> str:
 
 
 def sentence(site: SiteNow) -> str:
-    """A participant in one line."""
-    parts = [_state(site)]
-    if site.tokens_per_second is not None:
-        parts.append(f"{site.tokens_per_second:.1f} tokens/s")
-    if site.eta_seconds:
-        parts.append(f"{site.eta_seconds:.0f} s to go")
-    if site.bytes_down or site.bytes_up:
-        parts.append(f"{megabytes(site.bytes_down)} MB down, {megabytes(site.bytes_up)} MB up")
-    if site.reason:
-        parts.append(site.reason)
-    return ", ".join(parts)
+    """A participant in one line, without what changes by the second."""
+    away = f" since {moment(site.away_since)}" if site.away_since is not None else ""
+    return f"{site.state}{away}" + (f", {site.reason}" if site.reason else "")
 
 
-def table_of(view: View) -> Table:
-    """The view as a table."""
+def table_of(view: View) -> Group:
+    """The view as a table below its headline and the losses of the round that closed last."""
+    from rich.console import Group
+
     columns = (
         "site",
         "state",
@@ -136,7 +144,13 @@ def table_of(view: View) -> Table:
         )
         for site in view.sites
     ]
-    return make_table(headline(view), columns, rows)
+    above = [headline(view)]
+    above += [_losses(view, loss) for loss in view.losses[-1:]]
+    return Group(*(make_title(line) for line in above), make_table(columns, rows))
+
+
+def _losses(view: View, loss: RoundLoss) -> str:
+    return round_line(loss.round, view.rounds, loss.held_out_nll, loss.last_step_nll)
 
 
 def _state(site: SiteNow) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from shared.errors import GradualDiffError
     from shared.store import ObjectStore
 
 _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
+PIPE_COLUMNS = 1000
 DEFAULT_STORE = Path("gradualdiff-demo/store")
 
 StoreOption = Annotated[
@@ -92,10 +95,11 @@ def writable_store(path: Path) -> ObjectStore:
 
 
 def console() -> Console:
-    """Where tables go."""
+    """Where tables go. In a file or a pipe nothing is folded at the width that no terminal has."""
     from rich.console import Console
 
-    return Console(soft_wrap=False)
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(soft_wrap=False, width=PIPE_COLUMNS if wide else None)
 
 
 def print_json(value: Any) -> None:
@@ -105,17 +109,24 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; floats with four decimals, None as a dash. Text left, numbers right."""
-    console().print(make_table(title, columns, rows))
+    out = console()
+    out.print(make_title(title), soft_wrap=True)
+    out.print(make_table(columns, rows))
 
 
-def make_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+def make_title(title: str) -> Text:
+    """A table's title. It is a line of its own, since a title in a table wraps at its width."""
+    from rich.text import Text
+
+    return Text(printable(title), style="table.title")
+
+
+def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """The table of :func:`print_table`. No cell is taken for rich's mark-up: ``[a-z]`` stays."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title=Text(printable(title), style="table.title"),
-        title_justify="left",
         header_style="bold",
         box=None,
         padding=(0, 2, 0, 0) if len(columns) < 9 else (0, 1, 0, 0),
@@ -165,6 +176,16 @@ def agree(question: str, *, yes: bool) -> None:
 def fixed(value: float | None, digits: int) -> str | None:
     """A number with so many decimals; None stays None."""
     return None if value is None else f"{value:.{digits}f}"
+
+
+def round_line(number: int, rounds: int, held_out: float | None, trained: float | None) -> str:
+    """A closed round in one line, with its losses (nats per token) as far as they are known."""
+    told = [f"round {number} of {rounds} is closed"]
+    if held_out is not None:
+        told.append(f"held-out loss before it {held_out:.4f}")
+    if trained is not None:
+        told.append(f"training loss at its end {trained:.4f}")
+    return ", ".join(told)
 
 
 def megabytes(count: int | None) -> str | None:

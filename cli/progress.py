@@ -15,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cli.output import round_line
+
 if TYPE_CHECKING:
     from coordinator.state import RunState
     from participant.learning import Progress as Step
@@ -109,11 +111,12 @@ class Bars:
 
 
 class Lines:
-    """One line whenever a participant is done with something or a round closes."""
+    """One line whenever a round closes, with its losses."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._closed = -1
+        self._trained: dict[str, float] = {}
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -123,19 +126,21 @@ class Lines:
         return
 
     def report(self, site: str, round_number: int | None, step: Step) -> None:
-        """Say what a participant finished."""
-        if step.done < step.total:
-            return
-        where = "" if round_number is None else f"round {round_number}: "
-        loss = "" if step.loss is None else f", loss {step.loss:.3f}"
-        self._say(f"{where}{site} is done {WORDS[step.activity]} ({step.total}{loss})")
+        """Remember a participant's newest training loss."""
+        del round_number
+        if step.loss is not None:
+            self._trained[site] = step.loss
 
     def moved(self, state: RunState) -> None:
         """Say which round closed."""
         if state.last_round > self._closed:
             self._closed = state.last_round
-            sha = (state.adapter_sha or "")[:12]
-            self._say(f"round {self._closed} of {state.total_rounds} is closed: adapter {sha}")
+            held_out = state.held_out[-1] if state.held_out else None
+            losses = self._trained.values()
+            trained = sum(losses) / len(losses) if losses else None
+            line = round_line(self._closed, state.total_rounds, held_out, trained)
+            self._say(f"{line}: adapter {(state.adapter_sha or '')[:12]}")
+            self._trained.clear()
 
     def converted(self, done: int, total: int) -> None:
         """Say that the conversion is done."""

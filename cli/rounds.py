@@ -44,7 +44,8 @@ def show(
         int | None, typer.Argument(metavar="ROUND", help="One round (default: all).")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write held-out loss by round to this PNG.")
+        Path | None,
+        typer.Option("--plot", help="Write held-out loss by round: a .png, .pdf or .svg."),
     ] = None,
     follow: Annotated[
         bool,

@@ -55,7 +55,9 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
 
 @app.command()
 def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """One run: its state, members and settings."""
+    """One run: its state, dates, members, and the settings that differ from the defaults."""
+    from cli.differing import changed_settings, told
+    from cli.standing import moment
     from coordinator.inspection import History, summarise_run
 
     history = History(open_store(store), run)
@@ -84,8 +86,17 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         ("adapter", summary.adapter_sha),
         ("config digest", history.federation.digest),
         ("base model", history.config.base.model),
+        ("began", moment(summary.began)),
+        ("finished", moment(history.finished.time if history.finished else None)),
     ]
     print_table(f"Run {run}", ("fact", "value"), facts)
+    changed = changed_settings(history.config)
+    if changed:
+        print_table(
+            "Settings that differ from the defaults",
+            ("setting", "value", "default"),
+            [(name, told(value), told(default)) for name, (value, default) in changed.items()],
+        )
     rows = [
         (site, m.examples, m.fingerprint[:12], m.numerics.device, m.numerics.compute_dtype)
         for site, m in sorted(history.members.items())

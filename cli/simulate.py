@@ -53,13 +53,16 @@ def simulate(
     learners = load_learners(config, folder)
     again = f"gradualdiff simulate {federation} --resume"
     with make_display(quiet=as_json) as display:
-        state = run_here(config, store, folder, learners, display, again)
-    if as_json:
-        from coordinator.inspection import History, summarise_run
+        run_here(config, store, folder, learners, display, again)
+    from coordinator.inspection import History, summarise_run
 
-        print_json(summarise_run(History(store, config.run.name)))
+    summary = summarise_run(History(store, config.run.name))
+    if as_json:
+        print_json(summary)
         return
-    console().print(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")
+    loss = "" if summary.held_out_nll is None else f"held-out loss {summary.held_out_nll:.4f}, "
+    line = f"run {config.run.name} is finished: {loss}adapter sha256 {summary.adapter_sha}"
+    console().print(line, soft_wrap=True)
     option = f"--store {folder / config.store.directory}"
     console().print(f"next: gradualdiff rounds list {config.run.name} {option}", soft_wrap=True)
     console().print(f"      gradualdiff runs verify {config.run.name} {option}", soft_wrap=True)

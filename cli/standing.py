@@ -55,7 +55,7 @@ class RoundNow:
     """One round. ``state``: waiting (for sites to join), open, closing or closed.
 
     ``since``: seconds since the epoch. ``troubles``: a site's newest failure or refusal.
-    ``left_out``: counted deltas that the rule did not take.
+    ``left_out``: counted deltas that the rule did not take. ``held_out``: before a closed round.
     """
 
     number: int
@@ -66,6 +66,19 @@ class RoundNow:
     troubles: dict[str, str] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundLoss:
+    """A closed round's losses in nats per token: held out before it, and where it was trained to.
+
+    ``last_step_nll``: the mean over sites of their last step's; None where no site tells.
+    """
+
+    round: int
+    held_out_nll: float | None
+    last_step_nll: float | None
 
 
 class Standing:
@@ -84,6 +97,7 @@ class Standing:
         self.finished: FinishedRecord | None = None
         self.steering = Steering()
         self.newest = -1
+        self.losses: dict[int, RoundLoss] = {}  # of rounds that closed since the first look
         self.round = self._waiting()
 
     def refresh(self, number: int | None = None) -> RoundNow:
@@ -123,9 +137,14 @@ class Standing:
         wanted = self.newest if number is None else number
         if wanted not in numbers:
             self.round = self._waiting()
-        else:
-            folder = [parts for parts in rounds if parts[1].isdigit() and int(parts[1]) == wanted]
-            self.round = self._fold(wanted, [self._at(prefix, parts) for parts in folder])
+            return self.round
+        # Another round may be open by the time that one is seen to be closed.
+        first = wanted if self.round.number < 0 else self.round.number
+        for passed in sorted(n for n in {*numbers, wanted} if min(first, wanted) <= n <= wanted):
+            folder = [parts for parts in rounds if parts[1].isdigit() and int(parts[1]) == passed]
+            self.round = self._fold(passed, [self._at(prefix, parts) for parts in folder])
+            if self.round.state == "closed" and passed > 0:
+                self.losses[passed] = _loss(self.round)
         return self.round
 
     def _unfit(self, members: dict[str, MemberRecord], names: list[str]) -> dict[str, str]:
@@ -175,9 +194,19 @@ class Standing:
             state = "closed"
         elif ClosingRecord in kinds:
             state = "closing"
-        left_out = next((dict(r.left_out) for r in records if isinstance(r, ClosedRecord)), {})
+        closed = next((r for r in records if isinstance(r, ClosedRecord)), None)
+        left_out = dict(closed.left_out) if closed else {}
+        held_out = closed.source_held_out.nll if closed and closed.source_held_out else None
         reasons = {site: reason for site, (_, reason) in troubles.items()}
-        return RoundNow(number, state, since, selected, accepted, reasons, excluded, left_out)
+        return RoundNow(
+            number, state, since, selected, accepted, reasons, excluded, left_out, held_out
+        )
+
+
+def _loss(now: RoundNow) -> RoundLoss:
+    told = [record.metrics.last_step_nll for record in now.accepted.values()]
+    known = [loss for loss in told if loss is not None]
+    return RoundLoss(now.number, now.held_out, sum(known) / len(known) if known else None)
 
 
 def awaited(standing: Standing, site: str) -> str:

@@ -324,6 +324,9 @@ class SimulationSection(Section):
     sites: tuple[str, ...] = ()
 
 
+NOT_RECORDED = ("broker", "store", "simulation")  # tables that cannot change a run's result
+
+
 class FederationConfig(Section):
     """A whole ``federation.toml``."""
 
@@ -383,7 +386,7 @@ class FederationConfig(Section):
 
         What does as a release that did not have the setting is left out.
         """
-        values = self.model_dump(mode="json", exclude={"broker", "store", "simulation"})
+        values = self.model_dump(mode="json", exclude=set(NOT_RECORDED))
         for table, before in _BEFORE.items():
             for name, value in before.items():
                 if values[table][name] == value:

@@ -38,7 +38,7 @@ def run(config: FederationConfig, folder: Path, sites=None, **embedding):
         Embedding(
             store=embedding.pop("store", None) or DirectoryStore(folder / "store"),
             folder=folder,
-            report=lambda *_: None,
+            report=embedding.pop("report", lambda *_: None),
             moved=embedding.pop("moved", lambda _: None),
             **embedding,
         ),

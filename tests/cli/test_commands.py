@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
+from cli.output import print_table
+from cli.plot import looks
 from shared import errors, topology
 from shared.directory_store import DirectoryStore
 from shared.ledger import Ledger
@@ -122,12 +125,46 @@ def test_export_writes_a_peft_directory_once(store, tmp_path):
     assert again.returncode == errors.ConfigError.exit_code
 
 
-def test_a_plot_is_a_png(store, tmp_path):
-    """Rounds show --plot writes a picture."""
-    path = tmp_path / "loss.png"
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")]
+)
+def test_a_plot_is_of_the_kind_that_its_name_says(store, tmp_path, suffix, begins):
+    """Rounds show --plot writes a picture; the curve over all sites is called pooled."""
+    path = tmp_path / f"loss.{suffix}"
     done = gradualdiff("rounds", "show", "test", "--plot", path, "--store", store)
     assert done.returncode == 0, done.stderr
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes().startswith(begins)
+    if suffix == "svg":
+        assert "<!-- pooled -->" in path.read_text()
+
+
+def test_no_two_lines_of_a_plot_look_alike():
+    """Not even to those who see no colours, for as many runs and sites as fit into a picture."""
+    drawn = list(islice(looks(), 100))
+    assert len({tuple(look.values()) for look in drawn}) == 100
+    grey = {(look["marker"], look["linestyle"]) for look in drawn[:20]}
+    assert len(grey) >= 15
+
+
+def test_a_title_is_one_line_however_narrow_its_table_is(capsys):
+    """A table's own title would be folded at the table's width."""
+    title = "Seconds by phase, all rounds: the slowest site of each"
+    print_table(title, ("a", "b"), [(1, 2)])
+    assert capsys.readouterr().out.splitlines()[0].rstrip() == title
+
+
+def test_a_run_is_shown_with_its_dates_and_what_differs_from_the_defaults(tmp_path):
+    """Only that: a setting at its default is not repeated."""
+    given = federations.config(codec={"name": "bf16"}, training={"local_steps": 3})
+    federations.run(given, tmp_path)
+    done = gradualdiff("runs", "show", "test", "--store", tmp_path / "store")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["codec.name", '"bf16"', '"fp32"'] in rows
+    assert ["training.local_steps", "3", "not", "set"] in rows
+    assert not [row for row in rows if row[:1] == ["lora.alpha"]]
+    told = {row[0]: row[1:] for row in rows if row}
+    assert {"began", "finished"} <= set(told)
+    assert told["began"][0].startswith("20")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,19 @@ def test_the_picture_shows_something(folder, tmp_path):
     assert coloured(path) > 20_000
 
 
+def test_the_settings_that_differ_are_shown(folder):
+    """Each with its value in either run; not the names, and not what is the same in both."""
+    done = gradualdiff("runs", "compare", "three", "five", "--store", folder / "store")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["run.rounds", "2", "3"] in rows
+    assert not [row for row in rows if row and row[0] in ("run.name", "lora.rank")]
+    names = ("three", f"{folder}/other/store:three")
+    done = gradualdiff("runs", "compare", *names, "--store", folder / "store", "--json")
+    first, second = (run["settings"] for run in json.loads(done.stdout)["runs"])
+    assert (first["run.seed"], second["run.seed"]) != (first["run.seed"],) * 2
+    assert second["run.seed"] == 9
+
+
 def test_a_run_that_has_not_begun_is_compared_too(folder, tmp_path):
     """No round, no loss: dashes and empty axes, no traceback."""
     store = DirectoryStore(tmp_path / "store")
@@ -195,7 +208,7 @@ def test_a_run_that_has_not_begun_is_compared_too(folder, tmp_path):
         (("three", "three"), errors.ConfigError.exit_code, "more than once"),
         (("three", "here:"), errors.ConfigError.exit_code, "STORE:RUN"),
         ((":three",), errors.ConfigError.exit_code, "STORE:RUN"),
-        (("nowhere:three",), errors.StoreError.exit_code, "nowhere"),
+        (("nowhere:three",), errors.StoreMissingError.exit_code, "nowhere"),
         (("three", "--to", "nowhere/x.png"), errors.ConfigError.exit_code, "--to"),
         (("three", "--to", "picture"), errors.ConfigError.exit_code, ".png"),
         ((), 2, "RUN"),

@@ -25,7 +25,7 @@ from shared.config import canonical_json, load_federation
 from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, RunNotFoundError, StoreUnavailableError
 from shared.ledger import Ledger
-from shared.manifest import LocalMetrics
+from shared.manifest import HeldOut, LocalMetrics
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -122,7 +122,7 @@ class Written:
                 mean_norm=1.0,
                 delta_norms={},
                 cosines={},
-                source_held_out=None,
+                source_held_out=HeldOut(nll=2.5, tokens=1, examples=1),
             )
         )
 
@@ -239,7 +239,7 @@ def test_each_participants_state_is_told(run):
     assert (b.state, b.pending_since) == ("accepted", None)
     assert (c.state, c.away_since) == ("away", run.now - ONLINE_SECONDS - 1)
     assert "disk" in c.reason
-    assert "training 3 of 9, 50.0 tokens/s, 12 s to go" in follow_screens.sentence(a)
+    assert follow_screens.sentence(a) == "training"
     assert "away since 20" in follow_screens.sentence(c)
     assert not view.coordinator_silent
     assert follow.look(standing, status, run.now + 31).coordinator_silent
@@ -263,6 +263,35 @@ def test_a_site_that_does_not_listen_is_away_whatever_it_said_last(run):
         "c": ("accepted", None),
     }
     assert "its process is gone" in follow_screens.sentence(sites(view)["a"])
+
+
+def test_off_a_terminal_each_round_is_one_line_with_its_losses(run, capsys):
+    """However many steps were told of, and although the next round opened in the same moment."""
+    screen = follow_screens.Lines()
+    run.genesis()
+    run.open()
+
+    def train(step):
+        told = {"progress_at": run.now, "round": 1, "activity": "train", "step": step, "of": 4}
+        return lambda: run.status(waiting=("a", "b", "c"), a=told)
+
+    def close():
+        run.accept("a")
+        run.close()
+        run.open(2)
+        run.status(number=2, waiting=("a",))
+
+    for view in run.views(
+        *(train(step) for step in (1, 2, 3)),
+        close,
+        lambda: (run.finish(), run.status(state="finished", number=2)),
+    ):
+        screen.show(view)
+    said = capsys.readouterr().out.splitlines()
+    losses = "held-out loss before it 2.5000, training loss at its end 1.0000"
+    assert said.count(f"round 1 of 3 is closed, {losses}") == 1
+    assert said.count("  a: training") == 1
+    assert not [line for line in said if " of 4" in line]
 
 
 def test_it_waits_for_a_run_that_has_not_begun(tmp_path, capsys):
