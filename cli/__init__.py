@@ -1,1 +1,1 @@
-"""The command line: one file per noun. The only package that may import both roles, lazily."""
+"""GradualDiff-Fed: the command line, one file per noun. It alone imports both roles, and lazily."""

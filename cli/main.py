@@ -15,7 +15,6 @@ app = typer.Typer(
     name="gradualdiff",
     help="Fine-tune one language model at many sites that share no text (GradualDiff-Fed).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
@@ -54,7 +53,7 @@ def root(
 def main() -> None:
     """The console script: errors of our tree become one line and their exit code."""
     try:
-        app()
+        app(prog_name="gradualdiff")
     except GradualDiffError as error:
         sys.exit(complain(error))
     except OSError as error:

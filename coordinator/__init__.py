@@ -1,1 +1,1 @@
-"""The coordinator's role: decide rounds, check deltas, aggregate. Never loads a model or torch."""
+"""GradualDiff-Fed: the coordinator. Decides rounds, checks deltas, aggregates; without torch."""

@@ -1,1 +1,1 @@
-"""A participant's role (a site): train on private text, submit deltas. Holds no store key."""
+"""GradualDiff-Fed: a participant (a site). Trains on private text, submits deltas."""

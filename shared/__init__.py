@@ -1,1 +1,1 @@
-"""What both roles speak: events, ledger, ports, tensors, codecs. Imports no role."""
+"""GradualDiff-Fed: what both roles speak: events, ledger, ports, codecs. Imports no role."""

@@ -7,6 +7,7 @@
     |- ModelError              12   the base model: path, quantisation, fingerprint
     |  `- DivergedError        14   a training or an adapter came to a loss that is not finite
     |- MissingPackageError     13   an optional package is not installed
+    |- ForeignPackageError     15   another project's package has the name of one of ours
     |- LedgerError             20   the run's records
     |  |- LedgerDamagedError   21   an object of the ledger is missing, torn or altered
     |  |- RunExistsError       22   the run is there already (or with another config)
@@ -84,6 +85,15 @@ class MissingPackageError(GradualDiffError):
     """An optional package is needed for this and is not installed."""
 
     exit_code = 13
+
+
+class ForeignPackageError(GradualDiffError):
+    """Another project's package named shared, coordinator, participant or cli comes first.
+
+    Told by ``gradualdiff.py``, which runs before anything of ours can be imported.
+    """
+
+    exit_code = 15
 
 
 class LedgerError(GradualDiffError):
