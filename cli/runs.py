@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from cli import comparing, pruning, steering
+from cli import comparing, exporting, pruning, steering
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -33,6 +32,7 @@ for command in (
     steering.branch,
     pruning.prune,
     comparing.compare,
+    exporting.export,
 ):
     app.command()(command)
 
@@ -140,29 +140,6 @@ def verify(
             f"run {run} is not what it says:\n" + "\n".join(lines) + "\n"
             "Restore these objects from a copy of the store; other rounds are unharmed"
         )
-
-
-@app.command()
-def export(
-    run: RunArgument,
-    to: Annotated[Path, typer.Option("--to", help="The new directory to write.")],
-    round_number: Annotated[
-        int | None, typer.Option("--round", help="Which round's adapter (default: the last).")
-    ] = None,
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a PEFT adapter directory with a model card; PeftModel.from_pretrained loads it."""
-    from coordinator.export import export_adapter
-    from coordinator.inspection import History
-
-    objects = open_store(store)
-    exported = export_adapter(History(objects, run), objects, to, round_number)
-    if as_json:
-        print_json(exported)
-        return
-    console().print(f"Wrote {to}: the adapter of round {exported.round}, sha256 {exported.sha}")
-    console().print(f"Load it with PeftModel.from_pretrained(base_model, {str(to)!r})")
 
 
 def _announce(round_number: int) -> None:

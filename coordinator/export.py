@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.genesis import adapter_config
-from coordinator.inspection import perplexity
+from coordinator.model_card import model_card
 from coordinator.stacking import lora_in
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.inspection import History
-    from shared.config import FederationConfig, LoraSection
     from shared.store import ObjectStore
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,18 @@ class Exported:
 
 
 def export_adapter(
-    history: History, store: ObjectStore, target: Path, round_number: int | None
+    history: History,
+    store: ObjectStore,
+    target: Path,
+    round_number: int | None,
+    base: str | None = None,
+    *,
+    merged: bool = False,
 ) -> Exported:
     """Write the adapter that a round produced into the new or empty folder ``target``.
+
+    ``base``: what the adapter's config and card call the base model (None: as the run does).
+    ``merged``: the card is to be of a model that the adapter will be merged into.
 
     Both files are the caller's own: nothing that is done to them reaches the ledger. Raises
     RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
@@ -46,12 +54,7 @@ def export_adapter(
     record = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
     if not isinstance(record, ClosedRecord | GenesisRecord):
         raise RunNotFoundError(f"run {history.run} has no result of round {number} to export")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--to {target}: cannot be made ({error.strerror})") from None
-    if any(target.iterdir()):
-        raise ConfigError(f"--to {target}: is not empty; name a new directory")
+    new_folder(target)
     tensors = target / TENSORS
     key = topology.adapter_key(history.run, record.adapter_sha, TENSORS)
     try:
@@ -64,10 +67,42 @@ def export_adapter(
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
     lora = lora_in(tensors, history.config)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
-    config = adapter_config(history.config.base, lora, _genesis(history).manifest)
-    (target / CONFIG).write_bytes(config)
-    (target / "README.md").write_text(_card(history, number, record, lora), encoding="utf-8")
+    named = history.config.base.model_copy(update={"model": base or history.config.base.model})
+    (target / CONFIG).write_bytes(adapter_config(named, lora, _genesis(history).manifest))
+    (target / CARD).write_text(
+        model_card(history, number, record.adapter_sha, lora, named.model, merged=merged),
+        encoding="utf-8",
+    )
     return Exported(number, record.adapter_sha, target)
+
+
+def new_folder(target: Path) -> None:
+    """Make ``target``, or see that it is empty. Raises ConfigError."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        empty = not any(target.iterdir())
+    except OSError as error:
+        raise ConfigError(f"--to {target}: cannot be made ({error.strerror})") from None
+    if not empty:
+        raise ConfigError(f"--to {target}: is not empty; name a new directory")
+
+
+def best_round(history: History) -> int:
+    """The round whose adapter has the lowest loss, pooled over all held-out text of the run.
+
+    A round that some site did not measure is not compared: its loss is of other text. Raises
+    RunNotFoundError where no round was measured.
+    """
+    losses = {
+        n: pool_held_out(history.held_out(n).values()) for n in range(1, history.last_closed + 1)
+    }
+    whole = max((loss.tokens for loss in losses.values() if loss), default=0)
+    known = {n: loss.nll for n, loss in losses.items() if loss and loss.tokens == whole}
+    if not known:
+        raise RunNotFoundError(
+            f"--best: run {history.run} has no round with a held-out loss; name one by --round"
+        )
+    return min(known, key=lambda number: (known[number], number))
 
 
 def _genesis(history: History) -> GenesisRecord:
@@ -76,86 +111,8 @@ def _genesis(history: History) -> GenesisRecord:
     return record
 
 
-# What each rule takes of the deltas, for the model card.
-_TAKEN = {
-    "mean": "the weighted mean of the participants' deltas",
-    "trimmed-mean": "the trimmed mean of the participants' deltas",
-    "median": "the median of the participants' deltas, value by value",
-    "multi-krum": "the mean of those participants' deltas that multi-Krum takes",
-}
-
-
-def _joined(config: FederationConfig) -> str:
-    if config.aggregation.averaging == "svd":
-        return (
-            "each round's global adapter is the best fit of its rank to the weighted mean of the "
-            "participants' products BA"
-        )
-    if config.aggregation.averaging == "flora":
-        return (
-            "each round's global adapter is the one before beside the participants' factors, so "
-            "that its product grows by the weighted mean of theirs"
-        )
-    taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
-    step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
-    return f"each round's global adapter is the one before plus {step}"
-
-
 def _why_missing(run: str, store: ObjectStore, key: str) -> str:
     for record in Ledger(store, run, "reader", float).pruned():
         if key in record.keys:
             return f"was pruned ({record.key(run)}: {record.reason}); name a round that was kept"
     return "is missing; see: gradualdiff runs verify"
-
-
-def _card(
-    history: History, number: int, record: ClosedRecord | GenesisRecord, lora: LoraSection
-) -> str:
-    config = history.config
-    losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
-    lines = [
-        f"| {n} | {loss.nll:.4f} | {perplexity(loss):.2f} | {loss.tokens} |"
-        for n, loss in losses.items()
-        if loss is not None
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft",
-            f"base_model: {config.base.model}",
-            "tags: [lora, federated-learning, gradualdiff-fed]",
-            "---",
-            "",
-            f"# {history.run}, round {number}",
-            "",
-            (
-                f"A LoRA adapter (r={lora.rank}, alpha={lora.alpha:g}, scaling "
-                f"{lora.scaling}) trained by "
-                f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
-                f"No text left its site; {_joined(config)}."
-            ),
-            "",
-            f"- Adapter sha256: `{record.adapter_sha}`",
-            f"- Config digest: `{history.federation.digest}`",
-            (
-                f"- Base model: `{config.base.model}` ({config.base.quantisation} while "
-                f"training), fingerprint `{next(iter(history.members.values())).fingerprint}`"
-            ),
-            (
-                f"- Rounds: {number} of {history.total_rounds}; "
-                f"weights: {config.aggregation.weights}; "
-                f"averaging: {config.aggregation.averaging}; "
-                f"codec: {config.codec.name}; seed: {config.run.seed}"
-            ),
-            "",
-            (
-                "Held-out loss of the global adapter, nats per answer token over all "
-                "participants' held-out text (round 0 is the base model):"
-            ),
-            "",
-            "| round | loss | perplexity | tokens |",
-            "|---:|---:|---:|---:|",
-            *lines,
-            "",
-        ]
-    )

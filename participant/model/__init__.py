@@ -5,6 +5,7 @@ tensors, numpy arrays and the project's own records.
 """
 
 from participant.model.local_model import LocalModel
+from participant.model.merging import save_merged
 from participant.model.numerics import pick_device, settle_threads
 
-__all__ = ["LocalModel", "pick_device", "settle_threads"]
+__all__ = ["LocalModel", "pick_device", "save_merged", "settle_threads"]

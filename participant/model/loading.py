@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # bitsandbytes' block for 4-bit weights, stated because it is part of the fingerprint.
 NF4_BLOCK = 64
 # RuntimeError: shapes that do not fit config.json, and a device that is too small.
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -95,7 +95,7 @@ def load_base(base: BaseSection, device: torch.device, compute_dtype: torch.dtyp
                 quantization_config=_quantisation(base, compute_dtype),
                 output_loading_info=True,
             )
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise ModelError(
                 f"base.model: {base.model!r} cannot be loaded as a causal language model: {error}; "
                 "mend or replace the folder"

@@ -1,4 +1,4 @@
-"""LoRA directions merged into the weights of a base that is not quantised, for a while.
+"""LoRA directions merged into the weights of a base that is not quantised, for a while or for good.
 
 W = W0 + scale B A, computed in float32 and rounded once to the weight's type, always from W0: so
 rounding does not add up over rounds. W0 is kept on the host and copied back, never got back by
@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from participant.model.fingerprint import fingerprint_of
+from participant.model.libraries import offline, peft, transformers
+from participant.model.loading import LOADING_ERRORS, find_folder, quantisation_facts
 from shared.errors import ModelError
 from shared.lora_factors import A, B, is_a, layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from shared.config import BaseSection
 
 
 class AdaptedLayer(NamedTuple):
@@ -84,6 +90,32 @@ def merged(layers: Iterable[AdaptedLayer], read: Callable[[str], NDArray[Any]]) 
         with torch.no_grad():
             for weight, before in kept:
                 weight.copy_(before)
+
+
+def save_merged(base: BaseSection, fingerprint: str, adapter: Path, target: Path) -> None:
+    """Write ``base`` with a PEFT adapter merged into it, and its tokenizer, as a model of its own.
+
+    The base's own weights are taken, in their own type, also of a run that held them quantised.
+    Raises ModelError for one that cannot be loaded or has not the run's ``fingerprint``.
+    """
+    folder = find_folder(base.model)
+    found = fingerprint_of(folder, quantisation_facts(base))
+    if found != fingerprint:
+        raise ModelError(
+            f"base.model: expected fingerprint {fingerprint}, which the run was trained over, got "
+            f"{found} of {folder}; name the folder or hub id of that model by --base"
+        )
+    with offline():
+        try:
+            network = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", use_safetensors=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except LOADING_ERRORS as error:
+            raise ModelError(f"base.model: {folder} cannot be loaded: {error}") from error
+        whole: Any = peft.PeftModel.from_pretrained(network, str(adapter))
+        whole.merge_and_unload(safe_merge=True).save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 def _product(

@@ -125,6 +125,37 @@ def test_export_writes_a_peft_directory_once(store, tmp_path):
     assert again.returncode == errors.ConfigError.exit_code
 
 
+def test_an_export_names_a_hub_id_and_what_is_left_out(store, tmp_path):
+    """Where neither the base nor torch is: others load it by its id."""
+    target = tmp_path / "adapter"
+    done = gradualdiff(
+        *("runs", "export", "test", "--best", "--base", "some/model"),
+        *("--to", target, "--store", store),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "with the lowest held-out loss" in done.stdout
+    assert "tokenizer is left out" in done.stdout
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/model"
+    card = (target / "README.md").read_text()
+    assert "base_model: some/model\n" in card
+    assert 'AutoModelForCausalLM.from_pretrained("some/model")' in card
+
+
+def test_a_merge_without_its_packages_says_which(store, tmp_path):
+    """Exit code 13 and the command that installs them, as on a coordinator's machine."""
+    script = "import sys; sys.modules['peft'] = None; from cli.main import main; main()"
+    options = ("--merge", "--to", str(tmp_path / "m"), "--store", str(store))
+    done = subprocess.run(
+        [sys.executable, "-c", script, "runs", "export", "test", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == errors.MissingPackageError.exit_code, done.stderr
+    assert "pip install 'gradualdiff-fed[participant]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("suffix", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF-"), ("svg", b"<?xml")]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,72 @@ def test_a_relative_base_model_is_relative_to_its_file(whole, model, tmp_path):
     assert summary(done)["adapter_sha"] == whole[1]["adapter_sha"]
     config = Ledger(DirectoryStore(here / "store"), "tiny", "t", lambda: 0.0).config()
     assert config.base.model == "models/tiny"
+
+
+def used_as_its_card_says(folder):
+    """What the program in a card prints, run as it stands in the exported folder."""
+    program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.filterwarnings("ignore")  # third-party loading code
+def test_an_export_is_used_as_its_card_says_and_merged_it_says_the_same(whole, model, tmp_path):
+    """Both programs run as printed and give the same reply; the merged weights are PEFT's sum."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    store = ("--store", whole[0] / "store")
+    plain, merged = tmp_path / "plain", tmp_path / "merged"
+    for to, options in ((plain, ()), (merged, ("--merge",))):
+        done = gradualdiff("runs", "export", "tiny", "--to", to, *options, *store)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((plain / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(model)
+    assert (plain / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert (merged / "model.safetensors").is_file()
+    assert not (merged / "adapter_model.safetensors").exists()
+    assert used_as_its_card_says(plain) == used_as_its_card_says(merged)
+    ids = AutoTokenizer.from_pretrained(merged)("count 3 at a", return_tensors="pt").input_ids
+    base = AutoModelForCausalLM.from_pretrained(model)
+    with torch.inference_mode():
+        before = base(input_ids=ids).logits
+        beside = PeftModel.from_pretrained(base, plain)(input_ids=ids).logits
+        within = AutoModelForCausalLM.from_pretrained(merged)(input_ids=ids).logits
+    assert torch.allclose(beside, within, atol=1e-4)
+    assert not torch.allclose(before, within, atol=1e-2)
+
+
+def test_only_the_base_that_the_run_had_is_merged_into(whole, model, tmp_path):
+    """Another model under the same path: exit code 12 with both fingerprints."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    script = (
+        "import participant.model.merging as merging, sys\n"
+        f"merging.find_folder = lambda _: __import__('pathlib').Path({str(other)!r})\n"
+        "from cli.main import main\nmain()\n"
+    )
+    options = ("--merge", "--to", str(tmp_path / "m"), "--store", str(whole[0] / "store"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, "runs", "export", "tiny", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == errors.ModelError.exit_code, done.stderr
+    assert "expected fingerprint" in done.stderr
 
 
 @pytest.mark.parametrize("quantisation", ["int8", "none"])
