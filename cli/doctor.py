@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import JsonOption, console, print_json, printable
+from cli.output import JsonOption, console, print_json
 from shared.errors import ConfigError, GradualDiffError
 
 if TYPE_CHECKING:
@@ -101,5 +101,5 @@ def _findings(
 
 
 def _tell(finding: Finding) -> None:
-    text = printable(f"{finding.verdict:<4}  {finding.check}: {finding.says}")
+    text = f"{finding.verdict:<4}  {finding.check}: {finding.says}"
     console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,14 +6,13 @@ or when the status says that something moved; records that were read are not rea
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import typer
 
-from cli.output import open_store
+from cli.output import open_store, say
 from cli.standing import Standing, awaited, away_since, is_away
 from coordinator.policies import too_few
 from coordinator.watch import read_status
@@ -105,7 +104,7 @@ def wait_for_run(path: Path, run: str, sleep: Callable[[float], None] = time.sle
             Standing(store, run)
         except (StoreMissingError, RunNotFoundError) as error:
             if not told:
-                print(f"{error}\nwaiting until it begins; Ctrl-C ends", file=sys.stderr)  # noqa: T201
+                say(f"{error}\nwaiting until it begins; Ctrl-C ends", stderr=True)
             told = True
             sleep(REFRESH_SECONDS)
         else:
@@ -140,7 +139,7 @@ def watch(
             if not error.retryable:
                 raise
             if not away:
-                print(f"the store is away, trying on: {error}", file=sys.stderr)  # noqa: T201
+                say(f"the store is away, trying on: {error}", stderr=True)
             away = True
         else:
             away = False

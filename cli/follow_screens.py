@@ -12,8 +12,8 @@ from cli.output import (
     make_table,
     make_title,
     megabytes,
-    printable,
     round_line,
+    say,
 )
 from cli.standing import moment
 
@@ -93,7 +93,7 @@ class Lines:
     def _say(self, who: str, text: str) -> None:
         if self._said.get(who) != text:
             self._said[who] = text
-            print(printable(text), flush=True)  # noqa: T201 - this is the output
+            say(text)
 
 
 def headline(view: View) -> str:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shared.errors import ConfigError
+from shared.printing import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
     from rich.table import Table
     from rich.text import Text
 
@@ -94,12 +96,31 @@ def writable_store(path: Path) -> ObjectStore:
     return DirectoryStore(store.root) if isinstance(store, DirectoryStore) else store
 
 
-def console() -> Console:
-    """Where tables go. In a file or a pipe nothing is folded at the width that no terminal has."""
-    from rich.console import Console
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Where tables and progress go. In a file or a pipe nothing is folded at a terminal's width.
 
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(soft_wrap=False, width=PIPE_COLUMNS if wide else None)
+    Whatever is printed there is made printable: a site's words must not move the cursor or set the
+    clipboard of whoever looks at them.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Printable(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                is_safe = segment.control or segment.text.isprintable()
+                text = segment.text if is_safe else printable(segment.text, lines=True)
+                yield segment if is_safe else Segment(text, segment.style)
+
+    wide = not (stderr or sys.stdout.isatty() or "COLUMNS" in os.environ)
+    return Printable(stderr=stderr, quiet=quiet, width=PIPE_COLUMNS if wide else None)
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print text that is not folded, for other programs or beside a table; made printable too."""
+    print(printable(text, lines=True), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -149,11 +170,6 @@ def cell(value: object) -> str:
     return printable(str(value))
 
 
-def printable(text: str) -> str:
-    """``text`` for a terminal: what a site wrote may hold codes that move its cursor."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
 def agree(question: str, *, yes: bool) -> None:
     """Go on if ``yes``, or if a person says so; ends the command on a no.
 
@@ -195,7 +211,7 @@ def megabytes(count: int | None) -> str | None:
 
 def complain(error: GradualDiffError) -> int:
     """Print an error of the tree to stderr; the exit code."""
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is the output
+    say(f"error: {error}", stderr=True)
     return error.exit_code
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol, Self
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,9 +14,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cli.output import console as make_console
 from cli.output import round_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from coordinator.state import RunState
     from participant.learning import Progress as Step
 
@@ -49,7 +51,7 @@ class Display(Protocol):
 
 def make_display(*, quiet: bool = False) -> Display:
     """Bars when stderr is a terminal, else lines; nothing at all with ``quiet``."""
-    console = Console(stderr=True, quiet=quiet)
+    console = make_console(stderr=True, quiet=quiet)
     return Bars(console) if console.is_terminal else Lines(console)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.kits import Office, open_office
-from cli.output import JsonOption, agree, console, print_json, print_table, printable
+from cli.output import JsonOption, agree, console, print_json, print_table, say
 from shared.errors import BrokerError, BrokerUnavailableError, ConfigError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def redrive(
     out.print(f"sent back {done.sent} of {_letters(done.sent + len(done.kept))}")
     for kept in done.kept:
         line = f"kept {kept.type or 'a message'} from {kept.sender or 'nobody'}: {kept.why}"
-        out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -310,7 +309,7 @@ def _unacked(office: Office) -> Callable[[str], int | None]:
             return door.unacknowledged(vhost, queue)
         except BrokerError as error:
             failed.append(error)
-            print(f"unacknowledged messages are unknown: {error}", file=sys.stderr)  # noqa: T201
+            say(f"unacknowledged messages are unknown: {error}", stderr=True)
             return None
 
     return ask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,7 @@ from cli.kits import (
     site_url,
     write_secret,
 )
-from cli.output import JsonOption, agree, console, print_json, print_table
+from cli.output import JsonOption, agree, console, print_json, print_table, say
 from shared.errors import BrokerError, ConfigError
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
                 except BrokerError:
                     continue  # the queue is not there
     except BrokerError as error:
-        print(f"the broker cannot say who listens: {error}", file=sys.stderr)  # noqa: T201
+        say(f"the broker cannot say who listens: {error}", stderr=True)
     return found
 
 
