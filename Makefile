@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-servers test-compose check check-deploy format clean
+.PHONY: help install demo reproduce test test-servers test-compose check check-deploy dist format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -63,9 +63,21 @@ check-deploy: $(STAMP) ## Lint compose.yaml, the Dockerfiles and the shell scrip
 	@if docker compose version >/dev/null 2>&1; then docker compose config -q; \
 	else echo "no docker compose here: compose.yaml is read by make test-compose"; fi
 
+dist: $(STAMP) ## Build sdist and wheel into dist, twice to the same bytes, and try the wheel in a new environment
+	rm -rf dist build/dist
+	for to in dist build/dist/again; do \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		$(BIN)/python -m build --no-isolation --outdir $$to >/dev/null || exit 1; \
+	done
+	for file in dist/*; do cmp $$file build/dist/again/$${file##*/} || exit 1; done
+	$(PYTHON) -m venv build/dist/venv
+	build/dist/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/dist && venv/bin/gradualdiff --version
+	sha256sum dist/*
+
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environment and the folder of the demo
-	rm -rf $(VENV) gradualdiff-demo
+	rm -rf $(VENV) gradualdiff-demo build dist
