@@ -129,7 +129,7 @@ def test_the_codes_are_shown():
 def test_an_error_is_printed_without_them(monkeypatch, capsys):
     """As the console script ends with one that names a site's reason."""
 
-    def fail():
+    def fail(*_, **__):
         raise RunStuckError(f"the start waits for b ({CODES})")
 
     monkeypatch.setattr("cli.main.app", fail)
