@@ -70,6 +70,27 @@ def test_the_wheel_holds_the_product_and_no_tests(built):
     assert {"pyproject.toml", "LICENSE", "tests/test_dist.py"} < inside
 
 
+@pytest.mark.parametrize("image", ["coordinator", "participant"])
+def test_an_image_is_built_from_all_that_the_wheel_holds(built, image):
+    """What a Dockerfile does not copy, or .dockerignore hides, would be missing in it."""
+    names = zipfile.ZipFile(built[0][1]).namelist()
+    tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    dockerfile = (ROOT / "deploy" / "compose" / f"Dockerfile.{image}").read_text()
+    copied = {
+        source
+        for line in dockerfile.splitlines()
+        if line.startswith("COPY ")
+        for source in line.split()[1:-1]
+    }
+    shown = {
+        line.removeprefix("!").removesuffix("/")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    assert tops <= copied
+    assert tops <= shown
+
+
 def test_the_wheel_runs_in_an_environment_of_its_own(built, tmp_path):
     """Installed, it tells its version and its commands, and finds its own packages."""
     venv.create(tmp_path / "venv", symlinks=True)
