@@ -161,7 +161,8 @@ def _why_stuck(state: RunState, store: Path) -> str:
         f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}"
         f"{short}. "
         "Mend the cause at the site, then resume; everything finished is in the ledger. "
-        "A setting of the run is on record and cannot change: for that, choose another run.name"
+        "A setting of the run is on record: before its first round is closed the run may begin "
+        "anew with others; later, choose another run.name"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from cli import comparing, exporting, pruning, steering
+from cli import comparing, deleting, exporting, pruning, steering
 from cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -19,7 +19,7 @@ from cli.output import (
 )
 
 app = typer.Typer(
-    help="Runs in a store: list, show, verify, export, compare, steer, branch, prune.",
+    help="Runs in a store: list, show, verify, export, compare, steer, branch, prune, delete.",
     no_args_is_help=True,
 )
 
@@ -31,6 +31,7 @@ for command in (
     steering.exclude,
     steering.branch,
     pruning.prune,
+    deleting.delete,
     comparing.compare,
     exporting.export,
 ):

@@ -49,11 +49,11 @@ def simulate(
     config = load_federation(federation)
     folder = federation.resolve().parent
     store = DirectoryStore(folder / config.store.directory)
-    check_resume(store, config, resume=resume)
+    anew = check_resume(store, config, resume=resume)
     learners = load_learners(config, folder)
     again = f"gradualdiff simulate {federation} --resume"
     with make_display(quiet=as_json) as display:
-        run_here(config, store, folder, learners, display, again)
+        run_here(config, store, folder, learners, display, again, anew=anew)
     from coordinator.inspection import History, summarise_run
 
     summary = summarise_run(History(store, config.run.name))
@@ -68,22 +68,32 @@ def simulate(
     console().print(f"      gradualdiff runs verify {config.run.name} {option}", soft_wrap=True)
 
 
-def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: bool) -> None:
-    """Check that the run is there if and only if ``resume``.
+def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: bool) -> bool:
+    """Whether the run is to begin anew: it is there and is not worth resuming.
 
-    Raises RunExistsError, RunNotFoundError.
+    That is one without a closed round that failed, that has other settings or that is half
+    deleted. Raises RunExistsError (it is there without ``resume``), RunNotFoundError.
     """
-    from shared.ledger import list_runs
+    from coordinator.deletion import has_closed_round
+    from shared.ledger import Ledger, list_runs
+    from shared.records import FinishedRecord
 
-    run = config.run.name
-    exists = run in list_runs(store)
-    if exists and not resume:
-        raise RunExistsError(
-            f"run {run} is in this store already; go on with it by --resume, or choose another "
-            "run.name"
-        )
-    if resume and not exists:
-        raise RunNotFoundError(f"no run {run} in this store to resume; leave --resume out")
+    run, known = config.run.name, list_runs(store)
+    if run not in known:
+        if resume:
+            raise RunNotFoundError(f"no run {run} in this store to resume; leave --resume out")
+        return False
+    if resume or known[run]:
+        return known[run] and not resume
+    ledger = Ledger(store, run, "reader", lambda: 0.0)
+    if not has_closed_round(ledger):
+        ended = any(isinstance(record, FinishedRecord) for record in ledger.history())
+        if ended or ledger.federation().digest != config.digest:
+            return True
+    raise RunExistsError(
+        f"run {run} is in this store already; go on with it by --resume, choose another run.name, "
+        f"or delete it: gradualdiff runs delete {run}"
+    )
 
 
 def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLearner]:
@@ -140,19 +150,27 @@ def run_here(
     learners: dict[str, TorchLearner],
     display: Display,
     again: str,
+    *,
+    anew: bool = False,
 ) -> RunState:
     """Run the federation to its end; ``again`` is the command that resumes it.
 
+    Model, text and room are checked first. ``anew``: then what is on record of the run goes.
     Raises InterruptedRunError (naming ``again``) on Ctrl-C or SIGTERM, and what the run raises.
     """
+    from cli.deleting import run_lock
     from cli.federation import Embedding, run_embedded
+    from cli.preflight import check_start
     from shared.locks import held
 
     run = config.run.name
     sites = [site.site for site, _ in load_sites(config, folder)]
     # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
     lock = held(folder / f".{run}.lock", f"run {run} in {folder}")
-    with lock, stop_on_signal() as should_stop:
+    with lock, run_lock(store, run), stop_on_signal() as should_stop:
+        check_start(config, learners, store, display.report, anew=anew)
+        if anew:
+            _forget(store, run, display)
         embedding = Embedding(
             store=store,
             folder=folder,
@@ -168,6 +186,18 @@ def run_here(
                 f"run {config.run.name} was stopped; everything finished is on record. "
                 f"Go on with: {again}"
             ) from None
+
+
+def _forget(store: DirectoryStore, run: str, display: Display) -> None:
+    """Let a run begin anew that has no closed round; what it branches from stays."""
+    import time
+
+    from coordinator.deletion import delete_run, refuse_if_active
+    from coordinator.operating import operator, operator_ledger
+
+    refuse_if_active(store, run, time.time())
+    delete_run(operator_ledger(store, run, time.time), operator(), keep_origin=True)
+    display.say(f"run {run} had no closed round: it begins anew with these settings")
 
 
 @contextlib.contextmanager

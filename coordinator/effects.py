@@ -236,7 +236,7 @@ class Effects:
         run = self._config.run.name
         match bell:
             case AnnounceRun(sites):
-                return {site: self._announcement_for(site) for site in sites}
+                return {site: announcement(self._config, site) for site in sites}
             case AnnounceRound(sites):
                 return {site: self._round_for(site, state) for site in sites}
             case AnswerDelta(record):
@@ -251,19 +251,6 @@ class Effects:
                 return dict.fromkeys(sites, event)
             case AnnounceFinished(sites):
                 return {site: self._finish_for(site, state) for site in sites}
-
-    def _announcement_for(self, site: str) -> RunAnnounced:
-        config = self._config
-        return RunAnnounced(
-            run=config.run.name,
-            config_digest=config.digest,
-            base=WireBase(**config.base.model_dump()),
-            lora=WireLora(**lora_for(config.lora, site).model_dump()),
-            training=WireTraining(**config.training.model_dump(exclude_none=True)),
-            rounds=config.run.rounds,
-            participants=len(config.run.participants),
-            averaging=config.aggregation.averaging,
-        )
 
     def _round_for(self, site: str, state: RunState) -> RoundStarted:
         opened = state.opened
@@ -306,6 +293,20 @@ class Effects:
         expires_at = self._clock() + URL_SECONDS
         key = topology.adapter_key(self._config.run.name, sha)
         return self._ledger.store.sign_get(key, expires_at), expires_at
+
+
+def announcement(config: FederationConfig, site: str) -> RunAnnounced:
+    """The run as a site is told of it."""
+    return RunAnnounced(
+        run=config.run.name,
+        config_digest=config.digest,
+        base=WireBase(**config.base.model_dump()),
+        lora=WireLora(**lora_for(config.lora, site).model_dump()),
+        training=WireTraining(**config.training.model_dump(exclude_none=True)),
+        rounds=config.run.rounds,
+        participants=len(config.run.participants),
+        averaging=config.aggregation.averaging,
+    )
 
 
 def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:

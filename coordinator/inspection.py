@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from shared.store import ObjectStore
 
 READER = "reader"
+DYING = "being deleted"
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One line on a run. ``state``: waiting, round n open or closed, paused, finished or failed.
+    """One line on a run.
 
+    ``state``: waiting, round n open or closed, paused, finished, failed, or being deleted.
     ``rounds`` counts every extension. ``paused``: the reason, also while a round is still open.
     ``waits_for``: before the run begins, each site that it waits for, and why. ``excluded``: by an
     operator. ``origin``: what it branches from, ``RUN@ROUND``.
@@ -224,7 +226,12 @@ class History:
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
     """Every run in the store, in name order."""
-    return [summarise_run(History(store, run)) for run in list_runs(store)]
+    return [
+        RunSummary(run, DYING, 0, 0, 0, 0.0, None, None, f"gradualdiff runs delete {run} ends it")
+        if dying
+        else summarise_run(History(store, run))
+        for run, dying in list_runs(store).items()
+    ]
 
 
 def summarise_run(history: History) -> RunSummary:

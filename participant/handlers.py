@@ -310,6 +310,7 @@ class Participant:
         if against:
             self._decline(task, against)
             return
+        self._site.workspace.begin(task.run, task.config_digest)
         self._prepared.add(task.run)
         self._publish(
             ParticipantReady(

@@ -7,6 +7,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
     <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...
     <root>/<run>/making/                         the round in hand, not committed
+    <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
 """
 
@@ -25,6 +26,7 @@ from participant.checkpoints import (
 )
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
+from shared.durable_files import file_errors
 from shared.errors import StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.files import digest_file, sync_path
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from shared.events import RoundStarted
 
 SUBMISSION_FILE = "submission.json"
+DIGEST_FILE = "config"  # of which settings all of a run's folder is
+WORK = ("adapters", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 
 
@@ -65,6 +69,22 @@ class Workspace:
     def __init__(self, root: Path, checkpoint_seconds: float = DEFAULT_SECONDS) -> None:
         self._root = root
         self._checkpoint_seconds = checkpoint_seconds
+
+    def begin(self, run: str, config_digest: str) -> None:
+        """Clear away what was made for a run of this name under other settings.
+
+        It was deleted and begun anew: what was trained for the other one must not be sent to it.
+        """
+        mark = self._root / run / DIGEST_FILE
+        if mark.is_file() and mark.read_text(encoding="ascii", errors="replace") == config_digest:
+            return
+        if mark.exists():
+            for name in WORK:
+                shutil.rmtree(self._root / run / name, ignore_errors=True)
+        unfinished = self._folder(run, "making") / DIGEST_FILE
+        with file_errors(unfinished):
+            unfinished.write_text(config_digest, encoding="ascii")
+            unfinished.replace(mark)
 
     def adapter_path(self, run: str, sha: str) -> Path:
         """Where a global adapter lies or is to be put."""

@@ -76,15 +76,19 @@ class Ledger:
     def begin(self, config: FederationConfig) -> FederationRecord:
         """Record the config, or meet the equal one of an earlier start.
 
-        Raises RunExistsError naming each setting that differs from what is on record.
+        Raises RunExistsError naming each setting that differs from what is on record, and for a
+        run that is being deleted.
         """
+        if self.is_dying():
+            raise RunExistsError(_dying(self.run))
         mine = FederationRecord(config=config.recorded(), digest=config.digest)
         theirs = self.write(mine)
         if theirs.digest != mine.digest:
             changes = "; ".join(_differences(theirs.config, mine.config))
             raise RunExistsError(
                 f"run {self.run} is on record with another config: {changes}. "
-                "Restore these settings to resume it, or choose another run.name"
+                "Restore these settings to resume it, choose another run.name, or delete the run: "
+                f"gradualdiff runs delete {self.run}"
             )
         return theirs
 
@@ -158,9 +162,19 @@ class Ledger:
         try:
             return self.read(FederationRecord, topology.federation_key(self.run))
         except ObjectMissingError:
+            if self.is_dying():
+                raise RunNotFoundError(_dying(self.run)) from None
             raise RunNotFoundError(
                 f"no run {self.run!r} in this store; see: gradualdiff runs list"
             ) from None
+
+    def is_dying(self) -> bool:
+        """Whether the run is being deleted, or was until that was cut off."""
+        try:
+            self.store.stat(topology.deleting_key(self.run))
+        except ObjectMissingError:
+            return False
+        return True
 
     def history(self) -> Iterator[Record]:
         """Every record of the run in the order in which it is folded."""
@@ -250,14 +264,20 @@ class Ledger:
         return found
 
 
-def list_runs(store: ObjectStore) -> list[str]:
-    """The names of all runs in a store, in order."""
-    suffix = "/federation.json"
-    return [
-        info.key.removeprefix("runs/").removesuffix(suffix)
-        for info in store.list("runs/")
-        if info.key.endswith(suffix) and info.key.count("/") == 2
-    ]
+def list_runs(store: ObjectStore) -> dict[str, bool]:
+    """The names of all runs in a store, in order; whether each is being deleted."""
+    found: dict[str, bool] = {}
+    for info in store.list("runs/"):
+        _, run, *rest = info.key.split("/")
+        if rest == ["deleting.json"]:
+            found[run] = True
+        elif rest == ["federation.json"]:
+            found.setdefault(run, False)
+    return found
+
+
+def _dying(run: str) -> str:
+    return f"run {run} is being deleted; finish that first: gradualdiff runs delete {run}"
 
 
 def _differences(old: object, new: object, path: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from typing import TYPE_CHECKING
 
 from shared.durable_files import file_errors
@@ -16,17 +17,21 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file ``path``. Raises FencedError when another process does."""
+    """Hold a lock file, or a folder that is there. Raises FencedError if another process does."""
     with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+        how = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
+        handle = os.open(path, how | os.O_CLOEXEC, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FencedError(
                 f"another process is at work on {what}; wait for it, or end it"
             ) from None
         yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -162,6 +162,16 @@ class PrunedRecord(StampedRecord):
         return topology.pruned_key(run, self.number)
 
 
+class DeletingRecord(StampedRecord):
+    """The whole run is being deleted, by an operator or to begin anew. Nothing of it counts."""
+
+    by: str
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.deleting_key(run)
+
+
 class GenesisRecord(Record):
     """Round 0: who is in, and the adapter drawn from the run's seed (or its origin's)."""
 

@@ -268,9 +268,15 @@ def pruned_key(run: str, number: int) -> str:
     return f"{pruned_prefix(run)}{number:05d}.json"
 
 
-def inbox_prefix(run: str, round_number: int) -> str:
-    """All that sites upload in a round."""
-    return f"inbox/{run}/{round_number:05d}/"
+def deleting_key(run: str) -> str:
+    """That the whole run is being deleted; the last of its objects that goes."""
+    return f"runs/{run}/deleting.json"
+
+
+def inbox_prefix(run: str, round_number: int | None = None) -> str:
+    """All that sites upload, or all in a round."""
+    prefix = f"inbox/{run}/"
+    return prefix if round_number is None else f"{prefix}{round_number:05d}/"
 
 
 def inbox_key(run: str, round_number: int, site: str, sha256: str, chunk: int) -> str:

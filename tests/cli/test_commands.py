@@ -283,11 +283,12 @@ def test_a_mistake_in_the_toml_is_named(tmp_path, old, new, says):
 
 
 @pytest.mark.model
-def test_an_unknown_model_is_named_by_every_site_and_can_be_mended(tmp_path):
-    """The run waits (exit code 61) and says what each site could not find."""
+def test_an_unknown_model_is_named_and_no_run_is_begun(tmp_path):
+    """It is looked for before the first record."""
     done = gradualdiff("simulate", write_federation(tmp_path))
-    assert done.returncode == errors.RunStuckError.exit_code, done.stderr
+    assert done.returncode == errors.ModelError.exit_code, done.stderr
     assert "base.model" in done.stderr
+    assert not list((tmp_path / "store" / "runs").glob("*/*"))
     assert "Traceback" not in done.stderr
 
 

@@ -211,7 +211,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("coordinator", f"{stage}:{word}"): (
         "the command line writes it, not a role: tests/coordinator and tests/cli kill around it"
     )
-    for word in ("control", "origin", "pruned")
+    for word in ("control", "deleting", "origin", "pruned")
     for stage in RECORDED
 }
 EXEMPT |= {

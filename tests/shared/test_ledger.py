@@ -83,4 +83,4 @@ def test_an_unknown_run_is_named(store):
     """A typo in a run's name is no empty history."""
     with pytest.raises(RunNotFoundError, match="'test'"):
         list(ledger(store).history())
-    assert list_runs(store) == []
+    assert list_runs(store) == {}
