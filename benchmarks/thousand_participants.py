@@ -334,7 +334,7 @@ def address(place: Servers, vhost: str) -> Any:
 def bare_puts(place: Servers, sites: Sequence[str], size: int) -> float:
     """Seconds for one presigned PUT of ``size`` bytes a site."""
     store = place.store("bare")
-    urls = [store.sign_put(f"delta/{site}", time.time() + 3600) for site in sites]
+    urls = [store.sign_put(f"delta/{site}", time.time() + 3600, size) for site in sites]
     http, data = urllib3.PoolManager(maxsize=THREADS), b"x" * size
     start = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:

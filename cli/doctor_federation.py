@@ -291,7 +291,7 @@ def _signed_urls(config: FederationConfig, store: S3Store, ca_file: Path | None)
             sent.write_bytes(data)
             expires_at = time.time() + SIGNED_SECONDS
             try:
-                transfer.upload(store.sign_put(key, expires_at), sent, 0, len(data))
+                transfer.upload(store.sign_put(key, expires_at, len(data)), sent, 0, len(data))
                 transfer.download(
                     store.sign_get(key, expires_at), got, hashlib.sha256(data).hexdigest()
                 )

@@ -207,7 +207,9 @@ class Coordinator:
             return
         expires_at = self._clock() + GRANT_SECONDS
         urls = {
-            number: self._ledger.store.sign_put(upload.chunk_key(number), expires_at)
+            number: self._ledger.store.sign_put(
+                upload.chunk_key(number), expires_at, upload.chunk_size(number)
+            )
             for number in self._intake.missing_chunks(upload)
         }
         grant = UploadGranted(

@@ -1,4 +1,4 @@
-"""Signed URLs of the directory store: one method, one key, until one moment.
+"""Signed URLs of the directory store: one method, one key, one length, until one moment.
 
 The secret is random and lives in memory only: a URL dies with the process that signed it, and a
 site asks for a new one, as it does for an expired one. No error repeats a URL or its signature.
@@ -20,7 +20,7 @@ Method = Literal["GET", "PUT"]
 
 _URL = re.compile(
     r"gradualdiff-dir:///(?P<key>[A-Za-z0-9._/-]+)"
-    r"\?method=(?P<method>GET|PUT)&expires=(?P<expires>-?[0-9]+\.[0-9]{3})"
+    r"\?method=(?P<method>GET|PUT)&length=(?P<length>[0-9]+)&expires=(?P<expires>-?[0-9]+\.[0-9]{3})"
     r"&signature=[0-9a-f]{64}"
 )
 
@@ -32,16 +32,19 @@ class Grants:
         self._clock = clock
         self._secret = secrets.token_bytes(32)
 
-    def sign(self, key: str, method: Method, expires_at: float) -> str:
-        """A URL good for ``method`` on ``key`` before ``expires_at``, to the millisecond."""
-        return self._url(key, method, f"{expires_at:.3f}")
+    def sign(self, key: str, method: Method, expires_at: float, length: int = 0) -> str:
+        """A URL good for ``method`` on ``key`` before ``expires_at``, to the millisecond.
 
-    def key_of(self, url: str, method: Method) -> str:
+        ``length``: of what is written, in bytes; 0 for reading.
+        """
+        return self._url(key, method, str(length), f"{expires_at:.3f}")
+
+    def key_of(self, url: str, method: Method, length: int = 0) -> str:
         """The key that ``url`` is good for. Raises GrantError."""
         match = _URL.fullmatch(url)
         # The whole URL is made anew and compared: there is one spelling, and no part is unsigned.
         if match is None or not hmac.compare_digest(
-            self._url(match["key"], match["method"], match["expires"]), url
+            self._url(*match.group("key", "method", "length", "expires")), url
         ):
             raise GrantError("signed URL: altered, or from another store; ask for a new one")
         if match["method"] != method:
@@ -49,12 +52,17 @@ class Grants:
                 f"signed URL: expected one for {method}, got one for {match['method']}; "
                 "use each for what it was signed for"
             )
+        if int(match["length"]) != length:
+            raise GrantError(
+                f"signed URL: expected {match['length']} bytes, got {length}; send the size that "
+                "was announced"
+            )
         late = self._clock() - float(match["expires"])
         if late >= 0:
             raise GrantError(f"signed URL: expired {late:.0f} s ago; ask for a new one")
         return match["key"]
 
-    def _url(self, key: str, method: str, expires: str) -> str:
-        text = f"{method}\n{key}\n{expires}".encode()
-        signature = hmac.digest(self._secret, text, "sha256").hex()
-        return f"gradualdiff-dir:///{key}?method={method}&expires={expires}&signature={signature}"
+    def _url(self, key: str, method: str, length: str, expires: str) -> str:
+        what = f"{key}?method={method}&length={length}&expires={expires}"
+        signature = hmac.digest(self._secret, what.encode(), "sha256").hex()
+        return f"gradualdiff-dir:///{what}&signature={signature}"

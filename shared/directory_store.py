@@ -224,14 +224,14 @@ class DirectoryStore:
         self._path(key)
         return self._grants.sign(key, "GET", expires_at)
 
-    def sign_put(self, key: str, expires_at: float) -> str:
-        """A URL that writes this object until ``expires_at``."""
+    def sign_put(self, key: str, expires_at: float, length: int) -> str:
+        """A URL that writes ``length`` bytes as this object until ``expires_at``."""
         self._path(key)
-        return self._grants.sign(key, "PUT", expires_at)
+        return self._grants.sign(key, "PUT", expires_at, length)
 
-    def granted_key(self, url: str, method: Method) -> str:
+    def granted_key(self, url: str, method: Method, length: int = 0) -> str:
         """The key that a signed URL of this store is good for. Raises GrantError."""
-        return self._grants.key_of(url, method)
+        return self._grants.key_of(url, method, length)
 
     def _path(self, key: str) -> Path:
         check_key(key)
@@ -314,7 +314,7 @@ class DirectoryTransfer:
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """Send ``length`` bytes of a local file from ``start``; IntegrityError if it is shorter."""
-        key = self._store.granted_key(url, "PUT")
+        key = self._store.granted_key(url, "PUT", length)
         with file_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if start < 0 or length < 0 or start + length > size:

@@ -49,6 +49,7 @@ from shared.errors import (
 )
 from shared.files import READ_BYTES, sync_path
 from shared.keys import check_key, is_key
+from shared.s3_signing import bind_length
 from shared.store import ObjectInfo, Spooled
 from shared.transfer import (
     RETRY_STATUSES,
@@ -109,6 +110,7 @@ class S3Store:
             backoff_max=5,
         )
         self._bucket = bucket
+        self._secret_key = secret_key
         self._pool = http_pool(ca_file, "store.ca_file", retries)
         self._where = urlsplit(endpoint).netloc
         clients = []
@@ -341,9 +343,12 @@ class S3Store:
         """A URL that reads this object until ``expires_at``, in whole seconds, 7 days at most."""
         return self._sign("GET", key, expires_at)
 
-    def sign_put(self, key: str, expires_at: float) -> str:
-        """A URL that writes this object until ``expires_at``, in whole seconds, 7 days at most."""
-        return self._sign("PUT", key, expires_at)
+    def sign_put(self, key: str, expires_at: float, length: int) -> str:
+        """A URL that writes ``length`` bytes until ``expires_at``; the server refuses others.
+
+        In whole seconds, 7 days at most.
+        """
+        return bind_length(self._sign("PUT", key, expires_at), length, self._secret_key)
 
     # Inside ----------
 

@@ -6,7 +6,8 @@ What any adapter must do is written as tests in ``tests/contracts/store_contract
 - A write is seen whole or not at all, and survives a crash once the call returned.
 - ``create`` is conditional: of many at once, one wins and the others get ObjectExistsError.
 - ``compose`` joins objects on the store's side, only if each still has the etag that was read.
-- A site has no store key: it holds signed URLs, good for one method, one object and a time.
+- A site has no store key: it holds signed URLs, good for one method, one object, a time
+  and, to write, one length.
 - Full or read-only is StoreUnavailableError, and nothing half-written stays visible.
 """
 
@@ -83,8 +84,8 @@ class ObjectStore(Protocol):
     def sign_get(self, key: str, expires_at: float) -> str:
         """A URL that reads this object until ``expires_at``."""
 
-    def sign_put(self, key: str, expires_at: float) -> str:
-        """A URL that writes this object until ``expires_at``."""
+    def sign_put(self, key: str, expires_at: float, length: int) -> str:
+        """A URL that writes this object, of exactly ``length`` bytes, until ``expires_at``."""
 
 
 class Transfer(Protocol):

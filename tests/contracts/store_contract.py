@@ -106,7 +106,7 @@ class StoreContract:
             lambda: store.compose(key, [part]),
             lambda: store.delete(key),
             lambda: store.sign_get(key, 2e9),
-            lambda: store.sign_put(key, 2e9),
+            lambda: store.sign_put(key, 2e9, 1),
         ):
             with pytest.raises(StoreError) as caught:
                 call()
@@ -339,7 +339,7 @@ class StoreContract:
         file = tmp_path / "delta"
         file.write_bytes(b"0123456789")
         for start, length, expected in ((0, 4, b"0123"), (8, 2, b"89"), (0, 10, b"0123456789")):
-            url = store.sign_put(f"inbox/{start}", now() + self.soon_seconds)
+            url = store.sign_put(f"inbox/{start}", now() + self.soon_seconds, length)
             for _ in range(2):
                 transfer.upload(url, file, start, length)
             assert store.get(f"inbox/{start}") == expected
@@ -347,10 +347,21 @@ class StoreContract:
     def test_a_slice_beyond_the_file_is_not_uploaded(self, store, transfer, now, tmp_path):
         """IntegrityError: half a chunk is no chunk."""
         (tmp_path / "delta").write_bytes(b"0123456789")
-        url = store.sign_put("inbox/0", now() + self.soon_seconds)
+        url = store.sign_put("inbox/0", now() + self.soon_seconds, 4)
         with pytest.raises(IntegrityError):
             transfer.upload(url, tmp_path / "delta", 8, 4)
         assert list(store.list("")) == []
+
+    @pytest.mark.parametrize("length", [0, 3, 5, 10])
+    def test_a_url_takes_the_length_that_was_signed(self, store, transfer, now, tmp_path, length):
+        """GrantError for any other: a grant for a chunk takes no more room than the chunk."""
+        (tmp_path / "delta").write_bytes(b"0123456789")
+        url = store.sign_put("inbox/0", now() + self.soon_seconds, 4)
+        with pytest.raises(GrantError):
+            transfer.upload(url, tmp_path / "delta", 0, length)
+        assert list(store.list("")) == []
+        transfer.upload(url, tmp_path / "delta", 0, 4)
+        assert store.get("inbox/0") == b"0123"
 
     @pytest.mark.parametrize("fault", ["expired", "method", "key", "expiry", "signature", "host"])
     def test_a_url_is_good_for_what_was_signed_and_nothing_else(
@@ -360,9 +371,9 @@ class StoreContract:
         store.put("k", b"payload")
         store.put("other", b"secret")
         expires_at = now() + self.soon_seconds
-        get, put = store.sign_get("k", expires_at), store.sign_put("k", expires_at)
+        get, put = store.sign_get("k", expires_at), store.sign_put("k", expires_at, 11)
         if fault == "expired":
-            get, put = store.sign_get("k", now() - 10), store.sign_put("k", now() - 10)
+            get, put = store.sign_get("k", now() - 10), store.sign_put("k", now() - 10, 11)
         elif fault == "method":
             get, put = put, get
         else:

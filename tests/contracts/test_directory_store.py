@@ -369,7 +369,7 @@ def small_disk(tmp_path):
 def writes(store: DirectoryStore, folder: Path):
     """Every way to write 2 MiB (composed of halves that are there); name and call."""
     (folder / "large").write_bytes(bytes(2 << 20))
-    url = store.sign_put("k", time.time() + 60)
+    url = store.sign_put("k", time.time() + 60, 2 << 20)
     return {
         "put": lambda: store.put("k", bytes(2 << 20)),
         "create": lambda: store.create("k2", bytes(2 << 20)),

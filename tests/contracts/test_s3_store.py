@@ -268,7 +268,7 @@ def test_all_of_it_over_tls(tmp_path, certificates):
         server = weed.server
         store = server.store(server.new_bucket())
         store.check()
-        url = store.sign_put("k", soon())
+        url = store.sign_put("k", soon(), 5)
         (tmp_path / "in").write_bytes(b"bytes")
         HttpTransfer(ca_file=certificate).upload(url, tmp_path / "in", 0, 5)
         assert store.get("k") == b"bytes"
@@ -310,7 +310,7 @@ def test_plain_http_where_tls_is_expected_is_named():
 def test_signing_asks_nobody_and_uses_the_sites_view(tmp_path):
     """No server is there at all; the URL leads to where sites find it."""
     store = elsewhere("http://inside.invalid:1", site_endpoint="https://outside.example:9000")
-    for url in (store.sign_get("a/b", soon()), store.sign_put("a/b", soon())):
+    for url in (store.sign_get("a/b", soon()), store.sign_put("a/b", soon(), 1)):
         assert url.startswith("https://outside.example:9000/some-bucket/a/b?")
         assert "very-secret" not in url
 
@@ -330,8 +330,9 @@ def test_a_url_ends_when_it_should(monkeypatch, after, seconds):
 def test_a_long_upload_with_an_expired_url_is_a_grant_error(store, tmp_path):
     """The server says no before it has read the body; that is heard."""
     (tmp_path / "in").write_bytes(bytes(20_000_000))
+    url = store.sign_put("k", time.time() - 10, 20_000_000)
     with pytest.raises(GrantError):
-        HttpTransfer().upload(store.sign_put("k", time.time() - 10), tmp_path / "in", 0, 20_000_000)
+        HttpTransfer().upload(url, tmp_path / "in", 0, 20_000_000)
 
 
 # Large, many, cut and killed ----------
@@ -541,7 +542,7 @@ def test_a_cut_upload_is_sent_again_whole(through, store, proxy, payload, tmp_pa
     (tmp_path / "in").write_bytes(payload)
     proxy.requests = [1_000_000, None, None]
     proxy.answers = [None, 0, None]
-    url = through.sign_put("up", soon())
+    url = through.sign_put("up", soon(), len(payload) - 1000)
     HttpTransfer().upload(url, tmp_path / "in", 1000, len(payload) - 1000)
     assert proxy.cuts == 2
     assert store.get("up") == payload[1000:]
