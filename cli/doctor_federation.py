@@ -220,12 +220,16 @@ def _coordinator(
     store = stores[0]
     if run not in list_runs(store):
         yield Finding("coordinator", "SKIP", f"run {run} has not begun")
-    elif any(info.key == finished_key(run) for info in store.list(finished_key(run))):
+        return
+    if any(info.key == finished_key(run) for info in store.list(finished_key(run))):
         yield Finding("coordinator", "OK", f"run {run} is finished, and needs none")
-    elif listening:
+        return
+    status = read_status(store, run)
+    if status is not None and status.problem:
+        yield Finding("run", "FAIL", status.problem)
+    if listening:
         yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")
     else:
-        status = read_status(store, run)
         wrote = f", and the last one wrote at {moment(status.at)}" if status else ""
         yield Finding(
             "coordinator",

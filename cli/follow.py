@@ -172,13 +172,18 @@ def look(standing: Standing, status: RunStatus | None, now: float) -> View:
         since=current.since,
         seen=status.at if status else None,
         coordinator_silent=silent,
-        reason=finished.reason if finished else paused or _odd(standing) or _too_few(standing),
+        reason=finished.reason if finished else paused or _in_the_way(standing, status),
         adapter_sha=finished.sha if finished else None,
         sites=[
             _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
         ],
         losses=list(standing.losses.values()),
     )
+
+
+def _in_the_way(standing: Standing, status: RunStatus | None) -> str:
+    """Why nothing moves although nobody asked for that."""
+    return (status.problem if status else "") or _odd(standing) or _too_few(standing)
 
 
 def _odd(standing: Standing) -> str:

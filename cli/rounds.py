@@ -22,7 +22,9 @@ from cli.output import (
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from coordinator.inspection import History
+    from collections.abc import Iterator, Sequence
+
+    from coordinator.inspection import History, RoundSummary, SiteRow
 
 app = typer.Typer(help="Rounds of a run: list, show.", no_args_is_help=True)
 
@@ -84,7 +86,8 @@ def show(
         _list(history, as_json=as_json)
         return
     summary = summarise_round(history, round_number)
-    rows = with_absence(show_round(history, round_number), read_status(objects, run))
+    status = read_status(objects, run)
+    rows = with_absence(show_round(history, round_number), status)
     if as_json:
         print_json({"round": summary, "sites": rows})
         return
@@ -113,15 +116,19 @@ def show(
             for row in rows
         ],
     )
-    remarks = [f"{row.site}: {row.reason}" for row in rows if row.reason]
-    remarks += [
-        f"{label}: clipped, its delta was multiplied by {scale:.3g}"
-        for label, scale in summary.clipped.items()
-    ]
-    if summary.waits_for:
-        remarks.append(f"the round does not close yet: {summary.waits_for}")
-    for remark in remarks:
+    problem = status.problem if status is not None and history.finished is None else ""
+    for remark in _remarks(summary, rows, problem):
         console().print(remark, markup=False, soft_wrap=True)
+
+
+def _remarks(summary: RoundSummary, rows: Sequence[SiteRow], problem: str) -> Iterator[str]:
+    yield from (f"{row.site}: {row.reason}" for row in rows if row.reason)
+    for label, scale in summary.clipped.items():
+        yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"
+    if summary.waits_for:
+        yield f"the round does not close yet: {summary.waits_for}"
+    if problem:
+        yield problem
 
 
 def _list(history: History, *, as_json: bool) -> None:

@@ -17,9 +17,19 @@ from coordinator.rounds import apply, debts, replay, resume
 from coordinator.server_optimizer import wants_more_than_zeros
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from coordinator.watch import Watch
+from shared.bounds import prose
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader
-from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
+from shared.dispatch import ABOUT_THE_MESSAGE
+from shared.errors import (
+    DeltaRefusedError,
+    FencedError,
+    GradualDiffError,
+    InterruptedRunError,
+    LedgerError,
+    ObjectMissingError,
+    ProtocolError,
+)
 from shared.events import (
     AdapterEvaluated,
     CoordinatorTick,
@@ -56,7 +66,7 @@ if TYPE_CHECKING:
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
-    from coordinator.state import Effect, Fact
+    from coordinator.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
     from shared.dispatch import Handler
     from shared.ledger import Ledger
@@ -358,9 +368,28 @@ class Coordinator:
             if isinstance(effect, WriteRecord) and self.notice_controls():
                 continue  # another step may follow from what was asked; it was taken
             if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
-                self.feed(self._effects.perform(effect, self.state))
+                self.feed(self._perform(effect))
             else:
                 self._effects.ring(effect, self.state)
+
+    def _perform(self, step: Step) -> Record:
+        """Take a durable step. What goes wrong there is never the fault of the message at hand.
+
+        It is said where people look, since whoever comes next meets the same step again.
+        """
+        try:
+            record = self._effects.perform(step, self.state)
+        except (FencedError, InterruptedRunError):
+            raise
+        except Exception as error:
+            self.watch.problem = _why_not(step, error, self.state)
+            get_logger().error("step.failed", reason=self.watch.problem)
+            self.watch.write(self.state, self._clock())
+            if _is_foreseen(error):
+                raise
+            raise LedgerError(self.watch.problem) from error
+        self.watch.problem = ""
+        return record
 
     def _record(self, record: Record) -> None:
         self.feed(self._ledger.write(record))
@@ -462,3 +491,27 @@ def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:
     """What is another one now than on record."""
     names = ("fingerprint", "manifest", "numerics")
     return [name for name in names if getattr(known, name) != getattr(event, name)]
+
+
+def _is_foreseen(error: Exception) -> bool:
+    """Whether it says itself what to do, and is an error of a step and not of a message."""
+    return isinstance(error, GradualDiffError) and not isinstance(error, ABOUT_THE_MESSAGE)
+
+
+def _why_not(step: Step, error: Exception, state: RunState) -> str:
+    run, last = state.config.run.name, state.last_round
+    match step:
+        case MakeGenesis():
+            what = "the run cannot begin"
+        case WriteRecord(record):
+            what = f"round {record.round}: a decision cannot be recorded"
+        case Aggregate(closing):
+            what = f"round {closing.round} is decided and cannot be closed"
+    if _is_foreseen(error):
+        return prose(f"{what}: {error}")
+    said = prose(f"{what}: {type(error).__name__}: {error}")
+    after = f"; gradualdiff runs branch {run} --at {last} --name NEW goes on from the last result"
+    return (
+        f"{said}; nothing on record is lost. Each start meets it again: report it with the "
+        f"coordinator's log{after if last >= 0 else ''}"
+    )

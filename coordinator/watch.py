@@ -47,6 +47,7 @@ class RunStatus(Fact):
     """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
 
     ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
+    ``problem``: why the step that comes next did not work, and what to do.
     """
 
     run: Name
@@ -58,6 +59,7 @@ class RunStatus(Fact):
     waiting_for: Annotated[tuple[str, ...], Field(strict=False)] = ()
     sites: dict[str, SiteStatus] = Field(default_factory=dict)
     absent: dict[str, float] = Field(default_factory=dict)
+    problem: str = ""
 
 
 class Watch:
@@ -69,6 +71,7 @@ class Watch:
         self._writer = writer
         self._sites: dict[str, SiteStatus] = {}
         self._absent: dict[str, float] = {}
+        self.problem = ""
 
     def saw(self, site: str, now: float) -> None:
         """A message of this site (or of the coordinator itself) was handled."""
@@ -109,6 +112,7 @@ class Watch:
             waiting_for=state.waiting_for,
             sites={site: self._sites[site] for site in participants if site in self._sites},
             absent={site: when for site, when in self._absent.items() if site in state.waiting_for},
+            problem=self.problem,
         )
         failpoint("status.before")
         try:

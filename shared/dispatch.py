@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shared.broker import Consumer, Delivery
     from shared.events import Event
 
+ABOUT_THE_MESSAGE = (DecodeError, ProtocolError, DeltaRefusedError)
 MAX_ATTEMPTS = 10
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
@@ -118,7 +119,7 @@ class Dispatcher:
             }
             with bound_contextvars(**context, sender=sender):
                 self._patiently(handler, event, sender)
-        except (DecodeError, ProtocolError, DeltaRefusedError) as error:
+        except ABOUT_THE_MESSAGE as error:
             return self._refuse(delivery, name, str(error))
         except (GradualDiffError, KeyboardInterrupt):
             # A connection that is gone has returned it already; that must not hide the cause.

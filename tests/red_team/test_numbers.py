@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 
 import msgpack
 import pytest
+from typer.testing import CliRunner
 
+from cli import follow
+from cli.main import app
+from coordinator import effects
+from coordinator.bootstrap import build_coordinator
+from coordinator.watch import read_status
 from shared import topology, wire
 from shared.broker import Message
 from shared.config import canonical_json
 from shared.embedded_broker import EmbeddedBroker
-from shared.errors import DivergedError
+from shared.errors import (
+    DecodeError,
+    DeltaRefusedError,
+    DivergedError,
+    LedgerDamagedError,
+    LedgerError,
+)
 from shared.events import DeltaSubmitted
 from shared.manifest import LocalMetrics
 from shared.records import AcceptedRecord, ClosedRecord
@@ -113,3 +126,67 @@ def test_a_site_whose_model_diverged_says_so_itself():
     example = TokenisedExample(input_ids=(1, 2, 3), answer_start=1)
     with pytest.raises(DivergedError, match=r"at most 1e\+09 nats per token, got"):
         evaluate_held_out(Diverged(), [example], lambda: False, lambda _: None)
+
+
+# What goes wrong while a decision is carried out -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("nobody foresaw this"),
+        DecodeError("the source is torn"),
+        DeltaRefusedError("norm: expected less"),
+        LedgerDamagedError("deltas/x: does not have its sha256; restore it"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_round_that_cannot_be_closed_says_so_and_blames_no_message(tmp_path, monkeypatch, error):
+    """Nothing is refused; error, status, rounds show and its view name round, cause and way on."""
+    broken = [True]
+    aggregate = effects.aggregate
+
+    def fail(*arguments, **options):
+        if broken:
+            raise error
+        return aggregate(*arguments, **options)
+
+    config = federations.config(rounds=1)
+    honest = federations.run(config, tmp_path / "honest").adapter_sha
+    monkeypatch.setattr(effects, "aggregate", fail)
+    for _ in "first", "and at each start":
+        with pytest.raises(LedgerError) as caught:
+            federations.run(config, tmp_path)
+        assert str(error).rstrip("'") in str(caught.value)
+    status = read_status(store_of(tmp_path), "test")
+    assert status is not None
+    assert status.problem.startswith("round 1 is decided and cannot be closed: ")
+    if not isinstance(error, LedgerDamagedError):
+        assert "runs branch test --at 0 --name NEW" in status.problem
+        assert status.problem == str(caught.value)
+    store = ["--store", str(tmp_path / "store")]
+    told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
+    assert status.problem in told.output
+    standing = follow.Standing(store_of(tmp_path), "test")
+    standing.refresh(1)
+    assert follow.look(standing, status, 0.0).reason == status.problem
+    broken.clear()
+    assert federations.run(config, tmp_path).adapter_sha == honest
+    told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
+    assert "cannot be closed" not in told.output
+
+
+def test_the_message_at_hand_is_kept_when_a_step_fails(tmp_path, monkeypatch):
+    """The dispatcher refused it, and the next one, and so on, each time the round did not close."""
+    monkeypatch.setattr(effects, "aggregate", lambda *_, **__: 1 / 0)
+    server = EmbeddedBroker()
+    office = server.connect(topology.COORDINATOR, topology.coordinator_rights())
+    config = federations.config(rounds=1)
+    with pytest.raises(LedgerError, match="ZeroDivisionError"):
+        federations.run(config, tmp_path)
+    role = build_coordinator(config, store_of(tmp_path), office, tmp_path / "spool", time.time)
+    role.tick()
+    with pytest.raises(LedgerError, match="round 1 is decided and cannot be closed"):
+        role.dispatcher.drain()
+    assert office.depth(topology.REFUSED_QUEUE) == 0
+    assert office.depth(topology.coordinator_queue("test")) == 1
