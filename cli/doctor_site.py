@@ -20,12 +20,14 @@ from cli.checks import (
     check_tls,
     connection,
 )
+from participant.data import NOTHING_HELD_OUT, split_text
 from shared.base_model import located
 from shared.errors import (
     AccessRefusedError,
     BrokerError,
     ConfigError,
     DecodeError,
+    GradualDiffError,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
         ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
         yield from _clock(store_url, ca_file)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
-    yield from attempt("data", lambda: _data(config, folder))
+    yield from _data(config, folder)
     yield from _models(config, folder)
     yield from _device(config)
     yield from _quantisation()
@@ -159,28 +161,29 @@ def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
 # What it trains with -----------------------------------------------------------------------------
 
 
-def _data(config: SiteConfig, folder: Path) -> str:
+def _data(config: SiteConfig, folder: Path) -> Iterator[Finding]:
     """Read, mapped and split as for a training, but not tokenised: that takes the model."""
-    from participant.data.examples import columns_of, map_rows
-    from participant.data.reading import read_table
-    from participant.data.splitting import split_examples
-    from shared.errors import DataError
-
-    data = config.data
-    path = folder / data.path
-    table = read_table(path, data.format, set(columns_of(data).values()))
-    examples, unusable = map_rows(table, data)
-    split = split_examples(examples, data.held_out_fraction, data.max_held_out, data.split_seed)
+    try:
+        rows, split, unusable = split_text(config.data, folder)
+    except GradualDiffError as error:
+        yield Finding("data", "FAIL", str(error))
+        return
     counts = (
-        f"{len(table.rows)} rows, {len(unusable)} unusable, {len(split.train)} to train on, "
+        f"{folder / config.data.path}: {rows} rows, {len(unusable)} unusable, "
+        f"{len(split.train)} to train on, "
         f"{len(split.held_out)} held out, {split.copies} left out as copies of these"
     )
     if not split.train:
-        raise DataError(
-            f"{path}: expected examples to train on, got none: {counts}; check [data]'s columns, "
-            "lower data.held_out_fraction, or give more text"
+        yield Finding(
+            "data",
+            "FAIL",
+            f"{counts}: expected examples to train on; check [data]'s columns, lower "
+            "data.held_out_fraction, or give more text",
         )
-    return f"{path}: {counts}"
+    elif not split.held_out:
+        yield Finding("data", "WARN", f"{counts}; {NOTHING_HELD_OUT}")
+    else:
+        yield Finding("data", "OK", counts)
 
 
 def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:

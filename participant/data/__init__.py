@@ -4,7 +4,21 @@ Knows files and a tokenizer, nothing of a run, a model or the network. No text l
 error: messages name files, lines, columns and counts.
 """
 
-from participant.data.loading import SiteData, load_site_data
+from participant.data.loading import (
+    NOTHING_HELD_OUT,
+    SiteData,
+    held_out_prompts,
+    load_site_data,
+    split_text,
+)
 from participant.data.tokenising import ChatTokenizer, TokenisedExample
 
-__all__ = ["ChatTokenizer", "SiteData", "TokenisedExample", "load_site_data"]
+__all__ = [
+    "NOTHING_HELD_OUT",
+    "ChatTokenizer",
+    "SiteData",
+    "TokenisedExample",
+    "held_out_prompts",
+    "load_site_data",
+    "split_text",
+]

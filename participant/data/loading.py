@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from participant.data.examples import Example
+    from participant.data.splitting import Split
     from participant.data.tokenising import ChatTokenizer
     from shared.config import DataSection
+
+
+# What anybody says who finds it so; the run goes on without this site's loss.
+NOTHING_HELD_OUT = (
+    "nothing is held out, so that no loss on unseen text is known of this site; raise "
+    "data.held_out_fraction, or give more text or groups"
+)
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,8 @@ def load_site_data(
     is usable or none is left to train on; ModelError for a tokenizer that cannot be trained with;
     MissingPackageError where the format needs a package.
     """
-    path = folder / config.path
-    wanted = columns_of(config)
-    table = read_table(path, config.format, set(wanted.values()))
-    examples, unusable = map_rows(table, config)
+    rows, split, unusable = split_text(config, folder)
     dropped = Counter(unusable)
-    split = split_examples(
-        examples, config.held_out_fraction, config.max_held_out, config.split_seed
-    )
     dropped[Unusable.HELD_OUT] += split.copies
     sides: list[tuple[TokenisedExample, ...]] = []
     truncated = 0
@@ -82,8 +84,28 @@ def load_site_data(
         dropped.update(lost)
     train, held_out = sides
     if not train:
-        raise _nothing_to_train(path, len(table.rows), len(held_out), dropped)
+        raise _nothing_to_train(folder / config.path, rows, len(held_out), dropped)
     return SiteData(train, held_out, truncated, dropped.total())
+
+
+def split_text(config: DataSection, folder: Path) -> tuple[int, Split, list[Unusable]]:
+    """A site's text before it is tokenised: how many rows, both sides, why rows are on neither.
+
+    Raises DataError and MissingPackageError as :func:`load_site_data` does.
+    """
+    table = read_table(folder / config.path, config.format, set(columns_of(config).values()))
+    examples, unusable = map_rows(table, config)
+    split = split_examples(
+        examples, config.held_out_fraction, config.max_held_out, config.split_seed
+    )
+    return len(table.rows), split, unusable
+
+
+def held_out_prompts(config: DataSection, folder: Path, count: int) -> list[str]:
+    """What a user said last in so many held-out chats; fewer where there are no more."""
+    _, split, _ = split_text(config, folder)
+    asked = (example.prompt[-1] for example in split.held_out if example.prompt)
+    return [turn.content for turn in asked if turn.role == "user"][:count]
 
 
 def _tokenise_all(
