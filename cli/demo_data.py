@@ -136,6 +136,28 @@ def split_own_data(
     return OwnData(sites, len(dropped))
 
 
+def columns_for(source: Path, given: str | None) -> dict[str, str]:
+    """The ``[data]`` mapping of a file: as ``prompt=COLUMN,answer=COLUMN`` says, or by its names.
+
+    Raises ConfigError for a mapping that is none, DataError for columns that are not there.
+    """
+    from participant.data.reading import read_table
+
+    table = read_table(source, "auto")
+    if given is None:
+        return _detected(source, table.columns)
+    pairs = [part.partition("=") for part in given.split(",")]
+    mapping = {setting.strip(): column.strip() for setting, _, column in pairs}
+    unknown = [s for s in mapping if s not in ("messages", "prompt", "answer", "text", "group")]
+    if unknown or not all(mapping.values()) or len(mapping) < len(pairs):
+        raise ConfigError(
+            "--columns: expected SETTING=COLUMN, separated by commas, where SETTING is prompt, "
+            f"answer, messages, text or group, got {given!r}"
+        )
+    table.require({f"--columns: {setting}": column for setting, column in mapping.items()})
+    return mapping
+
+
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}: expected 1 or more, got {value}; give a larger number")
@@ -204,7 +226,8 @@ def _detected(source: Path, columns: Sequence[str]) -> dict[str, str]:
             return {name: name for name in wanted}
     raise DataError(
         f"{source}: expected columns messages, or prompt and answer, or text, "
-        f"got {shown_columns(columns)}; rename them, or name the columns to use"
+        f"got {shown_columns(columns)}; rename them, or "
+        "name them by --columns prompt=COLUMN,answer=COLUMN"
     )
 
 

@@ -57,7 +57,7 @@ def doctor(
     for finding in _findings(kind, file, spool, store_url):
         found.append(finding)
         if not as_json:
-            _tell(finding)
+            tell(finding)
     failed = [finding.check for finding in found if finding.verdict == "FAIL"]
     if as_json:
         print_json(Report(kind, str(file), not failed, found))
@@ -100,6 +100,7 @@ def _findings(
     return check_federation(file, spool)
 
 
-def _tell(finding: Finding) -> None:
+def tell(finding: Finding) -> None:
+    """One finding on a line."""
     text = f"{finding.verdict:<4}  {finding.check}: {finding.says}"
     console().print(text, markup=False, highlight=False, soft_wrap=True)

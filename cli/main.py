@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from cli import demo, doctor, queues, reproduce, rounds, runs, serve, setup, simulate, sites
+from cli import (
+    check,
+    demo,
+    doctor,
+    init,
+    queues,
+    reproduce,
+    rounds,
+    runs,
+    serve,
+    setup,
+    simulate,
+    sites,
+)
 from cli.output import complain
 from shared.errors import GradualDiffError, StoreError
 
@@ -19,6 +32,8 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("reproduce")(reproduce.reproduce)
+app.command("init")(init.init)
+app.command("check")(check.check)
 app.command("simulate")(simulate.simulate)
 app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)

@@ -132,7 +132,15 @@ def load_sites(config: FederationConfig, folder: Path) -> list[tuple[SiteConfig,
     paths = [folder / name for name in config.simulation.sites]
     if not paths:
         raise ConfigError("simulation.sites: expected the sites' files, got none; list them")
-    sites = [(load_site(path), path.resolve().parent) for path in paths]
+    sites: list[tuple[SiteConfig, Path]] = []
+    mistakes: list[str] = []
+    for path in paths:
+        try:
+            sites.append((load_site(path), path.resolve().parent))
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     names = [site.site.name for site, _ in sites]
     wanted = sorted(config.run.participants)
     if sorted(names) != wanted:

@@ -45,6 +45,24 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What a round will take at a site. ``tokens``: of all its training examples, each once.
+
+    ``steps``: in a round; ``step_seconds``: of the second of two, since the first one warms up.
+    ``round_seconds``: all steps, and held-out loss as far as it was measured. ``memory``: the most
+    bytes that the process needed, by kind.
+    """
+
+    examples: int
+    held_out: int
+    tokens: int
+    steps: int
+    step_seconds: float
+    round_seconds: float
+    memory: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a piece of work stands. ``tokens``: answer tokens trained on in this round so far.
 

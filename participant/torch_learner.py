@@ -11,17 +11,27 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from participant.data import load_site_data
+from participant.data import NOTHING_HELD_OUT, load_site_data
 from participant.evaluation import evaluate_held_out, generate_replies
-from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
+from participant.learning import (
+    DELTA_FILE,
+    STATE_FILE,
+    Learned,
+    Progress,
+    Readiness,
+    Rehearsal,
+    steps_in_round,
+)
+from participant.memory import peak_bytes, reset_peak
 from participant.optimizer_state import save_optimizer
 from participant.resuming import Resumable
-from participant.training import RoundPlace, train_round
+from participant.training import Beginning, RoundPlace, train_round
 from shared.codecs import get_codec
 from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
 from shared.errors import DecodeError, ModelError, ProtocolError
+from shared.log import get_logger
 from shared.lora_factors import beyond, leading, trained_in
 from shared.manifest import LocalMetrics
 from shared.seeds import derive_seed
@@ -42,6 +52,9 @@ if TYPE_CHECKING:
     from shared.config import DataSection, TrainingSection
     from shared.events import RoundStarted, RunAnnounced
     from shared.manifest import HeldOut, Manifest, TensorSpec
+
+
+REHEARSED_EXAMPLES = 16
 
 
 class TorchLearner:
@@ -69,6 +82,8 @@ class TorchLearner:
             if announced.averaging == "flora":
                 model.check_merges()
             data = self._data(model, announced.training)
+            if not data.held_out:
+                get_logger().warning("data.not_held_out", site=self._site, hint=NOTHING_HELD_OUT)
             ready = Readiness(
                 model.manifest(), model.fingerprint, model.numerics(), len(data.train)
             )
@@ -155,6 +170,39 @@ class TorchLearner:
         with self._standing(announced, source) as (model, adapter):
             model.load_adapter(_reader(adapter, announced))
             return generate_replies(model, prompts, max_new_tokens, batch_size)
+
+    def rehearse(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Rehearsal:
+        """Prepare, train two steps and measure a little held-out text, and keep nothing of it."""
+        reset_peak()
+        self.prepare(announced, report)
+        at: list[float] = []
+        with self._borrowed(announced) as model:
+            data = self._data(model, announced.training)
+            train_round(
+                model,
+                data.train,
+                announced.training.model_copy(update={"local_steps": 2, "local_epochs": None}),
+                RoundPlace(self._site, 1, 0, 0.0, 1.0),
+                begin=Beginning(),
+                should_stop=lambda: False,
+                report=lambda _: at.append(time.monotonic()),
+            )
+            seconds = 0.0
+            if data.held_out:
+                sample = data.held_out[:REHEARSED_EXAMPLES]
+                began = time.monotonic()
+                evaluate_held_out(model, sample, lambda: False, report)
+                seconds = (time.monotonic() - began) * len(data.held_out) / len(sample)
+        steps = steps_in_round(len(data.train), announced.training)
+        return Rehearsal(
+            examples=len(data.train),
+            held_out=len(data.held_out),
+            tokens=sum(len(example.input_ids) for example in data.train),
+            steps=steps,
+            step_seconds=at[1] - at[0],
+            round_seconds=steps * (at[1] - at[0]) + seconds,
+            memory=peak_bytes(),
+        )
 
     def _prepared(self, run: str) -> RunAnnounced:
         if run not in self._announced:
