@@ -44,9 +44,9 @@ RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def finite(param: typer.CallbackParam, value: float) -> float:
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
     """The callback of every option that takes a number with a point. Raises ConfigError."""
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         name = f"--{(param.name or '').replace('_', '-')}"
         raise ConfigError(f"{name}: expected a finite number, got {value}; give another")
     return value

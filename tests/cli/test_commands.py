@@ -299,7 +299,8 @@ def number_options(app):
     for command in app.registered_commands:
         hints = get_type_hints(command.callback, include_extras=True)
         for name, hint in hints.items():
-            if get_origin(hint) is Annotated and float in (hint.__origin__, *get_args(hint)):
+            kind = hint.__origin__ if get_origin(hint) is Annotated else None
+            if float in (kind, *get_args(kind)):
                 yield name, hint.__metadata__[0].callback
 
 
