@@ -23,6 +23,7 @@ from shared.rabbitmq.declaring import declare
 from shared.rabbitmq.futures import answer, fail, guarded
 from shared.rabbitmq.publisher import Publisher, spoken
 from shared.rabbitmq.reviving import revive
+from shared.rabbitmq.sockets import Sockets
 from shared.rabbitmq.taking import Taker, check_sent, not_in_that_name, send_as
 from shared.rabbitmq.translation import because, translate
 
@@ -70,6 +71,7 @@ class RabbitConnection:
         self._ended: BaseException | None = None
         self._opened: Future[None] = Future()
         self._pending.add(self._opened)
+        self._sockets = Sockets()
         self._connection: pika.SelectConnection
         self._thread = threading.Thread(
             target=self._run,
@@ -251,7 +253,7 @@ class RabbitConnection:
 
     def _hand_over(self, call: Callable[[], None]) -> None:
         with contextlib.suppress(Exception):  # its loop has just ended; _ended says so
-            self._connection.ioloop.add_callback_threadsafe(call)
+            self._sockets.loop.add_callback_threadsafe(call)
 
     def _ask(self, start: Callable[[Future[Answer]], None]) -> Answer:
         """Run ``start`` in the I/O thread and wait until somebody answers its future."""
@@ -334,12 +336,13 @@ class RabbitConnection:
                 on_open_callback=self._on_open,
                 on_open_error_callback=lambda _, error: self._finish(error),
                 on_close_callback=lambda _, reason: self._finish(reason),
+                custom_ioloop=self._sockets,
             )
-            self._connection.ioloop.start()
+            self._sockets.loop.start()
         except Exception as error:  # noqa: BLE001 - a dead I/O thread must not leave anyone waiting
             self._end(error)
-        else:
-            self._connection.ioloop.close()
+        finally:
+            self._sockets.close()
 
     def _on_open(self, connection: pika.SelectConnection) -> None:
         connection.add_on_connection_blocked_callback(self._on_blocked)
@@ -363,7 +366,7 @@ class RabbitConnection:
             self._stop()
 
     def _stop(self) -> None:
-        self._connection.ioloop.stop()
+        self._sockets.loop.stop()
 
     def _finish(self, error: BaseException) -> None:
         self._end(error)

@@ -239,10 +239,6 @@ def leave_without_leader(rabbit, vhost) -> bool:
     return False
 
 
-@pytest.mark.filterwarnings(  # pika leaves the socket of a connection that ends in silence
-    "ignore:unclosed:ResourceWarning",
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)
 def test_a_queue_without_a_leader_is_made_anew(deploy, servers):
     """RabbitMQ 3.10.8 killed just after a queue was declared: it comes back and answers nobody."""
     rabbit, _ = servers
@@ -255,4 +251,4 @@ def test_a_queue_without_a_leader_is_made_anew(deploy, servers):
         deployment.start_participant(site)
     assert_same_result(deployment, 2)
     assert "queue.revived" in deployment.log("coordinator")
-    gc.collect()  # now, and not in another test
+    gc.collect()  # a socket that was left open is named here, and not in another test
