@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from shared.errors import BrokerError, UnroutableError
+from shared.errors import BrokerError, QueueMissingError, UnroutableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +135,7 @@ class BrokerState:
     def queue(self, name: str) -> QueueState:
         """The queue of this name. Raises BrokerError."""
         if name not in self._queues:
-            raise BrokerError(f"queue {name}: there is none; declare the topology first")
+            raise QueueMissingError(f"queue {name}: there is none; declare the topology first")
         return self._queues[name]
 
 

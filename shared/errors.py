@@ -23,7 +23,8 @@
     |  `- StoreMissingError    37   there is no store in this directory
     |- BrokerError             40   the message broker
     |  |- BrokerUnavailableError 41 the connection is gone (retryable)
-    |  |  `- BrokerSilentError 45   connected, but a question stayed without an answer (retryable)
+    |  |  `- BrokerSilentError 45   connected, but it gave no answer, or broke over it (retryable)
+    |  |- QueueMissingError    46   there is no such queue yet (retryable)
     |  |- UnroutableError      42   no queue took the message
     |  |- AccessRefusedError   43   this identity may not read or write there
     |  `- StaleDeliveryError   44   the delivery belongs to a closed connection
@@ -189,9 +190,19 @@ class BrokerUnavailableError(BrokerError):
 
 
 class BrokerSilentError(BrokerUnavailableError):
-    """The broker was there but did not answer a question, so the connection was given up."""
+    """The broker was there but did not answer a question, or broke over it (INTERNAL_ERROR).
+
+    So behaves a queue that came back damaged: see ``shared/rabbitmq/reviving.py``.
+    """
 
     exit_code = 45
+
+
+class QueueMissingError(BrokerError):
+    """There is no such queue: not yet, or its coordinator is just making it anew."""
+
+    exit_code = 46
+    retryable = True
 
 
 class UnroutableError(BrokerError):

@@ -107,6 +107,10 @@ class RabbitConnection:
         """Delete and declare anew the queues that answer nobody: see ``reviving``; their names."""
         return revive(self, topology)
 
+    def again(self) -> RabbitConnection:
+        """One more connection of the same identity."""
+        return RabbitConnection(self._address, HEARTBEAT_SECONDS)
+
     def delete(self, queue: str) -> None:
         """Delete a queue with all that is in it. Repeatable."""
         self._on_own_channel(lambda channel, done: channel.queue_delete(queue, callback=done))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pika
 
 from shared import wire
-from shared.errors import BrokerUnavailableError, DecodeError, UnroutableError
+from shared.errors import BrokerSilentError, DecodeError, UnroutableError
 from shared.failpoints import failpoint
 from shared.rabbitmq.futures import answer, fail
 from shared.rabbitmq.translation import translate
@@ -121,6 +121,6 @@ class _Batch:
             )
             fail(self.future, error)
         elif self.rejected:
-            fail(self.future, BrokerUnavailableError("the broker could not store a message"))
+            fail(self.future, BrokerSilentError("the broker could not store a message"))
         else:
             answer(self.future, None)

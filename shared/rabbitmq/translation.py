@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import pika.exceptions
 
-from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError
+from shared.errors import (
+    AccessRefusedError,
+    BrokerError,
+    BrokerSilentError,
+    BrokerUnavailableError,
+    QueueMissingError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,12 +82,8 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
                 f"{where}: {address.account} may not use the virtual host {address.vhost}, or "
                 "there is none; check the end of broker.url"
             )
-        case pika.exceptions.ConnectionClosedByBroker(reply_code=403 | 530, reply_text=text):
-            found = AccessRefusedError(
-                f"{where}: {text}; check the account and the virtual host in broker.url"
-            )
-        case pika.exceptions.ConnectionClosedByBroker(reply_text=text):
-            found = BrokerUnavailableError(f"{where}: closed the connection: {text}")
+        case pika.exceptions.ConnectionClosedByBroker(reply_code=code, reply_text=text):
+            found = _closed(code, text, where)
         case ssl.SSLCertVerificationError(verify_message=reason):
             found = BrokerError(
                 f"{where}: its certificate is not accepted: {reason}; check the clock, "
@@ -94,6 +96,18 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
         case OSError(strerror=reason) if reason:
             found = BrokerUnavailableError(f"{where}: {reason}; check broker.url and the way there")
     return found
+
+
+def _closed(code: int, text: str, where: str) -> BrokerError:
+    if code in {403, 530}:
+        return AccessRefusedError(
+            f"{where}: {text}; check the account and the virtual host in broker.url"
+        )
+    if code == 541:
+        return BrokerSilentError(
+            f"{where}: broke over a question and closed the connection: {text}; see its log"
+        )
+    return BrokerUnavailableError(f"{where}: closed the connection: {text}")
 
 
 def _refused(code: int, text: str, address: BrokerAddress) -> BrokerError:
@@ -109,7 +123,8 @@ def _refused(code: int, text: str, address: BrokerAddress) -> BrokerError:
     if code == 403:
         return AccessRefusedError(f"{what}: not allowed to {address.account} ({text})")
     if code == 404:
-        return BrokerError(f"{what}: there is none; declare the topology first ({text})")
+        kind = QueueMissingError if named and named[1] == "queue" else BrokerError
+        return kind(f"{what}: there is none; declare the topology first ({text})")
     return BrokerError(f"{what}: {text}")
 
 
