@@ -21,13 +21,20 @@ from participant.workspace import Workspace
 from shared.config import AcceptSection
 from shared.directory_store import DirectoryTransfer
 from shared.embedded_broker import EmbeddedBroker
-from shared.errors import InterruptedRunError, RunFailedError, RunStuckError
+from shared.errors import (
+    GradualDiffError,
+    InterruptedRunError,
+    LedgerDamagedError,
+    RunFailedError,
+    RunStuckError,
+)
 from shared.topology import COORDINATOR, coordinator_rights, site_rights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from coordinator.handlers import Coordinator
     from coordinator.state import RunState
     from participant.learning import Learner, Progress
     from shared.config import FederationConfig
@@ -93,7 +100,7 @@ def run_embedded(
         elif (left := _seconds_to_deadline(role.coordinator.state, embedding)) > 0:
             time.sleep(min(left, 0.2))
         elif idle_ticks:
-            raise RunStuckError(_why_stuck(role.coordinator.state, embedding.store.root))
+            raise _stuck(role.coordinator, embedding.store.root)
         else:
             role.tick()  # nobody has anything to do: perhaps time decides
             idle_ticks += 1
@@ -132,6 +139,18 @@ def _result(state: RunState) -> RunState:
             f"run {state.config.run.name} ended without a result: {state.finished.reason}"
         )
     return state
+
+
+def _stuck(coordinator: Coordinator, store: Path) -> GradualDiffError:
+    state, damage = coordinator.state, coordinator.damage
+    if damage is None:
+        return RunStuckError(_why_stuck(state, store))
+    run, number = state.config.run.name, state.last_round
+    return LedgerDamagedError(
+        f"run {run}: {damage}. The site that made it does not have it any more. Without a copy, "
+        f"begin another run with the result of round {number}: gradualdiff runs branch {run} "
+        f"--at {number} --name NEW --store {store}"
+    )
 
 
 def _why_stuck(state: RunState, store: Path) -> str:

@@ -6,6 +6,8 @@ was cut off is no harm. The branch needs nothing of its parent afterwards.
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import topology
@@ -17,12 +19,13 @@ from shared.errors import (
     RunNotFoundError,
 )
 from shared.records import ClosedRecord, GenesisRecord, OriginRecord
+from shared.store import read_again
 
 if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.ledger import Ledger
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # the tensors come last
+ADAPTER_FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
@@ -65,10 +68,11 @@ def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
     genesis, result = _results(parent, number)
     _check_is_new(child)
     sha = result.adapter_sha
-    _check_adapter(parent, sha)
-    for file in ADAPTER_FILES:
-        part = parent.store.stat(topology.adapter_key(parent.run, sha, file))
-        parent.store.compose(topology.adapter_key(child.run, sha, file), [part])
+    with tempfile.TemporaryDirectory() as scratch:
+        tensors = Path(scratch) / TENSORS
+        config_file = _read_adapter(parent, sha, tensors)
+        child.store.put(topology.adapter_key(child.run, sha, CONFIG), config_file)
+        child.store.put_file(topology.adapter_key(child.run, sha), tensors)  # they come last
     record = OriginRecord(
         parent=parent.run,
         parent_digest=config.digest,
@@ -118,12 +122,13 @@ def _taken(run: str, origin: OriginRecord) -> str:
     )
 
 
-def _check_adapter(parent: Ledger, sha: str) -> None:
+def _read_adapter(parent: Ledger, sha: str, tensors: Path) -> bytes:
+    """Its config; the tensors come to a local file, and what is checked there is what is stored."""
     key = topology.adapter_key(parent.run, sha)
     pruned = next((record for record in parent.pruned() if key in record.keys), None)
     try:
-        found = parent.store.sha256(key)
-        parent.store.stat(topology.adapter_key(parent.run, sha, ADAPTER_FILES[0]))
+        damage = read_again(lambda: parent.store.spool([key], tensors).sha256, sha)
+        config = parent.store.get(topology.adapter_key(parent.run, sha, CONFIG))
     except ObjectMissingError as error:
         if pruned is not None:
             raise LedgerDamagedError(
@@ -131,8 +136,9 @@ def _check_adapter(parent: Ledger, sha: str) -> None:
                 "whose adapter was kept"
             ) from None
         raise LedgerDamagedError(f"{error}; restore it from a copy of the store") from None
-    if found != sha:
+    if damage is not None:
         raise LedgerDamagedError(
-            f"{key}: its bytes do not have the sha256 of its name; restore this object from a "
-            "copy of the store"
+            f"{key}: its bytes do not have the sha256 of its name ({damage}); restore this object "
+            "from a copy of the store"
         )
+    return config

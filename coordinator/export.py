@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from coordinator.branching import CONFIG, TENSORS
 from coordinator.genesis import adapter_config
 from coordinator.model_card import model_card
 from coordinator.stacking import lora_in
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from coordinator.inspection import History
     from shared.store import ObjectStore
 
-CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,10 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.dispatch import Handler
     from shared.ledger import Ledger
+    from shared.records import ClosingRecord
 
 GRANT_SECONDS = 3600.0
+ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more
 MOST_WORDS = 100  # of one site before the run begins: a site that is mended needs few
 
 
@@ -94,6 +96,8 @@ class Coordinator:
         self.state = replay(config, ())
         self.watch = Watch(ledger.store, config.run.name, ledger.writer)
         self.active = False
+        # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
+        self._lost: dict[Upload, tuple[float, str]] = {}
         handlers: Mapping[type[Event], Handler] = {
             SiteOnline: self.on_site_online,
             ParticipantReady: self.on_participant_ready,
@@ -109,6 +113,11 @@ class Coordinator:
         self.handlers: Mapping[type[Event], Handler] = {
             kind: self._entry(handler) for kind, handler in handlers.items()
         }
+
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with the deltas without which the decided round cannot be closed."""
+        return "; ".join(damage for _, damage in self._lost.values()) or None
 
     def begin(self) -> None:
         """Record or find the run. Raises RunExistsError when it has another config."""
@@ -145,6 +154,7 @@ class Coordinator:
     def reload(self) -> None:
         """Rebuild the state from the ledger."""
         self.state = replay(self._config, self._ledger.history())
+        self._lost = {}
 
     # Handlers --------------------------------------------------------------------------------
 
@@ -212,9 +222,12 @@ class Coordinator:
         """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
         upload = self._upload(event, sender)
         known = (sender, event.round) in self.state.uncounted
-        if known or self._takes(sender, event.round) is None:
+        if upload not in self._lost and (known or self._takes(sender, event.round) is None):
             self._answer_closed(upload, record=False)
             return
+        self._grant(upload)
+
+    def _grant(self, upload: Upload) -> None:
         expires_at = self._clock() + GRANT_SECONDS
         urls = {
             number: self._ledger.store.sign_put(
@@ -230,11 +243,14 @@ class Coordinator:
             urls=urls,
             expires_at=expires_at,
         )
-        self._effects.tell({sender: grant})
+        self._effects.tell({upload.site: grant})
 
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
         upload = self._upload(event, sender)
+        if upload in self._lost:
+            self._restore(upload)
+            return
         opened = self._takes(sender, event.round)
         if opened is None or (sender, event.round) in self.state.uncounted:
             self._answer_closed(upload)
@@ -367,6 +383,8 @@ class Coordinator:
         for effect in effects:
             if isinstance(effect, WriteRecord) and self.notice_controls():
                 continue  # another step may follow from what was asked; it was taken
+            if isinstance(effect, Aggregate) and not self._holds_all(effect.closing):
+                continue  # it is asked for again, and this again with every tick
             if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
                 self.feed(self._perform(effect))
             else:
@@ -390,6 +408,39 @@ class Coordinator:
             raise LedgerError(self.watch.problem) from error
         self.watch.problem = ""
         return record
+
+    def _holds_all(self, closing: ClosingRecord) -> bool:
+        """Whether the store has every counted delta; one that is lost is asked of its site again.
+
+        A site keeps what it trained until the round is closed, and the bytes are named by their
+        sha256: the round ends in the adapter that it would have ended in.
+        """
+        now = self._clock()
+        if any(now < asked + ASK_SECONDS for asked, _ in self._lost.values()):
+            return False
+        counted = [self.state.uncounted[item.site, item.from_round] for item in closing.inputs]
+        lost = self._intake.lost(self._config.run.name, counted)
+        self._lost = {upload: (now, damage) for upload, damage in lost.items()}
+        for upload, damage in lost.items():
+            get_logger().error("delta.lost", site=upload.site, round=upload.round, reason=damage)
+            self._grant(upload)
+        if lost:
+            self.watch.problem = f"{self.damage}; its site was asked to send it again"
+            self.watch.write(self.state, now)
+        return not lost
+
+    def _restore(self, upload: Upload) -> None:
+        """Store what a site sent again. Idempotent: it is the same bytes, or nothing."""
+        try:
+            self._intake.restore(upload)
+        except DeltaRefusedError as error:  # it is asked for again
+            get_logger().warning("delta.refused", reason=str(error))
+            self._intake.discard(upload)
+            return
+        get_logger().info("delta.restored", site=upload.site, round=upload.round)
+        del self._lost[upload]
+        if self.state.closing is not None:
+            self._carry_out((Aggregate(self.state.closing),))
 
     def _record(self, record: Record) -> None:
         self.feed(self._ledger.write(record))

@@ -1,13 +1,12 @@
 """A delta's way in: from uploaded chunks to checked bytes under their own name.
 
 Chunks are spooled to local disk, so that the checks and later the aggregation read local files,
-tensor by tensor. Only then does the store join the very chunks that were read (by etag) into the
-content-addressed object: nobody who still holds an upload URL can change what was checked.
+tensor by tensor. Then that very file is stored under its sha256. The chunks are not read again, so
+nobody who still holds an upload URL can change what was checked.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,18 +16,20 @@ from shared.durable_files import file_errors
 from shared.errors import (
     DeltaRefusedError,
     LedgerDamagedError,
-    ObjectChangedError,
     ObjectMissingError,
 )
 from shared.failpoints import failpoint
 from shared.files import digest_file
+from shared.store import read_again
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from shared.delta_file import DeltaHeader
     from shared.manifest import Manifest
-    from shared.store import ObjectInfo, ObjectStore
+    from shared.records import AcceptedRecord
+    from shared.store import ObjectStore
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -89,31 +90,31 @@ class Intake:
         Raises DeltaRefusedError with the reason. Repeatable: a delta that is stored already is
         checked again from there.
         """
-        path = self._path(upload.round, upload.site, upload.sha)
-        with file_errors(self.spool):
-            parts, digest = self._collect(upload, path)
-        failpoint("delta.spooled")
-        if digest != upload.sha:
-            self.discard(upload)
-            raise DeltaRefusedError(
-                f"sha256: expected {upload.sha[:12]} as announced, got other bytes; "
-                "the upload was damaged: start the site again, it sends the delta anew"
-            )
-        self._hashed.add(path)
+        path, is_stored = self._spooled(upload)
         norm = check_delta(path, manifest, expected, max_norm, not_zero).norm
         failpoint("delta.checked")
-        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
-        if parts:
-            try:
-                self._store.compose(key, parts)
-            except (ObjectChangedError, ObjectMissingError) as error:
-                if not self._is_stored(key, upload.sha):
-                    raise DeltaRefusedError(
-                        f"the upload changed while it was checked ({error}); submit it again"
-                    ) from None
-            failpoint("delta.composed")
-            self._clear_inbox(upload)
+        if not is_stored:
+            self._put(upload, path)
         return norm
+
+    def lost(self, run: str, counted: Iterable[AcceptedRecord]) -> dict[Upload, str]:
+        """The deltas that the store does not hold as they were taken, and what is wrong."""
+        found = {}
+        for one in counted:
+            try:
+                self.local_delta(run, one.round, one.site, one.sha)
+            except LedgerDamagedError as error:
+                found[Upload(run, one.round, one.site, one.sha, one.size)] = str(error)
+        return found
+
+    def restore(self, upload: Upload) -> None:
+        """Store a counted delta again from what its site sent again. Raises DeltaRefusedError.
+
+        It was checked when it was taken, and its sha256 says that it is the same.
+        """
+        path, is_stored = self._spooled(upload)
+        if not is_stored:
+            self._put(upload, path)
 
     def local_delta(self, run: str, round_number: int, site: str, sha: str) -> Path:
         """The spooled file of an accepted delta, fetched again if it is gone.
@@ -162,45 +163,73 @@ class Intake:
         self.spool.mkdir(parents=True, exist_ok=True)
         return self.spool / name
 
-    def _collect(self, upload: Upload, target: Path) -> tuple[list[ObjectInfo], str]:
-        """Spool the chunks: what was read, its sha256. No parts if the delta is stored already."""
-        self.spool.mkdir(parents=True, exist_ok=True)
-        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
-        with contextlib.suppress(ObjectMissingError):
-            return [], self._store.spool([key], target).sha256
-        try:
-            return self._collect_chunks(upload, target)
-        except ObjectMissingError as error:
-            # A coordinator that was frozen does not know yet that another one took over. That one
-            # may join the chunks and clear the inbox while this one reads them.
-            with contextlib.suppress(ObjectMissingError):
-                return [], self._store.spool([key], target).sha256
-            raise DeltaRefusedError(
-                f"the upload changed while it was read ({error}); submit it again"
-            ) from None
+    def _spooled(self, upload: Upload) -> tuple[Path, bool]:
+        """A local file with the sha256 that was announced; whether it is stored under its name.
 
-    def _collect_chunks(self, upload: Upload, target: Path) -> tuple[list[ObjectInfo], str]:
+        What is stored there with other bytes, from whatever cause, counts as not stored.
+        """
+        path = self._path(upload.round, upload.site, upload.sha)
+        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
+        with file_errors(self.spool):
+            self.spool.mkdir(parents=True, exist_ok=True)
+            is_stored = self._is_stored(key, path, upload.sha)
+            if not is_stored:
+                try:
+                    self._spool_chunks(upload, path)
+                except DeltaRefusedError:
+                    # A coordinator that was frozen does not know yet that another one took over,
+                    # which may have stored the delta and cleared the inbox meanwhile.
+                    is_stored = self._is_stored(key, path, upload.sha)
+                    if not is_stored:
+                        raise
+        failpoint("delta.spooled")
+        self._hashed.add(path)
+        return path, is_stored
+
+    def _is_stored(self, key: str, path: Path, sha: str) -> bool:
+        """Whether the object is there with these bytes; they are at ``path`` then."""
+        try:
+            return read_again(lambda: self._store.spool([key], path).sha256, sha) is None
+        except ObjectMissingError:
+            return False
+
+    def _spool_chunks(self, upload: Upload, target: Path) -> None:
         absent = self.missing_chunks(upload)
         if absent:
             raise DeltaRefusedError(
                 f"size: expected {upload.size} bytes in {upload.chunks} chunks, but chunk "
                 f"{absent[0]} is absent or has another size; upload it, then submit again"
             )
-        spooled = self._store.spool([upload.chunk_key(n) for n in range(upload.chunks)], target)
-        for number, part in enumerate(spooled.parts):
-            if part.size != upload.chunk_size(number):
-                raise DeltaRefusedError(
-                    f"size: expected {upload.chunk_size(number)} bytes in chunk {number}, got "
-                    f"{part.size}; it changed while it was read: upload it, then submit again"
-                )
-        return spooled.parts, spooled.sha256
+        keys = [upload.chunk_key(number) for number in range(upload.chunks)]
 
-    def _is_stored(self, key: str, sha: str) -> bool:
-        """Whether another coordinator joined the same bytes meanwhile."""
+        def read() -> str:
+            spooled = self._store.spool(keys, target)
+            for number, part in enumerate(spooled.parts):
+                if part.size != upload.chunk_size(number):
+                    raise DeltaRefusedError(
+                        f"size: expected {upload.chunk_size(number)} bytes in chunk {number}, got "
+                        f"{part.size}; it changed while it was read: upload it, then submit again"
+                    )
+            return spooled.sha256
+
         try:
-            return self._store.sha256(key) == sha
-        except ObjectMissingError:
-            return False
+            damage = read_again(read, upload.sha)
+        except ObjectMissingError as error:
+            raise DeltaRefusedError(
+                f"the upload changed while it was read ({error}); submit it again"
+            ) from None
+        if damage is not None:
+            raise DeltaRefusedError(
+                f"sha256: expected {upload.sha[:12]} as announced, got other bytes ({damage}); "
+                "start the site again, it sends the delta anew"
+            )
+
+    def _put(self, upload: Upload, path: Path) -> None:
+        """Store the very file that was checked; what the inbox holds by now does not matter."""
+        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
+        self._store.put_file(key, path)
+        failpoint("delta.stored")
+        self._clear_inbox(upload)
 
     def _clear_inbox(self, upload: Upload) -> None:
         for number in range(upload.chunks):
@@ -213,14 +242,15 @@ class Intake:
             return path
         self.spool.mkdir(parents=True, exist_ok=True)
         try:
-            digest = self._store.spool([key], path).sha256
+            damage = read_again(lambda: self._store.spool([key], path).sha256, sha)
         except ObjectMissingError:
             raise LedgerDamagedError(
                 f"{key}: is missing; restore this object from a copy of the store"
             ) from None
-        if digest != sha:
+        if damage is not None:
+            path.unlink(missing_ok=True)
             raise LedgerDamagedError(
-                f"{key}: its bytes do not have the sha256 of its name; "
+                f"{key}: its bytes do not have the sha256 of its name ({damage}); "
                 "restore this object from a copy of the store"
             )
         self._hashed.add(path)

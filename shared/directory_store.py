@@ -31,7 +31,6 @@ from shared.durable_files import (
 )
 from shared.errors import (
     IntegrityError,
-    ObjectChangedError,
     ObjectExistsError,
     ObjectMissingError,
     StoreError,
@@ -195,22 +194,6 @@ class DirectoryStore:
         """Every object whose key starts with ``prefix``, in key order."""
         return self._walk("", prefix)
 
-    def compose(self, key: str, parts: Sequence[ObjectInfo]) -> ObjectInfo:
-        """Join ``parts`` in order into ``key``. Raises ObjectChangedError, ObjectMissingError.
-
-        A single part is linked: no byte is read.
-        """
-        if not parts:
-            raise StoreError(f"{key}: expected at least one part to compose, got none")
-        if len(parts) > 1:
-            return self.write(key, self._joined(parts))
-        target, source, part = self._path(key), self._path(parts[0].key), parts[0]
-        self.stat(part.key)
-        with file_errors(target), temporary(self._temporary) as temp:
-            written = link_or_copy(source, temp, lambda found: _check_part(part, found))
-            _move(temp, target)
-        return _info(key, written)
-
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""
         path = self._path(key)
@@ -239,12 +222,6 @@ class DirectoryStore:
         if parts[0] == TEMPORARY:
             raise StoreError(f"key {key!r}: expected any first part but {TEMPORARY!r}")
         return self._root.joinpath(*parts)
-
-    def _joined(self, parts: Sequence[ObjectInfo]) -> Iterator[bytes]:
-        for part in parts:
-            with self.open(part.key) as file:
-                _check_part(part, os.fstat(file.fileno()))
-                yield from read_chunks(file)
 
     def _walk(self, stem: str, prefix: str) -> Iterator[ObjectInfo]:
         """In key order: a directory sorts by its name with the slash, as its keys do."""
@@ -343,11 +320,6 @@ def _info(key: str, found: os.stat_result) -> ObjectInfo:
 
 def _etag(found: os.stat_result) -> str:
     return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
-
-
-def _check_part(part: ObjectInfo, found: os.stat_result) -> None:
-    if _etag(found) != part.etag:
-        raise ObjectChangedError(f"{part.key}: is not the object that was read; check it again")
 
 
 def _is_running(process: int) -> bool:

@@ -34,7 +34,6 @@ from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
-from minio.commonconfig import ComposeSource, CopySource
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 from urllib3.exceptions import HTTPError
 
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
 PART_BYTES = 16 * 1024 * 1024
-MIN_PART_BYTES = 5 * 1024 * 1024
 MAX_SIGNED_SECONDS = 7 * 24 * 3600
 
 _FULL = frozenset({"XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded"})
@@ -294,41 +292,6 @@ class S3Store:
             group.append(info)
         yield from sorted(group, key=lambda one: one.key)
 
-    def compose(self, key: str, parts: Sequence[ObjectInfo]) -> ObjectInfo:
-        """Join ``parts`` in order into ``key``, on the server; each but the last 5 MiB or more.
-
-        Raises ObjectChangedError, ObjectMissingError.
-        """
-        check_key(key)
-        if not parts:
-            raise StoreError(f"{key}: expected at least one part to compose, got none")
-        for part in parts[:-1]:
-            if part.size < MIN_PART_BYTES:
-                raise StoreError(
-                    f"{part.key}: expected {MIN_PART_BYTES} bytes or more in each part but the "
-                    f"last, got {part.size}; S3 joins no smaller ones"
-                )
-        with self._errors(key):
-            try:
-                if len(parts) == 1:
-                    source = CopySource(self._bucket, parts[0].key, match_etag=parts[0].etag)
-                    made = self._client.copy_object(self._bucket, key, source)
-                else:
-                    sources = [
-                        ComposeSource(self._bucket, part.key, match_etag=part.etag)
-                        for part in parts
-                    ]
-                    made = self._client.compose_object(self._bucket, key, sources)
-            except S3Error as error:
-                if error.code in ("PreconditionFailed", "NoSuchKey"):
-                    self._check_parts(parts)  # names the one that changed meanwhile
-                    raise ObjectChangedError(
-                        f"{key}: a part is not the object that was read; check them again"
-                    ) from None
-                raise
-        # Each part had the etag that was read, and so its size.
-        return ObjectInfo(key, sum(part.size for part in parts), made.etag or "")
-
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""
         check_key(key)
@@ -433,14 +396,6 @@ class S3Store:
 
     def _try_bucket(self) -> None:
         next(self._listed(".probe/"), None)
-
-    def _check_parts(self, parts: Sequence[ObjectInfo]) -> None:
-        for part in parts:
-            found = self.stat(part.key)
-            if found.etag != part.etag:
-                raise ObjectChangedError(
-                    f"{part.key}: is not the object that was read; check it again"
-                )
 
     def _sign(self, method: str, key: str, expires_at: float) -> str:
         check_key(key)

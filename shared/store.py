@@ -5,7 +5,6 @@ What any adapter must do is written as tests in ``tests/contracts/store_contract
 - Keys are ``/``-separated, made of ``[A-Za-z0-9._-]``; no part is empty, ``.`` or ``..``.
 - A write is seen whole or not at all, and survives a crash once the call returned.
 - ``create`` is conditional: of many at once, one wins and the others get ObjectExistsError.
-- ``compose`` joins objects on the store's side, only if each still has the etag that was read.
 - A site has no store key: it holds signed URLs, good for one method, one object, a time
   and, to write, one length.
 - Full or read-only is StoreUnavailableError, and nothing half-written stays visible.
@@ -17,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+READS = 3  # of an object whose bytes are not what they should be
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ class Spooled:
 
     parts: list[ObjectInfo]
     sha256: str
+
+
+def read_again(read: Callable[[], str], sha256: str) -> str | None:
+    """Read until ``read`` gives this digest, a few times; else which side is damaged, in words."""
+    digests = []
+    for _ in range(READS):
+        digests.append(read())
+        if digests[-1] == sha256:
+            return None
+    if len(set(digests)) == 1:
+        return f"{READS} reads gave the same bytes: the stored object is damaged"
+    return f"{READS} reads gave different bytes: the way from the store damages them"
 
 
 class ObjectStore(Protocol):
@@ -74,9 +87,6 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, in key order."""
-
-    def compose(self, key: str, parts: Sequence[ObjectInfo]) -> ObjectInfo:
-        """Join ``parts`` in order into ``key``. Raises ObjectChangedError, ObjectMissingError."""
 
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""

@@ -49,9 +49,6 @@ class Mortal(DirectoryStore):
     def put_file(self, key, path):
         return self._write(key, lambda: super(Mortal, self).put_file(key, path))
 
-    def compose(self, key, parts):
-        return self._write(key, lambda: super(Mortal, self).compose(key, parts))
-
     def delete(self, key):
         there = self._is_there(key)
         return self._write(key, lambda: super(Mortal, self).delete(key), changes=there)

@@ -1,7 +1,6 @@
 """What every ``ObjectStore`` and ``Transfer`` must do. An adapter's test class gives ``store``.
 
-Nothing here looks inside an adapter. Objects that ``compose`` joins are ``part_bytes`` long, since
-S3 takes no part under 5 MiB but the last.
+Nothing here looks inside an adapter.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import pytest
 from shared.errors import (
     GrantError,
     IntegrityError,
-    ObjectChangedError,
     ObjectExistsError,
     ObjectMissingError,
     StoreError,
 )
-from shared.store import ObjectInfo, ObjectStore, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from shared.store import ObjectStore, Transfer
 
 
 GOOD_KEYS = (
@@ -58,9 +57,8 @@ def sha256(data: bytes) -> str:
 
 
 class StoreContract:
-    """The suite. Adapters override the fixtures and, if parts must be large, ``part_bytes``."""
+    """The suite. Adapters override the fixtures."""
 
-    part_bytes = 1000
     soon_seconds = 60.0
 
     @pytest.fixture
@@ -93,7 +91,6 @@ class StoreContract:
         """StoreError, before anything is touched."""
         file = tmp_path / "file"
         file.write_bytes(b"x")
-        part = ObjectInfo("a", 1, "etag")
         for call in (
             lambda: store.put(key, b"x"),
             lambda: store.create(key, b"x"),
@@ -103,7 +100,6 @@ class StoreContract:
             lambda: store.fetch_file(key, tmp_path / "out"),
             lambda: store.stat(key),
             lambda: store.sha256(key),
-            lambda: store.compose(key, [part]),
             lambda: store.delete(key),
             lambda: store.sign_get(key, 2e9),
             lambda: store.sign_put(key, 2e9, 1),
@@ -130,7 +126,6 @@ class StoreContract:
                 lambda key=key: store.stat(key),
                 lambda key=key: store.sha256(key),
                 lambda key=key: store.fetch_file(key, tmp_path / "out"),
-                lambda key=key: store.compose("new", [ObjectInfo(key, 1, "etag")]),
             ):
                 with pytest.raises(ObjectMissingError, match=key):
                     call()
@@ -268,44 +263,6 @@ class StoreContract:
         store.put("a/1", b"x")
         store.put("a/2", b"yy")
         assert list(store.list("a/")) == [store.stat("a/1"), store.stat("a/2")]
-
-    # Composing ----------
-
-    @pytest.mark.parametrize("count", [1, 2, 5])
-    def test_parts_are_joined_in_the_order_given(self, store, count):
-        """Whatever their names; the parts stay."""
-        data = [bytes([number]) * self.part_bytes for number in range(count)]
-        parts = [store.put(f"inbox/{count - n}", part) for n, part in enumerate(data)]
-        info = store.compose("joined", parts)
-        assert store.get("joined") == b"".join(data)
-        assert info == store.stat("joined")
-        assert info.size == count * self.part_bytes
-        assert store.get(parts[0].key) == data[0]
-
-    @pytest.mark.parametrize("count", [1, 2])
-    def test_a_part_that_was_written_again_is_not_joined(self, store, count):
-        """ObjectChangedError, though the size is the same; nothing is made."""
-        parts = [store.put(f"inbox/{n}", b"a" * self.part_bytes) for n in range(count)]
-        store.put(parts[-1].key, b"b" * self.part_bytes)
-        with pytest.raises(ObjectChangedError, match=parts[-1].key):
-            store.compose("joined", parts)
-        assert [info.key for info in store.list("joined")] == []
-
-    @pytest.mark.parametrize("count", [1, 2])
-    def test_a_part_written_after_it_was_joined_changes_nothing(self, store, count):
-        """Whoever still holds a URL of the inbox cannot alter what was counted."""
-        parts = [store.put(f"inbox/{n}", b"a" * self.part_bytes) for n in range(count)]
-        joined = store.compose("joined", parts)
-        for part in parts:
-            store.put(part.key, b"b" * self.part_bytes)
-            store.delete(part.key)
-        assert store.get("joined") == b"a" * self.part_bytes * count
-        assert store.stat("joined") == joined
-
-    def test_composing_nothing_is_an_error(self, store):
-        """An empty object by accident is none."""
-        with pytest.raises(StoreError, match="joined"):
-            store.compose("joined", [])
 
     # Signed URLs ----------
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shared.directory_store import STALE_SECONDS, DirectoryStore, DirectoryTransfer
-from shared.errors import GrantError, ObjectChangedError, StoreError, StoreUnavailableError
+from shared.errors import GrantError, StoreError, StoreUnavailableError
 from tests.contracts.store_contract import StoreContract, sha256
 
 
@@ -165,21 +165,13 @@ def test_a_write_has_a_stamp_of_its_own(root, store, tmp_path, monkeypatch):
         assert (root / "k").stat().st_mtime_ns == moment
 
 
-def test_a_part_written_again_with_the_same_bytes_is_not_joined(store):
-    """What was checked is an inode, not a content."""
-    part = store.put("inbox/0", b"same")
-    store.put("inbox/0", b"same")
-    with pytest.raises(ObjectChangedError):
-        store.compose("joined", [part])
-
-
 def test_links_stand_in_for_copies(root, store, tmp_path):
-    """One inode for the file that was put, the object, the composed object and the spooled file."""
+    """One inode for the file that was put, the object, and the spooled file that is put again."""
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b"bytes")
     part = store.put_file("part", source)
-    store.compose("whole", [part])
-    store.spool(["whole"], target)
+    store.spool(["part"], target)
+    store.put_file("whole", target)
     assert len({p.stat().st_ino for p in (source, target, root / "part", root / "whole")}) == 1
     assert store.stat("part") == part
 
@@ -209,10 +201,10 @@ def test_a_fetched_file_is_the_callers_own(root, store, tmp_path):
 def test_stored_files_are_read_only(root, store, tmp_path):
     """Mode 0444 however they came; a linked source becomes read-only too, as documented."""
     (tmp_path / "in").write_bytes(b"bytes")
-    parts = [store.put("a", b"x"), store.put_file("b", tmp_path / "in")]
+    store.put("a", b"x")
+    store.put_file("b", tmp_path / "in")
     store.create("c", b"x")
-    store.compose("d", parts)
-    for path in (*(root / key for key in "abcd"), tmp_path / "in"):
+    for path in (*(root / key for key in "abc"), tmp_path / "in"):
         assert path.stat().st_mode & 0o777 == 0o444
 
 
@@ -247,12 +239,11 @@ def test_without_links_bytes_are_copied(root, store, tmp_path, monkeypatch, code
 
     monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "in").write_bytes(b"bytes")
-    part = store.put_file("part", tmp_path / "in")
-    store.compose("whole", [part])
-    store.spool(["whole"], tmp_path / "out")
+    store.put_file("k", tmp_path / "in")
+    store.spool(["k"], tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"bytes"
-    assert len({p.stat().st_ino for p in (tmp_path / "in", root / "part", root / "whole")}) == 3
-    assert len(fired) == 3
+    assert len({p.stat().st_ino for p in (tmp_path / "in", root / "k", tmp_path / "out")}) == 3
+    assert len(fired) == 2
     assert leftovers(root) == []
 
 
@@ -367,19 +358,18 @@ def small_disk(tmp_path):
 
 
 def writes(store: DirectoryStore, folder: Path):
-    """Every way to write 2 MiB (composed of halves that are there); name and call."""
+    """Every way to write 2 MiB; name and call."""
     (folder / "large").write_bytes(bytes(2 << 20))
     url = store.sign_put("k", time.time() + 60, 2 << 20)
     return {
         "put": lambda: store.put("k", bytes(2 << 20)),
         "create": lambda: store.create("k2", bytes(2 << 20)),
         "put_file": lambda: store.put_file("k", folder / "large"),
-        "compose": lambda: store.compose("k", [store.stat("k")] * 4),
         "upload": lambda: DirectoryTransfer(store).upload(url, folder / "large", 0, 2 << 20),
     }
 
 
-@pytest.mark.parametrize("way", ["put", "create", "put_file", "compose", "upload"])
+@pytest.mark.parametrize("way", ["put", "create", "put_file", "upload"])
 def test_a_full_disk_leaves_the_old_object_and_no_rubbish(small_disk, tmp_path, way):
     """StoreUnavailableError naming the path and what to do; writing goes on once there is room."""
     disk, _ = small_disk
@@ -393,7 +383,7 @@ def test_a_full_disk_leaves_the_old_object_and_no_rubbish(small_disk, tmp_path, 
     store.put("more", bytes(300_000))
 
 
-@pytest.mark.parametrize("way", ["put", "create", "put_file", "compose", "upload"])
+@pytest.mark.parametrize("way", ["put", "create", "put_file", "upload"])
 def test_a_read_only_disk_can_still_be_read(small_disk, tmp_path, way):
     """StoreUnavailableError naming path and remedy from each write; reading goes on."""
     disk, make_read_only = small_disk

@@ -34,8 +34,6 @@ from tests.servers.seaweedfs import SeaweedFS
 class TestS3Store(StoreContract):
     """The suite, unchanged; a bucket for each test."""
 
-    part_bytes = 5 * 1024 * 1024
-
     @pytest.fixture
     def store(self, s3_server):
         return s3_server.store(s3_server.new_bucket())
@@ -370,13 +368,6 @@ def test_a_file_of_many_parts_does_not_grow_memory(s3_server, bucket, tmp_path):
     )
     assert int(done.stdout) < 64 * 1024  # KiB
     assert (tmp_path / "out").stat().st_size == 160 << 20
-
-
-def test_small_parts_cannot_be_joined(store):
-    """Said before anything is sent, with the limit."""
-    parts = [store.put(f"inbox/{number}", b"x") for number in range(2)]
-    with pytest.raises(StoreError, match=r"inbox/0: expected 5242880 bytes"):
-        store.compose("joined", parts)
 
 
 def test_a_server_killed_amid_a_put_leaves_the_old_object(own_server, tmp_path):

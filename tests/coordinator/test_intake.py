@@ -35,9 +35,9 @@ class Meddled(DirectoryStore):
             self._now("read")
         return super().spool(keys, path)
 
-    def compose(self, key, parts):
-        self._now("join")
-        return super().compose(key, parts)
+    def put_file(self, key, path):
+        self._now("store")
+        return super().put_file(key, path)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def uploaded(tmp_path):
     return store, upload
 
 
-@pytest.mark.parametrize("moment", ["read", "join"])
+@pytest.mark.parametrize("moment", ["read", "store"])
 def test_what_another_coordinator_took_meanwhile_is_taken_from_there(tmp_path, uploaded, moment):
     """Its inbox is empty then; both come to the same delta."""
     store, upload = uploaded
@@ -69,11 +69,10 @@ def test_what_another_coordinator_took_meanwhile_is_taken_from_there(tmp_path, u
     assert digest_file(mine.local_delta("test", 1, "a", upload.sha))[0] == upload.sha
 
 
-@pytest.mark.parametrize("moment", ["read", "join"])
-def test_chunks_that_nobody_took_are_asked_for_again(tmp_path, uploaded, moment):
+def test_chunks_that_nobody_took_are_asked_for_again(tmp_path, uploaded):
     """They are gone and no delta is there: the site is told to send them once more."""
     store, upload = uploaded
-    meddled = Meddled(tmp_path / "store", moment, lambda: store.delete(upload.chunk_key(0)))
-    with pytest.raises(DeltaRefusedError, match="the upload changed while it was"):
+    meddled = Meddled(tmp_path / "store", "read", lambda: store.delete(upload.chunk_key(0)))
+    with pytest.raises(DeltaRefusedError, match="the upload changed while it was read"):
         Intake(meddled, tmp_path / "mine").take(upload, MANIFEST, HEADER, None)
     assert meddled.meddled

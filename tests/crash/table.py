@@ -76,7 +76,7 @@ COORDINATOR = [
     *around(ACKNOWLEDGED, "UploadRequested"),
     "delta.spooled",
     "delta.checked",
-    "delta.composed",
+    "delta.stored",
     "inbox.cleared",
     *around(RECORDED, "accepted"),
     *around(PUBLISHED, "DeltaAnswered"),
