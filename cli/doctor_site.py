@@ -26,7 +26,6 @@ from shared.errors import (
     AccessRefusedError,
     BrokerError,
     ConfigError,
-    DecodeError,
     GradualDiffError,
 )
 
@@ -62,11 +61,16 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
     else:
         yield from check_secret("broker.password_file", folder / config.broker.password_file)
         yield from check_tls(config.broker, folder)
-        addresses: list[str] = []
-        yield from _broker(config.broker, config.site.name, folder, addresses)
-        store_url = store_url or next(iter(addresses), None)
+        yield from _broker(config.broker, config.site.name, folder)
+        if config.store is None:
+            yield Finding(
+                "store",
+                "FAIL",
+                "no [store] table: a participant fetches from and sends to nowhere else; add "
+                f'[store] with url = "https://HOST:PORT": {PEOPLE}',
+            )
         ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
-        yield from _clock(store_url, ca_file)
+        yield from _clock(store_url or (config.store.url if config.store else None), ca_file)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
     yield from _data(config, folder)
     yield from _models(config, folder)
@@ -77,10 +81,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
 # The broker --------------------------------------------------------------------------------------
 
 
-def _broker(
-    section: BrokerSection, name: str, folder: Path, addresses: list[str]
-) -> Iterator[Finding]:
-    """``addresses`` receives the store's, if a message that waits for the site tells it."""
+def _broker(section: BrokerSection, name: str, folder: Path) -> Iterator[Finding]:
     found: list[Finding] = []
     with connection(section, folder, found) as broker:
         yield from found
@@ -93,36 +94,20 @@ def _broker(
                 f"broker.url names the account {broker.identity}, but site.name "
                 f"is {name}: its messages would be refused; make both the same",
             )
-        yield from attempt("own queue", lambda: _own_queue(broker, name, addresses))
+        yield from attempt("own queue", lambda: _own_queue(broker, name))
         yield _other_queues(broker)
         key = f"{NO_RUN}.{name}.online"
         yield from attempt("publishing", lambda: check_publishing(broker, key))
 
 
-def _own_queue(broker: RabbitConnection, name: str, addresses: list[str]) -> str:
+def _own_queue(broker: RabbitConnection, name: str) -> str:
     from shared.topology import site_queue
 
     queue = site_queue(name)
     ready, consumers = broker.count(queue)
-    for _, _, body in broker.peek(queue, 1):
-        addresses.extend(_store_address(body))
+    broker.peek(queue, 1)
     listening = "a participant listens" if consumers else "no participant listens now"
     return f"{queue}: readable, {ready} messages wait, {listening}"
-
-
-def _store_address(body: bytes) -> Iterator[str]:
-    """Scheme and host of a signed URL in a message, without its path and its signature."""
-    from shared import wire
-
-    try:
-        event = wire.decode(body).event
-    except DecodeError:
-        return
-    urls = [getattr(event, "get_url", None), *getattr(event, "urls", {}).values()]
-    for url in urls:
-        if url:
-            parts = urlsplit(url)
-            yield f"{parts.scheme}://{parts.netloc}"
 
 
 def _other_queues(broker: RabbitConnection) -> Finding:
@@ -145,9 +130,7 @@ def _other_queues(broker: RabbitConnection) -> Finding:
 
 def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
     if url is None:
-        yield Finding(
-            "clock", "SKIP", "no message names the store now; to compare, give --store-url"
-        )
+        yield Finding("clock", "SKIP", "no [store] names a server; to compare, give --store-url")
         return
     parts = urlsplit(url)
     if parts.scheme in ("http", "https") and parts.hostname:

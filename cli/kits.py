@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 PASSWORD_FILE = "broker-password"  # noqa: S105 - a file's name
 CA_FILE = "ca.pem"
+# One sentence wherever this setting is explained.
+METRICS_KEPT = (
+    "false: no losses leave; deltas, counts (examples, tokens, steps) and seconds still do"
+)
 KITS = "kits"
 
 
@@ -155,22 +159,28 @@ def site_url(broker: OperatedBrokerSection, name: str) -> str:
 
 
 def _site_toml(office: Office, name: str) -> str:
+    from shared.config import AcceptSection
+
     config = office.config
     broker = [f"url = {_quoted(site_url(office.broker, name))}"]
     broker.append(f"password_file = {_quoted(PASSWORD_FILE)}")
     if office.broker.ca_file is not None:
         broker.append(f"ca_file = {_quoted(CA_FILE)}")
     broker.append(f"transport = {_quoted(office.broker.transport)}")
+    store = config.store.site_url or config.store.url
     steps = config.training.local_steps
     return _SITE_TOML.format(
         name=_quoted(name),
         broker="\n".join(broker),
+        store=f"[store]\nurl = {_quoted(store)}" if store else '# [store] with url = "https://..."',
         model=_quoted(config.base.model),
         run=_quoted(config.run.name),
         rank=rank_of(config.lora, name),
         steps=1000 if steps is None else steps,
         rounds=config.run.rounds,
         participants=len(config.run.participants),
+        least=AcceptSection(),
+        metrics=METRICS_KEPT,
     )
 
 
@@ -180,8 +190,8 @@ def _readme(name: str) -> str:
         "to yourself (mode 0600), and ask for another one if somebody else saw it.\n"
         "In site.toml fill in [data] with the path and columns of your text, which never leaves "
         "your machine, and in [accept] what you are willing to take part in.\n"
-        "The site opens connections outwards only, to broker.url and to the store addresses that "
-        "the coordinator sends; it needs no open port.\n"
+        "The site opens connections outwards only, to broker.url and to store.url (and to the "
+        "model hub for a model that is not here); it needs no open port.\n"
     )
 
 
@@ -200,6 +210,9 @@ workspace = "workspace"         # folder of the round in hand; keep it between s
 [broker]
 {broker}
 
+# All that is fetched and sent goes through this server; no other one is asked.
+{store}
+
 [data]
 path = ""                       # FILL IN: your text, a .jsonl, .csv or .parquet file
 messages = "messages"           # FILL IN: the column with a list of role and content,
@@ -213,13 +226,26 @@ messages = "messages"           # FILL IN: the column with a list of role and co
 kind = "auto"                   # the GPU when there is one; or "cpu", "cuda"
 
 [accept]
-# What you take part in; a run outside of it is declined. The values are the present run's,
-# where it says any.
-# models = [{model}]
+# What you take part in; a run outside of it is declined. You need not trust whoever runs the
+# coordinator to keep to it: this machine does. The first five are the present run's values.
+models = [{model}]   # no other base model is loaded
+max_rank = {rank}                   # a larger adapter carries more of your text
+max_steps = {steps}                # local optimiser steps in a round: your machine's time
+max_rounds = {rounds}                 # so many trainings, also where a round is asked for again
+min_participants = {participants}            # fewer sites hide each other less
+# A delta of one step is one gradient: text can be read from it.
+min_steps = {least.min_steps}
+# Different examples in a delta: of a single one everything could be read.
+min_examples = {least.min_examples}
+# Examples in one optimiser step: they hide each other.
+min_batch = {least.min_batch}
+# Answers are not cut shorter: a few tokens at a time could be read one by one.
+min_answer_tokens = {least.min_answer_tokens}
+# No loss of fewer held-out examples leaves: it would tell of each.
+min_held_out = {least.min_held_out}
+# Adapters stand on attention and MLP layers, never on embeddings or head; or only on these:
+# modules = ["q_proj", "v_proj"]
 # runs = [{run}]
-# max_rank = {rank}
-# max_steps = {steps}              # local optimiser steps in a round
-# max_rounds = {rounds}
-# min_participants = {participants}
-# send_metrics = true           # false: only the delta leaves, no losses and counts
+# send_metrics = true
+#   {metrics}
 """

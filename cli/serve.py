@@ -140,12 +140,19 @@ def make_station(
     broker = config.broker
     if broker is None:
         raise ConfigError("broker: expected where to connect to, got nothing; add [broker]")
+    if config.store is None:
+        raise ConfigError(
+            "store: expected the address of the run's store, which is all that this site fetches "
+            'from and sends to, got nothing; add [store] with url = "https://HOST:PORT", as the '
+            "coordinator's store.site_url (or store.url) says it"
+        )
     return Station(
         name=config.site.name,
         connect=lambda: connect_broker(broker, folder, SITE_HEARTBEAT),
         transfer=HttpTransfer(
             ca_file=existing_file(folder, broker.ca_file, "broker.ca_file"),
             plaintext=broker.transport == "plaintext",
+            store=config.store.url,
         ),
         workspace=Workspace(folder / config.site.workspace, config.site.checkpoint_seconds),
         learner=learner,

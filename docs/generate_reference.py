@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticUndefined
 
+from cli.kits import METRICS_KEPT
 from coordinator import accounts, watch
 from shared import errors, manifest, records, topology
 from shared.config import FederationConfig, SiteConfig
@@ -151,7 +152,15 @@ SETTINGS = {
         'Whether it takes part in a run with `averaging = "flora"`, which gives each site\'s own '
         "factors to all others."
     ),
-    "accept.send_metrics": "Whether losses leave the site. Counts of examples and tokens do.",
+    "accept.modules": "Names of the layers that may hold an adapter (their last part). Without it: "
+    "all linear layers of attention and MLP. Embeddings and head never may.",
+    "accept.min_steps": "Fewer optimiser steps in a round: declined. One step is one gradient, "
+    "from which text can be read.",
+    "accept.min_examples": "Fewer different examples in a delta: declined, or it stays here.",
+    "accept.min_batch": "Fewer examples in an optimiser step: declined.",
+    "accept.min_answer_tokens": "A run that cuts answers shorter than this is declined.",
+    "accept.min_held_out": "With fewer held-out examples no held-out loss leaves.",
+    "accept.send_metrics": METRICS_KEPT,
 }
 
 # Fields of events, records and their parts. One name means one thing everywhere.

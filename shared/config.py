@@ -38,6 +38,7 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=SHA256_PATTERN)]
 Positive = Annotated[int, Field(ge=1)]
 Module = Annotated[str, StringConstraints(max_length=300)]
+StoreUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/@\\\s]+/?$")]
 Averaging = Literal["fedavg", "rolora", "ffa", "svd", "flora"]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
@@ -300,12 +301,12 @@ class StoreSection(Section):
     """
 
     directory: str = "store"
-    url: Annotated[str, StringConstraints(pattern=r"^https?://[^/@\s]+/?$")] | None = None
+    url: StoreUrl | None = None
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{2,62}$")] = "gradualdiff"
     region: str = "us-east-1"
     access_key_file: str | None = None
     secret_key_file: str | None = None
-    site_url: Annotated[str, StringConstraints(pattern=r"^https?://[^/@\s]+/?$")] | None = None
+    site_url: StoreUrl | None = None
     ca_file: str | None = None
     transport: Transport = "tls"
 
@@ -471,6 +472,12 @@ class DataSection(Section):
             )
 
 
+class SiteStoreSection(Section):
+    """The one store that this site fetches from and sends to, ``https://HOST:PORT``."""
+
+    url: StoreUrl
+
+
 class DeviceSection(Section):
     """Where this site trains. ``auto``: the GPU when there is one."""
 
@@ -478,10 +485,13 @@ class DeviceSection(Section):
 
 
 class AcceptSection(Section):
-    """What this site takes part in; a run outside of it is declined. Without a limit: anything.
+    """What this site takes part in; a run outside of it is declined.
 
     ``max_steps``: local optimiser steps in a round. ``min_participants``: of the run as announced.
-    ``send_metrics``: whether losses and counts leave the site; without, only the delta does.
+    ``modules``: names of layers that may hold an adapter; embeddings and head never may. From
+    ``min_steps`` to ``min_answer_tokens``: a delta of fewer steps or examples gives its text away.
+    ``send_metrics``: false: no losses leave; deltas, counts (examples, tokens, steps) and seconds
+    still do.
     ``flora``: whether its own factors may be given to all other sites, as that averaging does.
     """
 
@@ -491,6 +501,12 @@ class AcceptSection(Section):
     max_steps: Positive | None = None
     max_rounds: Positive | None = None
     min_participants: Positive | None = None
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    min_steps: Positive = 4
+    min_examples: Positive = 16
+    min_batch: Positive = 4
+    min_answer_tokens: Positive = 8
+    min_held_out: Positive = 8
     send_metrics: bool = True
     flora: bool = False
 
@@ -502,6 +518,7 @@ class SiteConfig(Section):
     data: DataSection
     device: DeviceSection = DeviceSection()
     broker: BrokerSection | None = None
+    store: SiteStoreSection | None = None
     accept: AcceptSection = AcceptSection()
 
 

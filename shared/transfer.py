@@ -82,15 +82,22 @@ class HttpTransfer:
     """Signed URLs over HTTP or HTTPS.
 
     ``ca_file``: the authority that signed the store's certificate, None for the system's.
-    ``plaintext``: allow ``http://`` to another machine. ``max_bytes``: the largest file a download
-    may become. Raises ConfigError if ``ca_file`` holds no certificate.
+    ``plaintext``: allow ``http://`` to another machine. ``store``: scheme, host and port of the
+    only server that is asked, None for whichever a URL names. ``max_bytes``: the largest file a
+    download may become. Raises ConfigError if ``ca_file`` holds no certificate.
     """
 
     def __init__(
-        self, *, ca_file: Path | None = None, plaintext: bool = False, max_bytes: int = MAX_BYTES
+        self,
+        *,
+        ca_file: Path | None = None,
+        plaintext: bool = False,
+        store: str | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
         self._pool = http_pool(ca_file, "broker.ca_file", urllib3.Retry(0, raise_on_status=False))
         self._plaintext = plaintext
+        self._prefixes = None if store is None else _prefixes(store)
         self._max_bytes = max_bytes
 
     def download(self, url: str, path: Path, sha256: str) -> int:
@@ -144,7 +151,14 @@ class HttpTransfer:
                 pause(TRIES - left)
 
     def _place(self, url: str) -> str:
-        """HOST:PORT, for messages. Raises ConfigError for plain text to another machine."""
+        """HOST:PORT, for messages. Raises ConfigError for another server, or plain text to one."""
+        if self._prefixes is not None and not url.lower().startswith(self._prefixes):
+            # Letter by letter, up to the slash that ends it: no two ways to read a URL.
+            raise ConfigError(
+                "signed URL: expected one of this site's store, got one of another server, which "
+                "is not asked; store.url in site.toml must be the coordinator's store.site_url "
+                "(or store.url)"
+            )
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -287,6 +301,15 @@ class _Part:
     def _count(self, chunk: bytes) -> None:
         self.size += len(chunk)
         self._hash.update(chunk)
+
+
+def _prefixes(store: str) -> tuple[str, ...]:
+    """How a URL of this server begins: its default port may be written or not."""
+    plain = store.lower().rstrip("/")
+    port = ":443" if plain.startswith("https:") else ":80"
+    bare = plain.removesuffix(port)
+    has_port = bare == plain and plain.rpartition(":")[2].isdigit()
+    return (f"{plain}/",) if has_port else (f"{bare}/", f"{bare}{port}/")
 
 
 def _slice(file: BinaryIO, path: Path, length: int) -> Iterator[bytes]:

@@ -95,8 +95,8 @@ def hand_over(name: str) -> None:
         "site": {**own["site"], "workspace": "/workspace"},
         "data": {**own["data"], "path": text.name},
     }
-    # How it reaches the broker, and what the kit lets it take part in.
-    tables |= {table: kit[table] for table in ("broker", "accept") if table in kit}
+    # How it reaches broker and store, and what the kit lets it take part in.
+    tables |= {table: kit[table] for table in ("broker", "store", "accept") if table in kit}
     write(folder / text.name, text.read_bytes())
     write(folder / password, (KITS / name / password).read_bytes())
     write(folder / "site.toml", toml(tables))

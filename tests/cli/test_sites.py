@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import stat
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from cli.sites import app
 from coordinator.account_doors import ManagementDoor
 from coordinator.accounts import find_account
-from shared.config import load_site
+from shared.config import AcceptSection, load_site
 from shared.credentials import broker_address
 from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, StoreError
@@ -24,6 +25,7 @@ from shared.topology import site_queue
 from tests.servers.rabbitmq import ADMIN
 
 pytestmark = pytest.mark.slow
+STORE = "https://store.example:9000"
 
 
 @pytest.fixture(params=["management", "command"])
@@ -52,6 +54,7 @@ ca_file = "authority.pem"
 {door}
 [store]
 directory = "store"
+site_url = "{STORE}"
 """
     )
     yield SimpleNamespace(
@@ -110,7 +113,12 @@ def test_a_kit_is_all_that_a_site_needs(office):
     assert result.exit_code == 0
     config = kit_config(office)
     assert config.site.name == office.name
-    assert config.accept.max_rank is None
+    assert config.store.url == STORE
+    assert config.accept == AcceptSection(
+        models=("some/model",), max_rank=64, max_steps=1000, max_rounds=15, min_participants=1
+    )
+    limits = set(re.findall(r"^m\w+(?= = )", (office.kit / "site.toml").read_text(), re.MULTILINE))
+    assert limits >= {"min_steps", "min_examples", "min_batch", "min_answer_tokens", "models"}
     assert broker_address(config.broker, office.kit).ca_file == office.kit / "ca.pem"
     assert (office.kit / "ca.pem").read_text() == "an authority\n"
     assert len((office.kit / "README.txt").read_text().splitlines()) == 3

@@ -121,7 +121,9 @@ def test_a_run_outside_of_what_a_site_accepts_is_declined(deploy):
     deployment = deploy()
     toml = deployment.site_toml("a")
     toml.write_text(
-        toml.read_text().replace("\n[accept]", "\n[accept]\nmax_rank = 2\nmax_rounds = 1")
+        toml.read_text()
+        .replace("\nmax_rank = 4", "\nmax_rank = 2")
+        .replace("\nmax_rounds = 3", "\nmax_rounds = 1")
     )
     deployment.start_coordinator()
     deployment.start_participant("a")
@@ -132,7 +134,7 @@ def test_a_run_outside_of_what_a_site_accepts_is_declined(deploy):
 
 
 def test_one_run_in_trouble_holds_up_no_other(deploy, tmp_path):
-    """Two runs at the same two sites; the store of one refuses every URL: the other ends."""
+    """Two runs at the same sites; one names a store that they do not ask: the other ends."""
     deployment = deploy()
     text = deployment.federation.read_text().replace('name = "tiny"', 'name = "stuck"')
     stuck = deployment.folder / "stuck.toml"
@@ -141,7 +143,7 @@ def test_one_run_in_trouble_holds_up_no_other(deploy, tmp_path):
         deployment.start_participant(site)
     deployment.start("stuck", "cli.main", "coordinator", str(stuck))
     deployment.wait_for("opened.recorded", "stuck")
-    deployment.wait_for("work.waits", "a")
+    deployment.wait_for("training.failed", "a")
     deployment.start_coordinator()
     assert deployment.finish() == deployment.wanted()
     assert deployment.processes["stuck"].poll() is None
