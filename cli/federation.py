@@ -18,7 +18,6 @@ from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
 from participant.handlers import Site
 from participant.workspace import Workspace
-from shared.config import AcceptSection
 from shared.directory_store import DirectoryTransfer
 from shared.embedded_broker import EmbeddedBroker
 from shared.errors import (
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from coordinator.handlers import Coordinator
     from coordinator.state import RunState
     from participant.learning import Learner, Progress
-    from shared.config import FederationConfig
+    from shared.config import AcceptSection, FederationConfig
     from shared.directory_store import DirectoryStore
 
 
@@ -47,6 +46,7 @@ class Embedding:
 
     ``should_stop`` is asked between a training's micro-batches; ``report(site, round, progress)``
     feeds a display; ``moved(state)`` is called whenever the coordinator may have learnt something.
+    ``accept``: what every site takes part in; None, since one owner has everybody's text here.
     ``checkpoint_seconds``: each site's own, by name. ``meter``: counts what sites send and fetch.
     """
 
@@ -58,6 +58,7 @@ class Embedding:
     clock: Callable[[], float] = time.time
     checkpoint_seconds: Mapping[str, float] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
+    accept: AcceptSection | None = None
 
 
 def run_embedded(
@@ -128,7 +129,7 @@ def _participant(
         clock=embedding.clock,
         should_stop=embedding.should_stop,
         report=embedding.report,
-        accept=AcceptSection(flora=True),  # one owner has everybody's text here
+        accept=embedding.accept,
     )
     return build_participant(site, broker)
 

@@ -5,60 +5,157 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from participant.learning import steps_in_round
+from shared.base_model import HUB_ID
 
 if TYPE_CHECKING:
-    from shared.config import AcceptSection
-    from shared.events import RunAnnounced
+    from collections.abc import Iterator
+
+    from participant.learning import Learned, Readiness
+    from shared.config import AcceptSection, TrainingSection
+    from shared.events import RoundStarted, RunAnnounced
+
+# One site's trainings under one round number. More than one is honest where a run was begun anew
+# under its name; each tells a little more about the text.
+TRAININGS_PER_ROUND = 3
+# And how often one that failed is tried again.
+FAILURES_PER_ROUND = 10
+# A step of AdamW multiplies what was trained before by 1 minus this: near 1 only the last step of
+# a round would be left in its delta.
+MOST_DECAY = 0.1
+_REMEDY = (
+    "Change the run's settings (under another run.name), or ask the site to change [accept] in "
+    "its site.toml"
+)
 
 
-def objections(run: RunAnnounced, accept: AcceptSection, examples: int | None = None) -> str:
+def objections(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None = None) -> str:
     """Why this site does not take part, by setting; empty when it does.
 
-    ``examples``: the site's training examples once they are known; a run that counts in epochs can
-    only then be held against ``max_steps``.
+    ``ready``: what the loaded model and text turned out to be, once they are. Which layers hold an
+    adapter, how many different examples there are and how many steps an epoch takes is known then.
     """
-    found = []
+    found = [*_unwanted(run, accept), *_too_large(run, accept, ready)]
+    found += _too_telling(run.training, accept, ready)
+    if ready is not None:
+        found += _layers(accept, ready)
+    return f"this site does not take part: {'; '.join(found)}. {_REMEDY}" if found else ""
+
+
+def _unwanted(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
     if accept.runs is not None and run.run not in accept.runs:
-        found.append(f"accept.runs: expected one of {', '.join(accept.runs)}, got {run.run}")
+        yield f"accept.runs: expected one of {', '.join(accept.runs)}, got {run.run}"
     if accept.models is not None and run.base.model not in accept.models:
-        allowed = ", ".join(accept.models)
-        found.append(f"accept.models: expected one of {allowed}, got {run.base.model}")
+        yield f"accept.models: expected one of {', '.join(accept.models)}, got {run.base.model}"
+    if accept.models is None and not HUB_ID.fullmatch(run.base.model):
+        # Before anything is looked for: which folders are here is nobody else's business.
+        yield (
+            f"accept.models: expected base.model to be a hub id, got {run.base.model}; a folder is "
+            "used only where accept.models names it"
+        )
+    if run.averaging == "flora" and not accept.flora:
+        yield (
+            'accept.flora: expected true for a run with aggregation.averaging = "flora", which '
+            "gives each site's own factors to all others, got false"
+        )
+
+
+def _too_large(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None) -> Iterator[str]:
     limits = [
         ("max_rank", run.lora.rank, accept.max_rank),
         ("max_rounds", run.rounds, accept.max_rounds),
     ]
-    if run.training.local_steps is not None or examples is not None:
-        limits.append(("max_steps", steps_in_round(examples or 0, run.training), accept.max_steps))
-    found += [
-        f"accept.{name}: expected at most {limit}, got {value}"
-        for name, value, limit in limits
-        if limit is not None and value > limit
-    ]
+    if run.training.local_steps is not None or ready is not None:
+        steps = steps_in_round(ready.examples if ready else 0, run.training)
+        limits.append(("max_steps", steps, accept.max_steps))
+    for name, value, limit in limits:
+        if limit is not None and value > limit:
+            yield f"accept.{name}: expected at most {limit}, got {value}"
     least = accept.min_participants
     if least is not None and run.participants < least:
-        found.append(f"accept.min_participants: expected at least {least}, got {run.participants}")
-    if run.averaging == "flora" and not accept.flora:
+        yield f"accept.min_participants: expected at least {least}, got {run.participants}"
+
+
+def _too_telling(
+    training: TrainingSection, accept: AcceptSection, ready: Readiness | None
+) -> Iterator[str]:
+    """A delta of few steps or few examples gives its text away."""
+    batch = training.batch_size * training.gradient_accumulation
+    limits = [("min_answer_tokens", training.max_answer_tokens, accept.min_answer_tokens)]
+    steps = training.local_steps
+    if ready is not None:
+        steps = steps_in_round(ready.examples, training)
+        different = ready.examples if ready.distinct is None else ready.distinct
+        batch = min(batch, different)
+        limits.append(("min_examples", min(different, steps * batch), accept.min_examples))
+    if steps is not None:
+        limits.append(("min_steps", steps, accept.min_steps))
+    limits.append(("min_batch", batch, accept.min_batch))
+    for name, value, least in limits:
+        if value < least:
+            yield f"accept.{name}: expected at least {least}, got {value}"
+    decay = training.learning_rate * training.weight_decay
+    if decay > MOST_DECAY:
+        yield (
+            "training.learning_rate x training.weight_decay: expected at most "
+            f"{MOST_DECAY}, got {decay:g}"
+        )
+
+
+def _layers(accept: AcceptSection, ready: Readiness) -> Iterator[str]:
+    if ready.exposed:
+        yield (
+            "accept.modules: expected adapters on attention and MLP layers only, got one on "
+            f"{', '.join(ready.exposed)}: embeddings and head give away which tokens the text has"
+        )
+    if accept.modules is not None:
+        others = sorted(set(ready.manifest.target_modules) - set(accept.modules))
+        if others:
+            allowed = ", ".join(accept.modules)
+            yield f"accept.modules: expected only {allowed}, got {', '.join(others)}"
+
+
+def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: AcceptSection) -> str:
+    """Why this site does not train this round of a run that it joined; empty when it does.
+
+    A round asks for what was announced and accepted. A run may be extended after that; what the
+    site accepts holds all the same.
+    """
+    found = []
+    if accept.max_rounds is not None and task.round > accept.max_rounds:
         found.append(
-            'accept.flora: expected true for a run with aggregation.averaging = "flora", which '
-            "gives each site's own factors to all others, got false"
+            f"accept.max_rounds: expected at most {accept.max_rounds}, got {task.round}; the run "
+            "was extended"
+        )
+    asked, agreed = task.training.model_dump(), announced.training.model_dump()
+    found += [
+        f"training.{name}: expected {agreed[name]} as announced, got {asked[name]}"
+        for name in asked
+        if asked[name] != agreed[name]
+    ]
+    if task.averaging != announced.averaging:
+        found.append(
+            f"aggregation.averaging: expected {announced.averaging} as announced, "
+            f"got {task.averaging}"
+        )
+    # Beyond the end of a schedule the rate is 0: a round across it would be one of few steps.
+    if not 0.0 <= task.progress_from < task.progress_to <= 1.0:
+        found.append(
+            "progress: expected a stretch within 0 and 1, got "
+            f"{task.progress_from} to {task.progress_to}"
         )
     if not found:
         return ""
     return (
-        f"this site does not take part: {'; '.join(found)}. Change the run's settings (under "
-        "another run.name), or ask the site to change [accept] in its site.toml"
+        f"this site takes no part in round {task.round}: {'; '.join(found)}. Exclude the site, or "
+        "ask it to change [accept] in its site.toml"
     )
 
 
-def objection_to_round(number: int, accept: AcceptSection) -> str:
-    """Why this site trains no more in a run that it joined; empty when it does.
-
-    A run may be extended after it was announced; what the site accepts holds all the same.
-    """
-    if accept.max_rounds is None or number <= accept.max_rounds:
+def objection_to_delta(learned: Learned, accept: AcceptSection) -> str:
+    """Why a delta does not leave: it is made of too few different examples. Empty when it may."""
+    if learned.distinct is None or learned.distinct >= accept.min_examples:
         return ""
     return (
-        f"this site takes no part in round {number}: accept.max_rounds: expected at most "
-        f"{accept.max_rounds}, got {number}; the run was extended. Exclude the site, or ask it to "
-        "change [accept] in its site.toml"
+        f"this site gives out no delta of this round: accept.min_examples: expected at least "
+        f"{accept.min_examples} different examples, got {learned.distinct}. {_REMEDY}"
     )

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from participant.acceptance import objection_to_round, objections
 from participant.checkpoints import settings_digest
+from participant.guard import Guard
 from participant.learning import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology, wire
@@ -24,6 +24,7 @@ from shared.errors import (
     GradualDiffError,
     GrantError,
     InterruptedRunError,
+    NotAcceptedError,
     ProtocolError,
 )
 from shared.events import (
@@ -45,7 +46,6 @@ from shared.events import (
 from shared.failpoints import failpoint
 from shared.files import digest_file
 from shared.log import get_logger
-from shared.manifest import LocalMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +97,7 @@ class Publishing(Protocol):
 class Site:
     """Who this is and what it works with. ``report(site, round, progress)`` feeds a display.
 
-    ``accept``: what this site takes part in.
+    ``accept``: what this site takes part in; None where coordinator and site are one owner's.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Site:
     workspace: Workspace
     learner: Learner
     clock: Callable[[], float]
-    accept: AcceptSection = field(default_factory=AcceptSection)
+    accept: AcceptSection | None = field(default_factory=AcceptSection)
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[str, int | None, Progress], None] = _ignore
 
@@ -116,6 +116,7 @@ class Participant:
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._guard = Guard(site.accept, site.workspace)
         # What is to be done, newest word per kind of work; volatile on purpose.
         self._agenda: dict[tuple[type[Event], str], Task] = {}
         # Runs whose base model is loaded; work for another run waits for its announcement.
@@ -207,6 +208,7 @@ class Participant:
     def on_round_closed(self, event: RoundClosed, sender: str) -> None:
         """Sweep what the closed round made needless. Idempotent: sweeping repeats."""
         del sender
+        self._guard.closed(event)
         waiting = self._agenda.get((RoundStarted, event.run))
         if isinstance(waiting, RoundStarted) and waiting.round <= event.round:
             del self._agenda[RoundStarted, event.run]
@@ -288,16 +290,18 @@ class Participant:
         return next(ready, None) or next(iter(ordered), None)
 
     def _prepare(self, task: RunAnnounced) -> None:
-        against = objections(task, self._site.accept)
-        if against:
-            self._decline(task, against)
-            return
+        # What the learner holds from here on is this announcement's: one that is not accepted
+        # leaves nothing to train.
+        self._prepared.discard(task.run)
         try:
+            self._guard.check_run(task)
             ready = self._site.learner.prepare(task, self._reporter(None))
+            self._guard.check_run(task, ready)
         except GradualDiffError as error:
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise
-            self._decline(task, str(error))
+            get_logger().warning("run.declined", run=task.run, reason=str(error))
+            self._decline(task, self._guard.outward(error))
             return
         except Exception as error:  # noqa: BLE001 - whether this site takes part is chosen here
             # As in training: a library's message may hold text, so only its type goes out.
@@ -305,10 +309,6 @@ class Participant:
             self._decline(
                 task, f"{type(error).__name__} while loading model and text; see the site's log"
             )
-            return
-        against = objections(task, self._site.accept, ready.examples)
-        if against:
-            self._decline(task, against)
             return
         self._site.workspace.begin(task.run, task.config_digest)
         self._prepared.add(task.run)
@@ -327,14 +327,9 @@ class Participant:
             self._request_once(submission)
 
     def _decline(self, task: RunAnnounced, reason: str) -> None:
-        get_logger().warning("run.declined", run=task.run, reason=reason)
         self._publish(RunDeclined(run=task.run, reason=reason))
 
     def _train(self, task: RoundStarted) -> None:
-        against = objection_to_round(task.round, self._site.accept)
-        if against:
-            self._fail(task, against, retryable=False)
-            return
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task)
@@ -349,11 +344,15 @@ class Participant:
                 return
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise
-            self._fail(task, str(error), retryable=False)
+            get_logger().warning("training.failed", run=task.run, reason=str(error))
+            if not isinstance(error, NotAcceptedError):
+                self._guard.failed(task)
+            self._fail(task, self._guard.outward(error), retryable=False)
             return
         except Exception as error:  # noqa: BLE001 - a training's outcome is chosen here
             # The message of a library's error may hold text of the site: it stays in its own log.
             get_logger().exception("training.crashed", run=task.run, round=task.round)
+            self._guard.failed(task)
             self._fail(task, f"{type(error).__name__}; see the site's log", retryable=True)
             return
         self._request_upload(submission)
@@ -370,6 +369,7 @@ class Participant:
 
     def _trained(self, task: RoundStarted) -> Submission:
         site, workspace = self._site, self._site.workspace
+        self._guard.check_round(task)
         started = time.monotonic()
         source = self._fetch(task.run, task.source_sha, task.get_url)
         fetched = time.monotonic()
@@ -387,12 +387,11 @@ class Participant:
                 workspace.checkpoints(task, site.name),
             )
             failpoint("learn.after")
+            self._guard.check_delta(learned)
             submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
             submission.metrics.seconds["fetch"] = round(fetched - started, 3)
-            if not site.accept.send_metrics:
-                submission = submission.model_copy(
-                    update={"metrics": _without_losses(submission.metrics)}
-                )
+            told = self._guard.told(submission.metrics)
+            submission = submission.model_copy(update={"metrics": told})
             workspace.commit(making, submission)
         get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
         return submission
@@ -437,18 +436,26 @@ class Participant:
                 report(Progress("upload", count, len(task.urls)))
 
     def _evaluate(self, task: RunFinished) -> None:
-        if task.sha is None or task.get_url is None or not self._site.accept.send_metrics:
+        if task.sha is None or task.get_url is None:
             return
         try:
+            told = self._guard.evaluated(task)
+            if told is not None:
+                self._publish(told)
+                return
             source = self._fetch(task.run, task.sha, task.get_url)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return
+        except NotAcceptedError as error:
+            get_logger().warning("evaluation.refused", run=task.run, reason=str(error))
+            return
         held_out = self._site.learner.evaluate(task.run, source, self._reporter(None))
-        if held_out is not None:
-            self._publish(
-                AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
-            )
+        if held_out is None:
+            return
+        told = AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
+        if self._guard.may_tell(told):
+            self._publish(told)
 
     # Parts -------------------------------------------------------------------------------------
 
@@ -524,10 +531,6 @@ def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Su
         expires_at=task.expires_at,
         settings=settings_digest(task),
     )
-
-
-def _without_losses(metrics: LocalMetrics) -> LocalMetrics:
-    return LocalMetrics(steps=metrics.steps, seconds=metrics.seconds)
 
 
 def sender_of(delivery: Delivery, event: Event) -> str:

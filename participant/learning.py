@@ -26,22 +26,32 @@ STATE_FILE = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Readiness:
-    """What a site tells of itself when it is ready for a run."""
+    """What a site finds when it is ready for a run; it tells all but ``distinct`` and ``exposed``.
+
+    ``distinct``: different examples among them, None for all. ``exposed``: layers with an adapter
+    that are no layers of the model's blocks, or share a weight with embeddings or head.
+    """
 
     manifest: Manifest
     fingerprint: str
     numerics: Numerics
     examples: int
+    distinct: int | None = None
+    exposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Learned:
-    """One local training. The files lie in the folder that was given to ``learn``."""
+    """One local training. The files lie in the folder that was given to ``learn``.
+
+    ``distinct``: different examples that the steps saw, None for as many as there are.
+    """
 
     examples: int
     tokens: int
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
+    distinct: int | None = None
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from participant.learning import (
 from participant.memory import peak_bytes, reset_peak
 from participant.optimizer_state import save_optimizer
 from participant.resuming import Resumable
-from participant.training import Beginning, RoundPlace, train_round
+from participant.training import Beginning, RoundPlace, step_batches, train_round
 from shared.codecs import get_codec
 from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
-from shared.errors import DecodeError, ModelError, ProtocolError
+from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
 from shared.log import get_logger
 from shared.lora_factors import beyond, leading, trained_in
 from shared.manifest import LocalMetrics
@@ -69,13 +69,13 @@ class TorchLearner:
         self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
 
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
-        """Load base model and text. Raises ModelError if the base is not the one the run names."""
+        """Load base model and text. Raises NotAcceptedError for another base than the run's."""
         report(Progress("load", 0, 2))
         with self._borrowed(announced) as model:
             report(Progress("load", 1, 2))
             wanted = announced.base.fingerprint
             if wanted is not None and wanted != model.fingerprint:
-                raise ModelError(
+                raise NotAcceptedError(
                     f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
                     f"{announced.base.model}; give this site the same model files and tokenizer"
                 )
@@ -85,7 +85,12 @@ class TorchLearner:
             if not data.held_out:
                 get_logger().warning("data.not_held_out", site=self._site, hint=NOTHING_HELD_OUT)
             ready = Readiness(
-                model.manifest(), model.fingerprint, model.numerics(), len(data.train)
+                model.manifest(),
+                model.fingerprint,
+                model.numerics(),
+                examples=len(data.train),
+                distinct=len(set(data.train)),
+                exposed=model.exposed,
             )
         self._announced[announced.run] = announced
         report(Progress("load", 2, 2))
@@ -140,6 +145,7 @@ class TorchLearner:
             tokens=result.tokens,
             metrics=_metrics(result, data, course.held_out, clock.seconds),
             state=course.state,
+            distinct=_distinct(data, task.training, place),
         )
 
     def evaluate(
@@ -296,6 +302,12 @@ def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:
         "data": data.digest,
     }
     return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+def _distinct(data: SiteData, settings: TrainingSection, place: RoundPlace) -> int:
+    """How many different examples a round's steps see; copies of one are one."""
+    batches = step_batches(len(data.train), settings, place)
+    return len({data.train[index] for batch in batches for index in batch})
 
 
 def _metrics(

@@ -9,6 +9,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/making/                         the round in hand, not committed
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
+    <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from participant.checkpoints import (
 )
 from participant.learning import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
-from shared.durable_files import file_errors
-from shared.errors import StoreUnavailableError
+from shared.durable_files import file_errors, make_directories, temporary, write_new
+from shared.errors import StoreError, StoreUnavailableError
+from shared.events import AdapterEvaluated  # noqa: TC001 - pydantic reads the annotation
 from shared.failpoints import failpoint
 from shared.files import digest_file, sync_path
 from shared.manifest import Fact, LocalMetrics
@@ -41,6 +43,7 @@ SUBMISSION_FILE = "submission.json"
 DIGEST_FILE = "config"  # of which settings all of a run's folder is
 WORK = ("adapters", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
+TAKEN_PART_FILE = "taken-part.json"
 
 
 class Submission(Fact):
@@ -61,6 +64,27 @@ class Submission(Fact):
     state: Literal["fresh", "kept"]
     expires_at: float = 0.0
     settings: str = ""
+
+
+class Training(Fact):
+    """One that was begun. ``task``: digest of all that decides its bytes."""
+
+    round: Annotated[int, Field(ge=1)]
+    task: Sha256
+
+
+class TakenPart(Fact):
+    """What this site accepted of a run and gave to it.
+
+    ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by
+    round. ``evaluated``: the one loss of the run's result that was told.
+    """
+
+    config_digest: Sha256 | None = None
+    announced: Sha256 | None = None
+    trainings: tuple[Training, ...] = ()
+    failures: dict[int, int] = Field(default_factory=dict)
+    evaluated: AdapterEvaluated | None = None
 
 
 class Workspace:
@@ -89,6 +113,31 @@ class Workspace:
     def adapter_path(self, run: str, sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
         return self._folder(run, "adapters") / f"{sha}.safetensors"
+
+    def taken_part(self, run: str) -> TakenPart:
+        """What this site gave to a run so far. Raises StoreError where that cannot be read."""
+        path = self._root / run / TAKEN_PART_FILE
+        try:
+            return TakenPart.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return TakenPart()
+        except (OSError, ValidationError):
+            raise StoreError(
+                f"{path}: expected what this site gave to run {run}, got what cannot be read; the "
+                "site trains no more in this run; remove the file to begin the count again"
+            ) from None
+
+    def keep_taken_part(self, run: str, taken: TakenPart) -> None:
+        """Replace it, whole and durably."""
+        path = self._root / run / TAKEN_PART_FILE
+        failpoint("counted.before")
+        with file_errors(path):
+            make_directories(path.parent)
+            with temporary(path.parent, f".{path.name}-") as new:
+                write_new(new, [canonical_json(taken.model_dump(mode="json"))])
+                new.replace(path)
+            sync_path(path.parent)
+        failpoint("counted.after")
 
     def new_round(self, run: str) -> Path:
         """An empty folder for the round in hand; what an earlier attempt left is removed."""

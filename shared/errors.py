@@ -2,6 +2,7 @@
 
     GradualDiffError            1   anything of ours that has no class of its own
     |- NoWorkError              3   participant --once: nothing was asked of this site
+    |- NotAcceptedError        15   a site does not take part on these terms: its [accept], its base
     |- ConfigError             10   federation.toml, site.toml or a command's argument
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
@@ -56,6 +57,12 @@ class NoWorkError(GradualDiffError):
     """Nothing was asked of this site in the time it waited."""
 
     exit_code = 3
+
+
+class NotAcceptedError(GradualDiffError):
+    """A site does not take part on these terms. This text, and no other one, leaves the site."""
+
+    exit_code = 15
 
 
 class ConfigError(GradualDiffError):

@@ -13,7 +13,7 @@ import numpy as np
 
 from participant.learning import DELTA_FILE, Learned, Progress, Readiness
 from shared.codecs import get_codec
-from shared.config import LoraSection
+from shared.config import AcceptSection, LoraSection
 from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import InterruptedRunError
 from shared.lora_factors import leading, site_manifest, trained_in
@@ -43,6 +43,18 @@ NUMERICS = Numerics(
     cpu_capability="any",
     cpu_threads=1,
     compute_dtype="float32",
+)
+
+
+# What a site accepts in a test that is not about what it accepts: one step of one example is fine.
+ANYTHING = AcceptSection(
+    models=("m", "none"),
+    flora=True,
+    min_steps=1,
+    min_examples=1,
+    min_batch=1,
+    min_answer_tokens=1,
+    min_held_out=1,
 )
 
 

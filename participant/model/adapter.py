@@ -7,8 +7,9 @@ with bfloat16 masters most Adam-sized updates at a learning rate of 1e-5 would c
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -18,7 +19,7 @@ from shared.lora_factors import is_a, is_b, layer_of
 from shared.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from shared.config import LoraSection
 
 _ADAPTER = "default"
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
 def add_adapter(
@@ -77,6 +79,41 @@ def trainable(wrapped: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     if wrong:
         raise ModelError(f"{wrong[0]}: expected a float32 adapter, got {found[wrong[0]].dtype}")
     return dict(sorted(found.items()))
+
+
+def exposed_layers(wrapped: torch.nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Of the adapted layers those whose adapter tells tokens: embeddings, head, and what is near.
+
+    By what the loaded layers are, not by what they were called when they were asked for: one that
+    is the model's input or output embedding or shares its weight (tied), that is as wide as the
+    vocabulary, or that stands in none of the numbered blocks, where attention and MLP are.
+    """
+    network = cast("Any", wrapped)
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    weights = {id(weight) for end in ends if (weight := _weight(end)) is not None}
+    vocabulary = network.config.get_text_config().vocab_size
+    found = []
+    for layer in sorted({layer_of(name) for name in names}):
+        inner = _inner(wrapped.get_submodule(layer))
+        widths = (getattr(inner, side, None) for side in ("in_features", "out_features", "nf"))
+        weight = _weight(inner)
+        if (
+            any(inner is _inner(end) for end in ends)
+            or id(weight) in weights
+            or vocabulary in (*widths, *(weight.shape if weight is not None else ()))
+            or not _IN_A_BLOCK.search(layer)
+        ):
+            found.append(layer.removeprefix("base_model.model."))
+    return tuple(found)
+
+
+def _inner(layer: Any) -> Any:
+    """The base's own layer, without the adapter around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def _weight(layer: Any) -> Any:
+    return getattr(_inner(layer), "weight", None)
 
 
 def write_parameters(

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from participant.model.adapter import add_adapter, read_parameter, trainable, write_parameters
+from participant.model.adapter import (
+    add_adapter,
+    exposed_layers,
+    read_parameter,
+    trainable,
+    write_parameters,
+)
 from participant.model.batches import pad
 from participant.model.fingerprint import fingerprint_of
 from participant.model.greedy import greedy_tokens
@@ -38,7 +44,8 @@ class LocalModel:
     """A base model on one device with an adapter whose tensors can be read and replaced.
 
     ``parameters``: the adapter's float32 parameters by saved name, in name order.
-    ``tokenizer``: transformers' tokenizer. ``base_elements``: weights of the base. Not safe for
+    ``exposed``: its layers that tell tokens. ``tokenizer``: transformers' tokenizer.
+    ``base_elements``: weights of the base. Not safe for
     two threads at once; ``ModelShelf`` lends it to one at a time. Raises ModelError where the
     base cannot be loaded.
     """
@@ -54,6 +61,7 @@ class LocalModel:
             network, self._manifest = add_adapter(loaded.network, lora)
         self._network: Any = network
         self.parameters = trainable(network)
+        self.exposed = exposed_layers(network, self.parameters)
         self._head: Any = cast("Any", network).get_output_embeddings()
         self._steady = int8_layers(network) if device.type == "cpu" else []
         self.clear()

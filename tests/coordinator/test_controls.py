@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 
 import pytest
@@ -10,13 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from cli import federation
 from coordinator.controls import steer
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.operating import order
 from shared import topology
-from shared.config import AcceptSection
 from shared.directory_store import DirectoryStore
 from shared.errors import (
     ConfigError,
@@ -38,6 +35,7 @@ from shared.records import (
 )
 from tests import federations
 from tests.coordinator.test_rounds_machine import AnyOrder
+from tests.numpy_learner import ANYTHING
 from tests.steering import Crash, Mortal, ask, records, store_of, verify
 
 
@@ -195,14 +193,13 @@ def test_extensions_count_from_the_next_round_and_stand_in_its_record(tmp_path):
     assert verify(tmp_path).findings == []
 
 
-def test_a_site_that_accepts_fewer_rounds_is_not_trained_beyond_them(tmp_path, monkeypatch):
+def test_a_site_that_accepts_fewer_rounds_is_not_trained_beyond_them(tmp_path):
     """It said so before the run was extended; the round waits for it, and says why."""
     config = federations.config(rounds=1)
-    limited = functools.partial(AcceptSection, max_rounds=1)
-    monkeypatch.setattr(federation, "AcceptSection", limited)
+    limited = ANYTHING.model_copy(update={"max_rounds": 1})
     sites = when(config, 1, lambda: ask(tmp_path, "extend", rounds=1))
     with pytest.raises(RunStuckError, match=r"accept.max_rounds: expected at most 1, got 2"):
-        federations.run(config, tmp_path, sites)
+        federations.run(config, tmp_path, sites, accept=limited)
     assert sites["b"].trained == [1]
 
 

@@ -17,7 +17,7 @@ from shared.errors import StoreUnavailableError
 from shared.records import ClosingRecord
 from shared.topology import COORDINATOR, coordinator_rights, site_rights
 from tests import federations
-from tests.numpy_learner import NumpyLearner
+from tests.numpy_learner import ANYTHING, NumpyLearner
 from tests.steering import records, verify
 
 
@@ -60,6 +60,7 @@ class Stand:
                 workspace=Workspace(folder / "sites" / name),
                 learner=NumpyLearner(name),
                 clock=time.time,
+                accept=ANYTHING,
             )
             self.sites[name] = build_participant(site, broker)
             self.sites[name].participant.start(config.run.name)

@@ -97,6 +97,8 @@ COORDINATOR = [
 PARTICIPANT = [
     *around(PUBLISHED, "SiteOnline"),
     *around(ACKNOWLEDGED, "RunAnnounced"),
+    "counted.before",
+    "counted.after",
     *around(PUBLISHED, "ParticipantReady"),
     *around(ACKNOWLEDGED, "RoundStarted"),
     "download.before",
@@ -185,6 +187,8 @@ SECOND: dict[str, list[str]] = {
         "record.before:closed",
     ],
     "participant": [
+        "counted.before",
+        "counted.after",
         "checkpoint.renamed",
         "checkpoint.synced",
         "learn.after",

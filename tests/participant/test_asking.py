@@ -20,7 +20,7 @@ from shared.events import (
     WireLora,
     WireTraining,
 )
-from tests.numpy_learner import MANIFEST, NumpyLearner
+from tests.numpy_learner import ANYTHING, MANIFEST, NumpyLearner
 
 TRAINING = WireTraining(local_steps=1)
 ANNOUNCED = RunAnnounced(
@@ -62,6 +62,7 @@ def site(tmp_path):
         workspace=Workspace(tmp_path),
         learner=NumpyLearner("a"),
         clock=lambda: 1000.0,
+        accept=ANYTHING,
     )
 
 
@@ -122,6 +123,7 @@ def test_an_expired_upload_is_granted_anew(tmp_path):
         workspace=Workspace(tmp_path / "w"),
         learner=learner,
         clock=lambda: 1000.0,
+        accept=ANYTHING,
     )
     participant = Participant(site)
     participant.on_run_announced(ANNOUNCED, "coordinator")

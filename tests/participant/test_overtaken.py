@@ -15,7 +15,7 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
-from tests.numpy_learner import MANIFEST, NumpyLearner
+from tests.numpy_learner import ANYTHING, MANIFEST, NumpyLearner
 from tests.participant.test_asking import ANNOUNCED, Line, round_started
 
 
@@ -48,6 +48,7 @@ def site(tmp_path, adapter):
         workspace=Workspace(tmp_path / "workspace"),
         learner=NumpyLearner("a"),
         clock=lambda: 1000.0,
+        accept=ANYTHING,
     )
 
 

@@ -19,7 +19,7 @@ from participant.torch_learner import TorchLearner  # noqa: E402
 from shared.codecs import get_codec  # noqa: E402
 from shared.config import DataSection  # noqa: E402
 from shared.delta_file import DeltaFile, DeltaHeader, check_delta  # noqa: E402
-from shared.errors import InterruptedRunError, ModelError, ProtocolError  # noqa: E402
+from shared.errors import InterruptedRunError, ModelError, NotAcceptedError, ProtocolError  # noqa: E402
 from shared.events import (  # noqa: E402
     RoundStarted,
     RunAnnounced,
@@ -145,7 +145,7 @@ def test_prepare_tells_what_a_site_has_and_is_cheap_the_second_time(
 
 def test_a_base_that_is_not_the_runs_is_refused(learner, tiny_model):
     """Two sites with different weights would average apples and pears."""
-    with pytest.raises(ModelError, match=r"base\.fingerprint"):
+    with pytest.raises(NotAcceptedError, match=r"base\.fingerprint"):
         learner.prepare(announce(tiny_model, SHA), ignore)
 
 
