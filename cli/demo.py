@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cli.progress import Display
     from coordinator.inspection import History
     from participant.torch_learner import TorchLearner
+    from shared.config import FederationConfig
     from shared.directory_store import DirectoryStore
 
 PROMPTS = (
@@ -40,6 +41,10 @@ def demo(
     ] = None,
     group: Annotated[
         str | None, typer.Option(help="With --data: the column that tells sites apart.")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="With --data: which columns hold the text: prompt=COLUMN,answer=COLUMN."),
     ] = None,
     participants: Annotated[int, typer.Option(help="How many participants (K).")] = 5,
     rounds: Annotated[int, typer.Option(help="How many rounds (T).")] = 5,
@@ -78,7 +83,7 @@ def demo(
     _configure_log(folder)
     with make_display(quiet=as_json) as display:
         base = located(model, Path.cwd()) if model else str(packaged_model(display))
-        sites = _site_files(folder, data, group, participants)
+        sites = _site_files(folder, data, group, columns, participants)
         settings = {
             "rounds": rounds,
             "local_steps": local_steps,
@@ -96,7 +101,8 @@ def demo(
         learners = load_learners(config, folder.resolve())
         run_here(config, store, folder, learners, display, f"gradualdiff demo --dir {folder}")
         history = History(store, name)
-        replies = _replies(history, store, folder, next(iter(learners.values())))
+        prompts = _prompts(config, folder.resolve())
+        replies = _replies(history, store, folder, next(iter(learners.values())), prompts)
     if as_json:
         from coordinator.inspection import summarise_rounds, summarise_run
 
@@ -156,13 +162,16 @@ def cache_folder() -> Path:
 
 
 def _site_files(
-    folder: Path, data: Path | None, group: str | None, participants: int
+    folder: Path, data: Path | None, group: str | None, columns: str | None, participants: int
 ) -> Sequence[SiteFile]:
-    from cli.demo_data import prepare_chitchat, split_own_data
+    from cli.demo_data import columns_for, prepare_chitchat, split_own_data
     from cli.demo_packages import CHITCHAT, find_packaged
 
     if data is not None:
-        return split_own_data(data, folder / "data", participants, group=group).sites
+        mapping = columns_for(data, columns)
+        return split_own_data(data, folder / "data", participants, mapping, group).sites
+    if columns is not None:
+        raise ConfigError("--columns: expected --data FILE with it, got none; name the file")
     return prepare_chitchat(find_packaged(CHITCHAT), folder / "data", participants, None)
 
 
@@ -182,10 +191,28 @@ def _number(run: str) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
+def _prompts(config: FederationConfig, folder: Path) -> Sequence[str]:
+    """Of text of one's own, what the first site holds out; else, or where it asks nothing, fixed.
+
+    The packaged text was not looked through and is shown nowhere.
+    """
+    from cli.simulate import load_sites
+    from participant.data import held_out_prompts
+
+    site, base = load_sites(config, folder)[0]
+    if site.data.prompt is not None:  # as the packaged text is written; one's own is not
+        return PROMPTS
+    return held_out_prompts(site.data, base, len(PROMPTS)) or PROMPTS
+
+
 def _replies(
-    history: History, store: DirectoryStore, folder: Path, learner: TorchLearner
+    history: History,
+    store: DirectoryStore,
+    folder: Path,
+    learner: TorchLearner,
+    prompts: Sequence[str],
 ) -> list[tuple[str, str, str]]:
-    """Each fixed prompt with the base's and the final model's reply."""
+    """Each prompt with the base's and the final model's reply."""
     from shared import topology
     from shared.records import ClosedRecord, GenesisRecord
 
@@ -195,9 +222,9 @@ def _replies(
         sha = getattr(record, "adapter_sha", "")
         path = folder / f"round-{number}.safetensors"
         store.fetch_file(topology.adapter_key(history.run, sha), path)
-        answers.append(learner.replies(path, PROMPTS, REPLY_TOKENS))
+        answers.append(learner.replies(path, prompts, REPLY_TOKENS))
         path.unlink()
-    return list(zip(PROMPTS, *answers, strict=True))
+    return list(zip(prompts, *answers, strict=True))
 
 
 def _show(
@@ -210,7 +237,9 @@ def _show(
 
     _show_rounds(history)
     _show_sites(history, {site.name: site.pairs for site in sites})
-    print_table("Replies to three fixed prompts", ("prompt", "base", "after the run"), replies)
+    print_table(
+        "Replies to prompts that nobody trained on", ("prompt", "base", "after the run"), replies
+    )
     plot = folder / f"{history.run}.png"
     plot_held_out(history, plot)
     store = f"--store {folder / 'store'}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from participant.data import split_text
 from shared import errors
 from shared.config import load_federation, load_site
 from tests.tiny_model import make_tiny_model, write_federation
@@ -112,6 +114,26 @@ def test_init_overwrites_nothing(tmp_path):
     assert not (tmp_path / "mine" / "federation.toml").exists()
 
 
+def test_the_demo_takes_columns_of_other_names(tmp_path):
+    """Two columns, as in site.toml; a name that is not there is an error of the data."""
+    text(tmp_path / "own.jsonl")
+    options = ("demo", "--prepare", "--dir", "d", "--model", "some/model", "--participants", "2")
+    given = (*options, "--data", "own.jsonl", "--columns")
+    done = gradualdiff(*given, "prompt=question,answer=answr", cwd=tmp_path)
+    assert done.returncode == errors.DataError.exit_code, done.stderr
+    assert "--columns: answer = 'answr'" in done.stderr
+    done = gradualdiff(*options, "--columns", "prompt=question,answer=reply", cwd=tmp_path)
+    assert done.returncode == errors.ConfigError.exit_code
+    assert "--columns: expected --data FILE with it" in done.stderr
+    done = gradualdiff(*given, "prompt=question,answer=reply", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = tmp_path.rglob("site-*.jsonl")
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert sorted(row["messages"][1]["content"] for row in rows) == sorted(
+        f"{i} and {i}" for i in range(12)
+    )
+
+
 # check ----------
 
 slow = [pytest.mark.model, pytest.mark.slow]
@@ -120,6 +142,30 @@ slow = [pytest.mark.model, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_demo_of_ones_own_text_asks_what_is_held_out(tmp_path, model):
+    """Its sample prompts are of the file, and no site trained on them."""
+    text(tmp_path / "own.jsonl", rows=40)
+    done = gradualdiff(
+        *("demo", "--dir", "d", "--model", model, "--data", "own.jsonl", "--rounds", "1"),
+        *("--columns", "prompt=question,answer=reply", "--participants", "2"),
+        *("--local-steps", "1"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^count \d+", done.stdout, re.MULTILINE)
+    (federation,) = tmp_path.glob("d/**/federation.toml")
+    name = load_federation(federation).simulation.sites[0]
+    site = load_site(federation.parent / name)
+    folder = (federation.parent / name).parent
+    _, split, _ = split_text(site.data, folder)
+    held_out = [example.prompt[-1].content for example in split.held_out]
+    assert 0 < len(shown) <= 3
+    assert shown == held_out[: len(shown)]
+    assert not {example.prompt[-1].content for example in split.train} & set(shown)
 
 
 class TestCheck:
