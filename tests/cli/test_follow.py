@@ -516,7 +516,11 @@ def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost
             "follow", "cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
         )
         listed = json.loads(deployment.command("queues", "list", "--json", *where).stdout)
-        events = json.loads(deployment.command("queues", "peek", "events", "--json", *where).stdout)
+        events = json.loads(
+            deployment.command(
+                "queues", "peek", "events", "--limit", "1000", "--json", *where
+            ).stdout
+        )
         deployment.finish()
         assert follower.wait(20) == 0
     finally:
