@@ -12,11 +12,13 @@ from cli.output import JsonOption, console, finite, fixed, megabytes, print_json
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cli.demo_data import SiteFile
+    from cli.demo_start import Asked, Place
     from cli.progress import Display
     from coordinator.inspection import History
+    from participant.model_shelf import ModelShelf
     from participant.torch_learner import TorchLearner
     from shared.config import FederationConfig
     from shared.directory_store import DirectoryStore
@@ -46,13 +48,19 @@ def demo(
         str | None,
         typer.Option(help="With --data: which columns hold the text: prompt=COLUMN,answer=COLUMN."),
     ] = None,
-    participants: Annotated[int, typer.Option(help="How many participants (K).")] = 5,
-    rounds: Annotated[int, typer.Option(help="How many rounds (T).")] = 5,
-    local_steps: Annotated[int, typer.Option(help="Optimiser steps a round and site.")] = 4,
+    participants: Annotated[int | None, typer.Option(help="How many participants (K): 5.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How many rounds (T): 5.")] = None,
+    local_steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps a round and site: 4.")
+    ] = None,
     learning_rate: Annotated[
-        float, typer.Option(callback=finite, help="AdamW's learning rate.")
-    ] = 3e-3,
-    seed: Annotated[int, typer.Option(help="The run's one seed.")] = 1,
+        float | None, typer.Option(callback=finite, help="AdamW's learning rate: 0.003.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The run's one seed: 1.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The run's name, if not demo-1, demo-2, ...."),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")
     ] = False,
@@ -70,45 +78,122 @@ def demo(
 ) -> None:
     """A complete federation on this machine: five participants fine-tune one real model.
 
-    An interrupted demo goes on where it was when it is started again.
+    An interrupted demo goes on where it was when it is started again, and needs no option then but
+    --dir: model, text and settings are those that it began with.
     """
-    from cli.demo_files import write_demo
+    from cli.demo_start import Asked, command, find_place
     from cli.progress import make_display
-    from cli.simulate import load_learners, run_here
+    from cli.simulate import load_learners, make_shelf, run_here
     from coordinator.inspection import History
     from shared.base_model import located
     from shared.config import load_federation
     from shared.directory_store import DirectoryStore
+    from shared.locks import held
 
+    numbers = {
+        "participants": participants,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    asked = Asked(
+        folder=folder,
+        name=name,
+        fresh=fresh,
+        model=located(model, Path.cwd()) if model else None,
+        numbers={key: value for key, value in numbers.items() if value is not None},
+        split=_split(data, group, columns),
+    )
     _configure_log(folder)
-    with make_display(quiet=as_json) as display:
-        base = located(model, Path.cwd()) if model else str(packaged_model(display))
-        sites = _site_files(folder, data, group, columns, participants)
-        settings = {
-            "rounds": rounds,
-            "local_steps": local_steps,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
+    store = DirectoryStore(folder / "store")
+    lock = held(folder / ".demo.lock", f"the demo in {folder}")
+    with lock, make_display(quiet=as_json) as display:
+        place = find_place(asked, store)
         if prepare:
-            path = write_demo(folder, "demo-1", base, sites, settings, _tables(servers))
-            typer.echo(f"wrote {path} and {folder / 'sites'}; nothing was trained")
+            typer.echo(_prepare(asked, place, display, servers))
             return
-        store = DirectoryStore(folder / "store")
-        name = _run_name(store, fresh=fresh)
-        path = write_demo(folder, name, base, sites, settings)
-        config = load_federation(path)
-        learners = load_learners(config, folder.resolve())
-        run_here(config, store, folder, learners, display, f"gradualdiff demo --dir {folder}")
-        history = History(store, name)
-        prompts = _prompts(config, folder.resolve())
+        shelf = make_shelf("auto", place.home)
+        if not place.resumes:
+            _begin(asked, place, store, shelf, display)
+        config = load_federation(place.home / "federation.toml")
+        learners = load_learners(config, place.home.resolve(), shelf)
+        again = command(asked)
+        run_here(config, store, place.home, learners, display, again, anew=place.anew)
+        history = History(store, place.run)
+        prompts = _prompts(config, place.home.resolve())
         replies = _replies(history, store, folder, next(iter(learners.values())), prompts)
     if as_json:
         from coordinator.inspection import summarise_rounds, summarise_run
 
         print_json({"run": summarise_run(history), "rounds": summarise_rounds(history)})
         return
-    _show(history, folder, replies, sites)
+    _show(history, folder, place.home, replies)
+
+
+def _prepare(asked: Asked, place: Place, display: Display, servers: Path | None) -> str:
+    """Write the files of a run; what was done."""
+    if place.resumes:
+        return f"{place.home / 'federation.toml'} is there, of the unfinished run {place.run}"
+    base = asked.model or str(packaged_model(display))
+    path = _write(asked, place, base, place.home, _tables(servers))
+    return f"wrote {path} and {place.home / 'sites'}; nothing was trained"
+
+
+def _begin(
+    asked: Asked, place: Place, store: DirectoryStore, shelf: ModelShelf, display: Display
+) -> None:
+    """Write a new run's files beside their place, try them, and move them in once they fit."""
+    import tempfile
+
+    from cli.demo_start import move_in
+    from cli.preflight import check_start
+    from cli.simulate import load_learners
+    from shared.config import load_federation
+
+    base = asked.model or str(packaged_model(display))
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=asked.folder) as scratch:
+        staged = Path(scratch)
+        config = load_federation(_write(asked, place, base, staged))
+        learners = load_learners(config, staged.resolve(), shelf)
+        check_start(config, learners, store, display.report, anew=place.anew)
+        move_in(staged, place.home)
+
+
+def _write(
+    asked: Asked,
+    place: Place,
+    base: str,
+    to: Path,
+    servers: Mapping[str, Mapping[str, object]] | None = None,
+) -> Path:
+    from cli.demo_data import prepare_chitchat
+    from cli.demo_files import write_demo
+    from cli.demo_packages import CHITCHAT, find_packaged
+    from cli.demo_start import DEFAULTS, store_from
+
+    settings = {**DEFAULTS, **asked.numbers}
+    count = int(settings["participants"])
+    if asked.split is not None:
+        sites = asked.split(to / "data", count)
+    else:
+        sites = prepare_chitchat(find_packaged(CHITCHAT), to / "data", count, None)
+    store = store_from(place.home, asked.folder)
+    return write_demo(to, place.run, base, sites, settings, servers, store)
+
+
+def _split(
+    data: Path | None, group: str | None, columns: str | None
+) -> Callable[[Path, int], Sequence[SiteFile]] | None:
+    """What writes the text that these options name into a folder, for so many participants."""
+    from cli.demo_data import columns_for, split_own_data
+
+    if data is None:
+        if columns is not None:
+            raise ConfigError("--columns: expected --data FILE with it, got none; name the file")
+        return None
+    mapping = columns_for(data, columns)
+    return lambda to, count: split_own_data(data, to, count, mapping, group).sites
 
 
 def _tables(servers: Path | None) -> dict[str, dict[str, object]]:
@@ -161,36 +246,6 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "gradualdiff-fed"
 
 
-def _site_files(
-    folder: Path, data: Path | None, group: str | None, columns: str | None, participants: int
-) -> Sequence[SiteFile]:
-    from cli.demo_data import columns_for, prepare_chitchat, split_own_data
-    from cli.demo_packages import CHITCHAT, find_packaged
-
-    if data is not None:
-        mapping = columns_for(data, columns)
-        return split_own_data(data, folder / "data", participants, mapping, group).sites
-    if columns is not None:
-        raise ConfigError("--columns: expected --data FILE with it, got none; name the file")
-    return prepare_chitchat(find_packaged(CHITCHAT), folder / "data", participants, None)
-
-
-def _run_name(store: DirectoryStore, *, fresh: bool) -> str:
-    """The unfinished run of an earlier demo, or the next free name."""
-    from coordinator.inspection import summarise_runs
-
-    runs = {s.run: s.state for s in summarise_runs(store) if s.run.startswith("demo-")}
-    unfinished = [run for run, state in runs.items() if state not in ("finished", "failed")]
-    if unfinished and not fresh:
-        return max(unfinished, key=_number)
-    return f"demo-{max(map(_number, runs), default=0) + 1}"
-
-
-def _number(run: str) -> int:
-    tail = run.removeprefix("demo-")
-    return int(tail) if tail.isdigit() else 0
-
-
 def _prompts(config: FederationConfig, folder: Path) -> Sequence[str]:
     """Of text of one's own, what the first site holds out; else, or where it asks nothing, fixed.
 
@@ -230,13 +285,18 @@ def _replies(
 def _show(
     history: History,
     folder: Path,
+    home: Path,
     replies: Sequence[tuple[str, str, str]],
-    sites: Sequence[SiteFile],
 ) -> None:
+    from cli.demo_start import texts
     from cli.plot import plot_held_out
+    from shared.config import load_federation
 
     _show_rounds(history)
-    _show_sites(history, {site.name: site.pairs for site in sites})
+    files = texts(load_federation(home / "federation.toml"), home)
+    _show_sites(
+        history, {name: len(path.read_bytes().splitlines()) for name, path in files.items()}
+    )
     print_table(
         "Replies to prompts that nobody trained on", ("prompt", "base", "after the run"), replies
     )
@@ -246,7 +306,7 @@ def _show(
     for line in (
         f"plot      {plot}",
         f"ledger    {folder / 'store' / 'runs' / history.run}",
-        f"settings  {folder / 'federation.toml'} and {folder / 'sites'}",
+        f"settings  {home / 'federation.toml'} and {home / 'sites'}",
         f"log       {folder / 'demo.log'}",
         "",
         "What to try next:",

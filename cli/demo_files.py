@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 HELD_OUT_PER_SITE = 13  # 65 in all: one evaluation takes a few seconds on two cores
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 40
-OWN_STORE: Mapping[str, Mapping[str, object]] = {"store": {"directory": "store"}}
 
 
 def write_demo(
@@ -25,16 +24,18 @@ def write_demo(
     sites: Sequence[SiteFile],
     settings: Mapping[str, float],
     servers: Mapping[str, Mapping[str, object]] | None = None,
+    store: str = "store",
 ) -> Path:
     """Write ``federation.toml`` and one ``sites/<name>.toml`` each; the former's path.
 
-    ``servers``: [broker] and [store] tables to run it over; a site's password is then looked for
-    in its kit, ``kits/<name>``.
+    ``store``: its directory, as seen from ``folder``. ``servers``: [broker] and [store] tables to
+    run it over; a site's password is then looked for in its kit, ``kits/<name>``.
 
     The adapter's settings are the paper's (they are the defaults); learning rate and local steps
     are the demo's own, since the paper's move little in so few steps (docs/explanation/demo.md).
     """
     names = [site.name for site in sites]
+    places = servers or {"store": {"directory": store}}
     tables: dict[str, dict[str, object]] = {
         "run": {
             "name": run,
@@ -55,7 +56,7 @@ def write_demo(
             "max_answer_tokens": MAX_ANSWER_TOKENS,
             "cpu_threads": 2,
         },
-        **{name: dict(table) for name, table in (servers or OWN_STORE).items()},
+        **{name: dict(table) for name, table in places.items()},
         "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
     }
     (folder / "sites").mkdir(parents=True, exist_ok=True)

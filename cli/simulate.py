@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cli.progress import Display
     from coordinator.state import RunState
+    from participant.model_shelf import ModelShelf
     from participant.torch_learner import TorchLearner
     from shared.config import FederationConfig, SiteConfig
     from shared.directory_store import DirectoryStore
@@ -96,10 +97,13 @@ def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: boo
     )
 
 
-def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLearner]:
+def load_learners(
+    config: FederationConfig, folder: Path, shelf: ModelShelf | None = None
+) -> dict[str, TorchLearner]:
     """One learner per participant over one shared base model, from the sites' files.
 
-    Raises as ``load_sites`` does, and where the sites do not agree on a device.
+    ``shelf``: where that model may be already. Raises as ``load_sites`` does, and where the sites
+    do not agree on a device.
     """
     sites = load_sites(config, folder)
     devices = {site.device.kind for site, _ in sites}
@@ -108,18 +112,24 @@ def load_learners(config: FederationConfig, folder: Path) -> dict[str, TorchLear
             f"device.kind: expected one for all sites of a simulation, got {sorted(devices)}: "
             "they share one base model"
         )
+    shelf = shelf or make_shelf(devices.pop(), folder)
+    from participant.torch_learner import TorchLearner
+
+    return {
+        site.site.name: TorchLearner(site.site.name, site.data, base, shelf) for site, base in sites
+    }
+
+
+def make_shelf(device: Literal["auto", "cpu", "cuda"], folder: Path) -> ModelShelf:
+    """An empty place for a base model. Raises MissingPackageError."""
     try:
         from participant.model_shelf import ModelShelf
-        from participant.torch_learner import TorchLearner
     except ImportError as error:
         raise MissingPackageError(
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    shelf = ModelShelf(devices.pop(), folder)
-    return {
-        site.site.name: TorchLearner(site.site.name, site.data, base, shelf) for site, base in sites
-    }
+    return ModelShelf(device, folder)
 
 
 def load_sites(config: FederationConfig, folder: Path) -> list[tuple[SiteConfig, Path]]:
@@ -179,6 +189,7 @@ def run_here(
         check_start(config, learners, store, display.report, anew=anew)
         if anew:
             _forget(store, run, display)
+        _clear_workspaces(config, store, folder)
         embedding = Embedding(
             store=store,
             folder=folder,
@@ -194,6 +205,20 @@ def run_here(
                 f"run {config.run.name} was stopped; everything finished is on record. "
                 f"Go on with: {again}"
             ) from None
+
+
+def _clear_workspaces(config: FederationConfig, store: DirectoryStore, folder: Path) -> None:
+    """What a deleted run of this name left at the sites is of no use to one that begins."""
+    import shutil
+
+    from shared import topology
+    from shared.errors import ObjectMissingError
+
+    try:
+        store.stat(topology.federation_key(config.run.name))
+    except ObjectMissingError:
+        for site in config.run.participants:
+            shutil.rmtree(folder / "sites" / site / config.run.name, ignore_errors=True)
 
 
 def _forget(store: DirectoryStore, run: str, display: Display) -> None:
