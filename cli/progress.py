@@ -155,4 +155,5 @@ class Lines:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        self._console.print(f"[{time.monotonic() - self._started:6.1f} s] {text}", markup=False)
+        line = f"[{time.monotonic() - self._started:6.1f} s] {text}"
+        self._console.print(line, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from tests import federations
 def test_off_a_terminal_each_round_is_one_line_with_its_losses(tmp_path):
     """Held out before it and in training; no count of steps or examples."""
     out = io.StringIO()
-    lines = Lines(Console(file=out, width=200))
+    lines = Lines(Console(file=out, width=80))
     config = federations.config(rounds=2)
     state = federations.run(config, tmp_path, moved=lines.moved, report=lines.report)
     told = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
