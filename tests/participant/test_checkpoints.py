@@ -394,6 +394,7 @@ def site_config(**site):
         "site": {"name": "site", **site},
         "data": {"path": "text.jsonl", "text": "text"},
         "broker": {"url": "amqp://site@localhost:5672/", "password_file": "password"},
+        "store": {"url": "https://store.example"},
     }
     return parse(SiteConfig, values, "site.toml")
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from cli.serve import make_station
 from participant.acceptance import FAILURES_PER_ROUND, TRAININGS_PER_ROUND
+from shared.config import SiteConfig, parse
 from shared.errors import ConfigError, DataError, ModelError
 from shared.events import (
     AdapterEvaluated,
@@ -264,6 +266,17 @@ def test_no_other_server_is_asked_and_nothing_of_it_is_told(hostile):
             assert not any(word in reason for word in ("302", "page", "127", "sha256")), url
         assert len(attack.said(TrainingFailed)) == len(urls)
         assert seen == []
+
+
+def test_a_site_without_the_stores_address_is_not_started(tmp_path):
+    """A site.toml of an older kit: nobody else's word would do, so it says what to add."""
+    values = {
+        "site": {"name": "a"},
+        "data": {"path": "t.jsonl", "text": "t"},
+        "broker": {"url": "amqp://a@localhost/", "password_file": "p"},
+    }
+    with pytest.raises(ConfigError, match=r"add \[store\] with url"):
+        make_station(parse(SiteConfig, values, "site.toml"), tmp_path, None, threading.Event())
 
 
 def test_a_delta_is_sent_to_no_other_server(hostile):
