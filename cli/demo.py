@@ -144,7 +144,7 @@ def _begin(
     asked: Asked, place: Place, store: DirectoryStore, shelf: ModelShelf, display: Display
 ) -> None:
     """Write a new run's files beside their place, try them, and move them in once they fit."""
-    import tempfile
+    import shutil
 
     from cli.demo_start import move_in
     from cli.preflight import check_start
@@ -152,12 +152,16 @@ def _begin(
     from shared.config import load_federation
 
     base = asked.model or str(packaged_model(display))
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=asked.folder) as scratch:
-        staged = Path(scratch)
+    staged = asked.folder / ".new-run"
+    shutil.rmtree(staged, ignore_errors=True)  # of one that was killed here
+    staged.mkdir()
+    try:
         config = load_federation(_write(asked, place, base, staged))
         learners = load_learners(config, staged.resolve(), shelf)
         check_start(config, learners, store, display.report, anew=place.anew)
         move_in(staged, place.home)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _write(

@@ -157,6 +157,9 @@ def test_fresh_takes_the_place_of_a_run_without_a_closed_round(started, own, tmp
 
 def test_what_does_not_fit_writes_nothing(started, own, tmp_path):
     """A wrong model leaves neither a run nor settings, beside an unfinished run or without one."""
+    left = tmp_path / "demo" / ".new-run" / "data"  # as a kill at this point leaves it
+    left.mkdir(parents=True)
+    write_text(left / "site-9.jsonl", 1)
     assert isinstance(started(*own, sites=NoModel).exception, ModelError)
     assert files(tmp_path / "demo") == {}
     assert list_runs(store_of(tmp_path / "demo")) == {}
