@@ -315,6 +315,11 @@ def _mend(drill: Drill, row: Row) -> None:
     sick = next(life for life in drill.lives if life.name == "a")
     said = MENDED_BY_RESTART.get(row.fault, "")
     drill.wait(f"{row.name}: {said}", lambda: said in sick.log.read_text(errors="replace"))
+    if row.fault == "spoilt":
+        # The word of a refusal comes before the forgetting. Killed between them, the site sends
+        # the same delta again, whole this time, and trains once less.
+        forgot = "forget.after"
+        drill.wait(f"{row.name}: {forgot}", lambda: forgot in [name for _, name in sick.points()])
     if row.fault in ON_RECORD:
         prefix = f"runs/{drill.run}/{ON_RECORD[row.fault]}"
         drill.wait(f"{row.name}: on record", lambda: any(drill.store.list(prefix)))
