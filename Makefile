@@ -29,14 +29,14 @@ reproduce: $(STAMP) test-servers ## Write the paper's tables for a small model: 
 test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
 	$(BIN)/python -m pytest -m "not compose" -n 2 --dist loadfile
 
-test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, WordNet
+test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, iptables, WordNet
 	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null \
-		&& [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
+		&& command -v iptables >/dev/null && [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then \
-		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl wordnet-base"; exit 1; fi; \
-	echo "== installing RabbitMQ and WordNet for the tests"; \
+		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl iptables wordnet-base"; exit 1; fi; \
+	echo "== installing RabbitMQ, iptables and WordNet for the tests"; \
 	apt-get update -qq && \
-	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl wordnet-base >/dev/null
+	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl iptables wordnet-base >/dev/null
 
 test-compose: $(STAMP) ## Build the images and run compose.yaml on a Docker engine of its own (needs root)
 	@if command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null; \
