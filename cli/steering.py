@@ -87,7 +87,7 @@ def stop(
 
 def extend(
     run: RunArgument,
-    rounds: Annotated[int, typer.Argument(min=1, help="So many rounds more.")],
+    rounds: Annotated[int, typer.Argument(min=1, max=100_000, help="So many rounds more.")],
     reason: ReasonOption = NO_REASON,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.chain import Finding
+from coordinator.chain import MOST_LOST_ROUNDS, Finding
 from coordinator.controls import steer
 from coordinator.members import unfit
 from coordinator.policies import weighting
@@ -35,6 +35,10 @@ def check_records(chain: Chain, config: FederationConfig) -> None:
     """Note every contradiction and every gap between the records."""
     _check_members(chain, config)
     _check_controls(chain)
+    for number in sorted(chain.rounds.keys() - set(chain.numbers)):
+        for record in chain.rounds[number]:
+            last = len(chain.numbers) - 1
+            chain.find(number, record.key(chain.run), f"the last round on record is {last}")
     for number in chain.numbers:
         _check_places(chain, number)
         _check_opened(chain, config, number)
@@ -80,10 +84,12 @@ def _fits(member: MemberRecord, genesis: GenesisRecord, config: FederationConfig
 
 def _check_controls(chain: Chain) -> None:
     known = {control.number for control in chain.controls}
-    before = range(1, max(known, default=0))
+    # Of those that are missing the first hundred say enough; a record may claim any number.
+    most = len(known) + MOST_LOST_ROUNDS
+    before = range(1, min(max(known, default=0), most + 1))
     wanted = dict.fromkeys(before, (0, "a later one is there"))
     for number, record in _decisions(chain):
-        for n in range(1, record.controls + 1):
+        for n in range(1, min(record.controls, most) + 1):
             wanted[n] = (number, f"{record.key(chain.run)} was decided knowing it")
     for n, (number, why) in sorted(wanted.items()):
         if n not in known:

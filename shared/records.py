@@ -22,8 +22,12 @@ from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-RoundNumber = Annotated[int, Field(ge=0)]
-ControlNumber = Annotated[int, Field(ge=0)]
+# Numbers that are counted up to have an end: a record may say any, and somebody counts.
+MOST = 1_000_000
+RoundNumber = Annotated[int, Field(ge=0, le=MOST)]
+ControlNumber = Annotated[int, Field(ge=0, le=MOST)]
+Number = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=2**64)]
 Names = Annotated[tuple[Name, ...], Strict(False)]
 
 
@@ -63,7 +67,7 @@ class MemberRecord(StampedRecord):
     manifest: Manifest
     fingerprint: Sha256
     numerics: Numerics
-    examples: Annotated[int, Field(ge=1)]
+    examples: Size
     from_round: RoundNumber = 0
 
     @property
@@ -79,7 +83,7 @@ class MemberRecord(StampedRecord):
 class RejoinedRecord(MemberRecord):
     """A further word of a site that did not fit at first. Its last one counts."""
 
-    number: Annotated[int, Field(ge=2)]
+    number: Annotated[int, Field(ge=2, le=MOST)]
 
     @property
     def word(self) -> int:
@@ -109,7 +113,7 @@ class OriginRecord(StampedRecord):
     parent_digest: Sha256
     parent_round: RoundNumber
     adapter_sha: Sha256
-    adapter_size: Annotated[int, Field(ge=1)]
+    adapter_size: Size
     manifest: Manifest
     fingerprint: Sha256
     lora_alpha: float
@@ -128,9 +132,9 @@ class OriginRecord(StampedRecord):
 class ControlRecord(StampedRecord):
     """What an operator asks of a run. ``coordinator.controls`` says what it means."""
 
-    number: Annotated[int, Field(ge=1)]
+    number: Number
     action: Literal["pause", "resume", "stop", "extend", "exclude"]
-    rounds: Annotated[int, Field(ge=1)] | None = None
+    rounds: Number | None = None
     site: Name | None = None
     reason: str
     by: str
@@ -151,7 +155,7 @@ class ControlRecord(StampedRecord):
 class PrunedRecord(StampedRecord):
     """Objects that an operator had deleted: on record before the first of them was."""
 
-    number: Annotated[int, Field(ge=1)]
+    number: Number
     keep: str
     keys: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
     reason: str
@@ -180,7 +184,7 @@ class GenesisRecord(Record):
     manifest: Manifest
     fingerprint: Sha256
     adapter_sha: Sha256
-    adapter_size: Annotated[int, Field(ge=1)]
+    adapter_size: Size
     origin: str | None = None
 
     def key(self, run: str) -> str:
@@ -192,7 +196,7 @@ class OpenedRecord(StampedRecord):
     """A round begins: who trains from what, with which seed, on which span of the schedule."""
 
     decides = True
-    round: Annotated[int, Field(ge=1)]
+    round: Number
     selected: Names
     source_sha: Sha256
     seed: int
@@ -220,12 +224,12 @@ class AcceptedRecord(StampedRecord):
     """A VALID delta (not yet a counted one): it lies in the store and passed its checks."""
 
     decides = True
-    round: Annotated[int, Field(ge=1)]
+    round: Number
     site: Name
     sha: Sha256
-    size: Annotated[int, Field(ge=1)]
-    examples: Annotated[int, Field(ge=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    size: Size
+    examples: Size
+    tokens: Size
     norm: float
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
@@ -252,9 +256,9 @@ class RefusedRecord(StampedRecord):
 class FailedRecord(StampedRecord):
     """A local training that ended without a delta, and why."""
 
-    round: Annotated[int, Field(ge=1)]
+    round: Number
     site: Name
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Number
     reason: str
     retryable: bool
 
@@ -271,7 +275,7 @@ class Input(Fact):
     """
 
     site: Name
-    from_round: Annotated[int, Field(ge=1)]
+    from_round: Number
     sha: Sha256
     weight: float
     scale: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -285,7 +289,7 @@ class ClosingRecord(StampedRecord):
     """THE DECISION, durable before any arithmetic: which deltas count, with which weight."""
 
     decides = True
-    round: Annotated[int, Field(ge=1)]
+    round: Number
     source_sha: Sha256
     inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
     excluded: dict[str, str] = Field(default_factory=dict)
@@ -307,9 +311,9 @@ class ClosedRecord(Record):
     adapter.
     """
 
-    round: Annotated[int, Field(ge=1)]
+    round: Number
     adapter_sha: Sha256
-    adapter_size: Annotated[int, Field(ge=1)]
+    adapter_size: Size
     mean_norm: float
     delta_norms: dict[str, float]
     cosines: dict[str, float]
