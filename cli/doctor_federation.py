@@ -86,8 +86,23 @@ def _broker(
     with connection(section, folder, found) as broker:
         yield from found
         if broker is not None:
+            yield _version(broker.version)
             yield from _topology(broker, config)
             yield from attempt("rights", lambda: _rights(broker))
+
+
+def _version(version: str) -> Finding:
+    """Before 3.13 the broker may check another ``user_id`` than a client reads."""
+    numbers = [int(part) if part.isdigit() else 0 for part in version.split(".")[:2]]
+    if numbers >= [3, 13]:
+        return Finding("broker version", "OK", f"RabbitMQ {version}")
+    return Finding(
+        "broker version",
+        "WARN",
+        f"RabbitMQ {version} passes on messages whose sender can be read in two ways: they are "
+        "refused here, so no site speaks for another, but it cannot be said who sent them; update "
+        "it to 3.13 or newer",
+    )
 
 
 def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[Finding]:

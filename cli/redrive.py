@@ -152,8 +152,24 @@ def _destination(refusal: MessageRefused, event: Event) -> tuple[Message, str]:
     if queue.startswith(_SITE):
         return Message(topology.SITES_EXCHANGE, queue.removeprefix(_SITE), data), sender
     if queue.startswith(_COORDINATOR):
+        _check_proven(refusal.routing_key, sender)
         run = queue.removeprefix(_COORDINATOR)
         scope = topology.ANY_RUN if isinstance(event, SiteOnline) else run
         key = topology.event_key(scope, sender, event.word)
         return Message(topology.EVENTS_EXCHANGE, key, data), sender
     raise _StaysError(f"{queue} is no queue of a site or a coordinator")
+
+
+def _check_proven(routing_key: str | None, sender: str) -> None:
+    """A site may publish under its own key only, whatever sender was made of its message."""
+    if routing_key is None:
+        raise _StaysError(
+            f"an earlier release did not note its routing key, so that it came from {sender} is "
+            f"not proven: restart the participant of {sender}, and the ledger rings again"
+        )
+    claimed = topology.site_of_key(routing_key)
+    if claimed != sender:
+        raise _StaysError(
+            f"its routing key is that of {claimed or 'nobody'} and its sender {sender}: one of "
+            "them is forged, so nobody proved who sent it; look at it, then purge"
+        )

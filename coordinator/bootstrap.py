@@ -94,6 +94,7 @@ def build_coordinator(
         event = MessageRefused(
             run=run,
             queue=delivery.queue,
+            routing_key=delivery.routing_key,
             sender=delivery.sender,
             reason=reason,
             data=delivery.body[: topology.REFUSED_BYTES],

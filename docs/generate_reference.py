@@ -298,6 +298,7 @@ OVERRIDES = {
     "SiteStatus.round": "The round it is at.",
     "RunStatus.absent": "Awaited sites whose queue has no consumer: since when (a restart counts "
     "anew).",
+    "MessageRefused.routing_key": "The key that it came by; a site's names the site.",
     "RunStatus.problem": "Why the step that comes next did not work, and what to do; else empty.",
     "RunStatus.state": "`waiting`, `open`, `closing` or `finished`.",
     "SiteAccount.state": "What is under way, or done.",

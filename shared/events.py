@@ -245,6 +245,7 @@ class MessageRefused(Event):
     run: Name | None = None
     reported_by: Name | None = None
     queue: Prose
+    routing_key: Prose | None = None
     sender: Prose | None
     reason: Prose
     data: Annotated[bytes, Strict(True), Most(REFUSED_BYTES)]

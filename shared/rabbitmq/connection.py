@@ -95,6 +95,12 @@ class RabbitConnection:
         return self._address
 
     @property
+    def version(self) -> str:
+        """The server's own word for its version."""
+        properties = self._connection.server_properties or {}
+        return str(properties.get("version", "unknown"))
+
+    @property
     def identity(self) -> str:
         """The account this connection was made with."""
         return self._address.account
@@ -182,7 +188,7 @@ class RabbitConnection:
 
         def start(channel: Channel, done: Callable[[object], None]) -> None:
             def take(_channel: object, method: Any, properties: Any, body: bytes) -> None:
-                found.append((method.routing_key, properties.user_id, body))
+                found.append((decoding.as_text(method.routing_key), properties.user_id, body))
                 more()
 
             def more() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import BrokerUnavailableError, StaleDeliveryError
+from shared.rabbitmq.decoding import as_text
 from shared.rabbitmq.futures import answer, fail, guarded
 from shared.rabbitmq.translation import translate
 
@@ -138,7 +139,7 @@ class RabbitConsumer:
         self._arrived.put(
             RabbitDelivery(
                 queue=self._queue,
-                routing_key=method.routing_key,
+                routing_key=as_text(method.routing_key),
                 body=body,
                 sender=properties.user_id,
                 attempt=1 + max(came_back, int(method.redelivered)),

@@ -1,8 +1,13 @@
-"""Message headers that pika cannot decode: of no use to us, and no reason to lose a connection.
+"""What pika cannot decode of a message: of no use to us, and no reason to lose a connection.
 
 pika decodes the headers of whatever arrives and lets the connection die of one it cannot make a
 Python value of (a date in the year 36 billion will do), and any site may send one. Here such a
 table is skipped by its length, as an empty one.
+
+A message's properties begin with flags that say which of them follow. Flags that announce more
+flags are read in another way by RabbitMQ before 3.13 than by pika: the broker checks one
+``user_id`` and pika finds another, or dies of the rest. Nobody of ours writes such flags, so a
+message that has them has no properties here, and that is to say: no sender.
 """
 
 from __future__ import annotations
@@ -11,8 +16,11 @@ import struct
 from typing import Any
 
 import pika.data
+from pika.spec import BasicProperties
 
 _decode_table = pika.data.decode_table
+_decode_properties = BasicProperties.decode
+_NO_PROPERTY = 0b11  # the two lowest flags: more flags follow, and one that means nothing
 
 
 def tolerant_decode_table(encoded: bytes, offset: int) -> tuple[dict[str, Any], int]:
@@ -25,6 +33,28 @@ def tolerant_decode_table(encoded: bytes, offset: int) -> tuple[dict[str, Any], 
     return table, end
 
 
+def careful_decode_properties(
+    properties: BasicProperties, encoded: bytes, offset: int = 0
+) -> BasicProperties:
+    """As pika's, and all empty where they can be read in two ways or in none."""
+    try:
+        (flags,) = struct.unpack_from(">H", encoded, offset)
+        if not flags & _NO_PROPERTY:
+            _decode_properties(properties, encoded, offset)
+            if isinstance(properties.user_id, str | None):
+                return properties
+    except Exception:  # noqa: BLE001, S110 - whatever it was, it came from outside
+        pass
+    vars(properties).update(vars(BasicProperties()))
+    return properties
+
+
+def as_text(key: str | bytes) -> str:
+    """A routing key; pika leaves one that is no UTF-8 as bytes."""
+    return key if isinstance(key, str) else key.decode(errors="replace")
+
+
 def install() -> None:
-    """Let pika use it; its other modules call the function by its module's name."""
+    """Let pika use them; its other modules call the functions by their owner's name."""
     pika.data.decode_table = tolerant_decode_table
+    BasicProperties.decode = careful_decode_properties

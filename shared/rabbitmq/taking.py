@@ -17,6 +17,7 @@ from shared.errors import (
     BrokerUnavailableError,
     UnroutableError,
 )
+from shared.rabbitmq.decoding import as_text
 from shared.rabbitmq.futures import answer, fail
 from shared.rabbitmq.translation import translate
 
@@ -110,7 +111,7 @@ class Taker:
 
     def _on_message(self, _channel: object, method: Any, properties: Any, body: bytes) -> None:
         assert self._asked is not None  # it asked
-        taken = Taken(method.routing_key, properties.user_id, body, method.delivery_tag)
+        taken = Taken(as_text(method.routing_key), properties.user_id, body, method.delivery_tag)
         answer(self._asked, taken)
 
     def _on_empty(self, _frame: object) -> None:

@@ -105,7 +105,10 @@ def queues(*arguments, given=None):
 
 def refuse(federation, data, *, sender, queue, reason="for a test"):
     """Put a dead letter into the refused queue, as the coordinator does."""
-    event = MessageRefused(run=RUN, queue=queue, sender=sender, reason=reason, data=data)
+    key = topology.event_key(RUN, sender, "declined") if sender else None
+    event = MessageRefused(
+        run=RUN, queue=queue, routing_key=key, sender=sender, reason=reason, data=data
+    )
     message = Message(
         topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, wire.encode(event, time.time())
     )
