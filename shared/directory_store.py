@@ -38,7 +38,7 @@ from shared.errors import (
 )
 from shared.files import digest_file, sync_path
 from shared.keys import KEY_PART, check_key
-from shared.store import ObjectInfo, Spooled
+from shared.store import ObjectInfo, Spooled, read_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -275,19 +275,21 @@ class DirectoryTransfer:
         GrantError, ObjectMissingError, StoreUnavailableError.
         """
         key = self._store.granted_key(url, "GET")
-        digest = hashlib.sha256()
-        with (
-            self._store.open(key) as file,
-            file_errors(path),
-            temporary(path.parent, f".{path.name}.") as temp,
-        ):
-            written = write_new(temp, _hashed(read_chunks(file), digest.update))
-            if digest.hexdigest() != sha256:
-                raise IntegrityError(
-                    f"{key}: expected sha256 {sha256}, got {digest.hexdigest()}; fetch it again"
-                )
+        with file_errors(path), temporary(path.parent, f".{path.name}.") as temp:
+
+            def read() -> str:
+                digest = hashlib.sha256()
+                temp.unlink(missing_ok=True)
+                with self._store.open(key) as file:
+                    write_new(temp, _hashed(read_chunks(file), digest.update))
+                return digest.hexdigest()
+
+            damage = read_again(read, sha256)
+            if damage is not None:
+                raise IntegrityError(f"{key}: expected sha256 {sha256}; {damage}")
+            size = temp.stat().st_size
             _move(temp, path)
-        return written.st_size
+        return size
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """Send ``length`` bytes of a local file from ``start``; IntegrityError if it is shorter."""

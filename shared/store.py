@@ -47,8 +47,8 @@ def read_again(read: Callable[[], str], sha256: str) -> str | None:
         if digests[-1] == sha256:
             return None
     if len(set(digests)) == 1:
-        return f"{READS} reads gave the same bytes: the stored object is damaged"
-    return f"{READS} reads gave different bytes: the way from the store damages them"
+        return f"{READS} reads gave {digests[-1]}: the stored object is damaged"
+    return f"{READS} reads differ, the last is {digests[-1]}: the way from the store is damaged"
 
 
 class ObjectStore(Protocol):

@@ -44,6 +44,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.files import READ_BYTES, sync_path
+from shared.store import read_again
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,17 +111,19 @@ class HttpTransfer:
         with file_errors(path):
             make_directories(path.parent)
             with _Part(path.with_name(f".{path.name}.part")) as part:
-                began = part.size
-                if not began or part.digest != sha256:
+                # What lay there may be of another object: it is no read of this one.
+                if part.size and part.digest != sha256:
                     self._fetch(url, where, part)
-                if began and part.digest != sha256:
-                    part.clear()  # what lay there was of another object: once more, afresh
+
+                def read() -> str:
+                    part.clear()
                     self._fetch(url, where, part)
-                if part.digest != sha256:
-                    raise IntegrityError(
-                        f"{path}: expected sha256 {sha256}, got {part.digest} from {where}; "
-                        "fetch it again"
-                    )
+                    return part.digest
+
+                is_whole = bool(part.size) and part.digest == sha256
+                damage = None if is_whole else read_again(read, sha256)
+                if damage is not None:
+                    raise IntegrityError(f"{where}: expected sha256 {sha256}; {damage}")
                 part.finish(path)
                 return part.size
 

@@ -98,6 +98,10 @@ class FaultProxy:
         with self._changed:
             self._limits += [(direction, count)] * connections
 
+    def flip(self, blocks: int) -> None:
+        """Alter a byte in each of the next so many large blocks on the way down, no two alike."""
+        self._set(flips=blocks)
+
     def cut(self) -> int:
         """Reset every connection there is now, on both sides; how many."""
         return self._cut_all("cut")
@@ -178,6 +182,7 @@ class FaultProxy:
 
     def _calm(self) -> None:
         self._delay, self._rate, self._black, self._unavailable = 0.0, 0.0, False, False
+        self._flips = 0
 
     def _set(self, **switches: float) -> None:
         with self._changed:
@@ -250,6 +255,7 @@ class FaultProxy:
                 if source in link.silent:
                     continue
                 self._note_head(direction, data)
+                data = self._flipped(direction, data)
                 limit = link.limits.get(direction)
                 if limit is not None and len(data) >= limit:
                     sink.sendall(data[:limit])
@@ -282,6 +288,14 @@ class FaultProxy:
     def _wait_while(self, on: Callable[[], object], seconds: float | None = None) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not on(), seconds)
+
+    def _flipped(self, direction: str, data: bytes) -> bytes:
+        with self._changed:
+            if direction != "down" or not self._flips or len(data) < 4096:
+                return data
+            self._flips -= 1
+        self._fire("flip")
+        return data[:-1] + bytes([data[-1] ^ (self.fired["flip"] % 255 + 1)])
 
     def _note_head(self, direction: str, data: bytes) -> None:
         if direction == "up" and data.split(b" ", 1)[0] in METHODS:
