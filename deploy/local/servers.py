@@ -153,6 +153,16 @@ def _start_seaweedfs(
     accounts = home / "s3.json"
     accounts.touch(mode=0o600)
     accounts.write_text(json.dumps({"identities": [identity]}))
+    # Behind the S3 server the filer and the volumes serve the same objects over HTTP: to nobody who
+    # has no token of this key, which the S3 server makes itself. It is read from this folder.
+    security = home / "security.toml"
+    security.touch(mode=0o600)
+    security.write_text(
+        "".join(
+            f'[jwt.{name}]\nkey = "{secrets.token_urlsafe(32)}"\n'
+            for name in ("signing", "signing.read", "filer_signing", "filer_signing.read")
+        )
+    )
     ports = [f"-{name}.port={settings[name]}" for name in PORTS[3:]]
     options = [
         "mini",
