@@ -569,4 +569,8 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not TOML: {error}; mend that line") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{path}: is not TOML: brackets are nested too deep; close each one that is open"
+        ) from None
     return parse(kind, values, str(path))
