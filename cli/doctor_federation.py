@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,9 @@ def _declare_present(broker: RabbitConnection, config: FederationConfig) -> tupl
     missing = [queue.name for queue in whole.queues if not _is_there(broker, queue.name)]
     present = Topology(
         exchanges=whole.exchanges,
-        queues=tuple(queue for queue in whole.queues if queue.name not in missing),
+        queues=tuple(
+            replace(queue, remade=False) for queue in whole.queues if queue.name not in missing
+        ),
         bindings=tuple(binding for binding in whole.bindings if binding.queue not in missing),
     )
     broker.declare(present)

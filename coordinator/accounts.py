@@ -20,7 +20,7 @@ import hashlib
 import re
 import secrets
 from base64 import b64encode
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from shared.store import ObjectStore
 
 PASSWORD_BYTES = 32
+MOST_CONNECTIONS = 8  # of one site: it has one, a second while its doctor runs, some that are dying
+MOST_CHANNELS = 64
 NAME_RULE = "1 to 40 of a-z 0-9 -, no - at the beginning"
 
 
@@ -54,7 +56,7 @@ def hash_password(password: str) -> str:
     return b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
 
 
-def definitions(site: str, password_hash: str, vhost: str) -> dict[str, list[dict[str, str]]]:
+def definitions(site: str, password_hash: str, vhost: str) -> dict[str, list[dict[str, Any]]]:
     """What RabbitMQ imports to give ``site`` its account, with the rights of ``site_rights``."""
     rights = site_rights(site)
     return {
@@ -64,6 +66,7 @@ def definitions(site: str, password_hash: str, vhost: str) -> dict[str, list[dic
                 "password_hash": password_hash,
                 "hashing_algorithm": "rabbit_password_hashing_sha256",
                 "tags": "",
+                "limits": {"max-connections": MOST_CONNECTIONS, "max-channels": MOST_CHANNELS},
             }
         ],
         "permissions": [
@@ -192,7 +195,7 @@ class Accounts:
         For a wiped broker; on any other it changes only what differs from the records. Returns the
         names of the sites that can log in afterwards. Repeatable.
         """
-        everything: dict[str, list[dict[str, str]]] = {}
+        everything: dict[str, list[dict[str, Any]]] = {}
         restored = []
         for account in self.list():
             if account.state == "removing":

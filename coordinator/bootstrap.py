@@ -15,7 +15,7 @@ from shared import topology, wire
 from shared.broker import Message
 from shared.codecs import get_codec
 from shared.dispatch import NO_PATIENCE, Dispatcher, Patience
-from shared.errors import BrokerError, BrokerUnavailableError
+from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
 from shared.events import CoordinatorTick, MessageRefused
 from shared.failpoints import failpoint
 from shared.ledger import Ledger
@@ -34,11 +34,14 @@ TICK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class CoordinatorRole:
-    """A coordinator connected to its queue. ``look``: write down what people may see of it."""
+    """A coordinator connected to its queue. ``look``: write down what people may see of it.
+
+    ``tick``: publish the time; whether the queue took it.
+    """
 
     coordinator: Coordinator
     dispatcher: Dispatcher
-    tick: Callable[[], None]
+    tick: Callable[[], bool]
     look: Callable[[], None]
 
 
@@ -49,8 +52,11 @@ def build_coordinator(
     spool: Path,
     clock: Callable[[], float],
     patience: Patience = NO_PATIENCE,
+    timer: Callable[[], float] | None = None,
 ) -> CoordinatorRole:
     """Declare the run's queues, record or find the run, subscribe.
+
+    ``timer``: seconds that only grow, for the limit on a site's messages; None: there is none.
 
     The role starts with its first delivery; with a single active consumer that is when the
     coordinator before it is gone. Raises RunExistsError, ConfigError.
@@ -67,11 +73,18 @@ def build_coordinator(
     failpoint("queues.after")
     coordinator.begin()
 
-    def tick() -> None:
+    def tick() -> bool:
         now = clock()
         key = topology.event_key(run, topology.COORDINATOR, CoordinatorTick.word)
         body = wire.encode(CoordinatorTick(run=run, writer=writer, now=now), now)
-        broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
+        try:
+            broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
+        except MessageRejectedError as error:
+            if not broker.depth(topology.coordinator_queue(run)):
+                raise  # it is not full, it is broken
+            get_logger().warning("tick.rejected", reason=str(error))
+            return False
+        return True
 
     def look() -> None:
         own = topology.coordinator_queue(run)
@@ -110,5 +123,16 @@ def build_coordinator(
         refuse,
         patience.seconds,
         patience.pause,
+        partial(_admits, coordinator, timer),
     )
     return CoordinatorRole(coordinator, dispatcher, tick, look)
+
+
+def _admits(
+    coordinator: Coordinator, timer: Callable[[], float] | None, delivery: Delivery
+) -> bool:
+    # The broker checks whom a key speaks for, whatever else the message says.
+    site = topology.site_of_key(delivery.routing_key)
+    if timer is None or site == topology.COORDINATOR:
+        return True
+    return coordinator.limits.admits(site, timer())

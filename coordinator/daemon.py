@@ -22,6 +22,7 @@ from shared.errors import (
     GradualDiffError,
     InterruptedRunError,
     RunFailedError,
+    StoreUnavailableError,
 )
 from shared.log import get_logger
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.bootstrap import CoordinatorRole
+    from coordinator.handlers import Coordinator
     from coordinator.state import RunState
     from shared.broker import Broker
     from shared.config import FederationConfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
 STEADY_SECONDS = 30.0  # a line that held so long is no reason to wait longer after its loss
+REJECTED_SECONDS = 1.0  # until a tick is tried again that a full queue did not take
 LINGER_SECONDS = 600.0  # after the end, for the sites' word on the last adapter
 
 
@@ -107,6 +110,7 @@ def _build(office: Office, broker: Broker) -> CoordinatorRole:
         office.spool,
         office.clock,
         Patience(HOLD_SECONDS, pause),
+        time.monotonic,
     )
 
 
@@ -118,10 +122,11 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
     while not office.stopping.is_set():
         now = time.monotonic()
         if now >= next_tick:
-            role.tick()
+            taken = role.tick()
             if coordinator.active:
                 role.look()
-            next_tick = now + TICK_SECONDS
+                _hear_operators(coordinator)
+            next_tick = now + (TICK_SECONDS if taken else REJECTED_SECONDS)
         was_active = coordinator.active
         role.dispatcher.handle_next(min(0.5, max(0.0, next_tick - now)))
         if not coordinator.active:
@@ -140,6 +145,14 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
                 coordinator.watch.write(state, office.clock())
                 return state
     return None
+
+
+def _hear_operators(coordinator: Coordinator) -> None:
+    """Their words lie in the store: they are read however much lies in the queue."""
+    try:
+        coordinator.notice_controls()
+    except StoreUnavailableError as error:  # a delivery waits for the store; this comes again
+        get_logger().debug("controls.skipped", reason=str(error))
 
 
 def _result(state: RunState) -> RunState:

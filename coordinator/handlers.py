@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
+from coordinator.limits import Limits
 from coordinator.members import unfit
 from coordinator.rounds import apply, debts, replay, resume
 from coordinator.server_optimizer import wants_more_than_zeros
@@ -95,6 +96,7 @@ class Coordinator:
         self._clock = clock
         self.state = replay(config, ())
         self.watch = Watch(ledger.store, config.run.name, ledger.writer)
+        self.limits = Limits(config.limits)
         self.active = False
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self._lost: dict[Upload, tuple[float, str]] = {}
@@ -225,6 +227,14 @@ class Coordinator:
         if upload not in self._lost and (known or self._takes(sender, event.round) is None):
             self._answer_closed(upload, record=False)
             return
+        present = self._intake.uploading(upload)
+        if upload not in self._lost and not self.limits.grants(
+            self.state, sender, event.round, event.sha, present
+        ):
+            reason = f"limits.uploads: {sender} may upload no more deltas for round {event.round}"
+            verdict = RefusedRecord(round=event.round, site=sender, sha=event.sha, reason=reason)
+            self._effects.tell({sender: answer_of(upload.run, verdict)})
+            return
         self._grant(upload)
 
     def _grant(self, upload: Upload) -> None:
@@ -309,6 +319,8 @@ class Coordinator:
                 f"got {event.attempt}"
             )
         get_logger().warning("training.failed", reason=event.reason)
+        if not self.limits.records_failure(self.state, sender, event):
+            return
         self._record(
             FailedRecord(
                 round=event.round,
@@ -447,9 +459,16 @@ class Coordinator:
 
     def _refuse(self, upload: Upload, reason: str) -> None:
         get_logger().warning("delta.refused", reason=reason)
-        self._record(
+        self._answer(
             RefusedRecord(round=upload.round, site=upload.site, sha=upload.sha, reason=reason)
         )
+
+    def _answer(self, verdict: RefusedRecord) -> None:
+        """Record a verdict, from which the answer follows; or only answer a site with too many."""
+        if self.limits.records_verdict(self.state, verdict.site, verdict.round, verdict.sha):
+            self._record(verdict)
+        else:
+            self._effects.tell({verdict.site: answer_of(self._config.run.name, verdict)})
 
     def _answer_closed(self, upload: Upload, *, record: bool = True) -> None:
         """Answer a delta that the open round does not wait for: counted already, or too late.
@@ -474,8 +493,10 @@ class Coordinator:
         late = RefusedRecord(
             round=upload.round, site=upload.site, sha=upload.sha, verdict="late", reason=reason
         )
-        written = self._ledger.write(late) if record else late
-        self._effects.tell({upload.site: answer_of(upload.run, written)})
+        if record:
+            self._answer(late)
+        else:
+            self._effects.tell({upload.site: answer_of(upload.run, late)})
 
     # What is known -----------------------------------------------------------------------------
 

@@ -77,6 +77,11 @@ class Intake:
             if present.get(upload.chunk_key(number)) != upload.chunk_size(number)
         ]
 
+    def uploading(self, upload: Upload) -> set[str]:
+        """The shas of which this site has bytes in this round's inbox."""
+        prefix = upload.chunk_key(0).rsplit("/", 2)[0] + "/"
+        return {info.key.rsplit("/", 2)[1] for info in self._store.list(prefix)}
+
     def take(
         self,
         upload: Upload,

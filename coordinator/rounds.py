@@ -223,6 +223,9 @@ def _fold_delta(
     state: RunState, fact: AcceptedRecord | RefusedRecord
 ) -> tuple[RunState, tuple[Effect, ...]]:
     opened, key = state.open_round, (fact.site, fact.round)
+    if isinstance(fact, RefusedRecord):
+        shas = state.verdicts.get(key, frozenset()) | {fact.sha}
+        state = replace(state, verdicts={**state.verdicts, key: shas})
     if isinstance(fact, AcceptedRecord):
         counted = fact.round in state.counted_rounds.get(fact.site, ())
         if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:

@@ -109,7 +109,7 @@ class RunState:
 
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
     opened. ``times``: of each closed round, the seconds that its
-    deltas took to arrive.
+    deltas took to arrive. ``verdicts``: the shas that were refused or late, by site and round.
     """
 
     config: FederationConfig
@@ -125,6 +125,7 @@ class RunState:
     held_out: tuple[float | None, ...] = ()
     uncounted: Mapping[tuple[str, int], AcceptedRecord] = field(default_factory=dict)
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    verdicts: Mapping[tuple[str, int], frozenset[str]] = field(default_factory=dict)
     counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     last_counted: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[int, OpenedRecord] = field(default_factory=dict)

@@ -124,6 +124,10 @@ SETTINGS = {
     "store.site_url": "The server as sites reach it, if that differs; signed URLs carry it.",
     "store.ca_file": "Certificate of the authority that signed the server's.",
     "store.transport": '`"plaintext"` allows a connection without TLS to another machine.',
+    "limits.records": "Refusals of one site that are recorded in a round; more are only counted.",
+    "limits.uploads": "Deltas that one site may upload for a round, each up to the largest size.",
+    "limits.messages_per_second": "Messages of one site that are looked at; more are dropped.",
+    "limits.burst": "Messages of one site that are looked at however fast they come.",
     "simulation.sites": "The `site.toml` of each participant, relative to this file.",
     "site.name": "One of the run's participants.",
     "site.workspace": "Folder of the round in hand, relative to this file. `demo` and `simulate` "

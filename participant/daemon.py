@@ -23,6 +23,7 @@ from shared.broker import Message
 from shared.errors import (
     GradualDiffError,
     InterruptedRunError,
+    MessageRejectedError,
     NoWorkError,
     RunStuckError,
     UnroutableError,
@@ -164,13 +165,15 @@ class Listener(threading.Thread):
             broker.publish([self._message(topology.ANY_RUN, event, ONLINE_EXPIRES_SECONDS)])
         except UnroutableError:
             get_logger().warning("coordinator.absent", reason="no run is open on this broker")
+        except MessageRejectedError as error:  # it is said again in a minute
+            get_logger().warning("publish.waits", reason=str(error))
         else:
             self._said_online = True
 
     def _say_progress(self, broker: Broker) -> None:
         event = self._reporter.newest()
         if event is not None:
-            with contextlib.suppress(UnroutableError):
+            with contextlib.suppress(UnroutableError, MessageRejectedError):
                 broker.publish([self._message(event.run, event, 6 * PROGRESS_SECONDS)])
 
     def _message(self, run: str, event: Event, expires_seconds: float | None = None) -> Message:

@@ -12,7 +12,12 @@ import time
 from typing import TYPE_CHECKING
 
 from shared.backoff import Backoff
-from shared.errors import BrokerUnavailableError, InterruptedRunError, UnroutableError
+from shared.errors import (
+    BrokerUnavailableError,
+    InterruptedRunError,
+    MessageRejectedError,
+    UnroutableError,
+)
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -41,7 +46,8 @@ class Line:
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish, however many connections it takes.
 
-        Without a coordinator's queue it waits for that too, for ten minutes. Raises
+        While the coordinator's queue is full it waits for room, and without such a queue for one,
+        but no longer than ten minutes. Raises
         InterruptedRunError when the process is to stop, UnroutableError, AccessRefusedError, and
         BrokerUnavailableError when there was no connection for ``patience_seconds``.
         """
@@ -50,6 +56,10 @@ class Line:
             broker = self._connection()
             try:
                 broker.publish(messages)
+            except MessageRejectedError as error:  # the line is whole: another one helps nothing
+                pause = pauses.next()
+                get_logger().warning("publish.waits", reason=str(error), seconds=round(pause, 1))
+                self._stopping.wait(pause)
             except BrokerUnavailableError as error:
                 get_logger().info("publish.waits", reason=str(error))
                 with self._changed:

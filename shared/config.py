@@ -264,6 +264,19 @@ class ConvergenceSection(Section):
     min_delta: Annotated[float, Field(ge=0)] = 0.0
 
 
+class LimitsSection(Section):
+    """What one site may cause; beyond it, it is counted and dropped. See ``sites list``.
+
+    ``records``: refusals on record, by site and round; ``uploads``: deltas it may upload for a
+    round. ``messages_per_second``: of its messages that are looked at, after ``burst`` at once.
+    """
+
+    records: Positive = 16
+    uploads: Positive = 8
+    messages_per_second: Annotated[float, Field(gt=0)] = 50.0
+    burst: Positive = 500
+
+
 Transport = Literal["tls", "plaintext"]
 
 
@@ -325,7 +338,12 @@ class SimulationSection(Section):
     sites: tuple[str, ...] = ()
 
 
-NOT_RECORDED = ("broker", "store", "simulation")  # tables that cannot change a run's result
+NOT_RECORDED = (
+    "limits",
+    "broker",
+    "store",
+    "simulation",
+)  # tables that cannot change a run's result
 
 
 class FederationConfig(Section):
@@ -341,6 +359,7 @@ class FederationConfig(Section):
     server: ServerSection = ServerSection()
     codec: CodecSection = CodecSection()
     convergence: ConvergenceSection = ConvergenceSection()
+    limits: LimitsSection = LimitsSection()
     broker: OperatedBrokerSection | None = None
     store: StoreSection = StoreSection()
     simulation: SimulationSection = SimulationSection()

@@ -53,6 +53,7 @@ class Outcome(enum.Enum):
 
     DONE = "done"
     REFUSED = "refused"
+    DROPPED = "dropped"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ NO_PATIENCE = Patience(0.0, time.sleep)
 class Dispatcher:
     """One queue's loop. ``sender_of``: who may have sent this; raises ProtocolError otherwise.
 
-    ``refuse`` publishes the refusal and returns once it is confirmed.
+    ``refuse`` publishes the refusal and returns once it is confirmed. ``admits``: whether it is
+    looked at at all; what is not is taken off the queue and forgotten, before it costs anything.
     """
 
     consumer: Consumer
@@ -79,6 +81,7 @@ class Dispatcher:
     refuse: Callable[[Delivery, str], None]
     patience_seconds: float = 0.0
     pause: Callable[[float], None] = field(default=time.sleep)
+    admits: Callable[[Delivery], bool] = lambda _delivery: True
 
     def drain(self) -> int:
         """Handle what is there now; how many deliveries."""
@@ -92,6 +95,9 @@ class Dispatcher:
         delivery = self.consumer.receive(timeout_seconds)
         if delivery is None:
             return None
+        if not self.admits(delivery):
+            delivery.acknowledge()
+            return Outcome.DROPPED
         started = time.monotonic()
         outcome, name, reason = self._outcome(delivery)
         failpoint("acknowledge.before", name)

@@ -111,6 +111,13 @@ class EmbeddedConnection:
             self._check_open()
         return ()
 
+    def delete(self, queue: str) -> None:
+        """Delete a queue with all that is in it. Repeatable."""
+        with self._server.changed:
+            self._check_open()
+            self._check_right(self._rights.configure, "configure", queue)
+            self._server.state.delete(queue)
+
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish in order, or raise: then any message before the failing one may have arrived.
 

@@ -2,7 +2,8 @@
 
 A queue does as a RabbitMQ quorum queue does: a message that comes back stands at the head again
 with a higher attempt, is dropped once it came back more often than the delivery limit, and expires
-only while it waits. Beyond ``max_length`` waiting messages the oldest is dropped.
+only while it waits. Beyond ``max_length`` waiting messages the oldest is dropped, or the newest is
+refused. Bytes are not counted: all of it is in this process's own memory.
 
 No lock, no clock, no identity's rights: those are in :mod:`shared.embedded_broker`.
 """
@@ -14,7 +15,12 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from shared.errors import BrokerError, QueueMissingError, UnroutableError
+from shared.errors import (
+    BrokerError,
+    MessageRejectedError,
+    QueueMissingError,
+    UnroutableError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +68,11 @@ class QueueState:
         self._expire(now)
         return len(self.waiting)
 
+    def is_full(self, now: float) -> bool:
+        """Whether it takes no new message at ``now``."""
+        limit = self.spec.max_length
+        return self.spec.refuses and limit is not None and self.depth(now) >= limit
+
     def feeds(self, subscriber: object, now: float) -> bool:
         """Whether ``subscriber`` would be given a message at ``now``."""
         if not self.depth(now):
@@ -74,7 +85,7 @@ class QueueState:
 
     def _shorten(self, now: float) -> None:
         limit = self.spec.max_length
-        if limit is None or len(self.waiting) <= limit:
+        if limit is None or self.spec.refuses or len(self.waiting) <= limit:
             return
         self._expire(now)
         while len(self.waiting) > limit:
@@ -103,7 +114,10 @@ class BrokerState:
             self._bindings[binding] = None
 
     def store(self, message: Message, sender: str, now: float) -> None:
-        """Put a message into every queue its key is bound to. Raises UnroutableError."""
+        """Put a message into every queue its key is bound to.
+
+        Raises UnroutableError, and MessageRejectedError if one of them is full.
+        """
         exchange = self.exchange(message.exchange)
         # A dict and not a set: one copy per queue however many bindings match, in a fixed order.
         names = {
@@ -120,11 +134,21 @@ class BrokerState:
         expires_at = None if message.expires_seconds is None else now + message.expires_seconds
         # By way of memoryview: what is not bytes is a TypeError, and a bytearray is copied.
         body = memoryview(message.body).tobytes()
-        for name in names:
+        full = {name for name in names if self._queues[name].is_full(now)}
+        for name in (name for name in names if name not in full):
             stored = StoredMessage(
                 next(self._sequence), message.routing_key, body, sender, expires_at
             )
             self._queues[name].append(stored, now)
+        if full:
+            raise MessageRejectedError(
+                "the broker did not take a message: a queue is full, or it cannot store now"
+            )
+
+    def delete(self, name: str) -> None:
+        """Delete a queue with all that is in it. Repeatable."""
+        self._queues.pop(name, None)
+        self._bindings = {one: None for one in self._bindings if one.queue != name}
 
     def exchange(self, name: str) -> Exchange:
         """The exchange of this name. Raises BrokerError."""

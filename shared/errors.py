@@ -25,6 +25,7 @@
     |- BrokerError             40   the message broker
     |  |- BrokerUnavailableError 41 the connection is gone (retryable)
     |  |  `- BrokerSilentError 45   connected, but it gave no answer, or broke over it (retryable)
+    |  |     `- MessageRejectedError 48  a queue is full: publish it again later (retryable)
     |  |- QueueMissingError    46   there is no such queue yet (retryable)
     |  |- UnroutableError      42   no queue took the message
     |  |- AccessRefusedError   43   this identity may not read or write there
@@ -187,6 +188,7 @@ class BrokerError(GradualDiffError):
     """The message broker refused or failed."""
 
     exit_code = 40
+    declared_otherwise: str | None = None  # the queue that is there with other arguments
 
 
 class BrokerUnavailableError(BrokerError):
@@ -203,6 +205,12 @@ class BrokerSilentError(BrokerUnavailableError):
     """
 
     exit_code = 45
+
+
+class MessageRejectedError(BrokerSilentError):
+    """The broker did not take a message: a queue is full, or broken. The line is whole."""
+
+    exit_code = 48
 
 
 class QueueMissingError(BrokerError):

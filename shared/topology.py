@@ -18,9 +18,12 @@ REFUSED_BYTES = 983_040  # of a refused message's bytes are kept: a refusal is a
 COORDINATOR = "coordinator"
 ANY_RUN = "any"
 
+COORDINATOR_QUEUE_LENGTH = 20_000
+COORDINATOR_QUEUE_BYTES = 64 * 1024 * 1024
 SITE_QUEUE_LENGTH = 1_000
 REFUSED_QUEUE_LENGTH = 10_000
 MIRROR_QUEUE_LENGTH = 1_000
+MIRROR_QUEUE_BYTES = 64 * 1024 * 1024
 # What sites say, but for the chatter of work in progress.
 MIRRORED = ("ready", "declined", "requested", "submitted", "failed", "evaluated")
 MIRRORED_ANY = ("online", "refused")
@@ -37,13 +40,18 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Queue:
-    """A durable queue. ``max_length``: beyond it the oldest message is dropped (None: no limit).
+    """A durable queue. ``max_length``, ``max_bytes``: what it holds (None: no limit).
 
+    Beyond that the oldest message is dropped, or with ``refuses`` the newest is not taken.
     ``delivery_limit`` None: messages may come back for ever, so that people may look at them.
+    ``remade``: all that is in it is told again, so one of an earlier release is deleted.
     """
 
     name: str
     max_length: int | None = None
+    max_bytes: int | None = None
+    refuses: bool = False
+    remade: bool = False
     single_active_consumer: bool = False
     delivery_limit: int | None = DELIVERY_LIMIT
 
@@ -79,9 +87,22 @@ class Rights:
 def run_topology(run: str, sites: tuple[str, ...]) -> Topology:
     """What the coordinator of ``run`` declares when it connects; repeatable."""
     queues = [
-        Queue(coordinator_queue(run), single_active_consumer=True),
+        Queue(
+            coordinator_queue(run),
+            max_length=COORDINATOR_QUEUE_LENGTH,
+            max_bytes=COORDINATOR_QUEUE_BYTES,
+            refuses=True,
+            remade=True,
+            single_active_consumer=True,
+        ),
         Queue(REFUSED_QUEUE, max_length=REFUSED_QUEUE_LENGTH, delivery_limit=None),
-        Queue(mirror_queue(run), max_length=MIRROR_QUEUE_LENGTH, delivery_limit=None),
+        Queue(
+            mirror_queue(run),
+            max_length=MIRROR_QUEUE_LENGTH,
+            max_bytes=MIRROR_QUEUE_BYTES,
+            remade=True,
+            delivery_limit=None,
+        ),
         *(Queue(site_queue(site), max_length=SITE_QUEUE_LENGTH) for site in sites),
     ]
     bindings = [

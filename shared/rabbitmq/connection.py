@@ -106,8 +106,23 @@ class RabbitConnection:
         return self._address.account
 
     def declare(self, topology: Topology) -> None:
-        """Make exchanges, queues and bindings, in this order; what precedes a failing one stays."""
-        self._on_own_channel(functools.partial(declare, topology=topology))
+        """Make exchanges, queues and bindings, in this order; what precedes a failing one stays.
+
+        A queue that an earlier release declared with other limits is made anew if it may be.
+        """
+        remade = {queue.name for queue in topology.queues if queue.remade}
+        while True:
+            try:
+                self._on_own_channel(functools.partial(declare, topology=topology))
+            except BrokerError as error:
+                queue = error.declared_otherwise
+                if queue is None or queue not in remade:
+                    raise
+                get_logger().warning("queue.remade", queue=queue, reason=str(error))
+                remade.remove(queue)
+                self.delete(queue)
+            else:
+                return
 
     def revive(self, topology: Topology) -> tuple[str, ...]:
         """Delete and declare anew the queues that answer nobody: see ``reviving``; their names."""

@@ -43,7 +43,9 @@ def _declare_queue(channel: Channel, spec: Queue, done: Done) -> None:
         arguments["x-delivery-limit"] = spec.delivery_limit
     if spec.max_length is not None:
         arguments["x-max-length"] = spec.max_length
-        arguments["x-overflow"] = "drop-head"
+        arguments["x-overflow"] = "reject-publish" if spec.refuses else "drop-head"
+    if spec.max_bytes is not None:
+        arguments["x-max-length-bytes"] = spec.max_bytes
     if spec.single_active_consumer:
         arguments["x-single-active-consumer"] = True
     channel.queue_declare(spec.name, durable=True, arguments=arguments, callback=done)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pika
 
 from shared import wire
-from shared.errors import BrokerSilentError, DecodeError, UnroutableError
+from shared.errors import DecodeError, MessageRejectedError, UnroutableError
 from shared.failpoints import failpoint
 from shared.rabbitmq.futures import answer, fail
 from shared.rabbitmq.translation import translate
@@ -121,6 +121,7 @@ class _Batch:
             )
             fail(self.future, error)
         elif self.rejected:
-            fail(self.future, BrokerSilentError("the broker could not store a message"))
+            full = "the broker did not take a message: a queue is full, or it cannot store now"
+            fail(self.future, MessageRejectedError(full))
         else:
             answer(self.future, None)

@@ -27,7 +27,8 @@ _ARGUMENTS = {
     "x-single-active-consumer": "single_active_consumer",
     "x-delivery-limit": "delivery_limit",
     "x-queue-type": "delivery_limit",  # a queue without a delivery limit is a classic one
-    "x-overflow": "max_length",
+    "x-max-length-bytes": "max_bytes",
+    "x-overflow": "refuses",
 }
 _NAMED = re.compile(r"(queue|exchange) '([^']*)'")
 # pika takes any end in the middle of the login for a refusal; only these are the broker's word.
@@ -116,10 +117,12 @@ def _refused(code: int, text: str, address: BrokerAddress) -> BrokerError:
     argument = _INEQUIVALENT.search(text)
     if code == 406 and argument:
         field = _ARGUMENTS.get(argument[1], argument[1])
-        return BrokerError(
+        error = BrokerError(
             f"{what}: {field}: was declared otherwise ({text}); "
             "delete it on the broker or ask for what is there"
         )
+        error.declared_otherwise = named[2] if named else None
+        return error
     if code == 403:
         return AccessRefusedError(f"{what}: not allowed to {address.account} ({text})")
     if code == 404:

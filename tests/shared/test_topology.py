@@ -55,12 +55,13 @@ def test_two_runs_agree_on_what_they_share():
     assert first.exchanges == second.exchanges
 
 
-def test_only_the_coordinators_queue_has_a_single_active_consumer_and_only_it_is_unbounded():
-    """A coordinator loses no event to a length limit; a site's queue may drop its oldest."""
+def test_only_the_coordinators_queue_has_a_single_active_consumer_and_only_it_drops_nothing():
+    """It refuses what it has no room for, and the sender says it again; others drop the oldest."""
     for queue in run_topology("r1", ("a",)).queues:
         is_coordinators = queue.name == coordinator_queue("r1")
         assert queue.single_active_consumer == is_coordinators
-        assert (queue.max_length is None) == is_coordinators
+        assert queue.refuses == is_coordinators
+        assert queue.max_length is not None
 
 
 @given(run=NAMES, site=NAMES, word=st.sampled_from(WORDS))
