@@ -2,7 +2,7 @@
 
     GradualDiffError            1   anything of ours that has no class of its own
     |- NoWorkError              3   participant --once: nothing was asked of this site
-    |- NotAcceptedError        15   a site does not take part on these terms: its [accept], its base
+    |- NotAcceptedError        16   a site does not take part on these terms: its [accept], its base
     |- ConfigError             10   federation.toml, site.toml or a command's argument
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
@@ -63,7 +63,7 @@ class NoWorkError(GradualDiffError):
 class NotAcceptedError(GradualDiffError):
     """A site does not take part on these terms. This text, and no other one, leaves the site."""
 
-    exit_code = 15
+    exit_code = 16
 
 
 class ConfigError(GradualDiffError):
