@@ -245,6 +245,15 @@ def _coordinator(
     status = read_status(store, run)
     if status is not None and status.problem:
         yield Finding("run", "FAIL", status.problem)
+    for site, counts in sorted(status.over.items() if status else ()):
+        dropped = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        yield Finding(
+            f"limits of {site}",
+            "WARN",
+            f"it is over the [limits] of run {run}; counted and dropped: {dropped}. Look at what "
+            "it sends (gradualdiff queues peek events), ask its people, and if need be: "
+            f"gradualdiff runs exclude {run} {site} --reason WHY",
+        )
     if listening:
         yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")
     else:

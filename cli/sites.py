@@ -24,7 +24,6 @@ from shared.errors import BrokerError, ConfigError
 
 if TYPE_CHECKING:
     from coordinator.accounts import SiteAccount
-    from shared.store import ObjectStore
 
 app = typer.Typer(
     help="Sites' broker accounts: add, list, rotate, remove, restore.", no_args_is_help=True
@@ -114,7 +113,10 @@ def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOpti
 
 @app.command("list")
 def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
-    """Every site: its account, whether it listens now, and when it was last seen."""
+    """Every site: its account, whether it listens now, and when it was last seen.
+
+    Also which of the run's [limits] it is over, and how much the coordinator dropped.
+    """
     from coordinator.accounts import list_accounts
 
     office = open_office(federation)
@@ -122,8 +124,8 @@ def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption
     if as_json:
         print_json(sites)
         return
-    columns = ("site", "account", "version", "created", "listens", "waiting", "last seen")
-    keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen")
+    columns = ("site", "account", "version", "created", "listens", "waiting", "last seen", "over")
+    keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen", "over")
     print_table("Sites", columns, [[_told(site[key]) for key in keys] for site in sites])
 
 
@@ -173,8 +175,12 @@ def _unknown(name: str) -> ConfigError:
 
 def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
     """Each site as shown, without its hash. ``listens`` None: the broker was not to be asked."""
+    from coordinator.watch import read_status
+
     queues = _queues(office, [account.site for account in accounts])
-    seen = _last_seen(office.store, office.config.run.name)
+    status = read_status(office.store, office.config.run.name)
+    told = status.sites if status else {}
+    over = status.over if status else {}
     return [
         {
             "site": account.site,
@@ -184,7 +190,8 @@ def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, An
             "changed": _moment(account.changed),
             "listens": None if account.site not in queues else queues[account.site][1] > 0,
             "waiting": None if account.site not in queues else queues[account.site][0],
-            "last_seen": _moment(seen.get(account.site)),
+            "last_seen": _moment(told[account.site].seen if account.site in told else None),
+            "over": over.get(account.site, {}),
         }
         for account in accounts
     ]
@@ -217,14 +224,6 @@ def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _last_seen(store: ObjectStore, run: str) -> dict[str, float]:
-    """When the coordinator of ``run`` last heard from each site, in seconds since the epoch."""
-    from coordinator.watch import read_status
-
-    status = read_status(store, run)
-    return {site: told.seen for site, told in status.sites.items()} if status else {}
-
-
 def _moment(seconds: float | None) -> str | None:
     if seconds is None:
         return None
@@ -234,6 +233,8 @@ def _moment(seconds: float | None) -> str | None:
 def _told(value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in sorted(value.items()))
     return value
 
 

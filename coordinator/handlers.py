@@ -95,8 +95,8 @@ class Coordinator:
         self._effects = effects
         self._clock = clock
         self.state = replay(config, ())
-        self.watch = Watch(ledger.store, config.run.name, ledger.writer)
         self.limits = Limits(config.limits)
+        self.watch = Watch(ledger.store, config.run.name, ledger.writer, self.limits.over)
         self.active = False
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self._lost: dict[Upload, tuple[float, str]] = {}

@@ -47,7 +47,8 @@ class RunStatus(Fact):
     """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
 
     ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
-    ``problem``: why the step that comes next did not work, and what to do.
+    ``problem``: why the step that comes next did not work, and what to do. ``over``: by site and
+    limit of ``[limits]``, how much this process counted and dropped.
     """
 
     run: Name
@@ -60,13 +61,17 @@ class RunStatus(Fact):
     sites: dict[str, SiteStatus] = Field(default_factory=dict)
     absent: dict[str, float] = Field(default_factory=dict)
     problem: str = ""
+    over: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
 class Watch:
-    """The coordinator's side: remember and write."""
+    """The coordinator's side: remember and write. ``over``: as in ``RunStatus``, kept by others."""
 
-    def __init__(self, store: ObjectStore, run: str, writer: str) -> None:
+    def __init__(
+        self, store: ObjectStore, run: str, writer: str, over: Mapping[str, Mapping[str, int]]
+    ) -> None:
         self._store = store
+        self._over = over
         self._run = run
         self._writer = writer
         self._sites: dict[str, SiteStatus] = {}
@@ -113,6 +118,7 @@ class Watch:
             sites={site: self._sites[site] for site in participants if site in self._sites},
             absent={site: when for site, when in self._absent.items() if site in state.waiting_for},
             problem=self.problem,
+            over={site: dict(counts) for site, counts in self._over.items()},
         )
         failpoint("status.before")
         try:

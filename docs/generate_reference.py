@@ -304,6 +304,7 @@ OVERRIDES = {
     "anew).",
     "MessageRefused.routing_key": "The key that it came by; a site's names the site.",
     "RunStatus.problem": "Why the step that comes next did not work, and what to do; else empty.",
+    "RunStatus.over": "By site and limit of `[limits]`: how much was counted and dropped.",
     "RunStatus.state": "`waiting`, `open`, `closing` or `finished`.",
     "SiteAccount.state": "What is under way, or done.",
 }

@@ -17,9 +17,12 @@ from typer.testing import CliRunner
 from cli import checks
 from cli.main import app
 from coordinator.account_doors import ManagementDoor
+from coordinator.limits import Limits
+from coordinator.rounds import replay
+from coordinator.watch import Watch
 from shared import topology, wire
 from shared.broker import Message
-from shared.config import load_federation
+from shared.config import LimitsSection, load_federation
 from shared.credentials import broker_address
 from shared.errors import ConfigError, GradualDiffError
 from shared.events import UploadGranted
@@ -193,9 +196,17 @@ def test_a_coordinator_that_is_dead_is_told(office):
     verdict, says = doctor(office.toml, fails=True)["coordinator"]
     assert verdict == "FAIL"
     assert f"gradualdiff coordinator {office.toml}" in says
+    limits = Limits(LimitsSection(burst=1))
+    watch = Watch(office.s3.store(office.vhost), "night", "w", limits.over)
+    site = config.run.participants[0]
+    assert [limits.admits(site, now=0.0) for _ in range(3)] == [True, False, False]
+    watch.write(replay(config, ()), time.time())
     with connect(office_address(office)) as broker:
         broker.consume(topology.coordinator_queue("night"))
-        assert doctor(office.toml)["coordinator"][0] == "OK"
+        found = doctor(office.toml)
+        assert found["coordinator"][0] == "OK"
+        assert found[f"limits of {site}"][0] == "WARN"
+        assert "messages 2" in found[f"limits of {site}"][1]
     ledger.write(FinishedRecord(round=0, sha=None, reason="stopped"))
     assert "needs none" in doctor(office.toml)["coordinator"][1]
 

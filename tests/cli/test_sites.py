@@ -16,7 +16,10 @@ from typer.testing import CliRunner
 from cli.sites import app
 from coordinator.account_doors import ManagementDoor
 from coordinator.accounts import find_account
-from shared.config import AcceptSection, load_site
+from coordinator.limits import Limits
+from coordinator.rounds import replay
+from coordinator.watch import Watch
+from shared.config import AcceptSection, LimitsSection, load_federation, load_site
 from shared.credentials import broker_address
 from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, StoreError
@@ -266,6 +269,20 @@ def test_the_records_can_be_read_while_the_broker_is_away(office):
     result = sites("list", "--json")
     assert json.loads(result.stdout)[0]["listens"] is None
     assert "cannot say who listens" in result.stderr
+
+
+@one_door
+def test_who_is_over_a_limit_is_shown(office):
+    """How much of which limit was dropped, from the coordinator's own count."""
+    config = load_federation(office.folder / "federation.toml")
+    limits = Limits(LimitsSection(burst=2, messages_per_second=1))
+    watch = Watch(office.store(), "night", "w", limits.over)
+    taken = [limits.admits(office.name, now=0.0) for _ in range(5)]
+    assert taken == [True, True, False, False, False]
+    watch.write(replay(config, ()), 1.0)
+    sites("add", office.name)
+    assert json.loads(sites("list", "--json").stdout)[0]["over"] == {"messages": 3}
+    assert "messages 3" in sites("list").stdout
 
 
 @one_door
