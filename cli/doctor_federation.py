@@ -128,7 +128,7 @@ def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[Fi
 
 
 def _declare_present(broker: RabbitConnection, config: FederationConfig) -> tuple[int, list[str]]:
-    from shared.topology import Topology, run_topology
+    from shared.topology import Topology, coordinator_queue, run_topology
 
     whole = run_topology(config.run.name, config.run.participants)
     missing = [queue.name for queue in whole.queues if not _is_there(broker, queue.name)]
@@ -140,7 +140,9 @@ def _declare_present(broker: RabbitConnection, config: FederationConfig) -> tupl
         bindings=tuple(binding for binding in whole.bindings if binding.queue not in missing),
     )
     broker.declare(present)
-    return len(present.queues), missing
+    # A finished run has none: whether one is needed is told with the coordinator.
+    own = coordinator_queue(config.run.name)
+    return len(present.queues), [name for name in missing if name != own]
 
 
 def _is_there(broker: RabbitConnection, queue: str) -> bool:

@@ -133,6 +133,10 @@ class MeteredBroker:
         """See the port."""
         return _MeteredConsumer(self._inner.consume(queue), self._meter, self._site)
 
+    def delete(self, queue: str) -> None:
+        """See the port."""
+        self._inner.delete(queue)
+
     def depth(self, queue: str) -> int:
         """See the port."""
         return self._inner.depth(queue)

@@ -36,13 +36,15 @@ TICK_SECONDS = 5.0
 class CoordinatorRole:
     """A coordinator connected to its queue. ``look``: write down what people may see of it.
 
-    ``tick``: publish the time; whether the queue took it.
+    ``tick``: publish the time; whether the queue took it. ``leave``: delete the run's queue, once
+    nothing is to be heard any more; what sites say of a finished run would fill it up.
     """
 
     coordinator: Coordinator
     dispatcher: Dispatcher
     tick: Callable[[], bool]
     look: Callable[[], None]
+    leave: Callable[[], None]
 
 
 def build_coordinator(
@@ -103,6 +105,12 @@ def build_coordinator(
         coordinator.watch.counted(told, now)
         coordinator.watch.write(coordinator.state, now)
 
+    def leave() -> None:
+        # A late word of a site still goes somewhere: the mirror queue drops its oldest.
+        failpoint("leave.before")
+        broker.delete(topology.coordinator_queue(run))
+        failpoint("leave.after")
+
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(
             run=run,
@@ -125,7 +133,7 @@ def build_coordinator(
         patience.pause,
         partial(_admits, coordinator, timer),
     )
-    return CoordinatorRole(coordinator, dispatcher, tick, look)
+    return CoordinatorRole(coordinator, dispatcher, tick, look, leave)
 
 
 def _admits(

@@ -143,6 +143,7 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
             owed = set(state.members) - state.evaluated if state.finished.sha else set()
             if not owed or time.monotonic() > leave_at:
                 coordinator.watch.write(state, office.clock())
+                role.leave()
                 return state
     return None
 

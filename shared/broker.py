@@ -100,6 +100,9 @@ class Broker(Protocol):
     def consumers(self, queues: Sequence[str]) -> dict[str, int]:
         """How many consumers each of these queues has. Raises BrokerError when one is missing."""
 
+    def delete(self, queue: str) -> None:
+        """Delete a queue with all that is in it; its consumers are cancelled. Repeatable."""
+
     def close(self) -> None:
         """End the connection and its consumers. Repeatable."""
 

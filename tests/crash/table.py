@@ -92,6 +92,8 @@ COORDINATOR = [
     *around(PUBLISHED, "RunFinished"),
     *around(RECORDED, "evaluated"),
     *around(ACKNOWLEDGED, "AdapterEvaluated"),
+    "leave.before",
+    "leave.after",
 ]
 
 PARTICIPANT = [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
+import urllib.error
 
 import pytest
 
+from shared import topology
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -77,6 +79,26 @@ def test_a_frozen_coordinator_is_replaced_and_changes_nothing_when_it_wakes(depl
     assert deployment.finish("standby") == deployment.wanted()
     for site in "ab":
         assert deployment.trained(site) == ["tiny 1", "tiny 2", "tiny 3"]
+
+
+def test_a_finished_run_leaves_no_queue_to_fill(deploy):
+    """Gone with its coordinator; a site's late word ends nothing; a restart says the same end."""
+    deployment = deploy(rounds=1)
+    queue = topology.coordinator_queue("tiny")
+    deployment.start_coordinator("coordinator", "--linger", "30")
+    for site in "ab":
+        deployment.start_participant(site)
+    digest = deployment.finish()
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        deployment.rabbit.api("GET", f"queues/{deployment.vhost}/{queue}")
+    deployment.kill("a")
+    site = deployment.start_participant("a")  # comes online, and speaks to nobody
+    deployment.wait_for("broker.connected", "a", count=2)
+    deployment.start_coordinator("again", "--linger", "30")
+    assert deployment.finish("again") == digest
+    assert site.poll() is None
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        deployment.rabbit.api("GET", f"queues/{deployment.vhost}/{queue}")
 
 
 def test_cron_takes_the_rounds_one_by_one(deploy):
