@@ -33,7 +33,14 @@ from shared.errors import (
     ObjectMissingError,
 )
 from shared.manifest import Fact
-from shared.topology import EVENTS_EXCHANGE, account_key, account_prefix, site_rights
+from shared.topology import (
+    EVENTS_EXCHANGE,
+    INBOX,
+    account_key,
+    account_prefix,
+    site_of_inbox,
+    site_rights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +182,7 @@ class Accounts:
         return self._give_password(self._write(self._next(found, "rotating")))
 
     def remove(self, site: str) -> None:
-        """Take a site's account away and close its connections; its queue stays.
+        """Take a site's account away, close its connections, empty its inbox; its queue stays.
 
         Raises ConfigError when the site never had one. Repeatable.
         """
@@ -187,6 +194,9 @@ class Accounts:
         going = self._write(self._next(found, "removing"))
         self._door.delete(site)
         self._door.disconnect(site)
+        for info in self._store.list(INBOX):
+            if site_of_inbox(info.key) == site:
+                self._store.delete(info.key)
         self._write(going.model_copy(update={"state": "removed", "password_hash": None}))
 
     def restore(self) -> list[str]:

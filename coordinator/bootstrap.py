@@ -36,8 +36,8 @@ TICK_SECONDS = 5.0
 class CoordinatorRole:
     """A coordinator connected to its queue. ``look``: write down what people may see of it.
 
-    ``tick``: publish the time; whether the queue took it. ``leave``: delete the run's queue, once
-    nothing is to be heard any more; what sites say of a finished run would fill it up.
+    ``tick``: publish the time; whether the queue took it. ``leave``: empty the run's inbox and
+    delete its queue, once nothing is to be heard any more: both would only fill up.
     """
 
     coordinator: Coordinator
@@ -105,12 +105,6 @@ def build_coordinator(
         coordinator.watch.counted(told, now)
         coordinator.watch.write(coordinator.state, now)
 
-    def leave() -> None:
-        # A late word of a site still goes somewhere: the mirror queue drops its oldest.
-        failpoint("leave.before")
-        broker.delete(topology.coordinator_queue(run))
-        failpoint("leave.after")
-
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(
             run=run,
@@ -133,7 +127,17 @@ def build_coordinator(
         patience.pause,
         partial(_admits, coordinator, timer),
     )
+    leave = partial(_leave, broker, intake, run)
     return CoordinatorRole(coordinator, dispatcher, tick, look, leave)
+
+
+def _leave(broker: Broker, intake: Intake, run: str) -> None:
+    # A late word of a site still goes somewhere: the mirror queue drops its oldest.
+    failpoint("leave.before")
+    intake.clear_inbox(run)
+    failpoint("leave.swept")
+    broker.delete(topology.coordinator_queue(run))
+    failpoint("leave.after")
 
 
 def _admits(

@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from shared.ledger import Ledger
     from shared.records import ClosingRecord
 
-GRANT_SECONDS = 3600.0
+# A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
+GRANT_SECONDS = 900.0
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more
 MOST_WORDS = 100  # of one site before the run begins: a site that is mended needs few
 

@@ -151,17 +151,23 @@ class Intake:
     ) -> None:
         """After a round closed: empty the spool, but for its adapter and state, and the inbox.
 
-        ``round_number``: whose inbox. What lies there still was never submitted, or never asked
-        for. A round before the first one has none.
+        ``round_number``: the newest whose inbox goes, with those of all rounds before it: a URL
+        outlives its round. What lies there still was never submitted, or never asked for.
         """
-        for info in self._store.list(topology.inbox_prefix(run, round_number)):
-            self._store.delete(info.key)
+        for info in self._store.list(topology.inbox_prefix(run)):
+            if topology.round_of_inbox(info.key) <= round_number:
+                self._store.delete(info.key)
         kept = {f"adapter-{keep_adapter}", f"state-{keep_state}"}
         self._hashed = {p for p in self._hashed if p.name in kept}
         for path in self.spool.iterdir():
             if path.name not in kept:
                 path.unlink(missing_ok=True)
         failpoint("round.swept")
+
+    def clear_inbox(self, run: str) -> None:
+        """After the run's end: nothing that was uploaded for it is wanted any more."""
+        for info in self._store.list(topology.inbox_prefix(run)):
+            self._store.delete(info.key)
 
     def scratch(self, name: str) -> Path:
         """A path in the spool for a file being made."""

@@ -289,6 +289,9 @@ def pruned_key(run: str, number: int) -> str:
     return f"{pruned_prefix(run)}{number:05d}.json"
 
 
+INBOX = "inbox/"  # RUN/ROUND/SITE/SHA256/CHUNK; nothing is committed by what lies there
+
+
 def deleting_key(run: str) -> str:
     """That the whole run is being deleted; the last of its objects that goes."""
     return f"runs/{run}/deleting.json"
@@ -296,8 +299,18 @@ def deleting_key(run: str) -> str:
 
 def inbox_prefix(run: str, round_number: int | None = None) -> str:
     """All that sites upload, or all in a round."""
-    prefix = f"inbox/{run}/"
+    prefix = f"{INBOX}{run}/"
     return prefix if round_number is None else f"{prefix}{round_number:05d}/"
+
+
+def round_of_inbox(key: str) -> int:
+    """The round that an inbox object was uploaded for."""
+    return int(key.split("/")[2])
+
+
+def site_of_inbox(key: str) -> str:
+    """The site that was granted an inbox object."""
+    return key.split("/")[3]
 
 
 def inbox_key(run: str, round_number: int, site: str, sha256: str, chunk: int) -> str:

@@ -24,7 +24,7 @@ from shared.credentials import broker_address
 from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, StoreError
 from shared.rabbitmq import connect
-from shared.topology import site_queue
+from shared.topology import inbox_key, site_queue
 from tests.servers.rabbitmq import ADMIN
 
 pytestmark = pytest.mark.slow
@@ -182,11 +182,15 @@ def test_removing_asks_first(office):
     with pytest.raises(ConfigError, match="--yes"):
         sites("remove", office.name, given="")
     assert can_log_in(office, password)
+    chunks = [inbox_key("night", 1, site, "0" * 64, 0) for site in (office.name, "other")]
+    for chunk in chunks:
+        office.store().put(chunk, b"never submitted")
     assert json.loads(sites("remove", office.name, "--yes", "--json").stdout) == {
         "site": office.name,
         "state": "removed",
     }
     assert not can_log_in(office, password)
+    assert [info.key for info in office.store().list("inbox/")] == chunks[1:]
     assert "removed" in sites("list").stdout
     sites("add", office.name)
     assert can_log_in(office, (office.kit / "broker-password").read_text().strip())

@@ -93,6 +93,7 @@ COORDINATOR = [
     *around(RECORDED, "evaluated"),
     *around(ACKNOWLEDGED, "AdapterEvaluated"),
     "leave.before",
+    "leave.swept",
     "leave.after",
 ]
 

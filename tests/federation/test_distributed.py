@@ -9,6 +9,8 @@ import urllib.error
 import pytest
 
 from shared import topology
+from shared.config import load_federation
+from shared.stores import open_s3
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -88,7 +90,11 @@ def test_a_finished_run_leaves_no_queue_to_fill(deploy):
     deployment.start_coordinator("coordinator", "--linger", "30")
     for site in "ab":
         deployment.start_participant(site)
+    deployment.wait_for("opened.recorded", "coordinator")
+    store = open_s3(load_federation(deployment.federation).store, deployment.folder)
+    store.put(topology.inbox_key("tiny", 7, "a", "0" * 64, 0), b"never submitted")
     digest = deployment.finish()
+    assert list(store.list(topology.INBOX)) == []
     with pytest.raises(urllib.error.HTTPError, match="404"):
         deployment.rabbit.api("GET", f"queues/{deployment.vhost}/{queue}")
     deployment.kill("a")
