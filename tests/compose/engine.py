@@ -308,7 +308,8 @@ def _download(work: Path, packages: Sequence[str]) -> list[Path]:
 def named_images() -> dict[str, str]:
     """The tags that have to exist, as the committed files name them: role -> tag."""
     compose = (ROOT / "compose.yaml").read_text()
-    tags = set(re.findall(r"^ +image: (\S+)$", compose, flags=re.MULTILINE))
+    named_by = re.compile(r"^ +image: (?:\$\{\w+:-)?([^\s}]+)\}?$", flags=re.MULTILINE)
+    tags = set(named_by.findall(compose))
     for path in sorted((ROOT / "deploy" / "compose").glob("Dockerfile.*")):
         froms = re.findall(r"^FROM (\S+)", path.read_text(), flags=re.MULTILINE)
         tags |= set(froms)
