@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from cli.output import megabytes
 from coordinator.branching import misfit
 from coordinator.effects import announcement
 from coordinator.members import unfit
@@ -109,7 +110,7 @@ def _check_room(
     free = shutil.disk_usage(store.root).free
     if wanted > free:
         raise StoreUnavailableError(
-            f"{store.root}: expected {wanted / 1e9:.1f} GB free for {rounds} rounds of "
-            f"{len(config.run.participants)} sites, got {free / 1e9:.1f} GB; make room, choose "
+            f"{store.root}: expected {megabytes(wanted)} MB free for {rounds} rounds of "
+            f"{len(config.run.participants)} sites, got {megabytes(free)} MB; make room, choose "
             "another place for the store, or run fewer rounds"
         )

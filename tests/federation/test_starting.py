@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -25,6 +26,8 @@ from tests import federations
 from tests.numpy_learner import NumpyLearner
 from tests.steering import Crash, Mortal, ask, records, store_of
 from tests.tiny_model import make_tiny_model, write_federation
+
+SMALL_DISK = SimpleNamespace(total=10**6, used=700_000, free=300_000)
 
 
 class Stops(NumpyLearner):
@@ -107,6 +110,14 @@ def test_no_room_for_all_rounds_is_said_before_the_first_record(simulated, tmp_p
     assert "1000000000000 rounds of 2 sites" in str(done.exception)
     assert list_runs(store_of(tmp_path)) == {}
     assert simulated(1).exit_code == 0
+
+
+def test_what_room_there_is_and_should_be_is_told_apart_on_a_small_disk(simulated, monkeypatch):
+    """In GB both would be 0.0."""
+    monkeypatch.setattr("cli.preflight.shutil.disk_usage", lambda _: SMALL_DISK)
+    told = str(simulated(10**4).exception)
+    assert "got 0.3 MB" in told
+    assert "expected 0.0" not in told
 
 
 def test_a_branch_begins_anew_from_where_it_branched(tmp_path):
