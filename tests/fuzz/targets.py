@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared import wire
+from shared.codecs import codec_names, get_codec
 from shared.config import load_federation, load_site
-from shared.errors import ConfigError, DecodeError, LedgerDamagedError
+from shared.delta_file import DeltaHeader, check_delta, write_delta
+from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerDamagedError
 from shared.ledger import Ledger
 from shared.records import ClosingRecord, FinishedRecord, OpenedRecord
 from shared.tensors import TensorFile, TensorLayout, write_tensors
+from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shared.manifest import TensorSpec
 
 FEDERATION = """
 [run]
@@ -70,6 +77,42 @@ class OneObject:
         return self.data
 
 
+HEADERS = [
+    DeltaHeader(
+        run="night",
+        round=1,
+        site="a",
+        source_sha="0" * 64,
+        codec=name,
+        codec_version=get_codec(name).version,
+    )
+    for name in codec_names()
+]
+
+
+def deltas(file: Path) -> list[bytes]:
+    """One whole delta of each codec."""
+
+    def values(spec: TensorSpec) -> NDArray[np.float32]:
+        count = int(np.prod(spec.shape))
+        return np.linspace(-1, 1, count, dtype=np.float32).reshape(spec.shape)
+
+    found = []
+    for header in HEADERS:
+        write_delta(file, MANIFEST, header.codec, header, values, seed=1)
+        found.append(file.read_bytes())
+    return found
+
+
+def check(path: Path) -> None:
+    """As the coordinator does, whichever codec it expects."""
+    for header in HEADERS:
+        try:
+            check_delta(path, MANIFEST, header, max_norm=10.0)
+        except DeltaRefusedError:
+            continue
+
+
 def targets(folder: Path) -> dict[str, Target]:
     """All of them, by name. ``folder``: for what is read from a file."""
     file = folder / "input"
@@ -105,6 +148,7 @@ def targets(folder: Path) -> dict[str, Target]:
     return {
         "wire": Target([wire.encode(event, 0.0) for event in EXAMPLES], wire.decode, DecodeError),
         "tensors": Target([tensors], from_file(read_tensors), DecodeError),
+        "deltas": Target(deltas(file), from_file(check), DeltaRefusedError),
         "federation": Target([FEDERATION.encode()], from_file(load_federation), ConfigError),
         "site": Target([SITE.encode()], from_file(load_site), ConfigError),
         "records": Target([record], read_records, LedgerDamagedError),

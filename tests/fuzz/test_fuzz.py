@@ -8,7 +8,7 @@ from tests.fuzz.__main__ import first_failure, shorter
 from tests.fuzz.targets import Target, targets
 
 
-@pytest.mark.parametrize("name", ["wire", "tensors", "federation", "site", "records"])
+@pytest.mark.parametrize("name", ["wire", "tensors", "deltas", "federation", "site", "records"])
 def test_damaged_input_is_refused_by_an_error_of_the_tree(tmp_path, name):
     """A thousand inputs for each."""
     target = targets(tmp_path)[name]
