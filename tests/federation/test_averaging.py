@@ -18,7 +18,7 @@ from coordinator.export import export_adapter
 from coordinator.inspection import History
 from shared import topology
 from shared.delta_file import DeltaFile
-from shared.errors import ConfigError, DivergedError, RunFailedError
+from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
 from shared.ledger import Ledger
 from shared.lora_factors import delta_manifest, pairs
 from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, RefusedRecord
@@ -324,8 +324,8 @@ def test_a_delta_of_another_rank_than_the_sites_is_refused(tmp_path, averaging):
     assert r"expected shape (2, 8), got (4, 8)" in records(tmp_path, RefusedRecord)[0].reason
 
 
-def test_a_site_with_another_rank_than_its_settings_stops_the_run(tmp_path):
-    """Named, with the rank that it should have."""
+def test_a_site_with_another_rank_than_its_settings_is_waited_for(tmp_path):
+    """Named, with the rank that it should have; here nobody is left to mend it."""
     chosen = settings("svd", {"c": 2})
     sites = learners(chosen)
     real = sites["c"].prepare
@@ -335,7 +335,7 @@ def test_a_site_with_another_rank_than_its_settings_stops_the_run(tmp_path):
         return real(announced.model_copy(update={"lora": other}), report)
 
     sites["c"].prepare = prepare
-    with pytest.raises(RunFailedError, match=r"c trains factors of another rank than the 2"):
+    with pytest.raises(RunStuckError, match=r"c trains factors of another rank than the 2"):
         run(chosen, tmp_path, sites)
 
 

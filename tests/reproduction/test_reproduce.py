@@ -206,7 +206,7 @@ def test_a_stop_while_measuring_names_a_command_that_goes_on(home):
         said = ""
         for line in p.stderr:
             said += line
-            if "loss on dev" in line:
+            if "replies to" in line:
                 p.send_signal(signal.SIGINT)
                 break
         said += p.stderr.read()
