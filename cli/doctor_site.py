@@ -172,28 +172,29 @@ def _data(config: SiteConfig, folder: Path) -> Iterator[Finding]:
 def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:
     """Folders are looked for; what is fetched from a hub or a package cannot be told from here."""
     if config.accept.models is None:
-        yield Finding("base model", "SKIP", "any is accepted ([accept] models); the run names it")
+        yield Finding(
+            "base model", "SKIP", "any of the hub is accepted (no accept.models); the run names it"
+        )
         return
     for model in config.accept.models:
         folder = Path(located(model, here))
-        if folder.is_dir():
-            if (folder / "config.json").is_file():
-                yield Finding("base model", "OK", f"{model}: is there")
-            else:
-                yield Finding(
-                    "base model",
-                    "FAIL",
-                    f"{model}: expected a model's folder with config.json, "
-                    "got one without; save the model there again",
-                )
-        elif str(folder) != model or folder.is_absolute():
+        if not folder.is_absolute():
+            yield Finding("base model", "SKIP", f"{model}: is fetched when a run first asks for it")
+        elif (folder / "config.json").is_file():
+            yield Finding("base model", "OK", f"{model}: is there")
+        elif folder.is_dir():
+            yield Finding(
+                "base model",
+                "FAIL",
+                f"{model}: expected a model's folder with config.json, "
+                "got one without; save the model there again",
+            )
+        else:
             yield Finding(
                 "base model",
                 "FAIL",
                 f"{model}: expected a folder, got none; put the model there or mend accept.models",
             )
-        else:
-            yield Finding("base model", "SKIP", f"{model}: is fetched when a run first asks for it")
 
 
 def _device(config: SiteConfig) -> Iterator[Finding]:

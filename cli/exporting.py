@@ -62,13 +62,15 @@ def export(
     given = history.config.base.model
     found = located(given, store.resolve().parent)
     folder = _kept_folder(found)
+    if folder is None and base is not None:
+        found = located(base, Path.cwd())
     name = base or hub_id(found) or (given if folder is None else str(folder))
     if merge:
         with tempfile.TemporaryDirectory(prefix="gradualdiff-export-") as scratch:
             new_folder(to)
             source = Path(scratch) / "adapter"
             exported = export_adapter(history, objects, source, number, name, merged=True)
-            _merge(history, source, to, (base or found) if folder is None else str(folder))
+            _merge(history, source, to, found if folder is None else str(folder))
     else:
         exported = export_adapter(history, objects, to, number, name)
         tokenizer = _copy_tokenizer(folder, to)
@@ -98,7 +100,7 @@ def export(
 def _kept_folder(model: str) -> Path | None:
     """The base model's folder on this machine; of a hub id the one in the hub's own cache."""
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_absolute() and folder.is_dir():
         return folder
     if importlib.util.find_spec("huggingface_hub") is None:
         return None

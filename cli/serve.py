@@ -105,7 +105,7 @@ def participant(
     configure(level=log)
     config = load_site(site)
     folder = site.resolve().parent
-    learner = _learner(config, folder)
+    learner = make_learner(config, folder)
     stopping = threading.Event()
     with (
         held(folder / config.site.workspace / ".lock", f"the workspace of {config.site.name}"),
@@ -161,7 +161,8 @@ def make_station(
     )
 
 
-def _learner(config: SiteConfig, folder: Path) -> Learner:
+def make_learner(config: SiteConfig, folder: Path) -> Learner:
+    """What trains for a site whose files are in ``folder``. Raises MissingPackageError."""
     # Read by OpenMP when torch is loaded: a thread that waits sleeps. Spinning, two sites on one
     # machine take each other's cores, and a step of a second takes most of a minute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -173,7 +174,9 @@ def _learner(config: SiteConfig, folder: Path) -> Learner:
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    shelf = ModelShelf(config.device.kind, folder)
+    # Whoever names no model takes those of the hub: that owner/name is a folder here too is then
+    # nobody's business, and nothing to train over.
+    shelf = ModelShelf(config.device.kind, folder if config.accept.models is not None else None)
     return TorchLearner(config.site.name, config.data, folder, shelf)
 
 

@@ -27,11 +27,11 @@ class ModelShelf:
     """Holds the model that was asked for last.
 
     ``device``: what ``site.toml`` says. ``folder``: of the file whose ``base.model`` may be a path;
-    a site that a run is announced to has only its own.
+    a site that a run is announced to has only its own. None: hub ids only, no folder is looked for.
     """
 
     def __init__(
-        self, device: Literal["auto", "cpu", "cuda"] = "auto", folder: Path = Path()
+        self, device: Literal["auto", "cpu", "cuda"] = "auto", folder: Path | None = Path()
     ) -> None:
         self._device = device
         self._folder = folder
@@ -55,7 +55,8 @@ class ModelShelf:
 
     def _load(self, base: BaseSection, lora: LoraSection, threads: int) -> LocalModel:
         # What is on record and announced stays as it was written: only here is it opened.
-        base = base.model_copy(update={"model": located(base.model, self._folder)})
+        if self._folder is not None:
+            base = base.model_copy(update={"model": located(base.model, self._folder)})
         key = (base.model_dump_json(exclude={"fingerprint"}), lora.model_dump_json(), threads)
         if self._held is None or self._held[0] != key:
             # Let go first: two base models may not fit.

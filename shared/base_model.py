@@ -25,9 +25,10 @@ TOKENIZER_FILES: Final = (
 def located(model: str, folder: Path) -> str:
     """``base.model`` as one may open it: a path is relative to ``folder``, a hub id stays.
 
-    ``owner/name`` is a path where there is such a folder, and a hub id where there is none.
+    ``owner/name`` is a path where there is such a folder, and a hub id where there is none. A path
+    comes back absolute, so that nobody takes the one for the other again.
     """
-    path = folder / Path(model).expanduser()
+    path = (folder / Path(model).expanduser()).absolute()
     return model if HUB_ID.fullmatch(model) and not path.is_dir() else str(path)
 
 

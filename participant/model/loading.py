@@ -49,7 +49,12 @@ class LoadedBase:
 
 
 def find_folder(model: str) -> Path:
-    """The folder of a model given by path or by hub id. Raises ModelError saying what to do."""
+    """The folder of a model given by hub id or by a path. Raises ModelError saying what to do.
+
+    ``owner/name`` is a hub id here, whatever lies in the working directory: see ``located``.
+    """
+    if HUB_ID.fullmatch(model):
+        return _download(model)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -58,12 +63,10 @@ def find_folder(model: str) -> Path:
                 "give the folder that save_pretrained wrote or that the hub calls a model"
             )
         return folder
-    if not HUB_ID.fullmatch(model):
-        raise ModelError(
-            f"base.model: {model!r} is no folder here; give the path of a model folder "
-            "or a hub id such as owner/name"
-        )
-    return _download(model)
+    raise ModelError(
+        f"base.model: {model!r} is no folder here; give the path of a model folder "
+        "or a hub id such as owner/name"
+    )
 
 
 def quantisation_facts(base: BaseSection) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import json
+import shutil
 import threading
 from contextlib import contextmanager
 
 import pytest
 
-from cli.serve import make_station
+from cli.serve import make_learner, make_station
 from participant.acceptance import FAILURES_PER_ROUND, TRAININGS_PER_ROUND
 from shared.config import SiteConfig, parse
 from shared.errors import ConfigError, DataError, ModelError
@@ -24,7 +26,7 @@ from shared.events import (
     UploadRequested,
 )
 from shared.transfer import HttpTransfer
-from tests.red_team.conftest import FITTING
+from tests.red_team.conftest import FITTING, HostileCoordinator
 
 # Trainings -----------------------------------------------------------------------------------
 
@@ -209,6 +211,38 @@ def test_which_folders_are_here_is_not_told(hostile, tmp_path, listed):
     there, gone = attack.said(RunDeclined)
     assert there.reason.replace("there", "gone") == gone.reason
     assert attack.learner.prepared == set()
+
+
+@pytest.mark.model
+def test_a_folder_named_like_a_hub_id_is_not_looked_for(tiny_model, tmp_path, monkeypatch):
+    """Neither beside site.toml nor where the participant was started; one that is named, is."""
+    from participant.model.libraries import offline
+
+    there = tmp_path / "owner" / "there"
+    shutil.copytree(tiny_model, there)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"what is {i}?", "a": f"number {i} of many"} for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ask(name, **accept):
+        values = {
+            "site": {"name": "a"},
+            "data": {"path": "t.jsonl", "prompt": "q", "answer": "a"},
+            "accept": accept,
+        }
+        config = parse(SiteConfig, values, "site.toml")
+        learner = make_learner(config, tmp_path)
+        attack = HostileCoordinator(
+            tmp_path / f"{name}-{len(accept)}", learner, config.accept, model=name
+        )
+        with offline():  # so the hub has neither
+            attack.announce()
+        return attack
+
+    for name in ("owner/gone", "owner/there"):
+        (declined,) = ask(name).said(RunDeclined)
+        assert declined.reason == "ModelError (code 12); the site's own log says more"
+    assert ask("owner/there", models=("owner/there",)).said(ParticipantReady)
 
 
 # Other servers -------------------------------------------------------------------------------
