@@ -51,12 +51,16 @@ from shared.keys import check_key, is_key
 from shared.s3_signing import bind_length
 from shared.store import ObjectInfo, Spooled
 from shared.transfer import (
+    PROGRESS_BYTES,
     RETRY_STATUSES,
     TRIES,
+    WHOLE_BYTES,
+    content_length,
     error_code,
     http_pool,
     network_error,
     pause,
+    range_start,
 )
 
 if TYPE_CHECKING:
@@ -215,8 +219,13 @@ class S3Store:
             return self._put(key, file, size)
 
     def get(self, key: str) -> bytes:
-        """The whole object. Raises ObjectMissingError."""
-        return b"".join(self._read(key))
+        """The whole object, of a size to be held. Raises ObjectMissingError."""
+
+        def check(info: ObjectInfo) -> None:
+            if info.size > WHOLE_BYTES:
+                raise self._foreign(key, f"{info.size} bytes for what is read at once")
+
+        return b"".join(self._read(key, tell=check))
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
@@ -264,7 +273,7 @@ class S3Store:
                 if error.code == "AccessDenied":
                     self._try_bucket()  # an answer to HEAD has no text: this one says why
                 raise
-            return ObjectInfo(key, found.size or 0, found.etag or "")
+            return ObjectInfo(key, max(found.size or 0, 0), found.etag or "")
 
     def sha256(self, key: str) -> str:
         """Hex digest of the object's bytes, read now. Raises ObjectMissingError."""
@@ -277,20 +286,23 @@ class S3Store:
         """Every object whose key starts with ``prefix``, in key order, page by page.
 
         Held back and sorted are the keys that begin with the same name after ``prefix``: some
-        servers go by folders and tell ``a/b`` before ``a-b``.
+        servers go by folders and tell ``a/b`` before ``a-b``. A key that is told again, or out of
+        order, is refused: such a listing may have no end.
         """
         if not is_key(f"{prefix.removesuffix('/')}x") or prefix == "/":
             return
-        group: list[ObjectInfo] = []
+        group: dict[str, ObjectInfo] = {}
         stem = ""
         for info in self._listed(prefix):
             if group and not info.key.startswith(stem):
-                yield from sorted(group, key=lambda one: one.key)
+                yield from (group[key] for key in sorted(group))
                 group.clear()
+            if info.key in group or info.key < stem or not info.key.startswith(prefix):
+                raise self._foreign(f"bucket {self._bucket}", "a listing out of order")
             if not group:
                 stem = prefix + info.key[len(prefix) :].partition("/")[0]
-            group.append(info)
-        yield from sorted(group, key=lambda one: one.key)
+            group[info.key] = info
+        yield from (group[key] for key in sorted(group))
 
     def delete(self, key: str) -> None:
         """Remove; nothing there is no error."""
@@ -331,59 +343,72 @@ class S3Store:
     ) -> Iterator[bytes]:
         """The bytes from ``start``, at most ``length`` if it is not 0; goes on after a cut.
 
-        What is read on must have the first answer's etag, or ObjectChangedError. ``tell`` hears
-        of the answer's size and etag before the first bytes come.
+        The first answer tells how many there are: neither more nor fewer are taken. What is read
+        on must have its etag, or ObjectChangedError. ``tell`` hears of its size and etag before the
+        first bytes come.
         """
         check_key(key)
-        position, left, failed, etag = start, length, 0, ""
+        position, failed, info = start, 0, None
         while True:
+            before, left = position, length if info is None else start + info.size - position
             try:
                 with self._errors(key):
-                    for response, chunk in self._answer(key, position, left, etag):
-                        if not etag:
-                            etag = _etag(response)
-                            size = int(response.headers.get("Content-Length", "0"))
-                            tell(ObjectInfo(key, size, etag))
-                        position += len(chunk)
-                        left = max(left - len(chunk), 0)
-                        failed = 0
-                        if chunk:
+                    for response, told in self._answer(key, position, left, info):
+                        if info is None:
+                            info = told
+                            tell(info)
+                        for chunk in response.stream(READ_BYTES, decode_content=False):
+                            position += len(chunk)
                             yield chunk
             except StoreUnavailableError:
-                failed += 1
-                if not etag or failed >= TRIES:  # without an answer the SDK's retries are used up
+                failed = 1 if position - before >= PROGRESS_BYTES else failed + 1
+                if info is None or failed >= TRIES:  # before it the SDK has tried again itself
                     raise
+                pause(failed)
             else:
                 return
-            if length and not left:
-                return
-            pause(failed)
 
     def _answer(
-        self, key: str, start: int, length: int, etag: str
-    ) -> Iterator[tuple[BaseHTTPResponse, bytes]]:
+        self, key: str, start: int, length: int, info: ObjectInfo | None
+    ) -> Iterator[tuple[BaseHTTPResponse, ObjectInfo]]:
+        """The answer to one request, its size and etag; none if nothing is at ``start`` or after.
+
+        ``info``: what the first answer told; this one must bring all that is left of it.
+        """
         headers: dict[str, str | list[str] | tuple[str]] = {"Accept-Encoding": "identity"}
-        if etag:
-            headers["If-Match"] = f'"{etag}"'
+        if info is not None:
+            headers["If-Match"] = f'"{info.etag}"'
         try:
             response = self._client.get_object(
                 self._bucket, key, start, length, request_headers=headers
             )
         except S3Error as error:
-            if error.code == "InvalidRange":
+            if error.code == "InvalidRange" and info is None and (start or length):
                 return
-            if error.code == "PreconditionFailed":
+            if error.code == "PreconditionFailed" and info is not None:
                 raise ObjectChangedError(
                     f"{key}: was written anew while it was read; read it again"
                 ) from None
             raise
         try:
-            yield response, b""
-            for chunk in response.stream(READ_BYTES, decode_content=False):
-                yield response, chunk
+            size, etag = content_length(response), _etag(response)
+            if size is None or not etag:
+                raise self._foreign(key, "no Content-Length or no ETag")
+            if (start or length) and range_start(response) != start:
+                raise self._foreign(key, f"other bytes than those from {start}")
+            if size > (length or size) or (info is not None and size < length):
+                raise self._foreign(key, f"{size} bytes instead of {length}")
+            yield response, ObjectInfo(key, size, etag)
         finally:
             response.close()
             response.release_conn()
+
+    def _foreign(self, what: str, found: str) -> StoreError:
+        """The error for an answer that no S3 server gives."""
+        return StoreError(
+            f"{what}: expected the answer of an S3 server at {self._where}, got something else "
+            f"({found}); check store.url"
+        )
 
     def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
         """As the server tells them; folders and foreign names are left out."""
@@ -430,10 +455,7 @@ class S3Store:
             if status >= 500:
                 raise self._refusal(f"HTTP {status}", status, None, what) from None
             kind = "no XML" if isinstance(error, InvalidResponseError) else type(error).__name__
-            raise StoreError(
-                f"{what}: expected the answer of an S3 server at {self._where}, got something "
-                f"else ({kind}); check store.url"
-            ) from None
+            raise self._foreign(what, kind) from None
 
     def _refusal(
         self, code: str, status: int, response: BaseHTTPResponse | None, what: str

@@ -6,6 +6,7 @@ Invariants:
   ``.<name>.part`` and is continued after a cut or a restart; only the sha256 decides what it is.
 - Every request has a time limit, and trouble that may pass is tried again a few times.
 - No redirect is followed: a signed URL is good for one host.
+- No answer is without an end: its lines, its body and what may be tried again are bounded.
 - No error repeats a URL: its signature is a key. urllib3's own texts do, so none is passed on.
 """
 
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import random
 import re
 import ssl
 import time
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 from urllib.parse import urlsplit
 
@@ -60,12 +62,17 @@ RETRY_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
 # A plain socket must take each piece within CONNECT_SECONDS: 64 KiB goes over any line.
 _SEND_BYTES = 64 * 1024
-_PROGRESS_BYTES = 1024 * 1024
+# A try that brings less than this counts as failed, however often it is made.
+PROGRESS_BYTES = 1024 * 1024
 _ERROR_BYTES = 64 * 1024
+# Of an answer that is read at once: a page of a listing, a record, an error.
+WHOLE_BYTES = 64 * 1024 * 1024
+_LINE_BYTES = 256 * 1024
 _STORAGE_FULL = 507
 
 _CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,64})</Code>")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/(?:[0-9]{1,18}|\*)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _NOT_TLS = (
     "WRONG_VERSION_NUMBER",
     "HTTP_REQUEST",
@@ -179,15 +186,15 @@ class HttpTransfer:
 
     def _fetch(self, url: str, where: str, part: _Part) -> None:
         """Bring the rest into ``part``. A try that brings something starts the count again."""
-        failed = 0
+        failed, most = 0, part.size
         while True:
-            before = part.size
             try:
                 self._fetch_once(url, where, part)
             except StoreUnavailableError:
-                failed = 1 if part.size - before >= _PROGRESS_BYTES else failed + 1
+                failed = 1 if part.size - most >= PROGRESS_BYTES else failed + 1
                 if failed >= TRIES:
                     raise
+                most = max(most, part.size)
                 pause(failed)
             else:
                 return
@@ -213,9 +220,9 @@ class HttpTransfer:
 
     def _receive(self, response: BaseHTTPResponse, where: str, part: _Part) -> None:
         part.etag = response.headers.get("ETag")
-        announced = response.headers.get("Content-Length", "")
-        if announced.isdigit():
-            self._check_size(part.size + int(announced), where)
+        announced = content_length(response)
+        if announced is not None:
+            self._check_size(part.size + announced, where)
         for chunk in response.stream(READ_BYTES, decode_content=False):
             self._check_size(part.size + len(chunk), where)
             part.write(chunk)
@@ -327,9 +334,8 @@ def _slice(file: BinaryIO, path: Path, length: int) -> Iterator[bytes]:
 
 def _continues(response: BaseHTTPResponse, part: _Part) -> bool:
     """Whether the answer is the rest of what is here, as far as the server tells."""
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
     same = part.etag is None or response.headers.get("ETag") == part.etag
-    return bool(response.status == 206 and found and int(found[1]) == part.size and same)
+    return same and range_start(response) == part.size
 
 
 def _refusal(response: BaseHTTPResponse, where: str) -> StoreError:
@@ -358,11 +364,53 @@ def _refusal(response: BaseHTTPResponse, where: str) -> StoreError:
 # HTTP, for this and for the coordinator's view of the store ----------
 
 
+class _Lines(io.BufferedReader):
+    """What comes from a server; the lines between two reads of a body are bounded together.
+
+    Without that, ``100 Continue`` and trailers may come for ever.
+    """
+
+    _seen = 0
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        self._seen += len(line)
+        if self._seen > _LINE_BYTES:
+            raise HTTPException("too many lines")
+        return line
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:  # a chunk of a negative size, too
+            raise HTTPException("no length")
+        self._seen = 0
+        return super().read(size)
+
+
+class _Answer(HTTPResponse):
+    """An answer whose lines, and whose body where it is read at once or an error, have an end."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.fp = _Lines(self.fp.detach())
+        self._taken = 0
+
+    def read(self, amt: int | None = None) -> bytes:
+        data = super().read(WHOLE_BYTES + 1 if amt is None else amt)
+        self._taken += len(data)
+        if self._taken > WHOLE_BYTES and (amt is None or self.status >= 300):
+            raise HTTPException("too long")
+        if amt is None and self.length:
+            raise IncompleteRead(data, self.length)
+        return data
+
+
 class _Connection(urllib3.connection.HTTPConnection):
     """Sends large bodies in pieces: the time limit is for each, not for the whole body.
 
     sendall() of a plain socket counts its timeout from the first byte to the last.
     """
+
+    response_class = _Answer
 
     def send(self, data: Any) -> None:
         if not isinstance(data, bytes):
@@ -373,8 +421,24 @@ class _Connection(urllib3.connection.HTTPConnection):
             super().send(view[start : start + _SEND_BYTES])
 
 
+class _SecureConnection(urllib3.connection.HTTPSConnection):
+    response_class = _Answer
+
+
 class _Pool(urllib3.HTTPConnectionPool):
     ConnectionCls = _Connection
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+class _Pools(urllib3.PoolManager):
+    def urlopen(  # type: ignore[override]
+        self, method: str, url: str, redirect: bool = True, **settings: Any
+    ) -> BaseHTTPResponse:
+        """Nothing is unpacked: a few bytes may become any number."""
+        return super().urlopen(method, url, redirect, decode_content=False, **settings)
 
 
 def http_pool(ca_file: Path | None, setting: str, retries: urllib3.Retry) -> urllib3.PoolManager:
@@ -390,19 +454,31 @@ def http_pool(ca_file: Path | None, setting: str, retries: urllib3.Retry) -> url
             f"{setting}: expected a PEM file with certificates at {ca_file}, got: {reason}; "
             "mend the path"
         ) from None
-    pool = urllib3.PoolManager(
+    pool = _Pools(
         ssl_context=context,
         timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
         retries=retries,
         maxsize=10,
     )
-    pool.pool_classes_by_scheme = {"http": _Pool, "https": urllib3.HTTPSConnectionPool}
+    pool.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
     return pool
 
 
 def pause(failed: int) -> None:
     """Wait before another try: up to 0.3 s after the first failure, then twice as long each."""
     time.sleep(random.uniform(0.5, 1) * 0.3 * 2 ** (failed - 1))  # noqa: S311 - only spreads load
+
+
+def content_length(response: BaseHTTPResponse) -> int | None:
+    """The number of bytes that an answer says it has and is held to; None if there is none."""
+    found = _LENGTH.fullmatch(response.headers.get("Content-Length", ""))
+    return int(found[0]) if found and "Transfer-Encoding" not in response.headers else None
+
+
+def range_start(response: BaseHTTPResponse) -> int | None:
+    """From which byte of its object an answer is a part; None if it is none."""
+    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    return int(found[1]) if found and response.status == 206 else None
 
 
 def error_code(body: bytes, status: int) -> str:
