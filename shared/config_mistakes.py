@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 Path = tuple[str, ...]
@@ -134,7 +135,7 @@ def _describe(
     """A line for each entry that is wrong; the branches of a type that has several as one."""
     first = found[0][1]
     if first["type"] == "missing":
-        yield "expected a value, got nothing; add it"
+        yield _missing(path, _table_of(kind, path).model_fields[path[-1]])
         return
     if first["type"] == "extra_forbidden":
         yield f"expected a known setting, got an unknown name{_hint(kind, path)}"
@@ -153,6 +154,21 @@ def _describe(
         got = details[0]["input"]
         known = [word for detail in details for word in _choices(detail)]
         yield f"{place}expected {expected}, got {_short(got)}{did_you_mean(got, known)}"
+
+
+def _missing(path: Path, field: FieldInfo) -> str:
+    """What to write: of a table the settings that it cannot be without."""
+    section = section_of(field.annotation)
+    if section is None:
+        return f"expected a value, got nothing; add {_least(path[-1], field)}"
+    needed = [_least(*item) for item in section.model_fields.items() if item[1].is_required()]
+    return f"expected a table, got nothing; add [{'.'.join(path)}] with {', '.join(needed)}"
+
+
+def _least(name: str, field: FieldInfo) -> str:
+    kind = typing.get_origin(field.annotation) or field.annotation
+    shape = '"..."' if kind is str else "[...]" if kind is tuple else "..."
+    return f"{name} = {shape}"
 
 
 def _entry(rest: Path) -> str:

@@ -190,10 +190,31 @@ def test_no_wrong_value_is_told_in_another_librarys_words(kind):
     assert told > 50
 
 
-def test_what_is_missing_is_named():
-    """One mistake is called one."""
-    with pytest.raises(ConfigError, match=r"(?s)test: 1 mistake\n.*base: expected a value"):
-        parse(FederationConfig, {"run": {"name": "a", "participants": ["b"]}}, "test")
+@pytest.mark.parametrize(
+    ("kind", "values", "says"),
+    [
+        (
+            FederationConfig,
+            {"run": {"name": "a", "participants": ["b"]}},
+            'base: expected a table, got nothing; add [base] with model = "..."',
+        ),
+        (
+            FederationConfig,
+            {"base": {"model": "m"}},
+            'run: expected a table, got nothing; add [run] with name = "...", participants = [...]',
+        ),
+        (
+            SiteConfig,
+            {"site": {}, "data": {"path": "x", "text": "t"}},
+            'site.name: expected a value, got nothing; add name = "..."',
+        ),
+    ],
+)
+def test_what_is_missing_is_named_with_the_least_to_write(kind, values, says):
+    """A table by its brackets and what it cannot be without; one mistake is called one."""
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, values, "test")
+    assert str(caught.value).splitlines() == ["test: 1 mistake", f"  {says}"]
 
 
 def test_a_long_value_is_not_printed_whole():
