@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.output import JsonOption, console, finite, fixed, megabytes, print_json, print_table
+from cli.output import (
+    JsonOption,
+    at_least,
+    console,
+    fixed,
+    megabytes,
+    positive,
+    print_json,
+    print_table,
+)
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -48,15 +58,21 @@ def demo(
         str | None,
         typer.Option(help="With --data: which columns hold the text: prompt=COLUMN,answer=COLUMN."),
     ] = None,
-    participants: Annotated[int | None, typer.Option(help="How many participants (K): 5.")] = None,
-    rounds: Annotated[int | None, typer.Option(help="How many rounds (T): 5.")] = None,
+    participants: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="How many participants (K): 5.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="How many rounds (T): 5.")
+    ] = None,
     local_steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps a round and site: 4.")
+        int | None, typer.Option(callback=at_least(1), help="Optimiser steps a round and site: 4.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(callback=finite, help="AdamW's learning rate: 0.003.")
+        float | None, typer.Option(callback=positive, help="AdamW's learning rate: 0.003.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The run's one seed: 1.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(callback=at_least(0), help="The run's one seed: 1.")
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(help="The run's name, if not demo-1, demo-2, ...."),
@@ -81,7 +97,7 @@ def demo(
     An interrupted demo goes on where it was when it is started again, and needs no option then but
     --dir: model, text and settings are those that it began with.
     """
-    from cli.demo_start import Asked, command, find_place
+    from cli.demo_start import Asked, command, find_place, leaving_nothing
     from cli.progress import make_display
     from cli.simulate import load_learners, make_shelf, run_here
     from coordinator.inspection import History
@@ -105,10 +121,12 @@ def demo(
         numbers={key: value for key, value in numbers.items() if value is not None},
         split=_split(data, group, columns),
     )
-    _configure_log(folder)
-    store = DirectoryStore(folder / "store")
-    lock = held(folder / ".demo.lock", f"the demo in {folder}")
-    with lock, make_display(quiet=as_json) as display:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(leaving_nothing(folder))
+        _configure_log(folder)
+        store = DirectoryStore(folder / "store")
+        stack.enter_context(held(folder / ".demo.lock", f"the demo in {folder}"))
+        display = stack.enter_context(make_display(quiet=as_json))
         place = find_place(asked, store)
         if prepare:
             typer.echo(_prepare(asked, place, display, servers))

@@ -6,8 +6,10 @@ unfinished one gets a folder of its own, ``DIR/RUN``. All share ``DIR/store``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from shared.config_mistakes import NAME_PATTERN
 from shared.errors import ConfigError, GradualDiffError, RunExistsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from cli.demo_data import SiteFile
     from shared.config import FederationConfig
@@ -100,6 +102,18 @@ def find_place(asked: Asked, store: DirectoryStore) -> Place:
     run = asked.name or f"demo-{max(map(_number, runs), default=0) + 1}"
     taken = asked.folder in unfinished.values()
     return Place(run, asked.folder / run if taken else asked.folder)
+
+
+@contextlib.contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Takes a folder that this demo made away again where an error came before its settings."""
+    new = not folder.exists()
+    try:
+        yield
+    except GradualDiffError:
+        if new and not (folder / FEDERATION).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def command(asked: Asked) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -17,7 +17,7 @@ from shared.errors import ConfigError
 from shared.printing import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 PIPE_COLUMNS = 1000
+Number = TypeVar("Number", int | None, float | None)
 DEFAULT_STORE = Path("gradualdiff-demo/store")
 
 StoreOption = Annotated[
@@ -46,9 +47,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def finite(param: typer.CallbackParam, value: float | None) -> float | None:
     """The callback of every option that takes a number with a point. Raises ConfigError."""
-    if value is not None and not math.isfinite(value):
+    return _within(param, value, "a finite number", value is None or math.isfinite(value))
+
+
+def positive(param: typer.CallbackParam, value: float | None) -> float | None:
+    """The same, of a number that must be above 0. Raises ConfigError."""
+    return _within(param, finite(param, value), "a number above 0", value is None or value > 0)
+
+
+def at_least(least: int) -> Callable[[typer.CallbackParam, int | None], int | None]:
+    """The callback of an option that takes a whole number, so many or more."""
+
+    def check(param: typer.CallbackParam, value: int | None) -> int | None:
+        return _within(param, value, f"{least} or more", value is None or value >= least)
+
+    return check
+
+
+def _within(param: typer.CallbackParam, value: Number, expected: str, holds: bool) -> Number:
+    if not holds:
         name = f"--{(param.name or '').replace('_', '-')}"
-        raise ConfigError(f"{name}: expected a finite number, got {value}; give another")
+        raise ConfigError(f"{name}: expected {expected}, got {value}; give another")
     return value
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from cli import demo, simulate
 from cli.main import app
-from shared.errors import InterruptedRunError, ModelError, RunExistsError
+from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
 from shared.ledger import list_runs
 from shared.records import FinishedRecord
+from tests.cli.test_commands import gradualdiff
 from tests.federation.test_starting import Stops
 from tests.numpy_learner import NumpyLearner
 from tests.steering import records, store_of
@@ -168,6 +170,41 @@ def test_what_does_not_fit_writes_nothing(started, own, tmp_path):
     assert isinstance(started(*own, "--fresh", sites=NoModel).exception, ModelError)
     assert files(tmp_path / "demo") == before
     assert json.loads(started().stdout)["run"]["run"] == "demo-1"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rounds", "0"),
+        ("--participants", "0"),
+        ("--local-steps", "-1"),
+        ("--learning-rate", "0"),
+        ("--learning-rate", "nan"),
+        ("--seed", "-1"),
+    ],
+)
+def test_a_number_that_cannot_be_is_told_by_its_option(tmp_path, option, value):
+    """Not by a setting of a file that nobody wrote; and no folder is made."""
+    done = gradualdiff("demo", "--dir", tmp_path / "demo", option, value)
+    assert done.returncode == ConfigError.exit_code, done.stderr
+    assert re.match(f"error: {option}: expected .*, got {value}", done.stderr)
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--name", "No Name"], ["--data", "{}", "--columns", "text=b"], ["--model", "{}"]]
+)
+def test_a_demo_that_is_refused_leaves_no_folder_behind(tmp_path, arguments):
+    """Neither log nor store of a folder that it made; one that was there stays."""
+    text, there = tmp_path / "mine.csv", tmp_path / "there"
+    text.write_text("a,b\nc,d\n")
+    there.mkdir()
+    words = [word.replace("{}", str(text)) for word in arguments]
+    for folder in (tmp_path / "demo", there):
+        done = gradualdiff("demo", "--dir", folder, *words)
+        assert done.returncode in (10, 11, 12), done.stderr
+    assert not (tmp_path / "demo").exists()
+    assert there.is_dir()
 
 
 def test_a_name_that_is_taken_is_said(started, own, tmp_path):
