@@ -2,12 +2,16 @@
 
 import pytest
 
-from coordinator.export import export_adapter
+from coordinator.export import best_round, export_adapter
 from coordinator.inspection import History
 from shared import topology
 from shared.errors import LedgerDamagedError
+from shared.files import digest_file
+from shared.manifest import HeldOut
 from shared.records import ClosedRecord
 from tests import federations
+from tests.cli.test_commands import gradualdiff
+from tests.numpy_learner import NumpyLearner
 from tests.steering import records, store_of, verify
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -62,6 +66,40 @@ def test_damaged_tensors_are_not_exported(tmp_path):
     with pytest.raises(LedgerDamagedError, match=key):
         export(tmp_path, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+class Measures(NumpyLearner):
+    """Says these held-out losses, of one adapter after the other; None measures nothing."""
+
+    def evaluate(self, run, source, report):
+        nll = self.losses.pop(0)
+        return None if nll is None else HeldOut(nll=nll, tokens=self.examples, examples=1)
+
+
+@pytest.mark.parametrize(
+    ("at_a", "at_b", "best"),
+    [
+        # Of the base, then of rounds 1 to 3. Site a holds out nine times as much as b.
+        ((9.0, 3.0, 1.0, 2.0), (9.0, 3.0, 1.0, 2.0), 2),
+        ((9.0, 1.0, 2.0, 2.0), (9.0, 9.0, 2.0, 2.0), 1),  # 1.8 where a mean of sites is 5
+        ((0.1, 3.0, 2.0, 2.5), (0.1, 3.0, 2.0, 2.5), 2),  # the base is no round
+        ((9.0, 2.0, 2.0, 3.0), (9.0, 2.0, 2.0, 3.0), 1),  # of equals the first
+        ((9.0, 3.0, 1.0, 2.0), (9.0, 3.0, None, 2.0), 3),  # what b did not measure is not compared
+    ],
+)
+def test_the_best_round_has_the_lowest_loss_of_all_held_out_text(tmp_path, at_a, at_b, best):
+    """And its adapter is what --best exports."""
+    sites = {"a": Measures("a", examples=90), "b": Measures("b", examples=10)}
+    sites["a"].losses, sites["b"].losses = list(at_a), list(at_b)
+    federations.run(federations.config(sites), tmp_path, sites)
+    assert best_round(History(store_of(tmp_path), "test")) == best
+    to = tmp_path / "out"
+    done = gradualdiff(
+        "runs", "export", "test", "--best", "--to", to, "--store", tmp_path / "store"
+    )
+    assert done.returncode == 0, done.stderr
+    closed = {record.round: record.adapter_sha for record in records(tmp_path, ClosedRecord)}
+    assert digest_file(to / "adapter_model.safetensors")[0] == closed[best]
 
 
 def test_the_ledgers_files_are_read_only(finished):
