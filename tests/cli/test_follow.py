@@ -41,6 +41,7 @@ from shared.records import (
 from shared.stores import open_s3
 from tests.federations import config
 from tests.numpy_learner import MANIFEST, NUMERICS
+from tests.patience import PATIENCE_SECONDS, wait_until
 from tests.servers.deployment import Deployment
 
 ROOT = Path(__file__).parents[2]
@@ -466,7 +467,7 @@ def test_ctrl_c_ends_it(run):
         assert "open" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()
-        assert process.wait(10) == 130
+        assert process.wait(PATIENCE_SECONDS) == 130
     assert "Traceback" not in rest
 
 
@@ -488,12 +489,10 @@ def test_on_a_terminal_it_is_a_table(run):
         os.close(far)
         reader = threading.Thread(target=read)
         reader.start()
-        deadline = time.monotonic() + 20
-        while b"pending since" not in shown and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: b"pending since" in shown, "the table")
         run.finish()
-        assert process.wait(20) == 0
-    reader.join(10)
+        assert process.wait(PATIENCE_SECONDS) == 0
+    reader.join()
     os.close(near)
     assert b"waiting" in shown
     assert b"finished" in shown
@@ -522,7 +521,7 @@ def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost
             ).stdout
         )
         deployment.finish()
-        assert follower.wait(20) == 0
+        assert follower.wait(PATIENCE_SECONDS) == 0
     finally:
         deployment.close()
     views = [json.loads(line) for line in deployment.log("follow").splitlines()]
@@ -569,7 +568,7 @@ def test_a_killed_site_is_shown_as_away_long_before_its_silence_tells(
         assert reasons["b"] == ""
         deployment.start_participant("a")
         deployment.finish()
-        assert deployment.processes["follow"].wait(20) == 0
+        assert deployment.processes["follow"].wait(PATIENCE_SECONDS) == 0
     finally:
         deployment.close()
     last = json.loads(deployment.log("follow").splitlines()[-1])

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cli.metering import Meter, MeteredTransfer, Traffic
 from shared.files import write_atomically
+from tests.patience import PATIENCE_SECONDS
 
 
 class SlowWire:
@@ -16,7 +17,7 @@ class SlowWire:
         self._barrier = threading.Barrier(together)
 
     def upload(self, url, path, start, length):
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=PATIENCE_SECONDS)
         time.sleep(0.2)
 
     def download(self, url, path, sha256):

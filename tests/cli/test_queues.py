@@ -32,6 +32,7 @@ from shared.ledger import Ledger
 from shared.manifest import Manifest, TensorSpec
 from shared.rabbitmq import RabbitConnection, connect
 from tests.numpy_learner import NUMERICS
+from tests.patience import PATIENCE_SECONDS, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +148,7 @@ def test_every_queue_is_listed_with_what_waits_and_who_reads(federation):
         federation.broker.publish([Message(topology.SITES_EXCHANGE, federation.north, answered())])
     with federation.connected(federation.north) as site:
         consumer = site.consume(topology.site_queue(federation.north))
-        held = consumer.receive(10)
+        held = consumer.receive(PATIENCE_SECONDS)
         assert held is not None
         listed = wait_for_unacked(federation.north)
         rows = {row["queue"]: row for row in listed["queues"]}
@@ -176,13 +177,14 @@ def write_status(store, at, sites):
 
 def wait_for_unacked(site):
     """The list, once the broker has counted what is held: it does so every second."""
-    for _ in range(100):
-        listed = json.loads(queues("list", "--json").stdout)
-        row = next(row for row in listed["queues"] if row["site"] == site)
-        if row["unacked"]:
-            return listed
-        time.sleep(0.1)
-    raise AssertionError(listed)
+    found = {}
+
+    def is_counted():
+        found.update(json.loads(queues("list", "--json").stdout))
+        return next(row for row in found["queues"] if row["site"] == site)["unacked"]
+
+    wait_until(is_counted, lambda: f"an unacknowledged message: {found}")
+    return found
 
 
 def test_without_a_management_api_unacknowledged_is_unknown(federation):
@@ -376,7 +378,7 @@ def test_an_impersonator_sends_a_sites_words_in_the_sites_name(federation):
     assert bodies(federation, topology.REFUSED_QUEUE) == []
     key = topology.event_key(RUN, federation.north, "declined")
     assert federation.broker.peek(coordinator_mirror(), 9) == [(key, federation.north, body)]
-    delivery = federation.broker.consume(coordinator).receive(10)
+    delivery = federation.broker.consume(coordinator).receive(PATIENCE_SECONDS)
     assert (delivery.sender, delivery.routing_key) == (federation.north, key)
 
 

@@ -1,12 +1,11 @@
 """What every ``Broker`` adapter must do. An adapter's test class inherits and gives ``bus``.
 
 Nothing here looks inside an adapter or takes it to be instant: what must come is waited for up to
-``patience_seconds``, what must not come is watched for ``quiet_seconds``.
+``PATIENCE_SECONDS``, what must not come is watched for ``quiet_seconds``.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,6 +35,7 @@ from shared.topology import (
     site_queue,
     site_rights,
 )
+from tests.patience import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,6 @@ def event(key: str, body: bytes = b"x") -> Message:
 class BrokerContract:
     """The suite. Adapters override ``bus`` and, if they are slow, the two times."""
 
-    patience_seconds = 10.0
     quiet_seconds = 0.05
 
     @pytest.fixture
@@ -83,7 +82,7 @@ class BrokerContract:
         return broker
 
     def expect(self, consumer: Consumer) -> Delivery:
-        delivery = consumer.receive(self.patience_seconds)
+        delivery = consumer.receive(PATIENCE_SECONDS)
         assert delivery is not None, "nothing was delivered in time"
         return delivery
 
@@ -92,10 +91,7 @@ class BrokerContract:
         assert delivery is None, f"unexpected {delivery}"
 
     def eventually(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + self.patience_seconds
-        while not holds():
-            assert time.monotonic() < deadline, "did not come true in time"
-            time.sleep(0.01)
+        wait_until(holds, "what this test waits for")
 
     def expect_cut(self, consumer: Consumer) -> None:
         """Wait until the consumer has noticed that its connection is gone."""

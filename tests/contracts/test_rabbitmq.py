@@ -32,6 +32,7 @@ from shared.topology import (
     site_queue,
 )
 from tests.contracts.broker_contract import BrokerContract, event
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.faults import make_certificate
 from tests.servers.proxy import FaultProxy
 from tests.servers.rabbitmq import ADMIN, RabbitServer
@@ -170,7 +171,7 @@ def test_a_message_without_user_id_has_no_sender(address, coordinator):
     )
     with pika.BlockingConnection(parameters) as raw:
         raw.channel().basic_publish(EVENTS_EXCHANGE, "r1.site-a.ready", b"forged")
-    delivery = coordinator.consume(coordinator_queue("r1")).receive(10)
+    delivery = coordinator.consume(coordinator_queue("r1")).receive(PATIENCE_SECONDS)
     assert (delivery.body, delivery.sender) == (b"forged", None)
     delivery.acknowledge()
 
@@ -208,7 +209,7 @@ def test_headers_of_any_kind_harm_nobody(address, coordinator, headers, monkeypa
             channel.basic_publish(EVENTS_EXCHANGE, "r1.site-a.ready", b"poison", properties)
     coordinator.publish([event("r1.site-a.ready", b"next")])
     for body in (b"poison", b"next"):
-        delivery = consumer.receive(10)
+        delivery = consumer.receive(PATIENCE_SECONDS)
         assert (delivery.body, delivery.attempt) == (body, 1)
         delivery.acknowledge()
 
@@ -221,7 +222,7 @@ def test_heartbeats_go_on_while_the_caller_is_busy(address, coordinator):
     with connect(address, 1) as broker:
         consumer = broker.consume(coordinator_queue("r1"))
         broker.publish([event("r1.site-a.ready")])
-        delivery = consumer.receive(10)
+        delivery = consumer.receive(PATIENCE_SECONDS)
         end = time.monotonic() + 5
         while time.monotonic() < end:
             sum(range(1000))
@@ -284,7 +285,7 @@ def test_a_server_that_is_killed_keeps_what_it_confirmed(own_server):
     thread = threading.Timer(3.0, own_server.kill)
     thread.start()
     with pytest.raises(BrokerUnavailableError):
-        consumer.receive(30)
+        consumer.receive(PATIENCE_SECONDS)
     thread.join()
     with pytest.raises(BrokerUnavailableError):
         broker.publish([Message(SITES_EXCHANGE, "site-a", b"x")])
@@ -296,7 +297,7 @@ def test_a_server_that_is_killed_keeps_what_it_confirmed(own_server):
         again.declare(run_topology("r1", ("site-a",)))
         reader = again.consume(site_queue("site-a"))
         for _ in range(100):  # a count may lag behind after a restart; the messages do not
-            delivery = reader.receive(10)
+            delivery = reader.receive(PATIENCE_SECONDS)
             assert delivery.body == b"kept"
             delivery.acknowledge()
 

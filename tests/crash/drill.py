@@ -33,6 +33,7 @@ from shared.records import ClosingRecord, FinishedRecord
 from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
 from tests.crash.armed import Orders, run_forked
 from tests.crash.tiny_trainer import STEPS, TinyTrainer
+from tests.patience import wait_until
 from tests.servers.deployment import Deployment
 from tests.tiny_model import make_tiny_model
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 2
 SITES = ("a", "b")
-PATIENCE_SECONDS = 90.0
 # Loaded by the server that processes are forked from.
 PRELOAD = [
     "tests.crash.drill",
@@ -234,10 +234,7 @@ class Drill:
 
     def wait(self, what: str, is_there: Callable[[], bool]) -> None:
         """Wait for it, or fail with what everybody said last."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not is_there():
-            assert time.monotonic() < deadline, f"never: {what}\n{self.tails()}"
-            time.sleep(0.01)
+        wait_until(is_there, lambda: f"{what}\n{self.tails()}")
 
     def tails(self) -> str:
         """The end of every log."""

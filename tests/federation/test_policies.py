@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 
 import pytest
 
+from tests.patience import wait_until
 from tests.servers.deployment import Deployment
 
 pytestmark = pytest.mark.slow
@@ -138,10 +138,9 @@ def test_a_site_joins_in_the_middle_and_another_leaves_for_good(deploy):
     deployment.start_coordinator("coordinator", "--linger", "1")
     deployment.wait_for("round.closed", "coordinator")
     deployment.start_participant("b", slow=0.2)
-    deadline = time.monotonic() + 60
-    while not [i for c in deployment.closings() for i in c.inputs if i.site == "b"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(
+        lambda: [i for c in deployment.closings() for i in c.inputs if i.site == "b"], "b counts"
+    )
     deployment.kill("a")
     deployment.finish()
     counted = verified(deployment)

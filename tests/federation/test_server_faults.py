@@ -18,6 +18,7 @@ import pytest
 from shared.credentials import BrokerAddress
 from shared.rabbitmq import connect
 from shared.topology import coordinator_queue, run_topology, site_queue
+from tests.patience import wait_until
 from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
 from tests.servers.proxy import FaultProxy
 from tests.servers.rabbitmq import RabbitServer
@@ -87,14 +88,6 @@ def assert_same_result(deployment, rounds):
     assert deployment.finish() == deployment.wanted()
     for site in "ab":
         assert deployment.trained(site) == [f"tiny {n + 1}" for n in range(rounds)]
-
-
-def wait_until(is_so, what, seconds=60.0):
-    """Wait for something; fails naming it."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.02)
 
 
 def stopped_at(deployment, name, point):

@@ -18,6 +18,7 @@ from shared import errors, topology
 from shared.directory_store import DirectoryStore
 from shared.ledger import Ledger
 from shared.records import AcceptedRecord, ClosedRecord
+from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model, write_federation
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -71,7 +72,7 @@ def test_sigkill_inside_a_round_and_resume_end_in_the_same_adapter(whole, model,
     process = subprocess.Popen(
         command("simulate", path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + PATIENCE_SECONDS
     while not accepted.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.002)  # a poll for the moment of the kill, not an order of events
     os.kill(process.pid, signal.SIGKILL)
@@ -87,11 +88,11 @@ def test_ctrl_c_ends_with_its_code_and_the_command_to_go_on(whole, model, tmp_pa
     path = write_federation(tmp_path, model)
     first = tmp_path / "store" / topology.accepted_key("tiny", 1, "a")
     process = subprocess.Popen(command("simulate", path), stderr=subprocess.PIPE, text=True)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + PATIENCE_SECONDS
     while not first.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.002)  # a poll for the moment of the signal, not an order of events
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == errors.InterruptedRunError.exit_code
     assert "--resume" in stderr
     resumed = summary(gradualdiff("simulate", path, "--resume", "--json"))
@@ -102,7 +103,7 @@ def test_a_second_process_on_the_same_run_is_turned_away(whole, model, tmp_path)
     """They would share the sites' workspaces; the first one is not disturbed."""
     path = write_federation(tmp_path, model)
     first = subprocess.Popen(command("simulate", path), stderr=subprocess.DEVNULL)
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + PATIENCE_SECONDS
     begun = tmp_path / "store" / topology.member_key("tiny", "a")
     while not begun.exists() and first.poll() is None and time.monotonic() < give_up:
         time.sleep(0.002)  # a poll for the moment to interfere, not an order of events
@@ -111,7 +112,7 @@ def test_a_second_process_on_the_same_run_is_turned_away(whole, model, tmp_path)
         second = gradualdiff("simulate", path, "--resume")
     finally:
         os.kill(first.pid, signal.SIGCONT)
-        ended = first.wait(timeout=120)
+        ended = first.wait(timeout=PATIENCE_SECONDS)
     assert second.returncode == errors.FencedError.exit_code, second.stderr
     assert ended == 0
     done = gradualdiff("runs", "show", "tiny", "--store", tmp_path / "store", "--json")

@@ -12,9 +12,10 @@ import time
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS, wait_until
+
 pytestmark = pytest.mark.slow
 
-TAKEOVER_SECONDS = 15.0
 KINDS = ("opened", "accepted", "closing", "closed")
 LAST = ("adapter.before:tensors", "record.before:finished")
 POINTS = (
@@ -58,7 +59,6 @@ class Pair:
         """Until the active one signalled itself there."""
         wait_until(
             lambda: f"{point} {self.word}" in self.deployment.fired(self.active),
-            60,
             lambda: f"{point} was never met: {self.deployment.log(self.active)[-2000:]}",
         )
 
@@ -67,20 +67,11 @@ class Pair:
         began = time.monotonic()
         wait_until(
             lambda: self.signs(self.waiting) > self.known,
-            TAKEOVER_SECONDS,
             lambda: f"{self.waiting} stood by: {self.deployment.log(self.waiting)[-2000:]}",
         )
         self.takeovers.append(round(time.monotonic() - began, 1))
         self.active, self.waiting = self.waiting, self.active
         self.known = self.signs(self.waiting)
-
-
-def wait_until(is_so, seconds, otherwise):
-    """Wait for something, or fail saying why."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, otherwise()
-        time.sleep(0.02)
 
 
 def test_the_active_one_may_be_killed_at_any_point(deploy):
@@ -91,7 +82,7 @@ def test_the_active_one_may_be_killed_at_any_point(deploy):
         deployment.start_participant(site)
     for number, point in enumerate(POINTS):
         pair.wait_until_hit(point)
-        deployment.processes[pair.active].wait(10)
+        deployment.processes[pair.active].wait(PATIENCE_SECONDS)
         pair.wait_for_takeover()
         pair.start(pair.waiting, POINTS[number + 2 :: 2])
     assert deployment.finish(pair.active) == deployment.wanted()

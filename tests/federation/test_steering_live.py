@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
+from tests import patience
 from tests.servers.deployment import Deployment
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ def summary(deployment):
 
 def wait_until(deployment, state):
     """Until ``runs show`` says so."""
-    deadline = time.monotonic() + 120
-    while summary(deployment)["state"] != state:
-        assert time.monotonic() < deadline, (summary(deployment), deployment.log("coordinator"))
-        time.sleep(0.5)
+    patience.wait_until(
+        lambda: summary(deployment)["state"] == state,
+        lambda: f"{state}: {summary(deployment)} {deployment.log('coordinator')}",
+    )
 
 
 def test_a_live_run_is_paused_resumed_extended_and_stopped(deployment):

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model, write_federation
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -73,7 +74,11 @@ def simulate(path, *options, point="-", nth=0, name="SIGKILL"):
     command = [sys.executable, "-m", "tests.participant.killed", trace, name, point, nth]
     command += ["simulate", path, "--json", *options]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=300
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
     return done, trace.read_text().splitlines()
 

@@ -14,6 +14,7 @@ from participant.model import LocalModel, packaged, pick_device, settle_threads
 from participant.model.packaged import RECORD, TOTAL, convert_gguf
 from shared.config import BaseSection, LoraSection
 from shared.errors import ModelError
+from tests.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,7 +103,7 @@ def test_who_comes_during_a_conversion_waits_for_it(
 
     monkeypatch.setattr(packaged, "_write_model", write)
     convert()
-    second.join(timeout=30)
+    second.join(timeout=PATIENCE_SECONDS)
     assert len(calls) == 1
     assert got[0] == got[1]
 

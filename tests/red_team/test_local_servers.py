@@ -15,6 +15,7 @@ import pytest
 
 from shared.config import StoreSection
 from shared.stores import open_s3
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SECRET = b"the ledger's own words " * 1000
@@ -35,7 +36,7 @@ def servers(tmp_path):
         yield tmp_path
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_SECONDS)
 
 
 def listening(folder: Path) -> set[int]:
@@ -59,7 +60,7 @@ def listening(folder: Path) -> set[int]:
 
 def ask(port: int, method: str, path: str) -> bytes | None:
     """What whoever answers there says to a stranger; None if nobody there speaks HTTP."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     try:
         connection.request(method, path)
         return connection.getresponse().read()

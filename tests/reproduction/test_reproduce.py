@@ -165,7 +165,7 @@ def test_every_run_of_it_verifies(home, results):
     store = str(home / "whole" / "store")
     name = next(name for name in results["fedavg_differences"])
     words = [sys.executable, "-m", "cli.main", "runs", "verify", name, "--store", store]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

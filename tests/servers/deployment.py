@@ -19,6 +19,7 @@ from shared.records import ClosingRecord
 from shared.stores import open_s3
 from tests import federations
 from tests.numpy_learner import NumpyLearner, manifest_of
+from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tests.servers.seaweedfs import S3Server
 
 COORDINATOR_PASSWORD = "for-tests"
-PATIENCE_SECONDS = 120.0
 
 
 @dataclass
@@ -189,7 +189,7 @@ class Deployment:
         process = self.processes[name]
         assert process.poll() is None, f"{name} had ended:\n{self.log(name)[-3000:]}"
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(PATIENCE_SECONDS)
 
     def finish(self, name: str = "coordinator", seconds: float = PATIENCE_SECONDS) -> str:
         """Wait for a coordinator's end; the final adapter's sha256."""
@@ -202,7 +202,7 @@ class Deployment:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(PATIENCE_SECONDS)
         for name in ("a", "b", "coordinator"):
             with contextlib.suppress(urllib.error.HTTPError):
                 self.rabbit.api("DELETE", f"users/{name}")

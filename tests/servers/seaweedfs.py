@@ -19,6 +19,7 @@ from typing import Self
 import urllib3
 
 from shared.s3_store import S3Store
+from tests.patience import PATIENCE_SECONDS
 
 START_SECONDS = 60.0
 PORTS = 5  # S3, filer, master, volume, admin, in a row; each opens one 10000 above as well
@@ -127,7 +128,7 @@ class SeaweedFS:
             return
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(PATIENCE_SECONDS)
         self.kill()
 
     def kill(self) -> None:
