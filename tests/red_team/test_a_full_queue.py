@@ -14,17 +14,20 @@ from coordinator.accounts import MOST_CONNECTIONS, Accounts
 from participant.line import Line
 from shared import topology
 from shared.broker import Message
-from shared.config import load_site
+from shared.config import load_federation, load_site
 from shared.credentials import BrokerAddress, broker_address
 from shared.directory_store import DirectoryStore
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
 from shared.rabbitmq import connect
+from shared.records import MemberRecord, OpenedRecord
 from shared.topology import coordinator_queue, run_topology
 from tests.federation.conftest import deploy  # noqa: F401 - a fixture
+from tests.patience import wait_until
 from tests.servers.rabbitmq import ADMIN
 
 ROOM = 40
 JUNK = 30_000  # more than the queue holds
+ALL_BUT_JUNK = 1_000  # far more than a site and the coordinator say in a whole test
 
 
 @pytest.fixture
@@ -132,14 +135,29 @@ def test_a_site_may_not_open_connections_without_end(address, site):
             connect(address(site))
 
 
+def on_record(deployment, kind):
+    """The ledger's first record of a kind; None until there is one."""
+    return next((one for one in deployment.ledger().history() if isinstance(one, kind)), None)
+
+
 @pytest.mark.slow
-def test_a_queue_full_of_junk_keeps_no_round_from_closing(deploy):  # noqa: F811
-    """They lie there before the sites come; the run ends, and in the undisturbed adapter."""
+def test_a_queue_full_of_junk_keeps_no_round_from_closing_and_no_operator_unheard(
+    deploy,  # noqa: F811
+):
+    """Its sender is out while the junk still lies there; the run ends as if it was never in it."""
     deployment = deploy()
     deployment.start_coordinator()
     deployment.wait_for("coordinator.active", "coordinator")
+    deployment.start_participant("a")
+    wait_until(lambda: on_record(deployment, MemberRecord), "a in the run, which waits for b now")
     site = load_site(deployment.site_toml("b"))
     flood(broker_address(site.broker, deployment.site_toml("b").parent), JUNK, "tiny")
-    for name in "ab":
-        deployment.start_participant(name)
-    assert deployment.finish() == deployment.wanted()
+    exclude = ("runs", "exclude", "tiny", "b", "--reason", "it floods")
+    deployment.command(*exclude, "--federation", str(deployment.federation))
+    wait_until(lambda: on_record(deployment, OpenedRecord), "the first round open without b")
+    operator = load_federation(deployment.federation).broker
+    with connect(broker_address(operator, deployment.folder)) as broker:
+        assert broker.depth(coordinator_queue("tiny")) > ALL_BUT_JUNK
+    opened = on_record(deployment, OpenedRecord)
+    assert (opened.controls, opened.selected) == (1, ("a",))
+    assert deployment.finish() == deployment.wanted("a")

@@ -145,16 +145,22 @@ class Deployment:
         file = self.site_toml(name).with_name("trained.txt")
         return file.read_text().splitlines() if file.exists() else []
 
+    def ledger(self) -> Ledger:
+        """The run's records, to be read."""
+        config = load_federation(self.federation)
+        return Ledger(open_s3(config.store, self.folder), config.run.name, "reader", lambda: 0.0)
+
     def closings(self) -> list[ClosingRecord]:
         """The decisions on record, round by round."""
-        config = load_federation(self.federation)
-        ledger = Ledger(open_s3(config.store, self.folder), config.run.name, "reader", lambda: 0.0)
-        return [record for record in ledger.history() if isinstance(record, ClosingRecord)]
+        records = self.ledger().history()
+        return [record for record in records if isinstance(record, ClosingRecord)]
 
-    def wanted(self) -> str:
-        """The digest of the same federation, undisturbed, in one process."""
+    def wanted(self, names: str = "ab") -> str:
+        """The digest of the same federation, undisturbed, of these sites alone in one process."""
         config = load_federation(self.federation)
-        sites = {name: NumpyLearner(name, manifest=manifest_of(self.width)) for name in "ab"}
+        run = config.run.model_copy(update={"participants": tuple(names)})
+        config = config.model_copy(update={"run": run})
+        sites = {name: NumpyLearner(name, manifest=manifest_of(self.width)) for name in names}
         return federations.run(config, self.folder / "embedded", sites).adapter_sha
 
     def site_toml(self, name: str) -> Path:
