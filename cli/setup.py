@@ -21,6 +21,7 @@ def setup(
     """Make what a run needs on its servers, and a kit for each participant without an account.
 
     What is there stays as it is, so it may be run again, after adding a participant for instance.
+    All accounts on record get the rights and limits of this release; nobody is cut off.
     """
     from shared.config import load_federation
     from shared.credentials import broker_address
@@ -45,7 +46,7 @@ def setup(
     out.print(f"broker  queues for run {config.run.name} are there")
     office = open_office(federation)
     accounts = accounts_of(office)
-    accounts.restore()  # the broker may have lost them since
+    accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
     for name in config.run.participants:
         place = (kits or folder / KITS) / name
         # A kit without a password was never handed out: we died before it was written.

@@ -7,13 +7,16 @@ import json
 import pytest
 import urllib3
 
-from shared.config import load_federation
-from shared.credentials import BrokerAddress
+from coordinator.accounts import MOST_CHANNELS, MOST_CONNECTIONS
+from shared.config import load_federation, load_site
+from shared.credentials import BrokerAddress, broker_address
 from shared.rabbitmq import connect
 from shared.stores import open_store
+from shared.topology import site_queue
 from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
 
 pytestmark = pytest.mark.slow
+LIMITS = {"max-connections": MOST_CONNECTIONS, "max-channels": MOST_CHANNELS}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,29 @@ def test_setup_heals_a_broker_without_accounts_and_a_kit_without_a_password(depl
         "127.0.0.1", deployment.rabbit.port, deployment.vhost, "b", file.read_text().strip(), False
     )
     connect(address).close()
+
+
+def test_setup_brings_an_accounts_limits_to_sites_of_an_earlier_release(deployment):
+    """Also to one that is not in this run; a site that is connected stays so."""
+    office = ("--federation", str(deployment.federation))
+    deployment.command("sites", "add", "earlier", *office)
+    for name in ("a", "b", "earlier"):
+        for limit in LIMITS:
+            deployment.rabbit.api("DELETE", f"user-limits/{name}/{limit}")
+        assert limits_of(deployment, name) == {}
+    site = load_site(deployment.site_toml("a"))
+    with connect(broker_address(site.broker, deployment.site_toml("a").parent)) as line:
+        deployment.command("setup", str(deployment.federation))
+        assert line.depth(site_queue("a")) == 0
+    for name in ("a", "b", "earlier"):
+        assert limits_of(deployment, name) == LIMITS
+    deployment.command("sites", "remove", "earlier", "--yes", *office)
+
+
+def limits_of(deployment, account):
+    """What the broker says."""
+    given = deployment.rabbit.api("GET", f"user-limits/{account}")
+    return {limit: count for entry in given for limit, count in entry["value"].items()}
 
 
 def test_the_store_is_closed_to_whoever_has_no_url(deployment):
