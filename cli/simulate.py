@@ -93,7 +93,7 @@ def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: boo
             return True
     raise RunExistsError(
         f"run {run} is in this store already; go on with it by --resume, choose another run.name, "
-        f"or delete it: gradualdiff runs delete {run}"
+        f"or delete it: gradualdiff runs delete {run} --store {store.root}"
     )
 
 

@@ -115,7 +115,7 @@ def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOpti
 def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
     """Every site: its account, whether it listens now, and when it was last seen.
 
-    Also which of the run's [limits] it is over, and how much the coordinator dropped.
+    Also which of the run's limits it is over, and how much the coordinator dropped.
     """
     from coordinator.accounts import list_accounts
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
+from typer.testing import CliRunner
 
 from cli.output import print_table
 from cli.plot import looks
@@ -307,11 +308,28 @@ def number_options(app):
 def test_every_option_with_a_number_asks_for_a_finite_one():
     """None is left out: what takes a float refuses nan, before anything is written."""
     from cli.main import app
-    from cli.output import finite
+    from cli.output import finite, positive
 
     found = dict(number_options(app))
     assert found.keys() >= {"learning_rate", "linger", "wait"}
-    assert {name for name, callback in found.items() if callback is not finite} == set()
+    assert {name for name, by in found.items() if by not in (finite, positive)} == set()
+
+
+def all_commands(app, *before):
+    """Each command as it is typed, with what it says of itself."""
+    for command in app.registered_commands:
+        yield (*before, command.name or command.callback.__name__), command.callback.__doc__
+    for group in app.registered_groups:
+        yield from all_commands(group.typer_instance, *before, group.name)
+
+
+def test_the_help_of_a_command_holds_all_its_words():
+    """None is taken for rich's mark-up, as a table's name in brackets would be."""
+    from cli.main import app
+
+    for command, text in all_commands(app):
+        shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+        assert " ".join(text.split()) in " ".join(shown.output.split()), command
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -80,7 +80,7 @@ def test_a_run_with_a_closed_round_does_not(simulated, tmp_path):
     before = [info.key for info in store_of(tmp_path).list("")]
     again = simulated(4)
     assert isinstance(again.exception, RunExistsError)
-    assert "gradualdiff runs delete tiny" in str(again.exception)
+    assert f"runs delete tiny --store {tmp_path / 'store'}" in str(again.exception)
     assert [info.key for info in store_of(tmp_path).list("")] == before
     assert simulated(3, "--resume").exit_code == 0
 
