@@ -184,19 +184,19 @@ class Accounts:
     def remove(self, site: str) -> None:
         """Take a site's account away, close its connections, empty its inbox; its queue stays.
 
-        Raises ConfigError when the site never had one. Repeatable.
+        Raises ConfigError when the site never had one. Repeated it empties the inbox again, since
+        a URL outlives the account.
         """
         found = find_account(self._store, site)
         if found is None:
             raise _unknown(site)
         if found.state == "removed":
+            self._clear_inbox(site)
             return
         going = self._write(self._next(found, "removing"))
         self._door.delete(site)
         self._door.disconnect(site)
-        for info in self._store.list(INBOX):
-            if site_of_inbox(info.key) == site:
-                self._store.delete(info.key)
+        self._clear_inbox(site)
         self._write(going.model_copy(update={"state": "removed", "password_hash": None}))
 
     def restore(self) -> list[str]:
@@ -261,6 +261,11 @@ class Accounts:
             raise _changed_meanwhile(account.site)
         self._write(account.model_copy(update={"state": "active", "password_hash": hashed}))
         return password
+
+    def _clear_inbox(self, site: str) -> None:
+        for info in self._store.list(INBOX):
+            if site_of_inbox(info.key) == site:
+                self._store.delete(info.key)
 
     def _existing(self, site: str) -> SiteAccount:
         found = find_account(self._store, site)

@@ -192,6 +192,9 @@ def test_removing_asks_first(office):
     assert not can_log_in(office, password)
     assert [info.key for info in office.store().list("inbox/")] == chunks[1:]
     assert "removed" in sites("list").stdout
+    office.store().put(chunks[0], b"by a URL that was signed before")
+    sites("remove", office.name, "--yes")
+    assert [info.key for info in office.store().list("inbox/")] == chunks[1:]
     sites("add", office.name)
     assert can_log_in(office, (office.kit / "broker-password").read_text().strip())
 
