@@ -136,6 +136,7 @@ class Coordinator:
         self.reload()
         failpoint("start.reloaded")
         self._carry_out(resume(self.state))
+        self._clear_excluded()  # whoever noticed it may have died before it did
         self._say_unfit()
         self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
@@ -377,7 +378,7 @@ class Coordinator:
 
     def notice_controls(self) -> bool:
         """Fold in what operators asked since the last look and carry it out; whether it was any."""
-        known = self.state.steering.number
+        known, out = self.state.steering.number, self.state.steering.excluded
         effects: tuple[Effect, ...] = ()
         for control in self._ledger.controls(after=known):
             get_logger().info(
@@ -390,7 +391,15 @@ class Coordinator:
             )
             self.state, effects = apply(self.state, control)  # nothing follows before the last
         self._carry_out(effects)
+        if self.state.steering.excluded != out:
+            self._clear_excluded()
         return self.state.steering.number > known
+
+    def _clear_excluded(self) -> None:
+        """Nothing of a site that is out is taken any more, but for what a decision lacks."""
+        out = self.state.steering.excluded
+        if out:
+            self._intake.clear_sites(self._config.run.name, out, self._lost)
 
     def _carry_out(self, effects: tuple[Effect, ...]) -> None:
         for effect in effects:

@@ -23,7 +23,7 @@ from shared.files import digest_file
 from shared.store import read_again
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from pathlib import Path
 
     from shared.delta_file import DeltaHeader
@@ -163,6 +163,13 @@ class Intake:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
         failpoint("round.swept")
+
+    def clear_sites(self, run: str, sites: Container[str], lost: Iterable[Upload]) -> None:
+        """After sites were taken out: what they uploaded, but for what is asked of them again."""
+        kept = {upload.chunk_key(n) for upload in lost for n in range(upload.chunks)}
+        for info in self._store.list(topology.inbox_prefix(run)):
+            if topology.site_of_inbox(info.key) in sites and info.key not in kept:
+                self._store.delete(info.key)
 
     def clear_inbox(self, run: str) -> None:
         """After the run's end: nothing that was uploaded for it is wanted any more."""

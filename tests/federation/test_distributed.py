@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 import urllib.error
@@ -9,7 +10,11 @@ import urllib.error
 import pytest
 
 from shared import topology
-from shared.config import load_federation
+from shared.broker import Message
+from shared.config import load_federation, load_site
+from shared.credentials import broker_address
+from shared.errors import UnroutableError
+from shared.rabbitmq import connect
 from shared.stores import open_s3
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model
@@ -98,6 +103,18 @@ def test_a_finished_run_leaves_no_queue_to_fill(deploy):
     assert list(store.list(topology.INBOX)) == []
     with pytest.raises(urllib.error.HTTPError, match="404"):
         deployment.rabbit.api("GET", f"queues/{deployment.vhost}/{queue}")
+    asked = ("queues", "list", "--federation", str(deployment.federation))
+    (row, *_) = json.loads(deployment.command(*asked, "--json").stdout)["queues"]
+    assert (row["queue"], row["ready"], row["consumers"]) == (queue, None, None)
+    assert "no queue" in deployment.command(*asked).stdout
+    kit = deployment.site_toml("a")
+    with connect(broker_address(load_site(kit).broker, kit.parent)) as line:
+        for word in topology.MIRRORED:  # only the mirror takes them, which drops its oldest
+            late = topology.event_key("tiny", "a", word)
+            line.publish([Message(topology.EVENTS_EXCHANGE, late, b"too late")])
+        unheard = topology.event_key("tiny", "a", "progressed")
+        with pytest.raises(UnroutableError, match=unheard):
+            line.publish([Message(topology.EVENTS_EXCHANGE, unheard, b"too late")])
     deployment.kill("a")
     site = deployment.start_participant("a")  # comes online, and speaks to nobody
     deployment.wait_for("broker.connected", "a", count=2)

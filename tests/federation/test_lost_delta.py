@@ -6,12 +6,13 @@ import shutil
 import pytest
 
 from coordinator.branching import branch_run
+from coordinator.handlers import Coordinator
 from coordinator.operating import operator_ledger
 from shared import topology
 from shared.errors import LedgerDamagedError
 from shared.records import AcceptedRecord, ClosingRecord
 from tests import federations
-from tests.steering import Crash, records, store_of, verify
+from tests.steering import Crash, ask, records, store_of, verify
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,25 @@ def test_a_lost_delta_is_sent_again_and_the_run_ends_in_the_same_adapter(halted,
     assert [sites[site].trained for site in "abc"] == [[3], [3], [2, 3]]
     for key, data in lost:
         assert store_of(folder).get(key) == data
+    assert verify(folder).findings == []
+
+
+def test_what_an_excluded_site_sends_again_is_not_swept(halted, wanted, monkeypatch):
+    """It was counted before it was taken out: the decided round needs it."""
+    config, folder = halted
+    key, data = lose(folder, "a", "removed")
+    restore = Coordinator._restore
+
+    def excluded_before(self, upload):
+        ask(folder, "exclude", site="a")
+        assert self.notice_controls()
+        restore(self, upload)
+
+    monkeypatch.setattr(Coordinator, "_restore", excluded_before)
+    assert federations.run(config, folder).adapter_sha != wanted
+    assert store_of(folder).get(key) == data
+    decided = [[item.site for item in closing.inputs] for closing in records(folder, ClosingRecord)]
+    assert decided == [["a", "b", "c"], ["a", "b", "c"], ["b", "c"]]
     assert verify(folder).findings == []
 
 

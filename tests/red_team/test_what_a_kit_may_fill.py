@@ -22,7 +22,7 @@ from shared.manifest import LocalMetrics
 from shared.records import FailedRecord, RefusedRecord
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS
-from tests.steering import records
+from tests.steering import ask, records, store_of
 
 LIMITS = LimitsSection()
 
@@ -134,6 +134,61 @@ def test_a_site_is_granted_few_deltas_in_a_round(tmp_path):
     assert len(refused) == 30 - LIMITS.uploads
     assert "limits.uploads" in refused[0].reason
     assert stand.role.coordinator.limits.over["a"] == {"uploads": len(refused)}
+
+
+def chunk(number, site="a", run="test"):
+    """Where a site may upload, whatever it announces afterwards."""
+    return topology.inbox_key(run, number, site, "c" * 64, 0)
+
+
+def inbox(folder):
+    """What lies there."""
+    return [info.key for info in store_of(folder).list(topology.INBOX)]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_a_site_uploaded_goes_when_it_is_taken_out(tmp_path, restarts):
+    """At once; also if the coordinator that noticed the word died before it came to that."""
+    stand = Stand(tmp_path)
+    others = [chunk(1, "b"), chunk(1, "a", run="other")]
+    for key in (chunk(1), *others):
+        stand.store.put(key, b"never submitted")
+    ask(tmp_path, "exclude", site="a")
+    if restarts:
+        stand.restart()
+    else:
+        assert stand.role.coordinator.notice_controls()
+    assert inbox(tmp_path) == sorted(others)
+
+
+def test_a_close_sweeps_the_rounds_before_it_too(tmp_path):
+    """A URL outlives its round: what came by it lies there until the next close."""
+    config = federations.config()
+    sites = federations.learners(config)
+    late = {2: [chunk(1), chunk(2)], 3: [chunk(2), chunk(4)]}
+
+    def upload(task):
+        for key in late.get(task.round, ()):
+            store_of(tmp_path).put(key, b"never submitted")
+
+    sites["b"].fault = upload
+    federations.run(config, tmp_path, sites)
+    assert inbox(tmp_path) == [chunk(4)]
+
+
+def test_a_close_leaves_what_may_still_count(tmp_path):
+    """Where late deltas are carried, an upload may be under way for an earlier round."""
+    policy = {"kind": "quorum", "quorum": 3, "deadline_seconds": 9.0}
+    config = federations.config(policy={**policy, "late": "carry", "max_staleness": 1})
+    sites = federations.learners(config)
+
+    def upload(task):
+        for number in range(1, task.round + 1):
+            store_of(tmp_path).put(chunk(number), b"under way")
+
+    sites["b"].fault = upload
+    federations.run(config, tmp_path, sites)
+    assert inbox(tmp_path) == [chunk(3)]
 
 
 def test_one_sites_flood_takes_nothing_from_another(tmp_path):
