@@ -38,7 +38,10 @@ def prune(
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete deltas and old adapters. Records stay, and what an unfinished run needs."""
+    """Delete deltas, old adapters, and uploads that no round takes any more.
+
+    Records stay, and what an unfinished run needs.
+    """
     from coordinator.operating import operator, operator_ledger
     from coordinator.retention import carry_out, read_plan
 
@@ -50,30 +53,36 @@ def prune(
     if yes:
         record = carry_out(ledger, plan, reason, operator(), lambda _: None)
     if as_json:
-        print_json({"plan": plan, "bytes": plan.bytes, "deleted": record is not None})
-    elif record is not None:
+        print_json({"plan": plan, "bytes": plan.bytes, "deleted": yes and bool(plan.all)})
+        return
+    if record is not None:
         _say(f"Deleted {len(plan.objects)} objects; which, stands in {record.key(run)}")
-    elif plan.objects:
+    if yes and plan.uploads:
+        _say(f"Deleted {len(plan.uploads)} uploads; no record speaks of them")
+    if plan.all and not yes:
         _say("Nothing was deleted. To do it, say it again with --yes")
 
 
 def _show(plan: Plan) -> None:
+    from shared.topology import INBOX
+
     for line in plan.kept:
         _say(f"kept: {line}")
-    if not plan.objects:
+    if not plan.all:
         _say(f"run {plan.run}: --keep {plan.keep} leaves nothing to delete")
         return
     kinds: dict[tuple[int, str], list[int]] = {}
-    for item in plan.objects:
+    for item in plan.all:
         kind = "delta" if "/deltas/" in item.key else "adapter"
+        kind = "upload" if item.key.startswith(INBOX) else kind
         kinds.setdefault((item.round, kind), []).append(item.size)
     rows = [
         (number, kind, len(sizes), megabytes(sum(sizes)))
         for (number, kind), sizes in sorted(kinds.items())
     ]
     print_table(f"To be deleted of {plan.run}", ("of round", "what", "objects", "MB"), rows)
-    _say(f"{len(plan.objects)} objects, {megabytes(plan.bytes)} MB. What is lost with them:")
-    for line in plan.consequences:
+    _say(f"{len(plan.all)} objects, {megabytes(plan.bytes)} MB. What is lost with them:")
+    for line in plan.consequences or ("nothing: no round takes these uploads any more",):
         _say(f"- {line}")
 
 

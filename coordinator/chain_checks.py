@@ -169,7 +169,7 @@ def _check_inputs(
 ) -> None:
     """No delta that is too old, or of a site that an operator had taken out."""
     number, key = closing.round, closing.key(chain.run)
-    oldest = number - (config.policy.max_staleness if config.policy.carries else 0)
+    oldest = number - config.policy.late_rounds
     for item in closing.inputs:
         if item.site in excluded:
             chain.find(number, key, f"counts {item.site}, which an operator had taken out")

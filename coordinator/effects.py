@@ -167,10 +167,9 @@ class Effects:
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.
-        age = self._config.policy.max_staleness if self._config.policy.carries else 0
         self._intake.clear_round(
             run,
-            closed.round - age,
+            closed.round - self._config.policy.late_rounds,
             keep_adapter=closed.adapter_sha,
             keep_state=closed.server_sha,
         )

@@ -1,13 +1,14 @@
 """What may be deleted of a run, what can then no longer be done, and the deleting.
 
-Records are never deleted, only tensors. The plan is pure; it is on record before the first object
-goes, so a deletion that was cut off is told from damage, and asking again finishes it.
+Records are never deleted, only tensors and uploads. Which tensors go is pure, and on record before
+the first of them does, so a deletion that was cut off is told from damage, and asking again
+finishes it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.branching import ADAPTER_FILES
@@ -43,18 +44,27 @@ class Doomed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to go, what stays although it was asked for, and what can then not be done."""
+    """What is to go, what stays although it was asked for, and what can then not be done.
+
+    ``uploads``: what lies in the inbox and nobody takes any more; no record speaks of it.
+    """
 
     run: str
     keep: str
     objects: tuple[Doomed, ...]
     kept: tuple[str, ...]
     consequences: tuple[str, ...]
+    uploads: tuple[Doomed, ...] = ()
+
+    @property
+    def all(self) -> tuple[Doomed, ...]:
+        """Every object that is to go."""
+        return (*self.objects, *self.uploads)
 
     @property
     def bytes(self) -> int:
         """How much room it makes."""
-        return sum(item.size for item in self.objects)
+        return sum(item.size for item in self.all)
 
 
 @dataclass
@@ -121,22 +131,30 @@ def read_plan(ledger: Ledger, keep: str) -> Plan:
     prefix = topology.run_prefix(ledger.run)
     folders = (f"{prefix}adapters/", f"{prefix}deltas/", topology.server_state_prefix(ledger.run))
     sizes = {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
-    return plan(ledger.run, records, sizes, keep)
+    wanted = plan(ledger.run, records, sizes, keep)
+    return (
+        wanted
+        if keep == "all"
+        else replace(wanted, uploads=tuple(_uploads(ledger, _read(records))))
+    )
 
 
 def carry_out(
     ledger: Ledger, wanted: Plan, reason: str, by: str, report: Callable[[Doomed], None]
 ) -> PrunedRecord | None:
-    """Record what goes, then delete it; None where nothing does. May be cut off and repeated."""
-    if not wanted.objects:
-        return None
+    """Record what goes, then delete it; None where nothing on record does.
+
+    May be cut off and repeated.
+    """
 
     def make(number: int) -> PrunedRecord:
         keys = tuple(item.key for item in wanted.objects)
         return PrunedRecord(number=number, keep=wanted.keep, keys=keys, reason=reason, by=by)
 
-    record = ledger.append(make, topology.pruned_prefix(ledger.run))
-    for item in wanted.objects:
+    record = None
+    if wanted.objects:
+        record = ledger.append(make, topology.pruned_prefix(ledger.run))
+    for item in wanted.all:
         ledger.store.delete(item.key)
         report(item)
     return record
@@ -184,6 +202,15 @@ def _deltas(run: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
         folder = key.removeprefix(prefix).partition("/")[0]
         if key.startswith(prefix) and folder.isdigit():
             yield int(folder), key
+
+
+def _uploads(ledger: Ledger, facts: _Facts) -> Iterator[Doomed]:
+    """What lies in the inbox of rounds that take nothing any more; after the end all of it."""
+    newest = facts.last - ledger.config().policy.late_rounds
+    for info in ledger.store.list(topology.inbox_prefix(ledger.run)):
+        number = topology.round_of_inbox(info.key)
+        if facts.finished or number <= newest:
+            yield Doomed(info.key, number, info.size)
 
 
 def _states(run: str, facts: _Facts, sizes: Mapping[str, int], oldest: int) -> Iterator[Doomed]:

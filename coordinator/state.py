@@ -163,8 +163,8 @@ class RunState:
             return None
         if opened is self.open_round:
             return opened
-        late = number <= self.last_round and number > self.last_round - policy.max_staleness
-        if not (policy.carries and late) or number in self.counted_rounds.get(site, ()):
+        late = self.last_round - policy.late_rounds < number <= self.last_round
+        if not late or number in self.counted_rounds.get(site, ()):
             return None
         return opened
 

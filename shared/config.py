@@ -180,6 +180,11 @@ class PolicySection(Section):
         """Whether a delta that comes after its round closed counts in a later one."""
         return self.kind == "buffered" or (self.kind == "quorum" and self.late == "carry")
 
+    @property
+    def late_rounds(self) -> int:
+        """For how many rounds after its own a delta is still taken."""
+        return self.max_staleness if self.carries else 0
+
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """Each kind has settings of its own."""
         return (self._has_what_the_kind_needs, self._has_nothing_else, self._waits_as_a_quorum)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shared import errors
+from shared import errors, topology
 from shared.directory_store import DirectoryStore
 from shared.errors import RunStuckError
 from tests import federations
@@ -127,6 +127,14 @@ def test_prune_says_what_is_lost_before_it_deletes(tmp_path):
     assert "leaves nothing to delete" in again.stdout
     told = gradualdiff("runs", "prune", "test", "--keep", "last:1", *store, "--json")
     assert json.loads(told.stdout)["deleted"] is False
+    upload = topology.inbox_key("test", 3, "a", "d" * 64, 0)
+    DirectoryStore(tmp_path / "store").put(upload, b"x")
+    plan = gradualdiff("runs", "prune", "test", "--keep", "adapters", *store)
+    assert "nothing: no round takes these uploads" in plan.stdout
+    assert "say it again with --yes" in plan.stdout
+    done = gradualdiff("runs", "prune", "test", "--keep", "adapters", "--yes", *store)
+    assert "Deleted 1 uploads" in done.stdout
+    assert list(DirectoryStore(tmp_path / "store").list(topology.INBOX)) == []
 
 
 def test_a_store_is_not_made_by_a_word_to_it(tmp_path):

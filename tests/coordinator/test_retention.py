@@ -191,6 +191,46 @@ def test_a_late_delta_that_a_newer_round_counted_goes_with_that_round(whole):
     assert [item.key for item in found.objects] == [other]
 
 
+@pytest.mark.parametrize(("late", "left"), [(0, [3]), (1, [2, 3])])
+def test_uploads_go_that_no_round_takes_any_more(tmp_path, late, left):
+    """Of an unfinished run those of closed rounds, but for late ones that may count."""
+    policy = {"kind": "quorum", "quorum": 3, "deadline_seconds": 9.0}
+    if late:
+        policy |= {"late": "carry", "max_staleness": late}
+    config = federations.config(policy=policy)
+
+    def halt():
+        raise Crash
+
+    with pytest.raises(Crash):
+        federations.run(config, tmp_path, when(config, 3, halt))
+    uploads = [topology.inbox_key("test", number, "a", "d" * 64, 0) for number in (1, 2, 3)]
+    for key in uploads:
+        store_of(tmp_path).put(key, b"xy")
+    assert prune(tmp_path, "all").uploads == ()
+    assert inbox(tmp_path) == uploads
+    wanted = prune(tmp_path, "last:9")
+    assert (wanted.objects, wanted.bytes) == ((), 2 * (3 - len(left)))
+    assert inbox(tmp_path) == [uploads[number - 1] for number in left]
+    assert records_pruned(tmp_path) == []
+
+
+def test_after_the_end_every_upload_goes(finished):
+    """Of whatever round; no record speaks of them, and another run's stay."""
+    keys = [topology.inbox_key(run, 9, "a", "d" * 64, 0) for run in ("test", "tests")]
+    for key in keys:
+        store_of(finished).put(key, b"x")
+    prune(finished, "adapters")
+    assert inbox(finished) == keys[1:]
+    (record,) = records_pruned(finished)
+    assert not any(key.startswith(topology.INBOX) for key in record.keys)
+
+
+def inbox(folder):
+    """The keys of all uploads."""
+    return [info.key for info in store_of(folder).list(topology.INBOX)]
+
+
 # Kills ---------------------------------------------------------------------------------------
 
 
