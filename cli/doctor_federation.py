@@ -254,7 +254,8 @@ def _coordinator(
             "WARN",
             f"it is over the [limits] of run {run}; counted and dropped: {dropped}. Look at what "
             "it sends (gradualdiff queues peek events), ask its people, and if need be: "
-            f"gradualdiff runs exclude {run} {site} --reason WHY",
+            f"gradualdiff runs exclude {run} {site} --reason WHY takes it out of this run, "
+            f"gradualdiff sites remove {site} cuts it off from all",
         )
     if listening:
         yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")

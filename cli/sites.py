@@ -124,9 +124,10 @@ def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption
     if as_json:
         print_json(sites)
         return
-    columns = ("site", "account", "version", "created", "listens", "waiting", "last seen", "over")
+    told = ("site", "account", "version", "created", "listens", "waiting", "last seen")
     keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen", "over")
-    print_table("Sites", columns, [[_told(site[key]) for key in keys] for site in sites])
+    rows = [[_told(site[key]) for key in keys] for site in sites]
+    print_table("Sites", (*told, _over_in(office)), rows)
 
 
 @app.command()
@@ -150,7 +151,8 @@ def show(
     if as_json:
         print_json(site)
         return
-    facts = [(key.replace("_", " "), _told(value)) for key, value in site.items()]
+    names = {key: key.replace("_", " ") for key in site} | {"over": _over_in(office)}
+    facts = [(names[key], _told(value)) for key, value in site.items()]
     print_table(f"Site {name}", ("fact", "value"), facts)
 
 
@@ -222,6 +224,10 @@ def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
     except BrokerError as error:
         say(f"the broker cannot say who listens: {error}", stderr=True)
     return found
+
+
+def _over_in(office: Office) -> str:
+    return f"over in {office.config.run.name}"  # limits are a run's, accounts are not
 
 
 def _moment(seconds: float | None) -> str | None:

@@ -209,7 +209,10 @@ def test_a_coordinator_that_is_dead_is_told(office):
         found = doctor(office.toml)
         assert found["coordinator"][0] == "OK"
         assert found[f"limits of {site}"][0] == "WARN"
-        assert "messages 2" in found[f"limits of {site}"][1]
+        says = found[f"limits of {site}"][1]
+        assert "messages 2" in says
+        assert f"runs exclude night {site} --reason WHY" in says
+        assert f"sites remove {site} " in says
     ledger.write(FinishedRecord(round=0, sha=None, reason="stopped"))
     assert "needs none" in doctor(office.toml)["coordinator"][1]
 

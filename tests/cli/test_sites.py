@@ -289,7 +289,9 @@ def test_who_is_over_a_limit_is_shown(office):
     watch.write(replay(config, ()), 1.0)
     sites("add", office.name)
     assert json.loads(sites("list", "--json").stdout)[0]["over"] == {"messages": 3}
-    assert "messages 3" in sites("list").stdout
+    for shown in (sites("list").stdout, sites("show", office.name).stdout):
+        assert "over in night" in shown
+        assert "messages 3" in shown
 
 
 @one_door
