@@ -6,7 +6,7 @@ Needs Debian's ``rabbitmq-server`` (installed, not running) and the PyPI package
 Everything lies in FOLDER: data, logs, secrets (mode 0600), and ``servers.toml`` with the [broker]
 and [store] tables for a federation.toml. Started again on the same folder, both servers come back
 with what they had. They listen on 127.0.0.1 only. For real use run real servers: this is a stand-in
-for them with one node each and no TLS.
+for them with one node each, no TLS, and gRPC ports of SeaweedFS that ask for no login.
 """
 
 from __future__ import annotations
