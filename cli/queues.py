@@ -318,7 +318,7 @@ def _unacked(office: Office) -> Callable[[str], int | None]:
 def _presence(row: QueueRow) -> str | None:
     if row.site is None:
         return None
-    if row.online is None:
+    if row.online is None or row.last_seen is None:
         return f"last heard {row.last_seen}" if row.last_seen else "not heard yet"
     return "online" if row.online else f"away since {row.last_seen}"
 

@@ -167,11 +167,17 @@ def test_every_queue_is_listed_with_what_waits_and_who_reads(federation):
         None
     }
     assert "last heard" in queues("list").stdout
+    # Nobody reads its queue, and it never spoke: its participant was not started yet.
+    write_status(store, now, {}, absent={federation.south: now - 60})
+    shown = queues("list").stdout
+    assert shown.count("not heard yet") == 2
+    assert "None" not in shown
 
 
-def write_status(store, at, sites):
+def write_status(store, at, sites, **more):
     """What a coordinator wrote then."""
-    status = RunStatus(run=RUN, writer="w", at=at, round=0, state="waiting", since=at, sites=sites)
+    told = {"run": RUN, "writer": "w", "at": at, "round": 0, "state": "waiting", "since": at}
+    status = RunStatus(**told, sites=sites, **more)
     store.put(topology.status_key(RUN), canonical_json(status.model_dump(mode="json")))
 
 
