@@ -11,7 +11,7 @@ import typer
 from cli.checks import Finding, check_folder
 from cli.doctor import tell
 from cli.output import JsonOption, fixed, print_json, print_table
-from shared.errors import GradualDiffError
+from shared.errors import GradualDiffError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from cli.progress import Display
@@ -42,12 +42,13 @@ def check(
     learners = load_learners(config, folder)
     store = folder / config.store.directory
     found = [*check_folder("store", store, make=True)]
-    errors: list[GradualDiffError] = []
+    errors: list[GradualDiffError] = [
+        StoreUnavailableError(f"store: {bad.says}") for bad in found if bad.verdict == "FAIL"
+    ]
     with make_display(quiet=as_json) as display:
         rehearsed = _rehearse(config, learners, display, found, errors)
         if not errors:
-            _fit_together(config, learners, store, display, errors)
-    found += [Finding("sites", "FAIL", str(error)) for error in errors[len(learners) :]]
+            _fit_together(config, learners, store, display, found, errors)
     if as_json:
         print_json({"findings": found, "sites": rehearsed})
     else:
@@ -92,6 +93,7 @@ def _fit_together(
     learners: dict[str, TorchLearner],
     store: Path,
     display: Display,
+    found: list[Finding],
     errors: list[GradualDiffError],
 ) -> None:
     """As the start of a run asks it, in a store that is thrown away on the same disk."""
@@ -104,6 +106,7 @@ def _fit_together(
             check_start(config, learners, DirectoryStore(Path(scratch)), display.report)
         except GradualDiffError as error:
             errors.append(error)
+            found.append(Finding("run", "FAIL", str(error)))
 
 
 def _show(config: FederationConfig, rehearsed: dict[str, Rehearsal]) -> None:

@@ -203,6 +203,23 @@ class TestCheck:
         assert "b.jsonl" in done.stderr
         assert not (tmp_path / "store").exists()
 
+    def test_a_store_that_cannot_be_fails_the_check(self, tmp_path, model):
+        """FAIL and exit code 31 go together; the sites are looked at all the same."""
+        path = write_federation(tmp_path, model, extra='[store]\ndirectory = "a.jsonl"')
+        done = gradualdiff("check", path, cwd=tmp_path)
+        assert "FAIL  store: " in done.stdout
+        assert "OK    b: " in done.stdout
+        assert done.returncode == errors.StoreUnavailableError.exit_code, done.stderr
+        assert str(tmp_path / "a.jsonl") in done.stderr
+
+    def test_what_no_site_can_tell_alone_is_a_finding(self, tmp_path, model):
+        """As what is wrong at one site is: here, no disk has room for so many rounds."""
+        path = write_federation(tmp_path, model, rounds=10**12)
+        done = gradualdiff("check", path, "--json", cwd=tmp_path)
+        assert done.returncode == errors.StoreUnavailableError.exit_code, done.stderr
+        found = json.loads(done.stdout)["findings"]
+        assert [f["check"] for f in found if f["verdict"] == "FAIL"] == ["run"]
+
     def test_a_model_that_is_not_there_has_its_own_exit_code(self, tmp_path):
         """As settings do: 12 here, 10 for what is wrong in the files, all files at once."""
         path = write_federation(tmp_path, tmp_path / "none")
