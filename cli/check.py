@@ -129,6 +129,10 @@ def _show(config: FederationConfig, rehearsed: dict[str, Rehearsal]) -> None:
     print_table(f"Run {config.run.name}, measured by two steps at each site", columns, rows)
     total = sum(r.round_seconds for r in rehearsed.values())
     typer.echo(
-        f"a round takes about {total / 60:.1f} minutes here, where sites train in turn; "
-        f"{config.run.rounds} rounds {total * config.run.rounds / 60:.0f} minutes"
+        f"a round takes about {_spoken(total)} here, where sites train in turn; "
+        f"{config.run.rounds} rounds {_spoken(total * config.run.rounds)}"
     )
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"

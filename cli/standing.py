@@ -247,9 +247,7 @@ def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:
 def away_since(site: str, status: RunStatus) -> tuple[float, str]:
     """Since when a site that is away is known to be, in seconds since the epoch, and why."""
     if site in status.absent:
-        return status.absent[
-            site
-        ], "its process is gone (the broker counts no consumer of its queue)"
+        return status.absent[site], "no process reads its queue, says the broker"
     return status.sites[site].seen, "not heard since then"
 
 

@@ -201,8 +201,10 @@ def _hint(kind: type[BaseModel], path: Path) -> str:
     for other, field in kind.model_fields.items():
         section = section_of(field.annotation)
         if section is not None and name in section.model_fields:
-            return f"; did you mean {other}.{name}?"
-    return "; check the spelling"
+            close = f"; did you mean {other}.{name}?"
+            break
+    where = f"[{path[-2]}]" if len(path) > 1 else "the file"
+    return f"{close or ';'} {where} takes {', '.join(table.model_fields)}"
 
 
 def _meant(

@@ -263,7 +263,7 @@ def test_a_site_that_does_not_listen_is_away_whatever_it_said_last(run):
         "b": ("away", START + 12),
         "c": ("accepted", None),
     }
-    assert "its process is gone" in follow_screens.sentence(sites(view)["a"])
+    assert "no process reads its queue" in follow_screens.sentence(sites(view)["a"])
 
 
 def test_off_a_terminal_each_round_is_one_line_with_its_losses(run, capsys):
@@ -564,7 +564,7 @@ def test_a_killed_site_is_shown_as_away_long_before_its_silence_tells(
             deployment.command("rounds", "show", "tiny", "1", "--json", *where).stdout
         )
         reasons = {row["site"]: row["reason"] for row in rows["sites"]}
-        assert "its process is gone" in reasons["a"]
+        assert "no process reads its queue" in reasons["a"]
         assert reasons["b"] == ""
         deployment.start_participant("a")
         deployment.finish()

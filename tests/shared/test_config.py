@@ -147,6 +147,7 @@ def test_a_mistake_is_not_told_twice(sections):
     [
         ({"lora": {"rnak": 8}}, "lora.rnak: expected a known setting, .*; did you mean rank"),
         ({"training": {"rank": 8}}, "training.rank: expected .*; did you mean lora.rank"),
+        ({"codec": {"kind": "int8"}}, r"codec.kind: .*; .*\[codec\] takes name"),
         ({"trainig": {}}, "trainig: .*did you mean training"),
         ({"base": {"model": "m", "quantisation": "n4f"}}, "'int8' or 'none', got 'n4f'; .*nf4"),
         ({"lora": {"target_modules": "all_linear"}}, "'all-linear' or a list, .*mean all-linear"),
