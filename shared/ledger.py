@@ -147,7 +147,7 @@ class Ledger:
         return record
 
     def config(self) -> FederationConfig:
-        """The run's config as recorded. Raises RunNotFoundError, LedgerDamagedError."""
+        """The config on record. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
         record = self.federation()
         config = FederationConfig.from_record(record.config, topology.federation_key(self.run))
         if config.digest != record.digest:

@@ -10,6 +10,7 @@ import secrets
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from random import Random
 
@@ -55,11 +56,13 @@ def main() -> int:
     parser.add_argument("--seed", default=secrets.token_hex(4))
     given = parser.parse_args()
     say(f"seed {given.seed}")
+    warnings.simplefilter("error")  # as in the suite
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         all_targets = targets(Path(folder))
+        shares = sum(target.share for target in all_targets.values())
         for name, target in all_targets.items():
-            count, began = given.inputs // len(all_targets), time.monotonic()
+            count, began = given.inputs * target.share // shares, time.monotonic()
             failure = first_failure(target, f"{given.seed} {name}", count)
             if failure is None:
                 say(f"{name}: {count} inputs, {count / (time.monotonic() - began):.0f} a second")

@@ -11,10 +11,16 @@ from shared import wire
 from shared.codecs import codec_names, get_codec
 from shared.config import load_federation, load_site
 from shared.delta_file import DeltaHeader, check_delta, write_delta
-from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerDamagedError
-from shared.ledger import Ledger
-from shared.records import ClosingRecord, FinishedRecord, OpenedRecord
+from shared.deltas import is_finite, squared_norm
+from shared.errors import (
+    ConfigError,
+    DecodeError,
+    DeltaRefusedError,
+    GradualDiffError,
+)
+from shared.manifest import TensorSpec
 from shared.tensors import TensorFile, TensorLayout, write_tensors
+from tests.fuzz import records
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
 
@@ -23,8 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-    from shared.manifest import TensorSpec
 
 FEDERATION = """
 [run]
@@ -49,11 +53,15 @@ path = "text.jsonl"
 
 @dataclass(frozen=True)
 class Target:
-    """``feed`` takes damaged bytes; only an error of ``allowed`` may come out of it."""
+    """``feed`` takes damaged bytes; only an error of ``allowed`` may come out of it.
+
+    ``share``: the suite's inputs; the long script's are shared out in this proportion.
+    """
 
     examples: list[bytes]
     feed: Callable[[bytes], object]
     allowed: type[Exception]
+    share: int = 1000
 
     def holds(self, data: bytes) -> bool:
         """Whether these bytes are taken, or refused by an error that is meant."""
@@ -64,17 +72,6 @@ class Target:
         except Exception:  # noqa: BLE001 - whatever else comes out is what is looked for
             return False
         return True
-
-
-class OneObject:
-    """A store that answers every question with the same bytes."""
-
-    def __init__(self) -> None:
-        self.data = b""
-
-    def get(self, _key: str) -> bytes:
-        """Whatever it was given."""
-        return self.data
 
 
 HEADERS = [
@@ -113,6 +110,37 @@ def check(path: Path) -> None:
             continue
 
 
+# Two blocks, and a last byte that is not full.
+SPEC = TensorSpec(name="x.lora_A.weight", shape=(3, 87), init="zeros")
+
+
+def payloads() -> list[bytes]:
+    """A whole tensor by each codec: its name, and the bytes of its parts."""
+    values = np.linspace(-1, 1, SPEC.elements, dtype=np.float32).reshape(SPEC.shape)
+    return [
+        name.encode()
+        + b"\n"
+        + b"".join(p.tobytes() for p in get_codec(name).encode(SPEC, values, 1))
+        for name in codec_names()
+    ]
+
+
+def decode(data: bytes) -> None:
+    """As a delta is read: parts of the right size that may hold anything."""
+    name, _, payload = data.partition(b"\n")
+    codec = get_codec(name.decode(errors="replace"))
+    parts, begin = [], 0
+    for layout in codec.layout(SPEC):
+        end = begin + layout.size_bytes
+        part = payload[begin:end].ljust(layout.size_bytes, b"\0")
+        parts.append(np.frombuffer(part, layout.numpy_dtype).reshape(layout.shape))
+        begin = end
+    values = codec.decode(SPEC, parts)
+    assert (values.dtype, values.shape) == (np.float32, SPEC.shape)
+    if is_finite(values):
+        squared_norm(values)
+
+
 def targets(folder: Path) -> dict[str, Target]:
     """All of them, by name. ``folder``: for what is read from a file."""
     file = folder / "input"
@@ -133,23 +161,12 @@ def targets(folder: Path) -> dict[str, Target]:
     values = [np.ones((2, 3), np.float32), np.ones(4, np.int8)]
     write_tensors(file, layouts, values, {"format": "pt"})
     tensors = file.read_bytes()
-    store = OneObject()
-    ledger = Ledger(store, "night", "reader", lambda: 0.0)  # type: ignore[arg-type]
-
-    def read_records(data: bytes) -> None:
-        store.data = data
-        for kind in (ClosingRecord, FinishedRecord, OpenedRecord):
-            try:
-                ledger.read(kind, "runs/night/any.json")
-            except LedgerDamagedError:
-                continue
-
-    record = b'{"run":"night","round":1,"sha":"' + b"a" * 64 + b'","inputs":[],"at":1.5}'
     return {
         "wire": Target([wire.encode(event, 0.0) for event in EXAMPLES], wire.decode, DecodeError),
         "tensors": Target([tensors], from_file(read_tensors), DecodeError),
         "deltas": Target(deltas(file), from_file(check), DeltaRefusedError),
         "federation": Target([FEDERATION.encode()], from_file(load_federation), ConfigError),
         "site": Target([SITE.encode()], from_file(load_site), ConfigError),
-        "records": Target([record], read_records, LedgerDamagedError),
+        "codecs": Target(payloads(), decode, GradualDiffError),
+        "records": Target(records.whole(), records.Reader().read, GradualDiffError),
     }

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
+from shared.errors import LedgerDamagedError
+from tests.fuzz import records
 from tests.fuzz.__main__ import first_failure, shorter
 from tests.fuzz.targets import Target, targets
 
+NAMES = ["wire", "tensors", "deltas", "federation", "site", "codecs", "records"]
 
-@pytest.mark.parametrize("name", ["wire", "tensors", "deltas", "federation", "site", "records"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_damaged_input_is_refused_by_an_error_of_the_tree(tmp_path, name):
-    """A thousand inputs for each."""
+    """Its share of inputs for each, from one seed."""
     target = targets(tmp_path)[name]
     for data in target.examples:
         assert target.holds(data)
-    assert first_failure(target, "suite", 1000) is None
+    assert first_failure(target, "suite", target.share) is None
 
 
 def test_a_failing_input_is_found_and_made_short():
@@ -27,3 +33,18 @@ def test_a_failing_input_is_found_and_made_short():
     found = first_failure(target, "suite", 1000)
     assert found is not None
     assert shorter(target, found) == b"\xff"
+
+
+def test_every_target_is_in_the_suite(tmp_path):
+    """None is for the long script alone."""
+    assert list(targets(tmp_path)) == NAMES
+
+
+def test_there_is_an_example_of_every_record():
+    """Whole: each is read in its own place, and as the kind that it is."""
+    assert {type(record) for record in records.EXAMPLES} == records.KINDS
+    for record, data in zip(records.EXAMPLES, records.whole(), strict=True):
+        reader = records.Reader()
+        with contextlib.suppress(LedgerDamagedError):
+            reader.read(data)
+        assert type(record) in reader.taken
