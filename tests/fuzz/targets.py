@@ -20,7 +20,7 @@ from shared.errors import (
 )
 from shared.manifest import TensorSpec
 from shared.tensors import TensorFile, TensorLayout, write_tensors
-from tests.fuzz import records
+from tests.fuzz import federations, records
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
 
@@ -168,5 +168,11 @@ def targets(folder: Path) -> dict[str, Target]:
         "federation": Target([FEDERATION.encode()], from_file(load_federation), ConfigError),
         "site": Target([SITE.encode()], from_file(load_site), ConfigError),
         "codecs": Target(payloads(), decode, GradualDiffError),
+        "federations": Target(
+            federations.scripts(),
+            lambda script: federations.disturb(folder / "federation", script),
+            GradualDiffError,
+            share=12,
+        ),
         "records": Target(records.whole(), records.Reader().read, GradualDiffError),
     }

@@ -6,12 +6,13 @@ import contextlib
 
 import pytest
 
+from coordinator.handlers import Coordinator
 from shared.errors import LedgerDamagedError
 from tests.fuzz import records
 from tests.fuzz.__main__ import first_failure, shorter
 from tests.fuzz.targets import Target, targets
 
-NAMES = ["wire", "tensors", "deltas", "federation", "site", "codecs", "records"]
+NAMES = ["wire", "tensors", "deltas", "federation", "site", "codecs", "federations", "records"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,6 +34,18 @@ def test_a_failing_input_is_found_and_made_short():
     found = first_failure(target, "suite", 1000)
     assert found is not None
     assert shorter(target, found) == b"\xff"
+
+
+def test_a_mistake_in_a_handler_is_found(tmp_path, monkeypatch):
+    """Although the message is refused for it and the run goes on."""
+
+    def mistaken(self, event, sender):
+        raise TypeError("no such thing")
+
+    target = targets(tmp_path)["federations"]
+    assert target.holds(b"")
+    monkeypatch.setattr(Coordinator, "on_message_refused", mistaken)
+    assert first_failure(target, "suite", 100) is not None
 
 
 def test_every_target_is_in_the_suite(tmp_path):
