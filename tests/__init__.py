@@ -1,0 +1,1 @@
+"""Names of tests are sentences; their docstrings state the property."""

@@ -18,22 +18,19 @@ from shared import errors
 from shared.config import FederationConfig, SiteConfig, load_federation, load_site
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("shared", "coordinator", "participant", "cli", "benchmarks", "docs")
+FOLDERS = ("shared", "coordinator", "participant", "cli", "benchmarks", "docs", "deploy")
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.toml"))
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def tree() -> set[str]:
-    """Every path in the README's tree; folders end in a slash."""
+def tree() -> list[str]:
+    """Every folder in the README's tree, as often as it is listed."""
     block = (ROOT / "README.md").read_text().split("```")[1]
-    paths, folders = set(), []
-    for line in block.strip().splitlines():
-        name, depth = line.split("#")[0].rstrip(), (len(line) - len(line.lstrip())) // 2
-        folders = folders[:depth]
-        path = "".join(folders) + name.strip()
-        paths.add(path)
-        if path.endswith("/"):
-            folders.append(name.strip())
+    paths, folders = [], []
+    for line in block.strip("\n").splitlines():
+        name, depth = line.split("#")[0].strip(), (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        paths.append("".join(folders))
     return paths
 
 
@@ -59,35 +56,47 @@ def walked() -> set[str]:
     return found
 
 
-def is_test_of_a_folder(path: str) -> bool:
-    """Whether the tree names the file's folder and not the file."""
-    return path.startswith("tests/") and path.count("/") > 1
+def test_the_tree_lists_every_folder_once():
+    """Missing, listed twice, not there: each is noticed. The top folders and their packages."""
+    parts = [path.split("/") for path in tracked()]
+    folders = {f"{path[0]}/" for path in parts if len(path) > 1 and not path[0].startswith(".")}
+    packages = {f"{p[0]}/{p[1]}/" for p in parts if p[2:] == ["__init__.py"] and p[0] != "tests"}
+    assert sorted(tree()) == sorted(folders | packages)
 
 
-def test_every_path_in_the_tree_exists():
-    """Nothing is listed that was renamed or removed."""
-    assert [path for path in sorted(tree()) if not (ROOT / path).exists()] == []
+def test_every_module_has_its_line_on_the_page_of_files():
+    """Each module once, under its folder; of tests that a folder holds, the folder."""
+    text = (ROOT / "docs" / "reference" / "files.md").read_text()
+    listed = []
+    for part in text.split("\n## ")[1:]:
+        folder = part.splitlines()[0]
+        names = re.findall(r"^\| `(\S+\.py)`", part, flags=re.MULTILINE)
+        listed += [folder, *(folder + name for name in names)]
+    modules = {p for p in tracked() if p.endswith(".py") and "/" in p}
+    in_folders = {p for p in modules if p.startswith("tests/") and p.count("/") > 1}
+    quiet = {p for p in modules if p.endswith(("/__init__.py", "/conftest.py"))}
+    folders = {f"{Path(p).parent}/" for p in modules}
+    assert sorted(folders - set(listed)) == []
+    files = [path for path in listed if path.endswith(".py")]
+    assert sorted(files) == sorted(modules - in_folders - quiet)
 
 
-def test_every_file_stands_in_the_tree():
-    """Whoever adds a file says in one line what it is for; of tests, which folder it is in."""
-    files = tracked()
-    wanted = {path for path in files if not is_test_of_a_folder(path)}
-    wanted |= {"/".join(path.split("/")[:2]) + "/" for path in files - wanted}
-    assert sorted(wanted - tree()) == []
+def test_the_readme_stays_short():
+    """It is read from top to bottom; what does not fit belongs to a page of docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_index_names_every_page_once():
+    """A page that is not in docs/index.md is not found; one that is there twice is asked for."""
+    named = re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text())
+    pages = [str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*/*.md")]
+    assert sorted(named) == sorted(pages)
 
 
 def test_without_git_the_same_files_are_found():
     """A source archive is held to the same list."""
     folders = tuple(f"{folder}/" for folder in (*FOLDERS, "tests"))
     assert {path for path in tracked() if path.startswith(folders)} <= walked()
-
-
-def test_every_path_in_the_tree_has_its_comment():
-    """A name without a line on what it is for helps nobody."""
-    block = (ROOT / "README.md").read_text().split("```")[1]
-    lines = block.strip().splitlines()
-    assert [line for line in lines if not re.fullmatch(r" *\S+ +# \S.*", line)] == []
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))

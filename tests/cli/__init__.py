@@ -1,0 +1,1 @@
+"""Tests of the commands, and of the demo's text and packages."""

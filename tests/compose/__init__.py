@@ -1,0 +1,1 @@
+"""Tests of the compose file, on a Docker engine of their own."""

@@ -1,0 +1,1 @@
+"""The crash table: each role is killed at every named point."""

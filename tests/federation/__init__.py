@@ -1,0 +1,1 @@
+"""Whole runs, with kills and bad input."""

@@ -1,0 +1,1 @@
+"""Tests of text, training and the packaged model."""
