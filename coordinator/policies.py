@@ -1,9 +1,9 @@
 """When a round closes, as a value: a policy looks at an open round and decides, or not yet.
 
 A decision lists which accepted deltas count and who is left out, and why. Carrying it out
-(``closing.json``, aggregation) is the same for all policies. Checking it is not: a further policy is
-one more function in ``POLICIES``, and its rules for ``runs verify`` in ``chain_checks.py`` (what a
-decision may say) and ``verification.py`` (whether each selected site is counted or left out).
+(``closing.json``, aggregation) is the same for all policies. Checking it is not: a further policy
+is one more function in ``POLICIES``, and its rules for ``runs verify`` in ``chain_checks.py`` (what
+a decision may say) and ``verification.py`` (whether each selected site is counted or left out).
 """
 
 from __future__ import annotations
