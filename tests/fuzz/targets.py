@@ -20,7 +20,7 @@ from shared.errors import (
 )
 from shared.manifest import TensorSpec
 from shared.tensors import TensorFile, TensorLayout, write_tensors
-from tests.fuzz import federations, records
+from tests.fuzz import federations, records, stores
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
 
@@ -173,6 +173,9 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda script: federations.disturb(folder / "federation", script),
             GradualDiffError,
             share=12,
+        ),
+        "stores": Target(
+            stores.scripts(), lambda data: stores.feed(data, file), GradualDiffError, share=100
         ),
         "records": Target(records.whole(), records.Reader().read, GradualDiffError),
     }

@@ -8,11 +8,21 @@ import pytest
 
 from coordinator.handlers import Coordinator
 from shared.errors import LedgerDamagedError
-from tests.fuzz import records
+from tests.fuzz import records, stores
 from tests.fuzz.__main__ import first_failure, shorter
 from tests.fuzz.targets import Target, targets
 
-NAMES = ["wire", "tensors", "deltas", "federation", "site", "codecs", "federations", "records"]
+NAMES = [
+    "wire",
+    "tensors",
+    "deltas",
+    "federation",
+    "site",
+    "codecs",
+    "federations",
+    "stores",
+    "records",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,6 +32,15 @@ def test_damaged_input_is_refused_by_an_error_of_the_tree(tmp_path, name):
     for data in target.examples:
         assert target.holds(data)
     assert first_failure(target, "suite", target.share) is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answers"),
+    [(question, answers) for question, known in stores.QUESTIONS.items() for answers in known],
+)
+def test_a_whole_answer_of_a_store_is_taken(tmp_path, question, answers):
+    """So that what is damaged is whole without the damage."""
+    stores.feed(stores.script(question, answers), tmp_path / "input")
 
 
 def test_a_failing_input_is_found_and_made_short():
