@@ -48,7 +48,7 @@ def attempt(check: str, call: Callable[[], str]) -> Iterator[Finding]:
         yield Finding(check, "FAIL", str(error))
     except OSError as error:
         where = error.filename or "a file"
-        yield Finding(check, "FAIL", f"{where}: {error.strerror or error}; mend that path")
+        yield Finding(check, "FAIL", f"{where}: {error.strerror or error}; fix that path")
 
 
 def check_secret(setting: str, path: Path) -> Iterator[Finding]:
@@ -108,7 +108,7 @@ def check_tls(section: BrokerSection, folder: Path) -> Iterator[Finding]:
         yield Finding(
             "tls",
             "WARN",
-            f"broker.url is plain text to {address.host}: everyone on the way can "
+            f"broker.url is plain text to {address.host}: anybody on the network path can "
             "read passwords and alter messages; use amqps://",
         )
 

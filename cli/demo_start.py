@@ -161,7 +161,7 @@ def _check_same(asked: Asked, place: Place) -> None:
     if other:
         raise RunExistsError(
             f"run {place.run} is not finished and began with other options: {'; '.join(other)}. "
-            f"Go on with it: {shlex.join(['gradualdiff', 'demo', '--dir', str(asked.folder)])} "
+            f"Resume it: {shlex.join(['gradualdiff', 'demo', '--dir', str(asked.folder)])} "
             f"{'--name ' + place.run if asked.name else '(no other option)'}; or begin another "
             "one beside it: add --fresh, or --name with another name"
         )

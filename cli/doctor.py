@@ -1,4 +1,4 @@
-"""``gradualdiff doctor``: tries all that a coordinator or a site needs, and says what to mend.
+"""``gradualdiff doctor``: tries all that a coordinator or a site needs, and says what to fix.
 
 Looks, and leaves things as they are: what it writes, it removes.
 """
@@ -63,7 +63,7 @@ def doctor(
         print_json(Report(kind, str(file), not failed, found))
     if failed:
         raise GradualDiffError(
-            f"{file}: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}; mend what "
+            f"{file}: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}; fix what "
             "each of them says, then run gradualdiff doctor again"
         )
 
@@ -77,7 +77,7 @@ def _kind(file: Path) -> str:
             f"{file}: cannot be read: {error}; give the path of a federation.toml or a site.toml"
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: is not TOML: {error}; mend that line") from None
+        raise ConfigError(f"{file}: is not TOML: {error}; fix that line") from None
     if "site" in tables:
         return "site"
     if "run" in tables:

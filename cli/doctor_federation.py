@@ -205,7 +205,7 @@ def _account(store: ObjectStore, site: str, on_broker: set[str]) -> Finding:
     except GradualDiffError as error:
         return Finding(check, "FAIL", str(error))
     if found is None or found.state == "removed":
-        return Finding(check, "FAIL", f"there is none; run gradualdiff sites add {site}")
+        return Finding(check, "FAIL", f"has no account; run gradualdiff sites add {site}")
     if found.state != "active":
         word = {"adding": "add", "removing": "remove"}.get(found.state, "rotate")
         return Finding(

@@ -137,7 +137,7 @@ def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
         yield from check_clock(f"{parts.scheme}://{parts.netloc}/", ca_file, "broker.ca_file")
     else:
         yield Finding(
-            "clock", "FAIL", f"--store-url: expected https://HOST:PORT, got {url!r}; mend it"
+            "clock", "FAIL", f"--store-url: expected https://HOST:PORT, got {url!r}; fix it"
         )
 
 
@@ -193,7 +193,7 @@ def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:
             yield Finding(
                 "base model",
                 "FAIL",
-                f"{model}: expected a folder, got none; put the model there or mend accept.models",
+                f"{model}: expected a folder, got none; put the model there or fix accept.models",
             )
 
 

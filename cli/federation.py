@@ -158,15 +158,15 @@ def _why_stuck(state: RunState, store: Path) -> str:
     run, steering = state.config.run.name, state.steering
     if steering.paused is not None and state.genesis is not None and state.opened is None:
         return (
-            f"run {run} is paused after round {state.last_round}: {steering.paused}. Go on with: "
-            f"gradualdiff runs resume {run} --store {store}, then start this again"
+            f"run {run} is paused after round {state.last_round}: {steering.paused}. Resume it "
+            f"with: gradualdiff runs resume {run} --store {store}, then start this again"
         )
     short = _too_few(state)
     if steering.excluded and not state.waiting_for and state.genesis is not None:
         out = "; ".join(f"{site} ({why})" for site, why in sorted(steering.excluded.items()))
         return (
-            f"run {run} cannot go on: nobody is left to wait for, operators took out {out}{short}. "
-            "End it "
+            f"run {run} cannot continue: no site is left to wait for, since operators excluded "
+            f"{out}{short}. Stop it "
             f"with its last result: gradualdiff runs stop {run} --reason WHY --store {store}"
         )
     where = f"round {state.opened.round}" if state.opened else "the start"
@@ -178,9 +178,9 @@ def _why_stuck(state: RunState, store: Path) -> str:
     waiting = [f"{site} ({known.get(site, 'no word from it')})" for site in state.waiting_for]
     waiting += [f"{s} ({why})" for s, why in state.declined.items() if s not in state.waiting_for]
     return (
-        f"run {run} cannot go on: {where} waits for {'; '.join(waiting) or 'nobody'}"
+        f"run {run} cannot continue: {where} waits for {'; '.join(waiting) or 'nobody'}"
         f"{short}. "
-        "Mend the cause at the site, then resume; everything finished is in the ledger. "
+        "Fix the cause at the site, then resume; everything finished is in the ledger. "
         "A setting of the run is on record: before its first round is closed the run may begin "
         "anew with others; later, choose another run.name"
     )

@@ -139,7 +139,7 @@ def watch(
             if not error.retryable:
                 raise
             if not away:
-                say(f"the store is away, trying on: {error}", stderr=True)
+                say(f"the store is away, trying again: {error}", stderr=True)
             away = True
         else:
             away = False
@@ -187,9 +187,9 @@ def _in_the_way(standing: Standing, status: RunStatus | None) -> str:
 
 
 def _odd(standing: Standing) -> str:
-    """Who has to be mended before the run can begin, if anybody has."""
+    """Who has to be fixed before the run can begin, if anybody has."""
     odd = sorted(standing.unfit)
-    return f"waits until {', '.join(odd)} is mended and started again" if odd else ""
+    return f"waits until {', '.join(odd)} is fixed and started again" if odd else ""
 
 
 def _too_few(standing: Standing) -> str:

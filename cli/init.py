@@ -142,7 +142,7 @@ def _toml(value: object) -> str:
 def _write(texts: Mapping[Path, str]) -> None:
     there = [str(path) for path in texts if path.exists()]
     if there:
-        raise ConfigError(f"{', '.join(there)}: there already; name another DIR, or remove it")
+        raise ConfigError(f"{', '.join(there)}: already exists; name another DIR, or remove it")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

@@ -73,7 +73,7 @@ def main() -> None:
         sys.exit(complain(error))
     except OSError as error:
         where = error.filename or "a file"
-        sys.exit(complain(StoreError(f"{where}: {error.strerror or error}; mend that path")))
+        sys.exit(complain(StoreError(f"{where}: {error.strerror or error}; fix that path")))
 
 
 if __name__ == "__main__":

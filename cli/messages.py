@@ -85,7 +85,7 @@ def show_message(
 
 def title_of(message: ShownMessage) -> str:
     """The message for a person in one line."""
-    who = message.sender or "nobody (the broker knows no sender)"
+    who = message.sender or "nobody (the broker names no sender)"
     if message.problem is not None:
         return f"{message.bytes} bytes that do not decode, from {who}"
     run = f", run {message.run}" if message.run else ""

@@ -202,7 +202,7 @@ def agree(question: str, *, yes: bool) -> None:
         if sys.stdin.isatty():
             raise
         raise ConfigError(
-            "--yes: expected it, or an answer to the question above, got neither"
+            "--yes: expected this option, or an answer to the question above, got neither"
         ) from None
     if not agreed:
         raise typer.Abort

@@ -33,8 +33,12 @@ def prune(
             "delete also the adapters before the last N rounds.",
         ),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only say what.")] = False,
-    reason: Annotated[str, typer.Option("--reason", help="Why; it stays on record.")] = "room",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete. Without this option it only lists what would go.")
+    ] = False,
+    reason: Annotated[
+        str, typer.Option("--reason", help="The reason, which stays on record.")
+    ] = "room",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,7 +64,7 @@ def prune(
     if yes and plan.uploads:
         _say(f"Deleted {len(plan.uploads)} uploads; no record speaks of them")
     if plan.all and not yes:
-        _say("Nothing was deleted. To do it, say it again with --yes")
+        _say("Nothing was deleted. To delete them, repeat the command with --yes")
 
 
 def _show(plan: Plan) -> None:

@@ -139,7 +139,7 @@ def redrive(
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
-    """Send dead letters back to the queue that they came from, once their cause is mended.
+    """Send dead letters back to the queue that they came from, once their cause is fixed.
 
     Each goes back in the name of the account that sent it, or stays. What a site sent can go back
     only if this account may speak for others: an operator gives it the tag for that long

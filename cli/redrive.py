@@ -112,8 +112,8 @@ class _Redrive:
 def _only_by(sender: str, account: str) -> str:
     return (
         f"only {sender} can send it again, since {account} may not speak for others (it lacks the "
-        f"tag impersonator): restart the participant of {sender}, and the ledger rings again for "
-        "all that is owed; then purge"
+        f"tag impersonator): restart the participant of {sender}, and the coordinator sends "
+        "everything that is pending again; then purge"
     )
 
 
@@ -145,7 +145,8 @@ def _destination(refusal: MessageRefused, event: Event) -> tuple[Message, str]:
     if refusal.reported_by is not None:
         raise _StaysError(
             f"{refusal.reported_by} reported it, and a site's word for a sender counts for "
-            f"nothing: restart the participant of {refusal.reported_by}, and the ledger rings again"
+            f"nothing: restart the participant of {refusal.reported_by}, and the coordinator sends "
+            "it again"
         )
     if sender is None:
         raise _StaysError("nobody knows who sent it, so nobody would take it")
@@ -165,7 +166,7 @@ def _check_proven(routing_key: str | None, sender: str) -> None:
     if routing_key is None:
         raise _StaysError(
             f"an earlier release did not note its routing key, so that it came from {sender} is "
-            f"not proven: restart the participant of {sender}, and the ledger rings again"
+            f"not proven: restart the participant of {sender}, and the coordinator sends it again"
         )
     claimed = topology.site_of_key(routing_key)
     if claimed != sender:

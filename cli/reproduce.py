@@ -102,7 +102,7 @@ def _say_how_to_go_on(folder: Path, command: str) -> Iterator[None]:
         yield
     except InterruptedRunError as error:
         raise InterruptedRunError(
-            f"{error}; what is done is on file. Go on with: {command}"
+            f"{error}; what is done is saved. Resume it with: {command}"
         ) from None
     except (IntegrityError, LedgerDamagedError, ObjectMissingError) as error:
         raise type(error)(

@@ -124,7 +124,7 @@ def verify(
         print_json(found)
     elif not found.findings:
         console().print(
-            f"[green]run {run} is what it says[/green]: {found.rounds} rounds, "
+            f"[green]run {run} verified[/green]: {found.rounds} rounds, "
             f"{found.recomputed} of them recomputed from {found.deltas} deltas, "
             f"adapter sha256 {found.adapter_sha}"
         )
@@ -138,7 +138,7 @@ def verify(
     if found.findings:
         lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
         raise LedgerDamagedError(
-            f"run {run} is not what it says:\n" + "\n".join(lines) + "\n"
+            f"run {run} failed verification:\n" + "\n".join(lines) + "\n"
             "Restore these objects from a copy of the store; other rounds are unharmed"
         )
 

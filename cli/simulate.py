@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def simulate(
     federation: Annotated[Path, typer.Argument(help="The run's federation.toml.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that the store holds already.")
+        bool, typer.Option("--resume", help="Resume a run that the store holds.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,8 +92,8 @@ def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: boo
         if ended or ledger.federation().digest != config.digest:
             return True
     raise RunExistsError(
-        f"run {run} is in this store already; go on with it by --resume, choose another run.name, "
-        f"or delete it: gradualdiff runs delete {run} --store {store.root}"
+        f"run {run} already exists in this store; resume it with --resume, choose another "
+        f"run.name, or delete it: gradualdiff runs delete {run} --store {store.root}"
     )
 
 
@@ -202,8 +202,8 @@ def run_here(
             return run_embedded(config, learners, embedding)
         except InterruptedRunError:
             raise InterruptedRunError(
-                f"run {config.run.name} was stopped; everything finished is on record. "
-                f"Go on with: {again}"
+                f"run {config.run.name} was stopped; everything finished is saved. "
+                f"Resume it with: {again}"
             ) from None
 
 

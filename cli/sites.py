@@ -253,7 +253,7 @@ def _tell(office: Office, name: str, folder: Path, done: str, *, as_json: bool) 
         return
     out = console()
     out.print(f"site {name} is {done}; its kit is in {folder}", soft_wrap=True, markup=False)
-    out.print(f"next: bring it to the site on a safe way; {PASSWORD_FILE} is a secret")
+    out.print(f"next: deliver it to the site over a secure channel; {PASSWORD_FILE} is a secret")
     if is_loopback(urlsplit(url).hostname or ""):
         out.print(
             "note: its broker address is this machine's own; for a site elsewhere set "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from coordinator.operating import Action
     from shared.ledger import Ledger
 
-ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stays on record.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
 NO_REASON = "no reason given"
 WHEN = "A coordinator at work sees it within seconds; else the next start does."
 
@@ -47,7 +47,7 @@ def pause(
         if number
         else "No further round begins.",
         WHEN,
-        f"Go on with: gradualdiff runs resume {run} --store {store}",
+        f"Resume it with: gradualdiff runs resume {run} --store {store}",
     )
 
 

@@ -132,8 +132,8 @@ class ManagementDoor:
             )
         except urllib3.exceptions.SSLError as error:
             raise BrokerUnavailableError(
-                f"{self._where}: no trusted TLS: {error}; check broker.management_url and "
-                "broker.ca_file"
+                f"{self._where}: its TLS certificate is not trusted: {error}; check "
+                "broker.management_url and broker.ca_file"
             ) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise BrokerUnavailableError(
@@ -277,7 +277,8 @@ def _management_url(section: OperatedBrokerSection) -> str:
     if plain and not is_loopback(parts.hostname):
         raise ConfigError(
             f"broker.management_url: expected https to {parts.hostname}, got plain text, which "
-            "anybody on the way can read, the administrator's password too; use https, or say "
+            "anybody on the network path can read, the administrator's password too; use https, or "
+            "say "
             'broker.transport = "plaintext"'
         )
     return url

@@ -10,7 +10,7 @@ really has. Repeating the same call heals a crash anywhere: ``add`` and ``rotate
 password, since the first one was given to nobody; ``remove`` removes again.
 
 One person at a time changes a site's account: a record that somebody else changed meanwhile is a
-ConfigError, and ``rotate`` mends it.
+ConfigError, and ``rotate`` fixes it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Accounts:
         found = self._existing(site)
         if found.state == "removing":
             raise ConfigError(
-                f"site {site}: is half removed; repeat gradualdiff sites remove {site}"
+                f"site {site}: is only partly removed; repeat gradualdiff sites remove {site}"
             )
         return self._give_password(self._write(self._next(found, "rotating")))
 
@@ -243,11 +243,11 @@ class Accounts:
                 )
         elif found.state == "removing":
             raise ConfigError(
-                f"site {site}: is half removed; repeat gradualdiff sites remove {site}"
+                f"site {site}: is only partly removed; repeat gradualdiff sites remove {site}"
             )
         elif found.state != "adding":
             raise ConfigError(
-                f"site {site}: is there already; gradualdiff sites rotate {site} makes a new "
+                f"site {site}: already exists; gradualdiff sites rotate {site} makes a new "
                 "password and writes the kit again"
             )
         return found

@@ -26,7 +26,7 @@ def admit(config: FederationConfig, delivery: Delivery, event: Event) -> str:
     if run is not None and run != config.run.name:
         raise ProtocolError(f"run: expected {config.run.name}, got {run} from {sender}")
     if sender not in (*config.run.participants, COORDINATOR):
-        raise ProtocolError(f"sender: {sender} is no participant of {config.run.name}")
+        raise ProtocolError(f"sender: {sender} is not a participant of {config.run.name}")
     return sender
 
 

@@ -61,9 +61,9 @@ def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
     config = parent.config()
     if config.aggregation.averaging == "flora":
         raise ConfigError(
-            f'run {parent.run}: aggregation.averaging: expected another than "flora" to branch '
-            "from, whose adapters grow by a stack in each round that no site of the branch could "
-            "hold; to use one elsewhere: gradualdiff runs export"
+            f'run {parent.run}: a run with aggregation.averaging = "flora" cannot be branched: its '
+            "adapter grows in each round, and no site of the branch could hold it; to use the "
+            "adapter elsewhere, export it: gradualdiff runs export"
         )
     genesis, result = _results(parent, number)
     _check_is_new(child)
@@ -112,7 +112,7 @@ def _check_is_new(child: Ledger) -> None:
         child.store.stat(topology.federation_key(child.run))
     except ObjectMissingError:
         return
-    raise RunExistsError(f"run {child.run} is in this store already; choose another --name")
+    raise RunExistsError(f"run {child.run} already exists in this store; choose another --name")
 
 
 def _taken(run: str, origin: OriginRecord) -> str:

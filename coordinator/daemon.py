@@ -88,7 +88,7 @@ def serve(office: Office) -> RunState:
                 "coordinator.waits", run=run, reason=str(error), seconds=round(pause, 1)
             )
             stopping.wait(pause)
-    raise InterruptedRunError(f"run {run}: stopped; everything finished is on record")
+    raise InterruptedRunError(f"run {run}: stopped; everything finished is saved")
 
 
 def _revive(office: Office) -> None:

@@ -51,8 +51,8 @@ def refuse_if_active(store: ObjectStore, run: str, now: float) -> None:
     status = read_status(store, run)
     if status is not None and abs(now - status.at) < ACTIVE_SECONDS:
         raise FencedError(
-            f"run {run}: a coordinator is at work on it (it wrote {abs(now - status.at):.0f} s "
-            f"ago); end it, wait {ACTIVE_SECONDS:.0f} s, then say this again"
+            f"run {run}: a coordinator is active on it (it wrote {abs(now - status.at):.0f} s "
+            f"ago); stop it, wait {ACTIVE_SECONDS:.0f} s, then run this command again"
         )
 
 

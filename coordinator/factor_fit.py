@@ -114,7 +114,9 @@ class FactorFit:
         """
         layers = pairs(manifest)
         if 2 * len(layers) != len(manifest.tensors):
-            raise LedgerError('aggregation.averaging = "svd": the adapter is not of factors alone')
+            raise LedgerError(
+                'aggregation.averaging = "svd": the adapter does not consist of LoRA factors only'
+            )
         sent = ((delta.manifest or manifest).tensors for delta in self._deltas)
         self._specs = [{spec.name: spec for spec in specs} for specs in sent]
         waiting = iter(layers)

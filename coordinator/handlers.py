@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 # A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
 GRANT_SECONDS = 900.0
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more
-MOST_WORDS = 100  # of one site before the run begins: a site that is mended needs few
+MOST_WORDS = 100  # of one site before the run begins: a site that is fixed needs few
 
 
 class Coordinator:
@@ -171,7 +171,7 @@ class Coordinator:
     def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
         """Record the member. Idempotent: nothing is recorded of a word that was said before.
 
-        Until the run begins a site may be mended: then its last word counts.
+        Until the run begins a site may be fixed: then its last word counts.
         """
         if event.config_digest != self._config.digest:
             raise ProtocolError(

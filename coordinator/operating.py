@@ -58,8 +58,8 @@ def order(
     steering = steer(tuple(ledger.controls()))
     if steering.stopped is not None:
         raise LedgerError(
-            f"run {ledger.run} is told to stop ({steering.stopped}), and that is for good; "
-            f"go on from one of its rounds: {branch_command(ledger)}"
+            f"run {ledger.run} was stopped by an operator ({steering.stopped}) and cannot be "
+            f"resumed; to continue from one of its rounds: {branch_command(ledger)}"
         )
     if site is not None and site not in config.run.participants:
         raise ConfigError(f"site: expected one of {', '.join(config.run.participants)}, got {site}")
@@ -88,8 +88,8 @@ def refuse_if_finished(ledger: Ledger) -> None:
     except ObjectMissingError:
         return
     raise LedgerError(
-        f"run {ledger.run} is finished ({finished.reason}): nothing can be asked of it any more; "
-        f"go on from one of its rounds: {branch_command(ledger)}"
+        f"run {ledger.run} is finished ({finished.reason}): it accepts no further commands; "
+        f"to continue from one of its rounds: {branch_command(ledger)}"
     )
 
 

@@ -103,7 +103,7 @@ def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]
     """What the ledger owes a site that came online, in the order it needs it.
 
     ``first``: its process has just begun. A site that is given up in the open round gets another
-    try then, when somebody may have mended it, and not every minute.
+    try then, when somebody may have fixed it, and not every minute.
     """
     if site not in state.config.run.participants:
         return ()
@@ -302,7 +302,7 @@ def _toward_genesis(state: RunState) -> Step | None:
     timed_out = state.now - state.began >= section.start_timeout_seconds
     if not timed_out and state.waiting_for:
         return None
-    # Too few because a site declined or does not fit is no end: its operator mends the cause and
+    # Too few because a site declined or does not fit is no end: its operator fixes the cause and
     # starts it again.
     fitting = [site for site in state.members if site not in state.unfit]
     there = state.steering.in_force(fitting)

@@ -53,7 +53,7 @@ class Stacking:
     ) -> None:
         if not is_factors_only(manifest):
             raise LedgerError(
-                'aggregation.averaging = "flora": the adapter is not of factors alone'
+                'aggregation.averaging = "flora": the adapter does not consist of LoRA factors only'
             )
         self._adapter = adapter
         self._deltas = deltas

@@ -413,7 +413,7 @@ def errors_page() -> str:
         rows.append(f"| {kind.exit_code} | {kind.__name__} | {retryable} | {meaning} |")
     text = (
         "0 is success and 2 a command line that cannot be understood. Retryable: the same call may "
-        "go through later without anybody mending anything here.\n"
+        "go through later without anybody fixing anything here.\n"
     )
     return "\n".join(["# Exit codes and errors\n", NOTE, text, *rows, ""])
 

@@ -146,8 +146,8 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
     if not found:
         return ""
     return (
-        f"this site takes no part in round {task.round}: {'; '.join(found)}. Exclude the site, or "
-        "ask it to change [accept] in its site.toml"
+        f"this site does not take part in round {task.round}: {'; '.join(found)}. Exclude the "
+        "site, or ask it to change [accept] in its site.toml"
     )
 
 

@@ -71,14 +71,15 @@ class Guard:
         here = [one for one in taken.trainings if one.round == task.round]
         if taken.failures.get(task.round, 0) >= FAILURES_PER_ROUND:
             raise NotAcceptedError(
-                f"this site tries round {task.round} no more: it failed {FAILURES_PER_ROUND} times"
+                f"this site no longer tries round {task.round}: it failed {FAILURES_PER_ROUND} "
+                "times"
             )
         if this in here:
             return
         limit = self._accept.max_rounds
         if len(here) >= TRAININGS_PER_ROUND or (limit and len(taken.trainings) >= limit):
             raise NotAcceptedError(
-                f"this site takes no part in round {task.round}: expected at most "
+                f"this site does not take part in round {task.round}: expected at most "
                 f"{TRAININGS_PER_ROUND} trainings under one round number and accept.max_rounds = "
                 f"{limit or 'any'} in all, had {len(here)} and {len(taken.trainings)}; a run that "
                 "is begun anew under its name counts on: take another run.name, or have the site "

@@ -64,7 +64,7 @@ def load_optimizer(
     except (OSError, KeyError, IndexError, DecodeError) as error:
         raise ModelError(
             f"optimiser state {path.name} cannot be used: {error}; "
-            "remove it to go on with a fresh optimiser"
+            "remove it to continue with a fresh optimiser"
         ) from error
     # Through load_state_dict, which puts each tensor where the optimiser wants it.
     groups = optimizer.state_dict()["param_groups"]
@@ -78,6 +78,6 @@ def _moment(
     if value.shape != tuple(parameter.shape) or value.dtype != np.float32:
         raise ModelError(
             f"optimiser state: {moment}.{name}: expected float32 {tuple(parameter.shape)}, "
-            f"got {value.dtype} {value.shape}; remove the file to go on with a fresh optimiser"
+            f"got {value.dtype} {value.shape}; remove the file to continue with a fresh optimiser"
         )
     return torch.from_numpy(value.copy())

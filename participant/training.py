@@ -230,7 +230,7 @@ def _accumulate(
         if should_stop():
             raise InterruptedRunError(
                 f"round {place.number} of {place.site} was stopped in step {step + 1}; "
-                "it goes on from there at the next start"
+                "it continues from there at the next start"
             )
         torch.manual_seed(derive_seed(place.seed, place.site, place.number, step, micro))
         loss = model.answer_nll(batch[start : start + micro_size])

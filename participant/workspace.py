@@ -123,8 +123,9 @@ class Workspace:
             return TakenPart()
         except (OSError, ValidationError):
             raise StoreError(
-                f"{path}: expected what this site gave to run {run}, got what cannot be read; the "
-                "site trains no more in this run; remove the file to begin the count again"
+                f"{path}: expected the record of what this site gave to run {run}, got an "
+                "unreadable file; the site no longer trains in this run; remove the file to begin "
+                "the count again"
             ) from None
 
     def keep_taken_part(self, run: str, taken: TakenPart) -> None:
@@ -271,7 +272,7 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreUnavailableError(
-                f"{folder}: cannot be made ({error.strerror}); free space or mend its rights"
+                f"{folder}: cannot be made ({error.strerror}); free space or fix its rights"
             ) from None
         return folder
 

@@ -409,7 +409,7 @@ class FederationConfig(Section):
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.
 
-        What does as a release that did not have the setting is left out.
+        A newer setting is left out where its value does what releases without it did.
         """
         values = self.model_dump(mode="json", exclude=set(NOT_RECORDED))
         for table, before in _BEFORE.items():
@@ -592,7 +592,7 @@ def _load(path: Path, kind: type[AnyConfig]) -> AnyConfig:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not TOML: {error}; mend that line") from None
+        raise ConfigError(f"{path}: is not TOML: {error}; fix that line") from None
     except RecursionError:
         raise ConfigError(
             f"{path}: is not TOML: brackets are nested too deep; close each one that is open"

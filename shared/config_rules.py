@@ -67,7 +67,7 @@ def _ranks_of_participants(config: FederationConfig) -> Iterator[str]:
     if strangers:
         yield (
             f"lora.ranks: expected sites of run.participants, got {', '.join(strangers)}; "
-            "mend the name, or list it there"
+            "fix the name, or list it there"
         )
 
 

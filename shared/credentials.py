@@ -68,7 +68,7 @@ def read_secret(path: Path, setting: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(
-            f"{setting}: expected a file with the secret at {path}, got: {reason}; mend the path"
+            f"{setting}: expected a file with the secret at {path}, got: {reason}; fix the path"
         ) from None
     if not secret:
         raise ConfigError(f"{setting}: expected a secret in {path}, got an empty file")
@@ -81,7 +81,7 @@ def existing_file(folder: Path, name: str | None, setting: str) -> Path | None:
         return None
     path = folder / name
     if not path.is_file():
-        raise ConfigError(f"{setting}: expected a file at {path}, got none; mend the path")
+        raise ConfigError(f"{setting}: expected a file at {path}, got none; fix the path")
     return path
 
 
@@ -93,7 +93,7 @@ def check_transport(section: str, url: str, transport: str) -> None:
     if not is_loopback(parts.hostname or ""):
         raise ConfigError(
             f"{section}.url: expected TLS ({parts.scheme}s://) to {parts.hostname}, got plain "
-            f"text, which anybody on the way can read and alter; use TLS, or say "
+            f"text, which anybody on the network path can read and alter; use TLS, or say "
             f'{section}.transport = "plaintext"'
         )
 

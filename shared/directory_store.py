@@ -67,7 +67,7 @@ class DirectoryStore:
             if self._root.exists() and not self._root.is_dir():
                 raise StoreUnavailableError(f"{root}: expected a directory, got a file")
             if not self._root.exists() and not create:
-                raise StoreError(f"no store at {root}, check --store")
+                raise StoreError(f"no store at {root}; check --store")
             if not create:
                 return
             make_directories(self._temporary)
@@ -94,7 +94,7 @@ class DirectoryStore:
             try:
                 os.link(temp, target)
             except FileExistsError:
-                raise ObjectExistsError(f"{key}: is there already; read it and adopt it") from None
+                raise ObjectExistsError(f"{key}: already exists; read it and adopt it") from None
             sync_path(target.parent)
         return _info(key, written)
 

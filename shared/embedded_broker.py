@@ -248,8 +248,8 @@ class EmbeddedConsumer:
         with self._server.changed:
             if self._held is None or self._held[0] is not delivery:
                 raise StaleDeliveryError(
-                    f"{delivery.queue}: this delivery ({delivery.routing_key}) was settled before, "
-                    "or its connection is closed; receive it again"
+                    f"{delivery.queue}: this delivery ({delivery.routing_key}) was acknowledged or "
+                    "rejected before, or its connection is closed; receive it again"
                 )
             stored, self._held = self._held[1], None
             if requeue and not self._queue.give_back(stored, self._server.clock()):

@@ -153,13 +153,13 @@ class BrokerState:
     def exchange(self, name: str) -> Exchange:
         """The exchange of this name. Raises BrokerError."""
         if name not in self._exchanges:
-            raise BrokerError(f"exchange {name}: there is none; declare the topology first")
+            raise BrokerError(f"exchange {name}: does not exist; declare the topology first")
         return self._exchanges[name]
 
     def queue(self, name: str) -> QueueState:
         """The queue of this name. Raises BrokerError."""
         if name not in self._queues:
-            raise QueueMissingError(f"queue {name}: there is none; declare the topology first")
+            raise QueueMissingError(f"queue {name}: does not exist; declare the topology first")
         return self._queues[name]
 
 

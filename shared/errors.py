@@ -38,7 +38,7 @@
     `- InterruptedRunError    130   stopped by a person; nothing is lost
 
 ``exit_code`` is what the process ends with. ``retryable`` says that the same call may go through
-later without anybody mending anything here. Messages name the field or object, what was expected,
+later without anybody fixing anything here. Messages name the field or object, what was expected,
 what came, and what to do.
 """
 

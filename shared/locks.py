@@ -27,7 +27,7 @@ def held(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FencedError(
-                f"another process is at work on {what}; wait for it, or end it"
+                f"another process is using {what}; wait until it is done, or stop it"
             ) from None
         yield
     finally:

@@ -9,7 +9,7 @@ The only file that imports minio. Invariants:
 - Every request has a time limit; dropped connections and 5xx are tried again a few times. A
   ``create`` that is tried again may meet its own first try: ObjectExistsError, and who gets it
   reads the record and adopts it, as after any lost race.
-- Errors name the endpoint and the setting to mend; no key, no URL and no text of the server.
+- Errors name the endpoint and the setting to fix; no key, no URL and no text of the server.
 
 An upload in parts that a killed process left is invisible, but takes room: let the bucket's
 lifecycle rules drop such uploads after some days.
@@ -148,7 +148,7 @@ class S3Store:
     def check(self) -> None:
         """Try that the bucket is there, the keys are right and a create is conditional.
 
-        Writes and removes a small object below ``.probe/``. Raises StoreError saying what to mend:
+        Writes and removes a small object below ``.probe/``. Raises StoreError saying what to fix:
         the bucket, a key file, a clock, the server.
         """
         self._try_bucket()
@@ -199,7 +199,7 @@ class S3Store:
                 return ObjectInfo(key, len(data), _etag(response))
             code = error_code(response.data, response.status)
             if response.status == 412:
-                raise ObjectExistsError(f"{key}: is there already; read it and adopt it")
+                raise ObjectExistsError(f"{key}: already exists; read it and adopt it")
             if response.status == 501 or code == "NotImplemented":
                 raise StoreError(self._unconditional(f"it answered {code}"))
             # Two at once, and neither has won yet: ask again who did.
@@ -462,11 +462,11 @@ class S3Store:
     ) -> StoreError:
         """The error that an S3 error code or HTTP status means."""
         where = f"store at {self._where}"
-        mend = {
-            "InvalidAccessKeyId": "the access key is not known there; mend store.access_key_file",
-            "SignatureDoesNotMatch": "the secret key is wrong; mend store.secret_key_file",
+        fix = {
+            "InvalidAccessKeyId": "the access key is not known there; fix store.access_key_file",
+            "SignatureDoesNotMatch": "the secret key is wrong; fix store.secret_key_file",
             "AccessDenied": (
-                f"this key may not do that in bucket {self._bucket}; grant it, or mend "
+                f"this key may not do that in bucket {self._bucket}; grant it, or fix "
                 "store.access_key_file and store.secret_key_file"
             ),
             "NoSuchBucket": (
@@ -477,8 +477,8 @@ class S3Store:
                 "set both, best by NTP"
             ),
         }.get(code)
-        if mend is not None:
-            return StoreError(f"{what}: {where}: {mend} ({code})")
+        if fix is not None:
+            return StoreError(f"{what}: {where}: {fix} ({code})")
         if code == "NoSuchKey":
             return ObjectMissingError(f"{what}: no such object in bucket {self._bucket} of {where}")
         if code in _FULL or status == 507:

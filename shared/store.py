@@ -48,7 +48,7 @@ def read_again(read: Callable[[], str], sha256: str) -> str | None:
             return None
     if len(set(digests)) == 1:
         return f"{READS} reads gave {digests[-1]}: the stored object is damaged"
-    return f"{READS} reads differ, the last is {digests[-1]}: the way from the store is damaged"
+    return f"{READS} reads differ, the last is {digests[-1]}: the transfer damages the data"
 
 
 class ObjectStore(Protocol):

@@ -200,7 +200,7 @@ def member_key(run: str, site: str) -> str:
 
 
 def rejoined_key(run: str, site: str, number: int) -> str:
-    """A further word of a site that is mended; the first one is its member's record."""
+    """A further word of a site that is fixed; the first one is its member's record."""
     return f"runs/{run}/rejoined/{site}/{number:05d}.json"
 
 

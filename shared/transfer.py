@@ -452,7 +452,7 @@ def http_pool(ca_file: Path | None, setting: str, retries: urllib3.Retry) -> url
         reason = "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
         raise ConfigError(
             f"{setting}: expected a PEM file with certificates at {ca_file}, got: {reason}; "
-            "mend the path"
+            "fix the path"
         ) from None
     pool = _Pools(
         ssl_context=context,

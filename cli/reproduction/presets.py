@@ -148,7 +148,7 @@ def _parse(text: str, source: str) -> Preset:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: is not TOML: {error}; mend that line") from None
+        raise ConfigError(f"{source}: is not TOML: {error}; fix that line") from None
     training = values.get("training")
     if isinstance(training, dict) and "local_epochs" in training:
         # TrainingSection fills it in where it is not given: only here can one tell.

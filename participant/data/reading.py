@@ -130,8 +130,8 @@ def _json_object(path: Path, number: int, line: str) -> Row:
     except (json.JSONDecodeError, RecursionError) as error:
         where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
-            f"{path}: line {number}{where}: expected one JSON object a line, got what is no JSON; "
-            "mend that line"
+            f"{path}: line {number}{where}: expected one JSON object a line, got something else; "
+            "fix that line"
         ) from None
     if not isinstance(value, dict):
         raise DataError(
@@ -164,7 +164,7 @@ def _read_csv(path: Path, wanted: Collection[str] | None) -> Table:
         except csv.Error as error:
             raise DataError(
                 f"{path}: line {reader.line_num}: expected CSV, got: {error}; "
-                "mend that line, or give the text as JSONL"
+                "fix that line, or give the text as JSONL"
             ) from None
     return Table(path, "csv", tuple(header), rows)
 

@@ -64,7 +64,7 @@ def find_folder(model: str) -> Path:
             )
         return folder
     raise ModelError(
-        f"base.model: {model!r} is no folder here; give the path of a model folder "
+        f"base.model: {model!r} is not a folder here; give the path of a model folder "
         "or a hub id such as owner/name"
     )
 
@@ -101,7 +101,7 @@ def load_base(base: BaseSection, device: torch.device, compute_dtype: torch.dtyp
         except LOADING_ERRORS as error:
             raise ModelError(
                 f"base.model: {base.model!r} cannot be loaded as a causal language model: {error}; "
-                "mend or replace the folder"
+                "fix or replace the folder"
             ) from error
     _check_whole(base.model, loading["missing_keys"])
     network.requires_grad_(requires_grad=False)
@@ -167,7 +167,7 @@ def _download(model: str) -> Path:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=_WANTED_FILES))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise ModelError(
-            f"base.model: {model!r} is no folder here and cannot be had from the hub "
+            f"base.model: {model!r} is not a folder here and cannot be downloaded from the hub "
             f"({type(error).__name__}); give the path of a model folder, or check the id and the "
             "network"
         ) from error

@@ -86,7 +86,7 @@ class RabbitConnection:
             self._abort()
             raise BrokerUnavailableError(
                 f"broker {address}: no answer within {CONNECT_SECONDS:.0f} s; check broker.url and "
-                "the way there"
+                "the network"
             ) from None
 
     @property

@@ -92,8 +92,8 @@ class RabbitConsumer:
         with self._lock:
             if self._held is not delivery or not self._open:
                 raise StaleDeliveryError(
-                    f"{self._queue}: this delivery ({delivery.routing_key}) was settled before, "
-                    "or its connection is closed; receive it again"
+                    f"{self._queue}: this delivery ({delivery.routing_key}) was acknowledged or "
+                    "rejected before, or its connection is closed; receive it again"
                 )
             self._held = None
         channel, tag = self._channel, delivery.tag

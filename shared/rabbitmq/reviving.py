@@ -6,7 +6,7 @@ consumes from it or publishes into it waits for ever, or has its whole connectio
 INTERNAL_ERROR. Only deleting it helps. What was in it is told again from the ledger.
 
 A question that such a queue leaves open may break its connection later, when the queue is deleted.
-So what is probed and what is mended have connections of their own.
+So what is probed and what is fixed have connections of their own.
 """
 
 from __future__ import annotations

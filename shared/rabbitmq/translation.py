@@ -56,7 +56,7 @@ def translate(error: BaseException, address: BrokerAddress) -> BaseException:
         if known is not None:
             return known
     text = str(causes[-1]) or type(causes[-1]).__name__
-    return BrokerUnavailableError(f"broker {address}: {text}; check broker.url and the way there")
+    return BrokerUnavailableError(f"broker {address}: {text}; check broker.url and the network")
 
 
 def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
@@ -81,7 +81,7 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
         case pika.exceptions.ProbableAccessDeniedError():
             found = AccessRefusedError(
                 f"{where}: {address.account} may not use the virtual host {address.vhost}, or "
-                "there is none; check the end of broker.url"
+                "it does not exist; check the end of broker.url"
             )
         case pika.exceptions.ConnectionClosedByBroker(reply_code=code, reply_text=text):
             found = _closed(code, text, where)
@@ -95,7 +95,7 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
                 f"{where}: no TLS there ({error.reason or error}); check the port in broker.url"
             )
         case OSError(strerror=reason) if reason:
-            found = BrokerUnavailableError(f"{where}: {reason}; check broker.url and the way there")
+            found = BrokerUnavailableError(f"{where}: {reason}; check broker.url and the network")
     return found
 
 
@@ -106,7 +106,7 @@ def _closed(code: int, text: str, where: str) -> BrokerError:
         )
     if code == 541:
         return BrokerSilentError(
-            f"{where}: broke over a question and closed the connection: {text}; see its log"
+            f"{where}: failed on a request and closed the connection: {text}; see its log"
         )
     return BrokerUnavailableError(f"{where}: closed the connection: {text}")
 
@@ -118,7 +118,7 @@ def _refused(code: int, text: str, address: BrokerAddress) -> BrokerError:
     if code == 406 and argument:
         field = _ARGUMENTS.get(argument[1], argument[1])
         error = BrokerError(
-            f"{what}: {field}: was declared otherwise ({text}); "
+            f"{what}: {field}: was declared with other properties ({text}); "
             "delete it on the broker or ask for what is there"
         )
         error.declared_otherwise = named[2] if named else None
@@ -127,7 +127,7 @@ def _refused(code: int, text: str, address: BrokerAddress) -> BrokerError:
         return AccessRefusedError(f"{what}: not allowed to {address.account} ({text})")
     if code == 404:
         kind = QueueMissingError if named and named[1] == "queue" else BrokerError
-        return kind(f"{what}: there is none; declare the topology first ({text})")
+        return kind(f"{what}: does not exist; declare the topology first ({text})")
     return BrokerError(f"{what}: {text}")
 
 

@@ -87,7 +87,7 @@ def test_without_options_it_goes_on_with_all_that_it_had(started, own, tmp_path)
     stopped = started(*own, sites=Later)
     assert isinstance(stopped.exception, InterruptedRunError)
     assert str(stopped.exception).endswith(
-        f"Go on with: gradualdiff demo --dir {tmp_path / 'demo'}"
+        f"Resume it with: gradualdiff demo --dir {tmp_path / 'demo'}"
     )
     before = files(tmp_path / "demo")
     done = started()

@@ -209,7 +209,7 @@ def test_who_does_not_fit_is_told_until_it_is_mended(run):
     assert sites(waiting)["c"].state == "does not fit"
     assert sites(waiting)["c"].pending_since == START
     assert "give it the same weights" in sites(waiting)["c"].reason
-    assert waiting.reason == "waits until c is mended and started again"
+    assert waiting.reason == "waits until c is fixed and started again"
     assert (mended.reason, sites(mended)["c"].state) == ("", "joined")
 
 
@@ -418,7 +418,7 @@ def test_a_store_that_is_away_is_waited_for(run, capsys):
 
     views = run.views(leave, lambda: None, come_back)
     assert views[-1].state == "finished"
-    assert capsys.readouterr().err.count("trying on") == 1
+    assert capsys.readouterr().err.count("trying again") == 1
 
 
 def test_the_end_is_shown_in_lines_and_in_json(run):

@@ -116,7 +116,7 @@ def test_prune_says_what_is_lost_before_it_deletes(tmp_path):
     plan = gradualdiff("runs", "prune", "test", "--keep", "adapters", *store)
     assert plan.returncode == 0, plan.stderr
     assert "can no longer recompute rounds 1 to 3" in plan.stdout
-    assert "say it again with --yes" in plan.stdout
+    assert "repeat the command with --yes" in plan.stdout
     assert "pruned" not in gradualdiff("runs", "verify", "test", *store).stdout
     done = gradualdiff("runs", "prune", "test", "--keep", "adapters", "--yes", *store)
     assert "Deleted 9 objects" in done.stdout
@@ -131,7 +131,7 @@ def test_prune_says_what_is_lost_before_it_deletes(tmp_path):
     DirectoryStore(tmp_path / "store").put(upload, b"x")
     plan = gradualdiff("runs", "prune", "test", "--keep", "adapters", *store)
     assert "nothing: no round takes these uploads" in plan.stdout
-    assert "say it again with --yes" in plan.stdout
+    assert "repeat the command with --yes" in plan.stdout
     done = gradualdiff("runs", "prune", "test", "--keep", "adapters", "--yes", *store)
     assert "Deleted 1 uploads" in done.stdout
     assert list(DirectoryStore(tmp_path / "store").list(topology.INBOX)) == []

@@ -71,7 +71,7 @@ def test_a_missing_root_is_made(root):
 
 def test_a_missing_root_is_an_error_where_a_store_must_be(root):
     """``create=False`` is for commands that read a run: a wrong path is said, not made."""
-    with pytest.raises(StoreError, match=f"no store at {root}, check --store"):
+    with pytest.raises(StoreError, match=f"no store at {root}; check --store"):
         DirectoryStore(root, create=False)
     assert not root.exists()
     DirectoryStore(root)

@@ -276,7 +276,7 @@ def test_a_crashed_removal_is_finished_by_repeating_or_restoring(world, managed,
         accounts.remove(world.north)
     assert door.fired == 1
     for forbidden in (accounts.add, accounts.rotate):
-        with pytest.raises(ConfigError, match="half removed"):
+        with pytest.raises(ConfigError, match="partly removed"):
             forbidden(world.north)
     accounts.remove(world.north) if repeat == "remove" else accounts.restore()
     assert not can_log_in(world, world.north, password)

@@ -105,7 +105,7 @@ def test_the_same_branch_twice_ends_in_the_same_adapter(parent):
 
 def test_a_name_that_is_taken_is_refused(parent):
     """By a run, or by a branch that was not started yet."""
-    with pytest.raises(RunExistsError, match="run test is in this store already"):
+    with pytest.raises(RunExistsError, match="run test already exists in this store"):
         branch(parent, 2, "test")
     branch(parent, 2)
     with pytest.raises(RunExistsError, match="as a branch of test@2; start it"):

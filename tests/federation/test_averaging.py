@@ -256,7 +256,7 @@ def test_flora_has_no_branches(tmp_path):
     run(settings("flora", rounds=1), tmp_path / "parent")
     store = store_of(tmp_path / "parent")
     ledgers = [Ledger(store, name, "operator", lambda: 7.0) for name in ("test", "child")]
-    with pytest.raises(ConfigError, match=r'averaging: expected another than "flora"'):
+    with pytest.raises(ConfigError, match=r'averaging = "flora" cannot be branched'):
         branch_run(ledgers[0], 1, ledgers[1])
     assert list(store.list("runs/child/")) == []
     run(settings("fedavg", rounds=1), tmp_path)

@@ -365,6 +365,6 @@ def test_sites_that_operators_took_out_leave_too_few(tmp_path):
             ask(tmp_path, "exclude", "its text is wrong", site="e")
 
     sites["d"].fault = take_out
-    with pytest.raises(RunStuckError, match=r"took out e \(its text is wrong\).* needs 5 .*got 4"):
+    with pytest.raises(RunStuckError, match=r"excluded e \(its text is wrong\).* needs 5 .*got 4"):
         federations.run(settings, tmp_path, sites)
     assert len(records(tmp_path, ClosedRecord)) == 1

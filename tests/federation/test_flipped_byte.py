@@ -55,7 +55,7 @@ def test_a_download_with_a_flipped_byte_is_made_again(stores, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flips", "says"), [(ALWAYS, "the way from the store"), (0, "the stored object is damaged")]
+    ("flips", "says"), [(ALWAYS, "the transfer damages the data"), (0, "the stored object is damaged")]
 )
 def test_a_download_that_stays_damaged_says_which_side_it_is(stores, tmp_path, flips, says):
     """Other bytes each time are the way's doing, the same ones the store's. Nothing is kept."""
@@ -86,7 +86,7 @@ def test_a_delta_that_stays_damaged_says_which_side_it_is(stores, upload, tmp_pa
     """By the reason that the site hears, and by the error that ends the coordinator."""
     store, through, proxy = stores
     proxy.flip(ALWAYS)
-    with pytest.raises(DeltaRefusedError, match="the way from the store"):
+    with pytest.raises(DeltaRefusedError, match="the transfer damages the data"):
         Intake(through, tmp_path / "one").take(upload, MANIFEST, HEADER, None)
     proxy.heal()
     Intake(through, tmp_path / "two").take(upload, MANIFEST, HEADER, None)

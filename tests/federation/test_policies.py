@@ -36,7 +36,7 @@ def deploy(tmp_path, rabbit_server, vhost, s3_server):
 def verified(deployment: Deployment) -> list[tuple[str, int, int, float]]:
     """(site, from_round, round, weight) of all that counted; ``runs verify`` must agree first."""
     option = ("--federation", str(deployment.federation))
-    assert "is what it says" in deployment.command("runs", "verify", "tiny", *option).stdout
+    assert "verified" in deployment.command("runs", "verify", "tiny", *option).stdout
     counted = [
         (item.site, item.from_round, closing.round, item.weight)
         for closing in deployment.closings()

@@ -258,6 +258,6 @@ def test_a_site_waits_for_a_queue_that_is_not_there_yet(deploy, servers):
     rabbit.api("DELETE", f"queues/{deployment.vhost}/{site_queue('b')}")
     for site in "ab":
         deployment.start_participant(site)
-    deployment.wait_for("there is none", "b")
+    deployment.wait_for("does not exist", "b")
     deployment.start_coordinator()
     assert_same_result(deployment, 2)

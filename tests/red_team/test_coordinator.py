@@ -105,7 +105,7 @@ def test_failures_are_bounded_and_honest_ones_are_tried_again(hostile):
     assert tries == [1] * FAILURES_PER_ROUND
     reasons = [failed.reason for failed in attack.said(TrainingFailed)]
     assert reasons[0] == "ModelError (code 12); the site's own log says more"
-    assert "tries round 1 no more" in reasons[-1]
+    assert "no longer tries round 1" in reasons[-1]
 
 
 def test_other_settings_under_a_digest_that_was_accepted_are_declined(hostile):

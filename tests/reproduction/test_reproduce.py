@@ -211,7 +211,7 @@ def test_a_stop_while_measuring_names_a_command_that_goes_on(home):
                 break
         said += p.stderr.read()
     assert p.returncode == 130, said
-    again = shlex.split(said.split("Go on with: ")[1])
+    again = shlex.split(said.split("Resume it with: ")[1])
     assert again[0] == "gradualdiff"
     assert again[1:] == words[3:]
 
