@@ -34,7 +34,7 @@ def delete(
 ) -> None:
     """Delete a run with all its records and tensors, for good. Its name is then free.
 
-    Refused while a coordinator is at work on it. One that was cut off is finished by the next.
+    Refused while a coordinator is active on it. The next one finishes a deletion that was cut off.
     """
     from coordinator.deletion import delete_run, objects_of, refuse_if_active
     from coordinator.operating import operator, operator_ledger
@@ -74,7 +74,7 @@ def _state(store: ObjectStore, run: str) -> str:
 def run_lock(store: ObjectStore, run: str) -> Iterator[None]:
     """Hold a run in a directory store, from its folder's first moment on; elsewhere nothing.
 
-    Raises FencedError when another process of this machine is at work on it.
+    Raises FencedError when another process of this machine uses it.
     """
     from shared import topology
     from shared.directory_store import DirectoryStore

@@ -94,7 +94,7 @@ def demo(
 ) -> None:
     """A complete federation on this machine: five participants fine-tune one real model.
 
-    An interrupted demo goes on where it was when it is started again, and needs no option then but
+    An interrupted demo resumes where it was when it is started again, and needs no option then but
     --dir: model, text and settings are those that it began with.
     """
     from cli.demo_start import Asked, command, find_place, leaving_nothing

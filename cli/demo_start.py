@@ -1,4 +1,4 @@
-"""Which run a demo goes on with or begins, and where that run's settings and text lie.
+"""Which run a demo resumes or begins, and where that run's settings and text lie.
 
 The files of a run that could be resumed are never written over: a run that is begun beside an
 unfinished one gets a folder of its own, ``DIR/RUN``. All share ``DIR/store``.
@@ -117,7 +117,7 @@ def leaving_nothing(folder: Path) -> Iterator[None]:
 
 
 def command(asked: Asked) -> str:
-    """What goes on with the run: it needs no other option."""
+    """The command that resumes the run: it needs no other option."""
     words = ["gradualdiff", "demo", "--dir", str(asked.folder)]
     return shlex.join([*words, "--name", asked.name] if asked.name else words)
 

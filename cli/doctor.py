@@ -1,4 +1,4 @@
-"""``gradualdiff doctor``: tries all that a coordinator or a site needs, and says what to fix.
+"""``gradualdiff doctor``: checks all that a coordinator or a site needs, and says what to fix.
 
 Looks, and leaves things as they are: what it writes, it removes.
 """

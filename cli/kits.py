@@ -1,4 +1,4 @@
-"""What ``sites`` and ``setup`` share: the servers a federation.toml names, and a site's kit."""
+"""For ``sites`` and ``setup``: the servers of a federation.toml, and a site's onboarding kit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def open_office(federation: Path) -> Office:
 
 
 def accounts_of(office: Office) -> Accounts:
-    """Its sites' accounts, through the door that [broker] gives. Raises ConfigError."""
+    """Its sites' accounts, managed in the way that [broker] gives. Raises ConfigError."""
     from coordinator.account_doors import door_of
     from coordinator.accounts import Accounts
     from shared.credentials import broker_address
@@ -205,7 +205,7 @@ _SITE_TOML = """\
 
 [site]
 name = {name}
-workspace = "workspace"         # folder of the round in hand; keep it between starts
+workspace = "workspace"         # folder of the current round; keep it between starts
 
 [broker]
 {broker}

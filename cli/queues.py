@@ -144,9 +144,9 @@ def redrive(
     Each goes back in the name of the account that sent it, or stays. What a site sent can go back
     only if this account may speak for others: an operator gives it the tag for that long
     (rabbitmqctl set_user_tags ACCOUNT administrator impersonator). Otherwise restart the site's
-    participant: the ledger rings again for all that is owed. What a site reported stays, since its
-    word for the sender counts for nothing. What does not decode would only be refused again, and
-    stays too.
+    participant: the coordinator sends again all that is pending. What a site reported stays, since
+    its word for the sender counts for nothing. What does not decode would only be refused again,
+    and stays too.
 
     Each is published and confirmed before it is taken off: a crash in between doubles a message,
     which does no harm, and loses none. It may be given again.

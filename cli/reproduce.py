@@ -71,7 +71,7 @@ def reproduce(
 ) -> None:
     """Run the paper's arms on the same text and steps, and write its tables beside ours.
 
-    A run that was interrupted goes on where it was when the same command is given again.
+    A run that was interrupted resumes where it was when the same command is given again.
     """
     from cli.progress import make_display
     from cli.reproduction.arms import ARMS, check_arms

@@ -46,7 +46,7 @@ def coordinator(
 ) -> None:
     """Start or resume a run and bring it to its end; a second one stands by.
 
-    It may be killed at any time: started again, it goes on from the ledger.
+    It may be killed at any time: started again, it continues from the ledger.
     """
     from coordinator.daemon import Office, serve
     from shared.config import load_federation

@@ -39,7 +39,7 @@ def simulate(
     """Run a whole federation in this process: all roles, one base model, no server.
 
     The sites are the files that simulation.sites in it names. Ctrl-C loses nothing, a kill at
-    most what was trained since the last checkpoint; --resume goes on.
+    most what was trained since the last checkpoint; --resume continues.
     """
     from cli.progress import make_display
     from shared.config import load_federation

@@ -1,4 +1,4 @@
-"""``gradualdiff sites``: the sites' accounts on the broker, and the kit that a site begins with."""
+"""``gradualdiff sites``: the sites' accounts on the broker, and their onboarding kits."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def extend(
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """Let the run go on for more rounds than its settings say."""
+    """Extend the run beyond the rounds of its settings."""
     from coordinator.controls import steer
 
     ledger = _ledger(store, run)

@@ -1,4 +1,4 @@
-"""Two doors to a broker's accounts: the management API, or ``rabbitmqctl`` on its machine.
+"""Broker administration: accounts by the management API, or by ``rabbitmqctl`` on its machine.
 
 No password passes either: what is sent is RabbitMQ's own hash, in a body or on standard input and
 never on a command line. No error repeats a hash.
@@ -229,10 +229,10 @@ class CommandDoor:
 
 
 def door_of(section: OperatedBrokerSection, folder: Path) -> AccountDoor:
-    """The door that ``section`` names; the management API if it names both.
+    """The way that ``section`` names; the management API if it names both.
 
     Without a management account the coordinator's own account and password are taken. Raises
-    ConfigError when neither door is given or a setting of it cannot be used.
+    ConfigError when neither way is given or a setting of it cannot be used.
     """
     if section.management_url is not None:
         account, password = _administrator(section, folder)

@@ -2,7 +2,7 @@
 
 The store is the truth, the broker a copy of it: ``sites/<name>.json`` holds each account's password
 as the hash that the broker itself keeps, so that a wiped broker gets its accounts back and the
-passwords in the sites' hands go on working. A password is in nobody's records.
+sites' passwords keep working. A password is in nobody's records.
 
 A change is recorded first, then made on the broker, then recorded as done. Between the first and
 the last the record says what is under way and still holds the hash of the password that the site
@@ -113,7 +113,7 @@ class SiteAccount(Fact):
 
 
 def list_accounts(store: ObjectStore) -> list[SiteAccount]:
-    """Every site's record, by name, removed ones too; needs no door. Raises LedgerDamagedError."""
+    """Every site's record, by name, also removed ones; needs none. Raises LedgerDamagedError."""
     accounts = []
     for info in store.list(account_prefix()):
         with contextlib.suppress(ObjectMissingError):
@@ -122,7 +122,7 @@ def list_accounts(store: ObjectStore) -> list[SiteAccount]:
 
 
 def find_account(store: ObjectStore, site: str) -> SiteAccount | None:
-    """The site's record, None without one; needs no door.
+    """The site's record, None without one; needs no broker.
 
     Raises ConfigError for a name that cannot be, LedgerDamagedError.
     """
@@ -136,7 +136,7 @@ def find_account(store: ObjectStore, site: str) -> SiteAccount | None:
 class Accounts:
     """The sites' accounts in one virtual host. ``clock``: seconds since the epoch.
 
-    Every method raises the store's errors; those that change something the door's too.
+    Every method raises the store's errors; those that change something the broker's too.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Accounts:
         return found is not None and found.state != "removed"
 
     def check_new(self, site: str) -> SiteAccount | None:
-        """The record that ``add`` would go on from, None without one.
+        """The record that ``add`` would continue from, None without one.
 
         Raises ConfigError for a site that is there already, for a name that cannot be, and for an
         account on the broker which is not ours: it may be the administrator's.

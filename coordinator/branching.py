@@ -29,7 +29,7 @@ ADAPTER_FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetens
 
 
 def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
-    """Why a run with these settings cannot go on from its origin; None when it can."""
+    """Why a run with these settings cannot continue from its origin; None when it can."""
     if origin is None:
         return None
     if config.aggregation.averaging == "flora":

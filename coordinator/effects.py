@@ -253,7 +253,7 @@ class Effects:
 
     def _round_for(self, site: str, state: RunState) -> RoundStarted:
         opened = state.opened
-        assert opened is not None  # this bell is only rung while a round is open
+        assert opened is not None  # this is only sent while a round is open
         url, expires_at = self._sign_adapter(opened.source_sha)
         trouble = state.troubles.get(site)
         return RoundStarted(
@@ -275,7 +275,7 @@ class Effects:
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:
         finished = state.finished
-        assert finished is not None  # this bell is only rung at the end
+        assert finished is not None  # this is only sent at the end
         url, expires_at = None, None
         if finished.sha is not None and site not in state.evaluated:
             url, expires_at = self._sign_adapter(finished.sha)

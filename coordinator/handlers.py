@@ -127,7 +127,7 @@ class Coordinator:
         self._ledger.begin(self._config)
 
     def start(self) -> None:
-        """Become the active one: rebuild the state, ring every bell that may have been lost.
+        """Become the active one: rebuild the state, repeat what may have been lost.
 
         The first delivery calls it: until then another coordinator may be at work, and this one
         only stands by.
@@ -163,7 +163,7 @@ class Coordinator:
     # Handlers --------------------------------------------------------------------------------
 
     def on_site_online(self, event: SiteOnline, sender: str) -> None:
-        """Answer with what the ledger owes the site. Idempotent: writes nothing."""
+        """Answer with what is pending for the site. Idempotent: writes nothing."""
         get_logger().info("site.online", holds_round=event.round)
         for bell in debts(self.state, sender, first=event.first):
             self._effects.ring(bell, self.state)

@@ -94,7 +94,7 @@ def refuse_if_finished(ledger: Ledger) -> None:
 
 
 def branch_command(ledger: Ledger) -> str:
-    """The command that goes on from the last result."""
+    """The command that continues from the last result."""
     return f"gradualdiff runs branch {ledger.run} --at {max(last_closed(ledger), 0)} --name NEW"
 
 

@@ -5,7 +5,7 @@ of the facts, so a restart is: fold the ledger's history, then carry out ``resum
 effect may be carried out twice without harm. No driver, clock, logger or file is known here.
 
 What must happen next is at most one durable step and is derived from the state alone
-(``next_step``); the rest of the effects ring bells: announcements that may be lost or repeated.
+(``next_step``); the rest are notifications, which may be lost or repeated.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
 
 
 def resume(state: RunState) -> tuple[Effect, ...]:
-    """What to do after a restart: ring every bell that may have been lost, then the next step."""
+    """After a restart: send every notification that may have been lost, then do the next step."""
     bells: list[Effect] = []
     if state.genesis is None and state.finished is None:
         bells.append(AnnounceRun(state.waiting_for))

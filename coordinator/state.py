@@ -58,7 +58,7 @@ class Aggregate:
     closing: ClosingRecord
 
 
-# Effects: bells ----------------------------------------------------------------------------------
+# Effects: notifications --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

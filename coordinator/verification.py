@@ -1,4 +1,4 @@
-"""Recompute a run from its objects: anybody with the ledger can tell whether it is what it says.
+"""Recompute a run from its objects: anybody with the ledger can verify the recorded results.
 
 Reads everything and writes nothing into the store. What only a site can know (its examples, tokens
 and losses) is taken as recorded, and a record that nothing follows from (a site that declined, an

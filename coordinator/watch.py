@@ -1,4 +1,4 @@
-"""Who was seen when and how far it is: for people who look on, never for a decision.
+"""Liveness: who was seen when, and how far it is. For people, never for a decision.
 
 Kept in memory and written over one object outside the run every few seconds. Losing it loses a
 look; the ledger knows nothing of it.
@@ -29,7 +29,7 @@ ONLINE_SECONDS = 150.0  # a site says every 60 s that it is there
 
 
 class SiteStatus(Fact):
-    """One site: when it was last heard (seconds since the epoch) and what it is at."""
+    """One site: when it was last heard (seconds since the epoch) and what it is doing."""
 
     seen: float
     progress_at: float | None = None

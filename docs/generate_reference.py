@@ -50,16 +50,16 @@ TOP = ("shared", "coordinator", "participant", "cli", "benchmarks", "deploy", "d
 SETTINGS = {
     "run.name": "The run's name in the store.",
     "run.seed": "Every random number of the run is derived from it.",
-    "run.rounds": "T: the run ends after so many rounds.",
+    "run.rounds": "T: the run ends after this many rounds.",
     "run.participants": "The sites that may take part, each name once.",
-    "run.min_participants": "So many are enough to begin once `start_timeout_seconds` are over. "
-    "Without it all must be ready.",
+    "run.min_participants": "This many sites are enough to begin once `start_timeout_seconds` are "
+    "over. Without it all must be ready.",
     "run.start_timeout_seconds": "How long the start waits for the sites that are missing.",
     "run.versions": '`"equal"`: the run fails if sites have different library versions or compute '
     'types. `"any"` allows it.',
     "base.model": "Path of a model folder, relative to this file, or a hub id. At a site that runs "
     "apart a relative path is relative to its `site.toml`.",
-    "base.quantisation": "How the frozen base is held: 4 bit, 8 bit, or as it is.",
+    "base.quantisation": "How the frozen base is kept in memory: 4 bit, 8 bit, or as it is.",
     "base.compute_dtype": "The type of its arithmetic.",
     "base.fingerprint": "The base model every site must hold. Without it they must agree.",
     "lora.rank": "r of the adapter.",
@@ -74,7 +74,7 @@ SETTINGS = {
     "training.gradient_accumulation": "Batches in one optimiser step.",
     "training.gradient_checkpointing": "Less memory for more time.",
     "training.learning_rate": "AdamW's rate, after the warm-up.",
-    "training.schedule": "Its course over the whole run, not over a round.",
+    "training.schedule": "How the rate changes over the whole run, not over a round.",
     "training.warmup_ratio": "Part of the run in which the rate rises from 0.",
     "training.weight_decay": "AdamW's weight decay.",
     "training.max_grad_norm": "Gradients are scaled down to this norm.",
@@ -86,37 +86,37 @@ SETTINGS = {
     "selection.fraction": 'With `"random"`: this part of the members, rounded up.',
     "policy.kind": "When a round closes: when all selected sites are in or excluded; likewise, "
     "but from the deadline on with a quorum; or as soon as a buffer is full.",
-    "policy.on_failure": "A site that is given up: the round waits for it, or goes on without it.",
-    "policy.max_attempts": "After so many failed trainings in a round a site is given up.",
-    "policy.quorum": "With `quorum`: so many of a round's own deltas are enough once deadline and "
-    "grace are over. Below it the round stays open.",
-    "policy.deadline_seconds": "With `quorum`: how long a round waits for everybody.",
+    "policy.on_failure": "Whether the round waits for a site that is given up, or goes without it.",
+    "policy.max_attempts": "After this many failed trainings in a round a site is given up.",
+    "policy.quorum": "With `quorum`: this many of a round's own deltas are enough once deadline "
+    "and grace are over. Below it the round stays open.",
+    "policy.deadline_seconds": "With `quorum`: how long a round waits for all sites.",
     "policy.deadline": "`adaptive`: median + `deadline_spread` x MAD of the seconds that the "
     "deltas of the last five rounds took, at most `deadline_seconds`.",
     "policy.deadline_spread": "With `adaptive`: how many deviations (1.4826 x MAD, at least a "
     "tenth of the median) beyond the median.",
-    "policy.grace_seconds": "So much longer the coordinator waits than it tells the sites.",
+    "policy.grace_seconds": "How much longer the coordinator waits than it tells the sites.",
     "policy.late": "With `quorum`: a delta that comes after its round closed is dropped, or counts "
     "in a later round with 1 / sqrt(1 + rounds since) of its weight.",
     "policy.max_staleness": "A delta that is more rounds old than this is not taken.",
-    "policy.buffer": "With `buffered`: a round closes with so many deltas, of whatever round.",
+    "policy.buffer": "With `buffered`: a round closes with this many deltas, of any round.",
     "aggregation.weights": "1/K each, or in proportion to the site's examples or tokens.",
     "aggregation.max_delta_norm": "A delta with a larger norm is refused.",
     "aggregation.averaging": "Which factors are trained, and how they are joined: see "
     "explanation/averaging.md. `flora` is refused over a quantised base.",
     "aggregation.rule": "The mean, or what withstands a bad site.",
-    "aggregation.assumed_bad": "f: so many bad deltas `trimmed-mean` and `multi-krum` withstand.",
-    "aggregation.clip_to_median": "A delta counts with at most so many times the median norm.",
+    "aggregation.assumed_bad": "f: how many bad deltas `trimmed-mean` and `multi-krum` withstand.",
+    "aggregation.clip_to_median": "A delta counts with at most this many times the median norm.",
     "server.optimizer": "What is done with the mean delta; `plain`: it is added.",
     "server.learning_rate": "The server's step size.",
     "server.momentum": "Momentum; beta_1 of the adaptive ones.",
     "server.second_momentum": "beta_2 of `fedadam` and `fedyogi`.",
-    "server.tau": "What keeps the adaptive ones from dividing by nothing.",
+    "server.tau": "Keeps the adaptive ones from dividing by zero.",
     "training.proximal_mu": "FedProx: mu / 2 x the squared distance from the round's adapter is "
     "added to the loss, before gradients are clipped.",
     "codec.name": 'How a delta travels: `"fp32"`, `"bf16"`, `"int8"`, or rounded at random to '
-    'so many levels a block: `"uniform256"`, `"uniform16"`, `"uniform4"`.',
-    "convergence.patience": "Stop after so many rounds without a better loss. Without it: never.",
+    '256, 16 or 4 levels in each block: `"uniform256"`, `"uniform16"`, `"uniform4"`.',
+    "convergence.patience": "Stop after this many rounds without a better loss. Without it: never.",
     "convergence.min_delta": "A loss is better if it fell by this many nats.",
     "broker.url": "`amqps://ACCOUNT@HOST:PORT/VHOST`, without the password.",
     "broker.password_file": "File with the account's password, relative to this file.",
@@ -125,7 +125,7 @@ SETTINGS = {
     "broker.transport": '`"plaintext"` allows a connection without TLS to another machine.',
     "broker.site_url": "HOST:PORT of the broker as sites reach it, if that differs.",
     "broker.management_url": "The management API, for `sites` and exact counts of `queues list`.",
-    "broker.management_account": "Its administrator, if the coordinator's account is none.",
+    "broker.management_account": "Its administrator, if the coordinator's account is not one.",
     "broker.management_password_file": "That account's password.",
     "broker.rabbitmqctl": "Or the command that reaches the broker's own tool, word by word.",
     "store.directory": "The ledger's folder, relative to this file. Not with `url`.",
@@ -143,7 +143,7 @@ SETTINGS = {
     "limits.burst": "Messages of one site that are looked at however fast they come.",
     "simulation.sites": "The `site.toml` of each participant, relative to this file.",
     "site.name": "One of the run's participants.",
-    "site.workspace": "Folder of the round in hand, relative to this file. `demo` and `simulate` "
+    "site.workspace": "Folder of the current round, relative to this file. `demo` and `simulate` "
     "do not read it: they use `sites/NAME` beside `federation.toml`.",
     "site.checkpoint_seconds": "While a round is trained, write adapter and optimiser state to the "
     "workspace this often, in seconds. A kill costs at most what was trained since.",
@@ -155,7 +155,7 @@ SETTINGS = {
     "data.text": "Column of plain text.",
     "data.group": "Column whose equal values stay on one side of the split.",
     "data.held_out_fraction": "Part of the text that is never trained on.",
-    "data.max_held_out": "At most so many held-out examples are measured.",
+    "data.max_held_out": "At most this many held-out examples are measured.",
     "data.split_seed": "Seed of the split. It is the site's own, not the run's.",
     "device.kind": "Where to train. In a simulation it must be the same at every site.",
     "accept.models": "Base models this site trains, as the run names them; a relative path is "
@@ -183,7 +183,7 @@ SETTINGS = {
 # Fields of events, records and their parts. One name means one thing everywhere.
 FIELDS = {
     "action": "What is asked.",
-    "activity": "What it is at: `load`, `evaluate`, `train` or `upload`.",
+    "activity": "What it is doing: `load`, `evaluate`, `train` or `upload`.",
     "scale": "What its values are multiplied by; below 1 where its norm was clipped.",
     "left_out": "By delta: why the rule did not take it.",
     "exactness_gap": "Frobenius norm of mean(BA) - mean(B) mean(A); for `svd` of what rank r "
@@ -212,8 +212,8 @@ FIELDS = {
     "cpu_threads": "Threads of torch.",
     "created": "When it was made, seconds since the epoch.",
     "data": "The message as it came.",
-    "deadline": "Until when everybody is waited for, seconds since the epoch.",
-    "deadline_seconds": "How long everybody is waited for.",
+    "deadline": "Until when the coordinator waits for all sites, seconds since the epoch.",
+    "deadline_seconds": "How long the coordinator waits for all sites.",
     "grace_seconds": "How much longer the coordinator waits than it tells the sites.",
     "weighting": "The rule that gave the weights.",
     "late_counts": "Whether a delta of a closed round is still taken.",
@@ -231,7 +231,7 @@ FIELDS = {
     "first_step_nll": "Loss of the first step.",
     "from_round": "The round it belongs to.",
     "get_url": "Where to fetch the adapter.",
-    "held_out": "Loss on text that nobody trained on.",
+    "held_out": "Loss on text that no participant trained on.",
     "init": "How round 1 begins.",
     "inputs": "The deltas that count, in order, with their weights.",
     "keep": "What was to be kept: `all`, `adapters` or `last:N`.",
@@ -283,8 +283,8 @@ FIELDS = {
     "size": "Bytes.",
     "source_held_out": "Loss of the adapter the round began with, over all sites.",
     "source_sha": "The adapter the round begins with.",
-    "state": "Whether the optimiser began anew or went on.",
-    "step": "How many are done.",
+    "state": "Whether the optimiser started fresh or kept its state.",
+    "step": "How many steps are done.",
     "steps": "Optimiser steps.",
     "target_modules": "The layers they belong to.",
     "tensors": "All trainable tensors by name.",
@@ -298,7 +298,7 @@ FIELDS = {
     "verdict": "What became of the delta.",
     "version": "Grows with every change.",
     "versions": "Libraries and their versions.",
-    "waiting_for": "Sites whose word is missing.",
+    "waiting_for": "Sites that the run waits for.",
     "weight": "Its share; the shares of a round sum to 1.",
     "writer": "The process that wrote it.",
 }
@@ -308,7 +308,7 @@ OVERRIDES = {
     "ControlRecord.site": "With `exclude`: whom.",
     "OpenedRecord.rounds": "T when the round opened, with every extension.",
     "OpenedRecord.members": "The sites among which it was selected.",
-    "RejoinedRecord.number": "Which word of this site it is; its last one counts.",
+    "RejoinedRecord.number": "Which answer of this site it is; its last one counts.",
     "MemberRecord.from_round": "The round from which it takes part.",
     "TrainingProgressed.seconds": "Since this activity began.",
     "SiteStatus.seconds": "Since this activity began.",

@@ -260,7 +260,7 @@ def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
 
 
 def _read(folder: Path, wanted: Belonging, step: int) -> Standing:
-    """Raises OSError, ValidationError or ValueError for whatever cannot be gone on from."""
+    """Raises OSError, ValidationError or ValueError for whatever cannot be resumed from."""
     record = Record.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     if record.digest != record.true_digest:
         raise ValueError(f"{PROGRESS_FILE} is not as it was written")

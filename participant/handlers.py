@@ -274,7 +274,7 @@ class Participant:
         return pause
 
     def _next_task(self) -> Task | None:
-        """Getting ready comes first: the queue may hold a round's bell from before a restart.
+        """Getting ready comes first: the queue may announce a round from before a restart.
 
         Then uploads: a delta that waits behind another training would be late.
         """
@@ -478,7 +478,7 @@ class Participant:
         get_logger().warning("grant.refused", run=run, reason=reason)
 
     def _request_once(self, submission: Submission) -> None:
-        """Request the upload unless that was done a moment ago: bells ring more than once."""
+        """Request the upload unless that was done a moment ago: notifications are repeated."""
         asked = self._requested.get(submission.sha)
         if asked is None or time.monotonic() - asked > ASK_SECONDS / 2:
             self._request_upload(submission)

@@ -1,4 +1,4 @@
-"""The site's line to the broker, which is cut now and then: what is published waits for the next.
+"""The site's outbox: what is published while the broker is away waits for the next connection.
 
 Two threads share it. The listening one connects and swaps connections; the working one publishes
 and never notices a cut but by waiting. What still waits at the end of the process is told again by

@@ -1,4 +1,4 @@
-"""Lends the one base model in memory to one site at a time.
+"""The model pool: lends the one base model in memory to one site at a time.
 
 Several sites of a process share a base (an embedded federation on one machine), and a process has
 one device: whoever trains or evaluates holds its lock for as long as it does.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from shared.config import BaseSection, LoraSection
 
-# Of the process and not of a shelf: torch's generators and thread count are the process's as well.
+# Of the process and not of a pool: torch's generators and thread count are the process's as well.
 _DEVICE_LOCK = threading.RLock()
 
 

@@ -1,4 +1,4 @@
-"""How far this site is, for those who look on: the newest word only, made when asked for."""
+"""How far this site is, for people who watch: the newest state only, made when asked for."""
 
 from __future__ import annotations
 

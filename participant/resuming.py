@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Resumable:
-    """One round in ``model``, gone on with from its newest checkpoint or begun.
+    """One round in ``model``, resumed from its newest checkpoint or begun.
 
     ``only``: the tensors that are trained. ``basis``: digest of what the bytes depend on beside the
     task. ``kept``: the optimiser state to begin with, if any. ``is_evaluated``: ``held_out`` is
@@ -69,7 +69,7 @@ class Resumable:
         self._checkpoints.save(self._standing(StepsDone()))
 
     def begin(self, task: RoundStarted, source: Callable[[str], NDArray[Any]]) -> Beginning:
-        """Put the adapter to go on from into the model; where training begins."""
+        """Put the adapter to resume from into the model; where training begins."""
         if self._begin.done.count and self._found is not None:
             with TensorFile(self._found.adapter) as adapter:
                 self._model.load_adapter(adapter.read)

@@ -1,7 +1,7 @@
 """The ``Learner`` port over a quantised language model: data in, adapter in, delta out.
 
 Composes what the neighbouring files do and decides nothing about training. Keeps nothing between
-two calls but the run's announcement and the site's tokenised text; the base is the shelf's.
+two calls but the run's announcement and the site's tokenised text; the base is the model pool's.
 """
 
 from __future__ import annotations

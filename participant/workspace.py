@@ -241,7 +241,7 @@ class Workspace:
         That one's optimiser state may be needed, however many rounds this site is not selected in.
         ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
         rounds whose delta was removed though nobody had taken it. A training of a closed round is
-        not gone on with after a kill: its checkpoints go.
+        not resumed after a kill: its checkpoints go.
         """
         lost = []
         failpoint("sweep.before")

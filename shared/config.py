@@ -222,7 +222,7 @@ class AggregationSection(Section):
 
     ``averaging``: which factors of a LoRA adapter are trained and how they are joined. ``rule``:
     what is taken of all deltas for each value; ``assumed_bad``: how many bad ones ``multi-krum``
-    and ``trimmed-mean`` withstand. ``clip_to_median``: a delta is scaled down to at most so many
+    and ``trimmed-mean`` withstand. ``clip_to_median``: a delta is scaled down to at most this many
     times the median norm of the round.
     """
 
@@ -299,7 +299,7 @@ class BrokerSection(Section):
 
 
 class OperatedBrokerSection(BrokerSection):
-    """The coordinator's view of the broker, with one of two doors to its accounts.
+    """The coordinator's view of the broker, with one of two ways to manage its accounts.
 
     ``site_url``: HOST:PORT as sites reach it, if that differs. ``management_account`` and its
     password file: an administrator of the management API, if the coordinator's account is none.
@@ -454,7 +454,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
 
 
 class SiteSection(Section):
-    """Who this site is and where it keeps the round in hand, and how often."""
+    """Who this site is and where it keeps the current round, and how often."""
 
     name: Name
     workspace: str = "workspace"

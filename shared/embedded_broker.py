@@ -2,7 +2,7 @@
 
 It carries wire bytes only, runs under the same contract tests as RabbitMQ and copies what is
 unkind about it: checked rights, returned deliveries, a delivery limit, dropped heads, expiry. All
-of it is forgotten when the process ends; the ledger rings the bell again.
+of it is forgotten when the process ends; the coordinator announces it again from the ledger.
 
 Invariants: one lock guards everything, and no caller's code but the clock runs while it is held;
 nothing is delivered but by ``receive``. What it must not know: events, runs, sites.

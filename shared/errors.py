@@ -11,7 +11,7 @@
     |- ForeignPackageError     15   another project's package has the name of one of ours
     |- LedgerError             20   the run's records
     |  |- LedgerDamagedError   21   an object of the ledger is missing, torn or altered
-    |  |- RunExistsError       22   the run is there already (or with another config)
+    |  |- RunExistsError       22   the run already exists (or has another config)
     |  |- RunNotFoundError     23   no such run or round in this store
     |  `- FencedError          24   another coordinator wrote the record first
     |- StoreError              30   the object store
@@ -85,7 +85,7 @@ class ModelError(GradualDiffError):
 
 
 class DivergedError(ModelError):
-    """A training or an adapter came to a loss that is no finite number."""
+    """A training or an adapter gave a loss that is not a finite number."""
 
     exit_code = 14
 
@@ -112,13 +112,13 @@ class LedgerError(GradualDiffError):
 
 
 class LedgerDamagedError(LedgerError):
-    """An object of the ledger is missing, torn or altered."""
+    """An object of the ledger is missing, incomplete or altered."""
 
     exit_code = 21
 
 
 class RunExistsError(LedgerError):
-    """The run is there already."""
+    """The run already exists."""
 
     exit_code = 22
 
@@ -199,7 +199,7 @@ class BrokerUnavailableError(BrokerError):
 
 
 class BrokerSilentError(BrokerUnavailableError):
-    """The broker was there but did not answer a question, or broke over it (INTERNAL_ERROR).
+    """The broker was there but did not answer a request, or failed on it (INTERNAL_ERROR).
 
     So behaves a queue that came back damaged: see ``shared/rabbitmq/reviving.py``.
     """
@@ -208,13 +208,13 @@ class BrokerSilentError(BrokerUnavailableError):
 
 
 class MessageRejectedError(BrokerSilentError):
-    """The broker did not take a message: a queue is full, or broken. The line is whole."""
+    """The broker did not take a message: a queue is full, or broken. The connection works."""
 
     exit_code = 48
 
 
 class QueueMissingError(BrokerError):
-    """There is no such queue: not yet, or its coordinator is just making it anew."""
+    """There is no such queue: not yet, or its coordinator is just declaring it again."""
 
     exit_code = 46
     retryable = True
@@ -239,7 +239,7 @@ class StaleDeliveryError(BrokerError):
 
 
 class DecodeError(GradualDiffError):
-    """Bytes from outside that are no event of ours. ``data`` keeps them for whoever looks."""
+    """Bytes from outside that are not one of our events. ``data`` keeps them for inspection."""
 
     exit_code = 50
 
@@ -249,7 +249,7 @@ class DecodeError(GradualDiffError):
 
 
 class ProtocolError(GradualDiffError):
-    """A well-formed event that may not be: wrong sender, run or order."""
+    """A well-formed event that is not allowed: wrong sender, run or order."""
 
     exit_code = 51
 
@@ -267,7 +267,7 @@ class RunFailedError(GradualDiffError):
 
 
 class RunStuckError(GradualDiffError):
-    """Nothing can move until somebody acts; the message names who waits for what."""
+    """No progress is possible until somebody acts; the message says who waits for what."""
 
     exit_code = 61
 

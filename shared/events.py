@@ -114,7 +114,7 @@ class DeltaAnswered(Event):
 class RoundClosed(Event):
     """Coordinator -> every member, when a round's result is on record.
 
-    ``late_counts``: a delta of a closed round is still taken, so whoever is at it goes on.
+    ``late_counts``: a delta of a closed round is still taken, so a site that trains it continues.
     """
 
     word = "closed"
@@ -125,7 +125,7 @@ class RoundClosed(Event):
 
 
 class RunFinished(Event):
-    """Coordinator -> every member, at the end. With a URL if the site still owes an evaluation."""
+    """Coordinator -> every member, at the end. With a URL if the site's evaluation is pending."""
 
     word = "finished"
     run: Name
@@ -140,7 +140,7 @@ class RunFinished(Event):
 
 
 class SiteOnline(Event):
-    """Site -> every coordinator, at start and after each reconnect: tell me what you owe me."""
+    """Site -> every coordinator, at start and after each reconnect: send what is pending for me."""
 
     word = "online"
     run: Name | None = None

@@ -49,7 +49,7 @@ class StampedRecord(Record):
 
 
 class FederationRecord(StampedRecord):
-    """The resolved config: all that can change the result."""
+    """The resolved config: everything that can change the result."""
 
     config: dict[str, Any]
     digest: Sha256
@@ -72,7 +72,7 @@ class MemberRecord(StampedRecord):
 
     @property
     def word(self) -> int:
-        """Which word of this site it is: the first one, unless it is said otherwise."""
+        """Which answer of this site it is: the first one, unless the record says otherwise."""
         return 1
 
     def key(self, run: str) -> str:
@@ -81,7 +81,7 @@ class MemberRecord(StampedRecord):
 
 
 class RejoinedRecord(MemberRecord):
-    """A further word of a site that did not fit at first. Its last one counts."""
+    """A further answer of a site that did not fit at first. Its last one counts."""
 
     number: Annotated[int, Field(ge=2, le=MOST)]
 
@@ -91,7 +91,7 @@ class RejoinedRecord(MemberRecord):
         return self.number
 
     def key(self, run: str) -> str:
-        """Numbered from 2: the first word is the member's record."""
+        """Numbered from 2: the first answer is the member's record."""
         return topology.rejoined_key(run, self.site, self.number)
 
 
@@ -153,7 +153,7 @@ class ControlRecord(StampedRecord):
 
 
 class PrunedRecord(StampedRecord):
-    """Objects that an operator had deleted: on record before the first of them was."""
+    """Objects that an operator deleted. Written before the first of them is deleted."""
 
     number: Number
     keep: str
@@ -167,7 +167,7 @@ class PrunedRecord(StampedRecord):
 
 
 class DeletingRecord(StampedRecord):
-    """The whole run is being deleted, by an operator or to begin anew. Nothing of it counts."""
+    """The whole run is being deleted, by an operator or to start over. Nothing of it counts."""
 
     by: str
 
@@ -221,7 +221,7 @@ class OpenedRecord(StampedRecord):
 
 
 class AcceptedRecord(StampedRecord):
-    """A VALID delta (not yet a counted one): it lies in the store and passed its checks."""
+    """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
     round: Number

@@ -55,7 +55,8 @@ def test_a_download_with_a_flipped_byte_is_made_again(stores, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flips", "says"), [(ALWAYS, "the transfer damages the data"), (0, "the stored object is damaged")]
+    ("flips", "says"),
+    [(ALWAYS, "the transfer damages the data"), (0, "the stored object is damaged")],
 )
 def test_a_download_that_stays_damaged_says_which_side_it_is(stores, tmp_path, flips, says):
     """Other bytes each time are the way's doing, the same ones the store's. Nothing is kept."""
