@@ -40,10 +40,10 @@ def setup(
     store = open_s3(config.store, folder)
     store.make_bucket()
     store.check()
-    out.print(f"store   {config.store.url}: bucket {config.store.bucket} is there and will do")
+    out.print(f"store   {config.store.url}: bucket {config.store.bucket} exists and can be used")
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
-    out.print(f"broker  queues for run {config.run.name} are there")
+    out.print(f"broker  queues for run {config.run.name} exist")
     office = open_office(federation)
     accounts = accounts_of(office)
     accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits

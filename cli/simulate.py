@@ -230,7 +230,7 @@ def _forget(store: DirectoryStore, run: str, display: Display) -> None:
 
     refuse_if_active(store, run, time.time())
     delete_run(operator_ledger(store, run, time.time), operator(), keep_origin=True)
-    display.say(f"run {run} had no closed round: it begins anew with these settings")
+    display.say(f"run {run} had no closed round: it starts over with these settings")
 
 
 @contextlib.contextmanager

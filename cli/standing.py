@@ -214,7 +214,7 @@ def awaited(standing: Standing, site: str) -> str:
     now = standing.round
     if standing.finished is not None:
         return "nothing: the run is finished"
-    out = {"it declined": standing.declined, "an operator took it out": standing.steering.excluded}
+    out = {"it declined": standing.declined, "an operator excluded it": standing.steering.excluded}
     for word, reasons in out.items():
         if site in reasons:
             return f"nothing: {word}: {reasons[site]}"
@@ -227,7 +227,7 @@ def awaited(standing: Standing, site: str) -> str:
     if odd is None and (site in standing.members or now.number >= 0):
         return "nothing: it joined" if site in standing.members else "nothing: it did not join"
     again = "" if odd is None else f" ({odd})"
-    return f"its word that it is ready is awaited since {moment(now.since)}{again}"
+    return f"its answer that it is ready is awaited since {moment(now.since)}{again}"
 
 
 def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:

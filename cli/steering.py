@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
 NO_REASON = "no reason given"
-WHEN = "A coordinator at work sees it within seconds; else the next start does."
+WHEN = "A running coordinator sees it within seconds, otherwise the next start does."
 
 
 def pause(
@@ -43,7 +43,7 @@ def pause(
         return
     number = open_round(ledger)
     _say(
-        f"Round {number} goes on to its end; then nothing begins."
+        f"Round {number} continues to its end; no further round begins."
         if number
         else "No further round begins.",
         WHEN,
@@ -102,14 +102,14 @@ def extend(
     _say(
         f"The run now ends after round {total}. Rounds that open from now on take their place on "
         f"the learning rate's schedule by {total}.",
-        "A site whose accept.max_rounds is lower takes no part in the rounds beyond it.",
+        "A site whose accept.max_rounds is lower does not take part in the rounds beyond it.",
         WHEN,
     )
 
 
 def exclude(
     run: RunArgument,
-    site: Annotated[str, typer.Argument(help="The site to leave out.")],
+    site: Annotated[str, typer.Argument(help="The site to exclude.")],
     reason: ReasonOption,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -124,7 +124,7 @@ def exclude(
     here = f"Round {number} closes without {site}, and it" if number else site
     _say(
         f"{here} is not asked again; what it gave to earlier rounds stays in them.",
-        "A round that nobody is left in stays open until the run is stopped.",
+        "A round in which no site is left stays open until the run is stopped.",
         WHEN,
     )
 
@@ -154,7 +154,7 @@ def branch(
     _say(
         f"{name} will begin with the adapter of round {at} of {run}, sha256 {origin.adapter_sha}",
         f"Next: in a copy of {run}'s federation.toml set run.name to {name!r}. Other settings may "
-        "change, but for the base model, lora.rank, lora.alpha, lora.scaling and "
+        "change, except for the base model, lora.rank, lora.alpha, lora.scaling and "
         "lora.target_modules.",
         "Then start it: gradualdiff coordinator COPY (or: gradualdiff simulate COPY)",
     )

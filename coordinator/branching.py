@@ -117,8 +117,8 @@ def _check_is_new(child: Ledger) -> None:
 
 def _taken(run: str, origin: OriginRecord) -> str:
     return (
-        f"run {run} is in this store already, as a branch of {origin.label}; start it, or choose "
-        "another --name"
+        f"run {run} already exists in this store, as a branch of {origin.label}; start it, or "
+        "choose another --name"
     )
 
 

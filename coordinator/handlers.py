@@ -592,8 +592,8 @@ def _why_not(step: Step, error: Exception, state: RunState) -> str:
     if _is_foreseen(error):
         return prose(f"{what}: {error}")
     said = prose(f"{what}: {type(error).__name__}: {error}")
-    after = f"; gradualdiff runs branch {run} --at {last} --name NEW goes on from the last result"
+    after = f"; gradualdiff runs branch {run} --at {last} --name NEW continues from the last result"
     return (
-        f"{said}; nothing on record is lost. Each start meets it again: report it with the "
+        f"{said}; nothing recorded is lost. The error returns at each start: report it with the "
         f"coordinator's log{after if last >= 0 else ''}"
     )

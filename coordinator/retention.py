@@ -253,7 +253,7 @@ def _consequences(facts: _Facts, objects: tuple[Doomed, ...]) -> tuple[str, ...]
         found.append(
             f"runs export and runs branch can no longer take the adapter of {_spans(adapters)}"
         )
-    rest = "its result is" if facts.finished else "what the run needs to go on is"
+    rest = "its result is" if facts.finished else "what the run needs to continue is"
     found.append(f"nothing else: {rest} kept")
     return tuple(found)
 

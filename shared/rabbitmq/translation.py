@@ -68,8 +68,8 @@ def _known(error: BaseException, address: BrokerAddress) -> BrokerError | None:
             | pika.exceptions.ProbableAccessDeniedError()
         ) if not _REFUSAL.search(str(error)):
             found = BrokerUnavailableError(
-                f"{where}: the connection ended in the middle of the login ({error}); if that goes "
-                "on, see the broker's log"
+                f"{where}: the connection ended in the middle of the login ({error}); if it "
+                "happens again, see the broker's log"
             )
         case pika.exceptions.ChannelClosedByBroker(reply_code=code, reply_text=text):
             found = _refused(code, text, address)
