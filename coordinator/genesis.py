@@ -1,4 +1,4 @@
-"""How a run begins: the first adapter, drawn from the run's seed, and PEFT's config beside it.
+"""How a run begins: the first adapter, drawn from the run's seed, and PEFT's config for it.
 
 The coordinator has no base model and no torch: from the participants' manifest it draws what PEFT
 would have drawn (A Kaiming-uniform, B zero, so that the first adapter changes nothing).

@@ -1,4 +1,4 @@
-"""The card beside an exported adapter: what it is, how it was made, how to use it, its losses."""
+"""The model card of an exported adapter: what it is, how it was made, how to use it, its losses."""
 
 from __future__ import annotations
 

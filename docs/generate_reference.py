@@ -78,7 +78,7 @@ SETTINGS = {
     "training.warmup_ratio": "Part of the run in which the rate rises from 0.",
     "training.weight_decay": "AdamW's weight decay.",
     "training.max_grad_norm": "Gradients are scaled down to this norm.",
-    "training.optimizer_state": "Whether AdamW begins anew in each round or keeps its state.",
+    "training.optimizer_state": "Whether AdamW starts fresh in each round or keeps its state.",
     "training.max_prompt_tokens": "A longer prompt keeps its end.",
     "training.max_answer_tokens": "A longer answer keeps its beginning.",
     "training.cpu_threads": "Threads of torch on the CPU. The bytes of a delta depend on it.",
@@ -251,7 +251,7 @@ FIELDS = {
     "norm": "L2 norm of the delta.",
     "now": "Seconds since the epoch.",
     "number": "Which one, from 1.",
-    "numerics": "What the bytes depend on beside settings and text.",
+    "numerics": "What the bytes depend on in addition to settings and text.",
     "of": "How many steps there are.",
     "origin": "What the run branches from: `RUN@ROUND`; none if its adapter was drawn.",
     "parent": "The run it branches from.",
@@ -313,8 +313,8 @@ OVERRIDES = {
     "TrainingProgressed.seconds": "Since this activity began.",
     "SiteStatus.seconds": "Since this activity began.",
     "SiteStatus.round": "The round it is at.",
-    "RunStatus.absent": "Awaited sites whose queue has no consumer: since when (a restart counts "
-    "anew).",
+    "RunStatus.absent": "Awaited sites whose queue has no consumer: since when (a restart starts "
+    "the count again).",
     "MessageRefused.routing_key": "The key that it came by; a site's names the site.",
     "RunStatus.problem": "Why the step that comes next did not work, and what to do; else empty.",
     "RunStatus.over": "By site and limit of `[limits]`: how much was counted and dropped.",
@@ -386,7 +386,7 @@ def ledger_page() -> str:
         parts.append(_table(kind, FIELDS))
     parts.append(
         "## Outside the run\n\nThe status is written again and again and decides nothing; an "
-        "account is no part of any run.\n"
+        "account is not part of any run.\n"
     )
     for kind in (watch.RunStatus, watch.SiteStatus, accounts.SiteAccount):
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")

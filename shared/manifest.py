@@ -60,7 +60,7 @@ class Manifest(Fact):
 
 
 class Numerics(Fact):
-    """What the bytes of a local training depend on beside config and data."""
+    """What the bytes of a local training depend on in addition to config and data."""
 
     versions: Annotated[dict[Word, Word], Most(100)]
     device: Word
@@ -78,7 +78,7 @@ class HeldOut(Fact):
 
 
 class LocalMetrics(Fact):
-    """What a site tells of its local training beside the delta. No text, no per-example values.
+    """What a site reports of its local training. No text, no per-example values.
 
     A site that sends no metrics leaves all out but steps and seconds.
     """

@@ -1,4 +1,4 @@
-"""What the bytes of a local training depend on beside config and data, settled and told.
+"""What the bytes of a local training depend on in addition to config and data.
 
 Equal versions, CPU type, thread count and compute dtype are what "same bytes" is promised for.
 """

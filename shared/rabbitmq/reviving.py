@@ -1,4 +1,4 @@
-"""Queues that came back damaged: found, deleted, declared anew.
+"""Queues that came back damaged: found, deleted, declared again.
 
 A RabbitMQ (seen: 3.10.8) that is killed within about a second of a quorum queue's declaration may
 come back with that queue listed and declared without a complaint, and yet nobody leads it: whoever
