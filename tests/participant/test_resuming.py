@@ -204,7 +204,7 @@ def test_a_stop_keeps_every_whole_step(learn, training):
     """SIGTERM and Ctrl-C: no interval is over yet, and nothing is trained again."""
     learned, wanted = learn("through", Steps(), training, where="others")
     steps = Steps()
-    with pytest.raises(InterruptedRunError, match="goes on"):
+    with pytest.raises(InterruptedRunError, match="continues"):
         learn(
             "stopped", steps, training, every_seconds=3600.0, should_stop=lambda: steps.trained == 2
         )
