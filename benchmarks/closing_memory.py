@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.aggregation import Method, WeightedDelta, aggregate
+from coordinator.aggregation import Method, aggregate
 from coordinator.genesis import draw_adapter
+from shared.averaging.inputs import WeightedDelta
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader, write_delta
 from shared.manifest import Manifest, TensorSpec

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.aggregation import Method, WeightedDelta, aggregate
+from coordinator.aggregation import Method, aggregate
 from coordinator.genesis import draw_adapter
 from coordinator.server_optimizer import RULES, StateFiles
+from shared.averaging.inputs import WeightedDelta
 from shared.codecs import get_codec
 from shared.config import ServerSection
 from shared.delta_file import DeltaHeader, write_delta

@@ -26,10 +26,9 @@ from threadpoolctl import threadpool_limits
 
 from coordinator import robust
 from coordinator.exactness import DIGITS, squared_gap
-from coordinator.factor_fit import FactorFit
 from coordinator.policies import too_few
 from coordinator.server_optimizer import open_optimizer
-from coordinator.stacking import Stacking
+from shared.averaging import get_averaging
 from shared.config import AggregationSection, ServerSection
 from shared.delta_file import DeltaFile
 from shared.deltas import (
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coordinator.server_optimizer import ServerOptimizer, StateFiles, Stepped
+    from shared.averaging.inputs import WeightedDelta
     from shared.config import FederationConfig
     from shared.manifest import Manifest, TensorSpec
 
@@ -70,22 +70,6 @@ class Counts(NamedTuple):
 
     examples: int
     tokens: int
-
-
-@dataclass(frozen=True)
-class WeightedDelta:
-    """One input of a round: a checked delta file and its share.
-
-    ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
-    ``scale``: what its values are multiplied by before anything else. ``manifest``: what it is made
-    of, where that is not all of the adapter (some of its tensors, or factors of a lower rank).
-    """
-
-    site: str
-    path: Path
-    weight: float
-    scale: float = 1.0
-    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -160,15 +144,15 @@ def aggregate(
 ) -> Aggregated:
     """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i (scale_i * fp64(D_i)))).
 
-    A tensor that no delta holds keeps its bytes. With ``svd`` and ``flora`` layers are joined by
-    their products instead: coordinator/factor_fit.py, coordinator/stacking.py. ``source``: the
-    adapter all deltas started from. ``watch`` gets the seconds of ``read``, ``accumulate``,
-    ``measure``, ``gap``, ``fit`` (svd), ``hash`` and ``write``. ``threads`` sum beside the one that
-    writes; None: as many as there are processors, at most 4. ``method`` None: the plain mean.
-    ``state``: the files of the server's optimiser, if the method has one that keeps any. Raises
-    LedgerError for a site that is listed twice, weights that do not sum to 1, fewer deltas than the
-    rule needs or a result that is not finite, DeltaRefusedError for a delta that does not fit the
-    manifest, DecodeError for a source that is torn.
+    A tensor that no delta holds keeps its bytes. An averaging mode that does not join by value does
+    it itself (``shared/averaging``). ``source``: the adapter all deltas started from. ``watch``
+    gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd), ``hash``
+    and ``write``. ``threads`` sum beside the one that writes; None: as many as there are
+    processors, at most 4. ``method`` None: the plain mean. ``state``: the files of the server's
+    optimiser, if the method has one that keeps any. Raises LedgerError for a site that is
+    listed twice, weights that do not sum to 1, fewer deltas than the rule needs or a result
+    that is not finite, DeltaRefusedError for a delta that does not fit the manifest,
+    DecodeError for a source that is torn.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
@@ -183,15 +167,12 @@ def aggregate(
         stack.enter_context(server or contextlib.nullcontext())
         closing = _Closing(adapter, ordered, files, watch, method, server, manifest)
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-        match method.aggregation.averaging:
-            case "svd":
-                ahead = FactorFit(adapter, ordered, files, closing).tensors(manifest, threads)
-            case "flora":
-                stacking = Stacking(adapter, ordered, files, closing, manifest)
-                manifest, ahead = stacking.manifest, stacking.tensors()
-            case _:
-                closing.judge(threads)
-                ahead = closing.tensors(manifest, threads)
+        mode = get_averaging(method.aggregation.averaging)
+        if mode.by_value:
+            closing.judge(threads)
+            ahead = closing.tensors(manifest, threads)
+        else:
+            manifest, ahead = mode.join(adapter, ordered, files, closing, manifest, threads)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))

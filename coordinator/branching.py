@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import topology
+from shared.averaging import get_averaging
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
@@ -32,11 +33,12 @@ def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
     """Why a run with these settings cannot continue from its origin; None when it can."""
     if origin is None:
         return None
-    if config.aggregation.averaging == "flora":
+    averaging = config.aggregation.averaging
+    why = get_averaging(averaging).no_branch_to
+    if why:
         return (
-            f'aggregation.averaging = "flora" begins with an adapter that changes nothing, but the '
-            f"run branches from {origin.label}; use another averaging, or begin a run that is no "
-            "branch"
+            f'aggregation.averaging = "{averaging}" {why}, but the run branches from '
+            f"{origin.label}; use another averaging, or begin a run that is no branch"
         )
     if config.lora.alpha != origin.lora_alpha:
         return (
@@ -59,11 +61,12 @@ def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
     altered or pruned).
     """
     config = parent.config()
-    if config.aggregation.averaging == "flora":
+    averaging = config.aggregation.averaging
+    why = get_averaging(averaging).no_branch_from
+    if why:
         raise ConfigError(
-            f'run {parent.run}: a run with aggregation.averaging = "flora" cannot be branched: its '
-            "adapter grows in each round, and no site of the branch could hold it; to use the "
-            "adapter elsewhere, export it: gradualdiff runs export"
+            f'run {parent.run}: a run with aggregation.averaging = "{averaging}" cannot be '
+            f"branched: {why}; to use the adapter elsewhere, export it: gradualdiff runs export"
         )
     genesis, result = _results(parent, number)
     _check_is_new(child)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import Method, WeightedDelta, aggregate
+from coordinator.aggregation import Method, aggregate
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.server_optimizer import StateFiles
-from coordinator.stacking import lora_in
 from coordinator.state import (
     Aggregate,
     AnnounceClosed,
@@ -24,6 +23,8 @@ from coordinator.state import (
     WriteRecord,
 )
 from shared import topology, wire
+from shared.averaging import delta_manifest, get_averaging
+from shared.averaging.inputs import WeightedDelta
 from shared.broker import Message
 from shared.durable_files import file_errors
 from shared.events import (
@@ -40,7 +41,7 @@ from shared.events import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.lora_factors import delta_manifest, lora_for, whole_manifest
+from shared.lora_factors import lora_for, whole_manifest
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -196,7 +197,8 @@ class Effects:
 
     def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
-        self._store_adapter_config(sha, state, lora_in(path, self._config))
+        mode = get_averaging(self._config.aggregation.averaging)
+        self._store_adapter_config(sha, state, mode.lora_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, sha), path)
         failpoint("adapter.after", "tensors")

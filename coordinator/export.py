@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from coordinator.branching import CONFIG, TENSORS
 from coordinator.genesis import adapter_config
 from coordinator.model_card import model_card
-from coordinator.stacking import lora_in
 from shared import topology
+from shared.averaging import get_averaging
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.files import digest_file
 from shared.ledger import Ledger
@@ -66,7 +66,8 @@ def export_adapter(
     if digest_file(tensors)[0] != record.adapter_sha:
         tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
-    lora = lora_in(tensors, history.config)
+    averaging = history.config.aggregation.averaging
+    lora = get_averaging(averaging).lora_in(tensors, history.config.lora)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
     (target / CONFIG).write_bytes(adapter_config(named, lora, _genesis(history).manifest))

@@ -18,6 +18,7 @@ from coordinator.rounds import apply, debts, replay, resume
 from coordinator.server_optimizer import wants_more_than_zeros
 from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from coordinator.watch import Watch
+from shared.averaging import delta_manifest
 from shared.bounds import prose
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader
@@ -47,7 +48,7 @@ from shared.events import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.lora_factors import delta_manifest, site_manifest
+from shared.lora_factors import site_manifest
 from shared.records import (
     AcceptedRecord,
     DeclinedRecord,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from shared.averaging import get_averaging
 from shared.bounds import prose
 from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
 from shared.printing import cut
@@ -92,7 +93,7 @@ def _other_factors(members: Mapping[str, MemberRecord], config: FederationConfig
                 f"{site} trains factors of another rank than the {rank_of(lora, site)} that "
                 f"lora.rank and lora.ranks give it; give it this run's settings {AGAIN}"
             )
-        elif mode != "fedavg" and not is_factors_only(member.manifest):
+        elif get_averaging(mode).factors_only and not is_factors_only(member.manifest):
             found[site] = (
                 f'aggregation.averaging = "{mode}": {site} trains tensors that are no LoRA '
                 'factors; set it to "fedavg", or change lora.target_modules'

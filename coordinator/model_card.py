@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from coordinator.inspection import perplexity
+from shared.averaging import get_averaging
 from shared.base_model import hub_id
 from shared.records import pool_held_out
 
@@ -94,16 +95,9 @@ _TAKEN = {
 
 
 def _joined(config: FederationConfig) -> str:
-    if config.aggregation.averaging == "svd":
-        return (
-            "each round's global adapter is the best fit of its rank to the weighted mean of the "
-            "participants' products BA"
-        )
-    if config.aggregation.averaging == "flora":
-        return (
-            "each round's global adapter is the one before beside the participants' factors, so "
-            "that its product grows by the weighted mean of theirs"
-        )
+    joined = get_averaging(config.aggregation.averaging).joined
+    if joined:
+        return joined
     taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
     step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
     return f"each round's global adapter is the one before plus {step}"

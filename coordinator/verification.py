@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import Aggregated, Method, WeightedDelta, aggregate
+from coordinator.aggregation import Aggregated, Method, aggregate
 from coordinator.chain import Chain, Finding, accepted_records, read_chain
 from coordinator.chain_checks import check_origin, check_records, check_told
 from coordinator.controls import steer
 from coordinator.exactness import ROUNDING
-from coordinator.factor_fit import distance
 from coordinator.genesis import adapter_config, draw_adapter
 from coordinator.rounds import clips, shares
 from coordinator.selection import select
 from coordinator.server_optimizer import StateFiles
-from coordinator.stacking import lora_after
 from shared import topology
+from shared.averaging import delta_manifest, get_averaging
+from shared.averaging.inputs import WeightedDelta
 from shared.codecs import get_codec
 from shared.config import FederationConfig, LoraSection
 from shared.delta_file import DeltaHeader, check_delta
@@ -36,7 +36,7 @@ from shared.errors import (
     LedgerError,
     ObjectMissingError,
 )
-from shared.lora_factors import delta_manifest, whole_manifest
+from shared.lora_factors import whole_manifest
 from shared.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from shared.ledger import Ledger
 
 UNKNOWN = "unknown"
-FIT_TOLERANCE = 1e-5  # of the product BA, relative; the factors are fp32
 GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
 NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
 
@@ -294,19 +293,20 @@ class _Verifier:
     def _is_as_good(self, closed: ClosedRecord, again: Path) -> bool:
         """Whether a fit that differs does so by rounding only; a note says by how much.
 
-        The result of ``svd`` is LAPACK's, whose last digits are another CPU's own.
+        LAPACK's last digits, for instance, are another CPU's own.
         """
-        if self._config.aggregation.averaging != "svd" or self._genesis is None:
+        mode = get_averaging(self._config.aggregation.averaging)
+        if not mode.tolerance or self._genesis is None:
             return False
         stored = self._scratch / "stored"
         key = topology.adapter_key(self._ledger.run, closed.adapter_sha)
         try:
             if self._ledger.store.spool([key], stored).sha256 != closed.adapter_sha:
                 return False
-            apart = distance(stored, again, self._genesis.manifest)
+            apart = mode.distance(stored, again, self._genesis.manifest)
         except (ObjectMissingError, KeyError, ValueError, DecodeError):
             return False  # what is wrong with it is found where both its files are looked at
-        if not apart <= FIT_TOLERANCE:
+        if not apart <= mode.tolerance:
             return False
         says = (
             f"adapter: equal to within {apart:.1e}, not to the byte: another CPU's linear algebra"
@@ -406,12 +406,10 @@ class _Verifier:
                 self._find(number, config_key, "is not the config that the run's record gives")
 
     def _lora_after(self, number: int) -> LoraSection | None:
-        """As PEFT needs it; None where flora's rank follows from a record that is missing."""
-        if self._config.aggregation.averaging != "flora":
-            return self._config.lora
-        closings = [self._chain.one(n, ClosingRecord) for n in range(1, number + 1)]
-        known = [closing for closing in closings if closing is not None]
-        return lora_after(known, self._config) if len(known) == number else None
+        """As PEFT needs it; None where a rank that grows follows from a record that is missing."""
+        closings = (self._chain.one(n, ClosingRecord) for n in range(1, number + 1))
+        mode = get_averaging(self._config.aggregation.averaging)
+        return mode.lora_after(closings, self._config.lora)
 
     def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
         """The state the round went on from; None if it is not there whole."""

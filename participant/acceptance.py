@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from participant.learning import steps_in_round
+from shared.averaging import get_averaging
 from shared.base_model import HUB_ID
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ def _unwanted(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
             f"accept.models: expected base.model to be a hub id, got {run.base.model}; a folder is "
             "used only where accept.models names it"
         )
-    if run.averaging == "flora" and not accept.flora:
+    mode = get_averaging(run.averaging)
+    if mode.consent and not getattr(accept, mode.consent):
         yield (
-            'accept.flora: expected true for a run with aggregation.averaging = "flora", which '
-            "gives each site's own factors to all others, got false"
+            f"accept.{mode.consent}: expected true for a run with aggregation.averaging = "
+            f'"{run.averaging}", which {mode.shows}, got false'
         )
 
 

@@ -26,13 +26,14 @@ from participant.memory import peak_bytes, reset_peak
 from participant.optimizer_state import save_optimizer
 from participant.resuming import Resumable
 from participant.training import Beginning, RoundPlace, step_batches, train_round
+from shared.averaging import get_averaging
 from shared.codecs import get_codec
 from shared.config import canonical_json
 from shared.delta_file import DeltaHeader, write_delta
 from shared.deltas import difference
 from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
 from shared.log import get_logger
-from shared.lora_factors import beyond, leading, trained_in
+from shared.lora_factors import beyond, leading
 from shared.manifest import LocalMetrics
 from shared.seeds import derive_seed
 from shared.tensors import TensorFile
@@ -79,7 +80,7 @@ class TorchLearner:
                     f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
                     f"{announced.base.model}; give this site the same model files and tokenizer"
                 )
-            if announced.averaging == "flora":
+            if get_averaging(announced.averaging).merges:
                 model.check_merges()
             data = self._data(model, announced.training)
             if not data.held_out:
@@ -113,7 +114,7 @@ class TorchLearner:
         kept = state if task.training.optimizer_state == "keep" else None
         with self._standing(announced, source) as (model, adapter):
             data = self._data(model, task.training)
-            trained = trained_in(model.manifest(), task.averaging, task.round)
+            trained = get_averaging(task.averaging).trained_in(model.manifest(), task.round)
             only = [spec.name for spec in trained.tensors]
             basis = _basis(announced, model, data)
             course = Resumable(model, only, checkpoints, basis, kept)
@@ -223,10 +224,10 @@ class TorchLearner:
 
     @contextlib.contextmanager
     def _standing(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:
-        """The base as an adapter file wants it (``flora``: past rounds merged), and the file."""
+        """The base with past rounds merged, if the mode does that, and the adapter's file."""
         with self._borrowed(run) as model, _adapter(source) as adapter:
             past: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if run.averaging == "flora":
+            if get_averaging(run.averaging).merges:
                 past = model.merged(lambda name: beyond(name, adapter.read(name), run.lora.rank))
             with past:
                 yield model, adapter

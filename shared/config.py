@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -23,8 +24,9 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from shared.averaging import averaging_names
 from shared.config_mistakes import NAME_PATTERN, SHA256_PATTERN, mistakes
 from shared.config_rules import RULES
 from shared.errors import ConfigError
@@ -39,7 +41,18 @@ Sha256 = Annotated[str, StringConstraints(pattern=SHA256_PATTERN)]
 Positive = Annotated[int, Field(ge=1)]
 Module = Annotated[str, StringConstraints(max_length=300)]
 StoreUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/@\\\s]+/?$")]
-Averaging = Literal["fedavg", "rolora", "ffa", "svd", "flora"]
+
+
+def _known_averaging(name: str) -> str:
+    """As a Literal of all modes would say it."""
+    known = averaging_names()
+    if name not in known:
+        expected = ", ".join(map(repr, known))
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return name
+
+
+AveragingName = Annotated[str, StringConstraints(max_length=64), AfterValidator(_known_averaging)]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
 
@@ -228,7 +241,7 @@ class AggregationSection(Section):
 
     weights: Literal["equal", "examples", "tokens"] = "equal"
     max_delta_norm: Annotated[float, Field(gt=0)] | None = None
-    averaging: Averaging = "fedavg"
+    averaging: AveragingName = "fedavg"
     rule: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
     assumed_bad: Positive = 1
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0

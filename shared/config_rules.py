@@ -5,58 +5,33 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from shared.lora_factors import rank_of
+from shared.averaging import get_averaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shared.config import FederationConfig
 
-# Of the last adapter of a run with flora. LLaMA-2-7B's layers are 4096 wide: far below this the
-# plain matrices would be smaller.
-MAX_STACKED_RANK: Final = 8192
-
 
 def _joined_by_value(config: FederationConfig) -> Iterator[str]:
-    mode = config.aggregation.averaging
-    if mode in ("svd", "flora") and config.aggregation.rule != "mean":
+    name = config.aggregation.averaging
+    if config.aggregation.rule != "mean" and not get_averaging(name).by_value:
         yield (
             f'aggregation.rule = "{config.aggregation.rule}" takes values one by one, but '
-            f'aggregation.averaging = "{mode}" joins products of whole factors; use rule = "mean" '
+            f'aggregation.averaging = "{name}" joins products of whole factors; use rule = "mean" '
             "with clip_to_median or max_delta_norm against a bad site, or another averaging"
         )
 
 
-def _flora_merges(config: FederationConfig) -> Iterator[str]:
-    if config.aggregation.averaging == "flora" and config.base.quantisation != "none":
-        yield (
-            f'aggregation.averaging = "flora" merges every round into the base, but '
-            f'base.quantisation is "{config.base.quantisation}": quantised again, the merged base '
-            "would lose more than a round adds (a residual of 1 % of the weight's norm comes back "
-            'with an error of 108 % of itself from nf4); use svd, or quantisation = "none"'
-        )
-
-
-def _flora_grows(config: FederationConfig) -> Iterator[str]:
-    if config.aggregation.averaging != "flora":
-        return
-    lora, sites = config.lora, config.run.participants
-    each_round = sum(rank_of(lora, site) for site in sites)
-    rank = lora.rank + config.run.rounds * each_round
-    if rank > MAX_STACKED_RANK:
-        yield (
-            f'aggregation.averaging = "flora": expected adapters of at most rank '
-            f"{MAX_STACKED_RANK}, got lora.rank + run.rounds x the sum of the sites' ranks = "
-            f"{lora.rank} + {config.run.rounds} x {each_round} = {rank}: lower lora.rank (or "
-            "lora.ranks) or run.rounds, or use svd, whose adapter does not grow"
-        )
+def _averaging(config: FederationConfig) -> Iterator[str]:
+    yield from get_averaging(config.aggregation.averaging).misfits(config)
 
 
 def _one_rank(config: FederationConfig) -> Iterator[str]:
-    mode, lora = config.aggregation.averaging, config.lora
-    if lora.ranks and mode not in ("svd", "flora"):
+    name, lora = config.aggregation.averaging, config.lora
+    if lora.ranks and not get_averaging(name).takes_ranks:
         yield (
-            f'lora.ranks: expected one rank for all sites with aggregation.averaging = "{mode}", '
+            f'lora.ranks: expected one rank for all sites with aggregation.averaging = "{name}", '
             f"got {len(lora.ranks)} of their own: factors of two ranks have no mean; use svd, or "
             "flora over a base that is not quantised"
         )
@@ -81,31 +56,23 @@ def _ranks_are_parts(config: FederationConfig) -> Iterator[str]:
             )
 
 
-# What cannot outlive a round whose factors are not those of the round before.
-_NEW_FACTORS: Final = {
-    "rolora": "trains the other factor in the next round",
-    "svd": "makes both factors anew in every round, in other directions",
-    "flora": "merges what was trained into the base and begins anew in every round",
-}
-
-
 def _no_moments_of_old_factors(config: FederationConfig) -> Iterator[str]:
-    mode = config.aggregation.averaging
-    if mode in _NEW_FACTORS and config.training.optimizer_state == "keep":
+    name = config.aggregation.averaging
+    renews = get_averaging(name).renews
+    if renews and config.training.optimizer_state == "keep":
         yield (
-            f'training.optimizer_state = "keep": aggregation.averaging = "{mode}" '
-            f"{_NEW_FACTORS[mode]}, so AdamW's moments are not of what it then trains; use "
-            '"reset"'
+            f'training.optimizer_state = "keep": aggregation.averaging = "{name}" {renews}, so '
+            'AdamW\'s moments are not of what it then trains; use "reset"'
         )
 
 
 def _no_deltas_of_old_factors(config: FederationConfig) -> Iterator[str]:
-    mode = config.aggregation.averaging
-    if mode in _NEW_FACTORS and config.policy.carries:
+    name = config.aggregation.averaging
+    renews = get_averaging(name).renews
+    if renews and config.policy.carries:
         yield (
             f"policy: a delta that counts in a later round needs factors that stay, but "
-            f'aggregation.averaging = "{mode}" {_NEW_FACTORS[mode]}; use policy.late = "drop", or '
-            "fedavg or ffa"
+            f'aggregation.averaging = "{name}" {renews}; use policy.late = "drop", or fedavg or ffa'
         )
 
 
@@ -190,10 +157,10 @@ def _server_needs_no_more(config: FederationConfig) -> Iterator[str]:
 
 
 def _server_needs_factors_that_stay(config: FederationConfig) -> Iterator[str]:
-    mode = config.aggregation.averaging
-    if config.server.optimizer != "plain" and mode in ("svd", "flora"):
+    name = config.aggregation.averaging
+    if config.server.optimizer != "plain" and not get_averaging(name).by_value:
         yield (
-            f'{_server_word(config)}: expected plain with aggregation.averaging = "{mode}": it '
+            f'{_server_word(config)}: expected plain with aggregation.averaging = "{name}": it '
             "makes the factors anew in each round, so what was remembered of a value says nothing "
             "of the next one in its place; use fedavg, rolora or ffa"
         )
@@ -240,8 +207,7 @@ def _server_word(config: FederationConfig) -> str:
 # its own for each few, so that one setting that cannot be read silences no more than it must.
 RULES: Final[tuple[Callable[[FederationConfig], Iterator[str]], ...]] = (
     _joined_by_value,
-    _flora_merges,
-    _flora_grows,
+    _averaging,
     _one_rank,
     _ranks_of_participants,
     _ranks_are_parts,

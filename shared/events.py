@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from shared.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
-from shared.config import Averaging, BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.config import AveragingName, BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
 from shared.topology import REFUSED_BYTES
 
@@ -62,7 +62,7 @@ class RunAnnounced(Event):
     training: WireTraining
     rounds: Count
     participants: Count
-    averaging: Averaging = "fedavg"
+    averaging: AveragingName = "fedavg"
 
 
 class RoundStarted(Event):
@@ -85,7 +85,7 @@ class RoundStarted(Event):
     attempt: Count = 1
     last_counted: Sha256 | None = None
     deadline: Time | None = None
-    averaging: Averaging = "fedavg"
+    averaging: AveragingName = "fedavg"
 
 
 class UploadGranted(Event):

@@ -1,8 +1,8 @@
 """The one place that knows LoRA's two factors: an adapter adds B A to a layer's weight.
 
-A is (rank, inputs) and B is (outputs, rank), under PEFT's names. From the adapter's manifest, the
-run's settings and a round's number follow the tensors that a site trains and sends; both roles ask
-here, so neither has to tell the other. Pure. All other code handles named tensors.
+A is (rank, inputs) and B is (outputs, rank), under PEFT's names. Which of them a site trains in a
+round is the averaging mode's to say (``shared/averaging``). Pure. All other code handles named
+tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.config import Averaging, FederationConfig, LoraSection
+    from shared.config import LoraSection
     from shared.manifest import Manifest, TensorSpec
 
 A: Final = ".lora_A.weight"
@@ -65,18 +65,15 @@ def is_factors_only(manifest: Manifest) -> bool:
     return 2 * len(pairs(manifest)) == len(manifest.tensors)
 
 
-def trained_in(manifest: Manifest, averaging: Averaging, number: int) -> Manifest:
-    """The tensors that are trained in round ``number`` and sent after it; the others stay.
-
-    ``ffa``: B (arXiv:2403.12313). ``rolora``: B in odd rounds and A in even ones
-    (arXiv:2502.01755); B goes first, since the gradient of A is 0 while B is. Raises ConfigError
-    for an adapter without such tensors.
-    """
-    if averaging == "ffa" or (averaging == "rolora" and number % 2 == 1):
-        return _part(manifest, averaging, B)
-    if averaging == "rolora":
-        return _part(manifest, averaging, A)
-    return manifest
+def factors(manifest: Manifest, suffix: str, averaging: str) -> Manifest:
+    """One of the two factors of every layer. Raises ConfigError for an adapter without such."""
+    tensors = tuple(spec for spec in manifest.tensors if spec.name.endswith(suffix))
+    if not tensors:
+        raise ConfigError(
+            f'aggregation.averaging = "{averaging}": expected an adapter with tensors *{suffix}, '
+            'got one without; set it to "fedavg"'
+        )
+    return manifest.model_copy(update={"tensors": tensors})
 
 
 def rank_of(lora: LoraSection, site: str) -> int:
@@ -112,14 +109,6 @@ def site_manifest(manifest: Manifest, lora: LoraSection, site: str) -> Manifest:
     return of_rank(manifest, rank_of(lora, site)) if lora.ranks else manifest
 
 
-def delta_manifest(
-    manifest: Manifest, config: FederationConfig, site: str, number: int
-) -> Manifest:
-    """What a delta of ``site`` from round ``number`` is made of; ``manifest``: the run's."""
-    own = site_manifest(manifest, config.lora, site)
-    return trained_in(own, config.aggregation.averaging, number)
-
-
 def leading(name: str, values: NDArray[Any], rank: int) -> NDArray[Any]:
     """The first ``rank`` rows of A or columns of B, as a view; all of any other tensor.
 
@@ -152,16 +141,6 @@ def of_rank(manifest: Manifest, rank: int) -> Manifest:
 
 def _fit(a: TensorSpec, b: TensorSpec) -> bool:
     return len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]
-
-
-def _part(manifest: Manifest, averaging: Averaging, suffix: str) -> Manifest:
-    tensors = tuple(spec for spec in manifest.tensors if spec.name.endswith(suffix))
-    if not tensors:
-        raise ConfigError(
-            f'aggregation.averaging = "{averaging}": expected an adapter with tensors *{suffix}, '
-            'got one without; set it to "fedavg"'
-        )
-    return manifest.model_copy(update={"tensors": tensors})
 
 
 def _ranked(manifest: Manifest, rank: int) -> Iterator[TensorSpec]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from participant.learning import DELTA_FILE, Learned, Progress, Readiness
+from shared.averaging import get_averaging
 from shared.codecs import get_codec
 from shared.config import AcceptSection, LoraSection
 from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import InterruptedRunError
-from shared.lora_factors import leading, site_manifest, trained_in
+from shared.lora_factors import leading, site_manifest
 from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors import TensorFile
@@ -100,7 +101,7 @@ class NumpyLearner:
             def read(name):
                 return leading(name, adapter.read(name), self.manifest.tensors[0].shape[0])
 
-            manifest = trained_in(self.manifest, task.averaging, task.round)
+            manifest = get_averaging(task.averaging).trained_in(self.manifest, task.round)
 
             def values(spec):
                 noise = np.random.Generator(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from cli.reproduction.partition import parse_policy
+from shared.averaging import averaging_names, get_averaging
 from shared.config import (
     BaseSection,
     LoraSection,
@@ -97,11 +98,12 @@ class Preset(Section):
                 f"recommended.{name}: expected one of the tables "
                 f"{', '.join(sorted(_RECOMMENDABLE))}; remove it"
             )
-        if self.recommended.get("aggregation", {}).get("averaging") == "flora":
+        averaging = self.recommended.get("aggregation", {}).get("averaging")
+        if averaging in averaging_names() and get_averaging(averaging).merges:
             yield (
                 "recommended.aggregation.averaging: expected one whose adapter keeps its rank, "
-                "got flora, whose sites merge it into their base: the adapter's own loss would "
-                "not be the run's; compare such runs by the loss that their sites report"
+                f"got {averaging}, whose sites merge it into their base: the adapter's own loss "
+                "would not be the run's; compare such runs by the loss that their sites report"
             )
 
     @property

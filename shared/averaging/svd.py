@@ -17,10 +17,11 @@ import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from shared.averaging import Averaging
 from shared.deltas import is_finite, square_and_product, squared_norm
 from shared.errors import LedgerError
 from shared.lora_factors import pairs
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from coordinator.aggregation import WeightedDelta
+    from shared.averaging.inputs import Figures, WeightedDelta
     from shared.delta_file import DeltaFile
     from shared.lora_factors import Pair
     from shared.manifest import Manifest, TensorSpec
-    from shared.tensors import Stopwatch
 
     Wide = NDArray[np.float64]
 
 # A singular value below this part of the largest is rounding, not a direction.
 ROUNDING: Final = 1e-13
+FIT_TOLERANCE: Final = 1e-5  # of the product BA, relative; the factors are fp32
 
 
 class Fit(NamedTuple):
@@ -50,21 +51,6 @@ class Fit(NamedTuple):
     b: Wide
     a: Wide
     residual: float
-
-
-class Figures(Protocol):
-    """Who keeps the round's figures."""
-
-    watch: Stopwatch
-
-    def note_mean(self, square: float) -> None:
-        """Square of one tensor of the mean delta."""
-
-    def note_delta(self, site: str, square: float, product: float) -> None:
-        """Square of a delta's tensor, and its product with the mean's."""
-
-    def note_gap(self, square: float) -> None:
-        """Square of what one layer's new product lacks of the mean of the products."""
 
 
 def fit(lefts: Sequence[Wide], rights: Sequence[Wide], spare: Wide) -> Fit:
@@ -208,3 +194,37 @@ def _narrow(values: Wide, spec: TensorSpec) -> NDArray[np.float32]:
             "a delta is too large: set aggregation.max_delta_norm"
         )
     return result
+
+
+class BestFit(Averaging):
+    """The best factors of the run's rank."""
+
+    by_value = False
+    factors_only = True
+    takes_ranks = True
+    renews = "makes both factors anew in every round, in other directions"
+    joined = (
+        "each round's global adapter is the best fit of its rank to the weighted mean of the "
+        "participants' products BA"
+    )
+    tolerance = FIT_TOLERANCE
+
+    def join(
+        self,
+        adapter: TensorFile,
+        deltas: Sequence[WeightedDelta],
+        files: Sequence[DeltaFile],
+        figures: Figures,
+        manifest: Manifest,
+        threads: int,
+        /,
+    ) -> tuple[Manifest, Generator[NDArray[np.float32]]]:
+        """Layer by layer; ``threads`` of them are under way."""
+        return manifest, FactorFit(adapter, deltas, files, figures).tensors(manifest, threads)
+
+    def distance(self, one: Path, other: Path, manifest: Manifest, /) -> float:
+        """Of the products, as a part of the first."""
+        return distance(one, other, manifest)
+
+
+MODE = BestFit()

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from coordinator.aggregation import Counts, WeightedDelta, aggregate, weights
+from coordinator.aggregation import Counts, aggregate, weights
+from shared.averaging.inputs import WeightedDelta
 from shared.codecs import get_codec
 from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerError
@@ -261,7 +262,8 @@ def test_nothing_to_share_by_is_a_config_error(counts: dict[str, Counts]) -> Non
 MEASURE = """
 import sys
 from pathlib import Path
-from coordinator.aggregation import WeightedDelta, aggregate
+from coordinator.aggregation import aggregate
+from shared.averaging.inputs import WeightedDelta
 from shared.manifest import Manifest
 from shared.tensors import Stopwatch
 

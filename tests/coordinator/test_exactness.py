@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from coordinator.aggregation import Method, WeightedDelta, aggregate
+from coordinator.aggregation import Method, aggregate
 from coordinator.exactness import DIRECTIONS, squared_gap
+from shared.averaging import get_averaging
+from shared.averaging.inputs import WeightedDelta
 from shared.codecs import get_codec
 from shared.config import AggregationSection
 from shared.delta_file import DeltaHeader, write_delta
-from shared.lora_factors import Pair, trained_in
+from shared.lora_factors import Pair
 from shared.manifest import Manifest, TensorSpec
 from shared.tensors import TensorFile, TensorLayout, write_tensors
 
@@ -165,7 +167,7 @@ def test_one_factor_alone_is_averaged_exactly_and_the_other_keeps_its_bytes(
     pair = layer(4, 3, 2)
     manifest = adapter_of(pair)
     (source,) = drawn(manifest, 1, seed=5)
-    part = trained_in(manifest, averaging, number)
+    part = get_averaging(averaging).trained_in(manifest, number)
     weights = [0.5, 0.5]
     tensors = drawn(part, 2)
     result = aggregate(

@@ -9,7 +9,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation import Method, aggregate
-from coordinator.factor_fit import distance, fit
+from shared.averaging.svd import distance, fit
 from shared.config import AggregationSection
 from shared.errors import LedgerError
 from shared.manifest import Manifest, TensorSpec

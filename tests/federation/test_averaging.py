@@ -12,15 +12,15 @@ import re
 import numpy as np
 import pytest
 
-from coordinator import factor_fit
 from coordinator.branching import branch_run
 from coordinator.export import export_adapter
 from coordinator.inspection import History
 from shared import topology
+from shared.averaging import delta_manifest, svd
 from shared.delta_file import DeltaFile
 from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
 from shared.ledger import Ledger
-from shared.lora_factors import delta_manifest, pairs
+from shared.lora_factors import pairs
 from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, RefusedRecord
 from shared.tensors import TensorFile
 from tests.federations import config, learners, run
@@ -344,14 +344,14 @@ def test_a_fit_of_another_cpu_is_a_note_and_another_fit_a_finding(
     tmp_path, monkeypatch, factor, differs
 ):
     """One round fitted a little otherwise, as LAPACK may elsewhere; or a lot, as nothing would."""
-    real, fired = factor_fit.fit, []
+    real, fired = svd.fit, []
 
     def other(lefts, rights, spare):
         fired.append(1)
         found = real(lefts, rights, spare)
         return found._replace(b=found.b * factor)
 
-    monkeypatch.setattr(factor_fit, "fit", other)
+    monkeypatch.setattr(svd, "fit", other)
     run(settings("svd", rounds=2), tmp_path)
     monkeypatch.undo()
     assert len(fired) == 2

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from shared import topology
+from shared.averaging import delta_manifest, get_averaging
 from shared.delta_file import DeltaFile
 from shared.ledger import Ledger
-from shared.lora_factors import delta_manifest, is_a, is_b, pairs, trained_in
+from shared.lora_factors import is_a, is_b, pairs
 from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
 from shared.tensors import TensorFile
 from tests.federation.test_simulate import gradualdiff, plain_loss
@@ -101,7 +102,7 @@ def test_the_factor_that_rests_keeps_its_bytes_and_does_not_travel(whole, case):
     manifest = records(folder, GenesisRecord, "tiny")[0].manifest
     found = adapters(folder)
     for number in range(1, ROUNDS + 1):
-        trained = {spec.name for spec in trained_in(manifest, case, number).tensors}
+        trained = {spec.name for spec in get_averaging(case).trained_in(manifest, number).tensors}
         assert 2 * len(trained) == len(manifest.tensors)
         before, after = found[number - 1], found[number]
         for name, values in after.items():

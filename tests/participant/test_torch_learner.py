@@ -16,6 +16,7 @@ from participant.checkpoints import Checkpoints  # noqa: E402  # after the skip
 from participant.learning import DELTA_FILE, STATE_FILE  # noqa: E402
 from participant.model_shelf import ModelShelf  # noqa: E402
 from participant.torch_learner import TorchLearner  # noqa: E402
+from shared.averaging import get_averaging  # noqa: E402
 from shared.codecs import get_codec  # noqa: E402
 from shared.config import DataSection  # noqa: E402
 from shared.delta_file import DeltaFile, DeltaHeader, check_delta  # noqa: E402
@@ -27,7 +28,6 @@ from shared.events import (  # noqa: E402
     WireLora,
     WireTraining,
 )
-from shared.lora_factors import trained_in  # noqa: E402
 from shared.tensors import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -188,7 +188,7 @@ def test_a_round_of_one_factor_trains_sends_and_keeps_that_one_alone(
     task = start_round(optimizer_state="keep").model_copy(update={"averaging": "ffa"})
     learn(learner, source, tmp_path / "out", task)
     whole = learner.prepare(announced, ignore).manifest
-    part = trained_in(whole, "ffa", 1)
+    part = get_averaging("ffa").trained_in(whole, 1)
     assert 2 * len(part.tensors) == len(whole.tensors)
     names = {spec.name for spec in part.tensors}
     with (

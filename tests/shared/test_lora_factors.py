@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from shared.averaging import delta_manifest, get_averaging
 from shared.config import LoraSection
 from shared.errors import ConfigError
 from shared.lora_factors import (
     beyond,
-    delta_manifest,
     is_factors_only,
     layer_of,
     leading,
@@ -19,7 +19,6 @@ from shared.lora_factors import (
     lora_of_rank,
     pairs,
     site_manifest,
-    trained_in,
     whole_manifest,
 )
 from shared.manifest import Manifest, TensorSpec
@@ -87,7 +86,7 @@ def test_what_is_no_pair_is_not_taken_for_one(tensors):
 def test_each_mode_trains_its_factors(averaging, by_round):
     """Rounds 1 to 3; the rest of the manifest stays what it was."""
     for number, letters in enumerate(by_round, start=1):
-        part = trained_in(ONE, averaging, number)
+        part = get_averaging(averaging).trained_in(ONE, number)
         assert names(part) == [n for n in names(ONE) if n[-len("A.weight")] in letters]
         assert part.target_modules == ONE.target_modules
 
@@ -96,7 +95,7 @@ def test_an_adapter_without_the_factor_is_refused():
     """Nothing would be trained; the error says what to set."""
     plain = Manifest(tensors=(spec("q.weight", 2),), target_modules=())
     with pytest.raises(ConfigError, match=r"averaging.*lora_B.*fedavg"):
-        trained_in(plain, "ffa", 1)
+        get_averaging("ffa").trained_in(plain, 1)
 
 
 @pytest.mark.parametrize(("scaling", "power"), [("classic", 1.0), ("rslora", 0.5)])
@@ -137,7 +136,7 @@ def test_a_delta_is_of_its_sites_rank_and_its_rounds_factors():
     )
     assert delta_manifest(ONE, svd, "west", 1) == site_manifest(ONE, svd.lora, "west")
     rolora = config(aggregation={"averaging": "rolora"})
-    assert delta_manifest(ONE, rolora, "a", 2) == trained_in(ONE, "rolora", 2)
+    assert delta_manifest(ONE, rolora, "a", 2) == get_averaging("rolora").trained_in(ONE, 2)
 
 
 def test_the_leading_block_is_rows_of_a_and_columns_of_b():

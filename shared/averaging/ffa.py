@@ -1,0 +1,24 @@
+"""ffa (FFA-LoRA, arXiv:2403.12313): A stays as drawn, B is trained; the mean of B A is exact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.averaging import Averaging
+from shared.lora_factors import B, factors
+
+if TYPE_CHECKING:
+    from shared.manifest import Manifest
+
+
+class FrozenA(Averaging):
+    """B alone."""
+
+    factors_only = True
+
+    def trained_in(self, manifest: Manifest, _number: int, /) -> Manifest:
+        """B, in every round."""
+        return factors(manifest, B, "ffa")
+
+
+MODE = FrozenA()

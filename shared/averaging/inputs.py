@@ -1,0 +1,43 @@
+"""What is joined, and who keeps the figures of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shared.manifest import Manifest
+    from shared.tensors import Stopwatch
+
+
+@dataclass(frozen=True)
+class WeightedDelta:
+    """One input of a round: a checked delta file and its share.
+
+    ``site``: its name in the figures; a site's delta of an earlier round has a label of its own.
+    ``scale``: what its values are multiplied by before anything else. ``manifest``: what it is made
+    of, where that is not all of the adapter (some of its tensors, or factors of a lower rank).
+    """
+
+    site: str
+    path: Path
+    weight: float
+    scale: float = 1.0
+    manifest: Manifest | None = None
+
+
+class Figures(Protocol):
+    """Who keeps the round's figures."""
+
+    watch: Stopwatch
+
+    def note_mean(self, square: float) -> None:
+        """Square of one tensor of the mean delta."""
+
+    def note_delta(self, site: str, square: float, product: float) -> None:
+        """Square of a delta's tensor, and its product with the mean's."""
+
+    def note_gap(self, square: float) -> None:
+        """Square of what one layer's new product lacks of the mean of the products."""
