@@ -108,7 +108,7 @@ class Hostile(socketserver.ThreadingTCPServer):
 
 class _Handler(socketserver.StreamRequestHandler):
     def handle(self):
-        with contextlib.suppress(ConnectionError, TimeoutError):
+        with contextlib.suppress(OSError):
             if not self.rfile.readline():
                 return
             length = 0
