@@ -399,8 +399,10 @@ class _Answer(HTTPResponse):
         self._taken += len(data)
         if self._taken > WHOLE_BYTES and (amt is None or self.status >= 300):
             raise HTTPException("too long")
-        if amt is None and self.length:
-            raise IncompleteRead(data, self.length)
+        if amt is None:
+            self.close()  # an answer without a length holds its socket until then
+            if self.length:
+                raise IncompleteRead(data, self.length)
         return data
 
 
