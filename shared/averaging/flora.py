@@ -170,9 +170,7 @@ class Stacked(Averaging):
         "that its product grows by the weighted mean of theirs"
     )
     no_branch_to = "begins with an adapter that changes nothing"
-    no_branch_from = (
-        "its adapter grows in each round, and no site of the branch could hold it"
-    )
+    no_branch_from = "its adapter grows in each round, and no site of the branch could hold it"
 
     def misfits(self, config: FederationConfig, /) -> Iterator[str]:
         """A quantised base, and an adapter that would grow too far."""

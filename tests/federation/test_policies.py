@@ -113,8 +113,8 @@ def test_a_site_comes_back_after_days_with_an_old_round_in_its_workspace(deploy,
     deployment = deploy(policy, rounds=4)
     coordinator = deployment.start_coordinator("coordinator", "--linger", "1")
     deployment.start_participant("a", slow=1.0)
-    deployment.start_participant("b", slow=1.0)
-    deployment.wait_for("opened.recorded", "coordinator")
+    deployment.start_participant("b", slow=3.0)
+    wait_until(lambda: deployment.begun("b"), "b trains")
     coordinator.send_signal(signal.SIGSTOP)  # so that nobody takes the delta
     deployment.wait_for("round.trained", "b")
     deployment.kill("b")

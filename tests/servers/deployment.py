@@ -142,8 +142,11 @@ class Deployment:
 
     def trained(self, name: str) -> list[str]:
         """The trainings that a numpy site finished, in order: run and round."""
-        file = self.site_toml(name).with_name("trained.txt")
-        return file.read_text().splitlines() if file.exists() else []
+        return _lines(self.site_toml(name).with_name("trained.txt"))
+
+    def begun(self, name: str) -> list[str]:
+        """The same of those that it began."""
+        return _lines(self.site_toml(name).with_name("begun.txt"))
 
     def ledger(self) -> Ledger:
         """The run's records, to be read."""
@@ -270,3 +273,7 @@ secret_key_file = "secret-key"
 def without_minima(text: str) -> str:
     """A site.toml that takes part in runs of one step of one example, too."""
     return re.sub(r"^(min_\w+) = \d+", r"\1 = 1", text, flags=re.MULTILINE)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []

@@ -32,6 +32,8 @@ def main() -> None:
     trained = learner.learn
 
     def learn(task, source, state, making, should_stop, *others):
+        with (folder / "begun.txt").open("a") as file:
+            file.write(f"{task.run} {task.round}\n")
         end = time.monotonic() + slow
         while time.monotonic() < end:
             if should_stop():
