@@ -113,7 +113,7 @@ class SiteAccount(Fact):
 
 
 def list_accounts(store: ObjectStore) -> list[SiteAccount]:
-    """Every site's record, by name, also removed ones; needs none. Raises LedgerDamagedError."""
+    """Every site's record, by name, removed ones too. Raises LedgerDamagedError."""
     accounts = []
     for info in store.list(account_prefix()):
         with contextlib.suppress(ObjectMissingError):

@@ -132,11 +132,9 @@ def read_plan(ledger: Ledger, keep: str) -> Plan:
     folders = (f"{prefix}adapters/", f"{prefix}deltas/", topology.server_state_prefix(ledger.run))
     sizes = {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
     wanted = plan(ledger.run, records, sizes, keep)
-    return (
-        wanted
-        if keep == "all"
-        else replace(wanted, uploads=tuple(_uploads(ledger, _read(records))))
-    )
+    if keep == "all":
+        return wanted
+    return replace(wanted, uploads=tuple(_uploads(ledger, _read(records))))
 
 
 def carry_out(

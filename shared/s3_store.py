@@ -273,7 +273,10 @@ class S3Store:
                 if error.code == "AccessDenied":
                     self._try_bucket()  # an answer to HEAD has no text: this one says why
                 raise
-            return ObjectInfo(key, max(found.size or 0, 0), found.etag or "")
+            size = found.size or 0
+            if size < 0:
+                raise self._foreign(key, f"{size} bytes")
+            return ObjectInfo(key, size, found.etag or "")
 
     def sha256(self, key: str) -> str:
         """Hex digest of the object's bytes, read now. Raises ObjectMissingError."""

@@ -185,7 +185,7 @@ class HttpTransfer:
         return f"{host}:{port or (443 if parts.scheme == 'https' else 80)}"
 
     def _fetch(self, url: str, where: str, part: _Part) -> None:
-        """Bring the rest into ``part``. A try that brings something starts the count again."""
+        """Bring the rest into ``part``. A try that brings much starts the count again."""
         failed, most = 0, part.size
         while True:
             try:
@@ -436,7 +436,7 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 
 
 class _Pools(urllib3.PoolManager):
-    def urlopen(  # type: ignore[override]
+    def urlopen(  # type: ignore[override]  # PoolManager's own differs from its base, too
         self, method: str, url: str, redirect: bool = True, **settings: Any
     ) -> BaseHTTPResponse:
         """Nothing is unpacked: a few bytes may become any number."""

@@ -65,7 +65,7 @@ class Averaging:
     """Why no run can begin with an adapter of a run with this mode; empty: it can."""
 
     tolerance: float = 0.0
-    """How far a recomputed adapter may be from the stored one, by :meth:`distance`; 0: no byte."""
+    """How far a recomputed adapter may be from the stored one by :meth:`distance`; 0: nowhere."""
 
     def misfits(self, _config: FederationConfig, /) -> Iterator[str]:
         """Settings that this mode does not go with: field, what to do."""

@@ -16,7 +16,7 @@ from unittest import mock
 
 from shared.s3_store import S3Store
 from shared.transfer import HttpTransfer
-from tests.red_team.test_hostile_store import CUT_SHORT, ENDLESS, Hostile
+from tests.red_team.test_hostile_store import CUT_SHORT, ENDLESS, Hostile, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,26 +108,10 @@ def opened() -> tuple[Hostile, HttpTransfer, S3Store]:
 
 
 def ask(question: str, answers: Iterator[bytes], file: Path) -> object:
-    """One question; what came. Raises what comes out of it."""
+    """One question to the server that answers so."""
     server, site, store = opened()
     server.answers, server.asked = answers, 0
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(b"whol") if question == "continued" else part.unlink(missing_ok=True)
-    file.unlink(missing_ok=True)
-    if question == "upload":
-        file.write_bytes(b"whole one")
-        return site.upload(f"{server.url}/k", file, 0, 9)
-    if question in ("download", "continued"):
-        return site.download(f"{server.url}/k", file, SHA)
-    questions = {
-        "get_range": lambda: store.get_range("runs/a", 4, 5),
-        "fetch_file": lambda: store.fetch_file("runs/a", file),
-        "spool": lambda: store.spool(["runs/a", "runs/b"], file),
-        "list": lambda: list(store.list("runs/")),
-        "create": lambda: store.create("runs/a", b"whole one"),
-        "put": lambda: store.put("runs/a", b"whole one"),
-    }
-    return questions.get(question, lambda: getattr(store, question)("runs/a"))()
+    return put(question, server.url, site, store, file)
 
 
 def feed(data: bytes, file: Path) -> None:

@@ -12,6 +12,7 @@ import resource
 import socketserver
 import ssl
 import threading
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -71,8 +72,10 @@ CUT_SHORT = {
     % len(bomb := gzip.compress(gzip.compress(bytes(1 << 30), 9), 9))
     + bomb,
 }
-SITE = ["download", "continued", "upload"]
-COORDINATOR = ["get", "get_range", "fetch_file", "spool", "sha256", "stat", "list", "create", "put"]
+
+
+QUESTIONS = ["download", "continued", "upload", "get", "get_range", "fetch_file", "spool", "sha256"]
+QUESTIONS += ["stat", "list", "create", "put"]
 
 
 class Hostile(socketserver.ThreadingTCPServer):
@@ -130,27 +133,31 @@ def soon(monkeypatch):
     monkeypatch.setattr("urllib3.Retry.sleep", lambda *_: None)
 
 
-def ask(url: str, how: str, folder) -> object:
-    """One question of a site or of a coordinator."""
-    file = folder / "file"
-    if how in SITE:
-        site = HttpTransfer(max_bytes=50_000_000)
-        if how == "upload":
-            file.write_bytes(b"what is sent")
-            return site.upload(f"{url}/k", file, 0, 12)
-        if how == "continued":
-            (folder / ".file.part").write_bytes(b"some")
-        return site.download(f"{url}/k", file, hashlib.sha256(b"it").hexdigest())
-    store = S3Store(url, "bucket", "access", "secretsecret")
+def put(question, url, site, store, file):
+    """One question to the server at ``url``; what came. Raises what comes out of it."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(b"whol") if question == "continued" else part.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
+    if question == "upload":
+        file.write_bytes(b"whole one")
+        return site.upload(f"{url}/k", file, 0, 9)
+    if question in ("download", "continued"):
+        return site.download(f"{url}/k", file, hashlib.sha256(b"whole one").hexdigest())
     questions = {
-        "get_range": lambda: store.get_range("runs/a", 5, 10),
+        "get_range": lambda: store.get_range("runs/a", 4, 5),
         "fetch_file": lambda: store.fetch_file("runs/a", file),
         "spool": lambda: store.spool(["runs/a", "runs/b"], file),
         "list": lambda: list(store.list("runs/")),
-        "create": lambda: store.create("runs/a", b"x"),
-        "put": lambda: store.put("runs/a", b"x"),
+        "create": lambda: store.create("runs/a", b"whole one"),
+        "put": lambda: store.put("runs/a", b"whole one"),
     }
-    return questions.get(how, lambda: getattr(store, how)("runs/a"))()
+    return questions.get(question, lambda: getattr(store, question)("runs/a"))()
+
+
+def ask(url: str, how: str, folder) -> object:
+    """One question of a site or of a coordinator."""
+    site = HttpTransfer(max_bytes=50_000_000)
+    return put(how, url, site, S3Store(url, "bucket", "access", "secretsecret"), folder / "file")
 
 
 def answered(server: Hostile, how: str, folder) -> None:
@@ -163,7 +170,7 @@ def answered(server: Hostile, how: str, folder) -> None:
     assert grown < 400 * 1024, f"{grown} KiB more"
 
 
-@pytest.mark.parametrize("how", SITE + COORDINATOR)
+@pytest.mark.parametrize("how", QUESTIONS)
 @pytest.mark.parametrize("name", ENDLESS)
 def test_an_answer_without_an_end_is_left(name, how, tmp_path):
     """Lines, bodies and errors; each would hold a site or the coordinator for ever."""
@@ -171,7 +178,7 @@ def test_an_answer_without_an_end_is_left(name, how, tmp_path):
     answered(Hostile(begin, more=more), how, tmp_path)
 
 
-@pytest.mark.parametrize("how", SITE + COORDINATOR)
+@pytest.mark.parametrize("how", QUESTIONS)
 @pytest.mark.parametrize("name", CUT_SHORT)
 def test_an_answer_that_is_none_is_refused(name, how, tmp_path):
     """Lengths, ranges and chunks that cannot be, and what unpacks without end."""
@@ -218,14 +225,13 @@ def test_a_listing_that_tells_the_same_page_for_ever_is_left():
 def test_the_same_bounds_hold_over_tls(how, tmp_path):
     """The answer's class is that of every connection."""
     certificate = make_certificate(tmp_path, 10)
-    with Hostile(
-        *ENDLESS["continue"][:1], more=ENDLESS["continue"][1], certificate=certificate
-    ) as server:
+    begin, more = ENDLESS["continue"]
+    with Hostile(begin, more=more, certificate=certificate) as server:
         if how == "get":
             read = S3Store(server.url, "bucket", "access", "secret", ca_file=certificate[0]).get
         else:
             site = HttpTransfer(ca_file=certificate[0])
-            read = lambda key: site.download(f"{server.url}/{key}", tmp_path / "out", "")  # noqa: E731
+            read = partial(site.download, path=tmp_path / "out", sha256="")
         with pytest.raises(StoreError):
-            read("k")
+            read("k" if how == "get" else f"{server.url}/k")
         assert server.asked
