@@ -296,7 +296,7 @@ class Ours:
 
     def said(self) -> str:
         """What ``runs list`` says."""
-        from coordinator.inspection import summarise_runs
+        from coordinator.runs.inspection import summarise_runs
 
         (run,) = summarise_runs(self.place.store(self.federation.name))
         return run.state

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.aggregation import Method, aggregate
-from coordinator.genesis import draw_adapter
+from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.genesis import draw_adapter
 from shared.averaging.inputs import WeightedDelta
-from shared.codecs import get_codec
-from shared.delta_file import DeltaHeader, write_delta
-from shared.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
-from shared.tensors import Stopwatch, TensorFile
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import Stopwatch, TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

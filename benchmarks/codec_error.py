@@ -23,12 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from participant.data import TokenisedExample
+from participant.learner.training import Beginning, RoundPlace, train_round
 from participant.model import LocalModel, settle_threads
-from participant.training import Beginning, RoundPlace, train_round
-from shared.codecs import codec_names, get_codec
 from shared.config import BaseSection, LoraSection, TrainingSection
-from shared.manifest import TensorSpec
+from shared.protocol.manifest import TensorSpec
 from shared.seeds import derive_seed
+from shared.tensors.codecs import codec_names, get_codec
 
 Delta = dict[str, np.ndarray]
 

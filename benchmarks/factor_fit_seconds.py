@@ -22,8 +22,8 @@ from pathlib import Path
 
 from closing_memory import close_round, generate
 
-from coordinator import aggregation
-from coordinator.aggregation import Method
+from coordinator.aggregation import closing
+from coordinator.aggregation.closing import Method
 from shared.config import AggregationSection
 
 NO_GAP = "fedavg, no gap"
@@ -45,7 +45,7 @@ def main() -> None:
     if given.only is not None:
         method = MODES[given.only]
         if given.only == NO_GAP:
-            aggregation.squared_gap = lambda *_: 0.0  # the rest of the closing is left
+            closing.squared_gap = lambda *_: 0.0  # the rest of the closing is left
         print(json.dumps(close_round(given.dir, given.participants, given.threads, method)))
         return
     if given.dir is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 def rounds_of(folder: Path) -> list[dict[str, float]]:
     """Each round of the folder's first run; empty when there is no finished one."""
-    command = [sys.executable, "-m", "cli.main"]
+    command = [sys.executable, "-m", "gradualdiff.cli.main"]
     store = ["--store", str(folder / "store"), "--json"]
     listed = subprocess.run(
         [*command, "runs", "list", *store], capture_output=True, text=True, check=False
@@ -46,7 +46,7 @@ def main() -> None:
     for rate in options.rates:
         folder = options.dir / f"rate-{rate:g}"
         if not rounds_of(folder):
-            command = [sys.executable, "-m", "cli.main", "demo", "--dir", str(folder)]
+            command = [sys.executable, "-m", "gradualdiff.cli.main", "demo", "--dir", str(folder)]
             subprocess.run([*command, "--learning-rate", str(rate)], check=True)
         losses = [r["held_out_nll"] for r in rounds_of(folder)]
         lines.append((rate, losses))

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="keep the reproduction here")
     options = parser.parse_args()
-    from cli.reproduction.tables import ResultTable
+    from gradualdiff.reproduction.tables import ResultTable
     from tests.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as name:
@@ -61,7 +61,14 @@ def main() -> None:
         model = make_tiny_model(Path(name) / "model")
         preset = Path(name) / "tiny.toml"
         preset.write_text(PRESET.format(model=json.dumps(str(model))))
-        command = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(preset)]
+        command = [
+            sys.executable,
+            "-m",
+            "gradualdiff.cli.main",
+            "reproduce",
+            "--preset",
+            str(preset),
+        ]
         command += ["--non-iid", "--seeds", str(options.seeds), "--dir", str(folder), "--json"]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         for table in json.loads(done.stdout)["tables"]:

@@ -57,8 +57,8 @@ def make_model(folder: Path, shape: str) -> None:
 
 def write_preset(path: Path, model: Path, rounds: int) -> None:
     """The preset paper over that base, made short."""
-    from cli.demo_files import write_tables
-    from cli.reproduction.presets import changed, load_preset
+    from gradualdiff.demo.files import write_tables
+    from gradualdiff.reproduction.presets import changed, load_preset
 
     short = changed(
         load_preset("paper"),
@@ -95,7 +95,14 @@ def main() -> None:
                 pool.submit(make_model, model, options.shape).result()
         print(f"the base was made in {time.monotonic() - began:.0f} s", flush=True)
         write_preset(preset, model, options.rounds)
-        command = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(preset)]
+        command = [
+            sys.executable,
+            "-m",
+            "gradualdiff.cli.main",
+            "reproduce",
+            "--preset",
+            str(preset),
+        ]
         command += ["--arms", options.arms, "--dir", str(folder / "runs")]
         subprocess.run(command, cwd=ROOT, check=True)
         print(f"everything took {time.monotonic() - began:.0f} s")

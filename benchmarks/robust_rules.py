@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from participant.learning import Learned, Learner, Progress, Readiness
-    from participant.model_shelf import ModelShelf
+    from participant.learner.model_pool import ModelShelf
+    from participant.learner.port import Learned, Learner, Progress, Readiness
     from shared.config import FederationConfig
-    from shared.events import RoundStarted, RunAnnounced
-    from shared.manifest import HeldOut, TensorSpec
+    from shared.protocol.events import RoundStarted, RunAnnounced
+    from shared.protocol.manifest import HeldOut, TensorSpec
 
     Rewrite = Callable[[NDArray[np.float32], np.random.Generator], NDArray[np.float32]]
 
@@ -101,8 +101,8 @@ class BadLearner:
 
     def learn(self, task: RoundStarted, source: Path, *others: Any) -> Learned:
         """As the honest one, then the rewriting."""
-        from participant.learning import DELTA_FILE
-        from shared.delta_file import DeltaFile, write_delta
+        from participant.learner.port import DELTA_FILE
+        from shared.tensors.delta_file import DeltaFile, write_delta
 
         learned = self._learner.learn(task, source, *others)
         path = others[1] / DELTA_FILE
@@ -126,8 +126,8 @@ class BadLearner:
 
 def preset_text(folder: Path, name: str, seed: int) -> None:
     """The parts of a reproduction's text, one for each site."""
-    from cli.reproduction.data import Source
-    from cli.reproduction.presets import load_preset
+    from gradualdiff.reproduction.data import Source
+    from gradualdiff.reproduction.presets import load_preset
 
     source = Source.prepare(load_preset(name).reproduce, None, folder / "source")
     for number, site in enumerate(SITES, start=1):
@@ -141,7 +141,7 @@ def preset_settings(
     name: str, preset: str, model: Path, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """What all runs of a preset have in common."""
-    from cli.reproduction.presets import load_preset
+    from gradualdiff.reproduction.presets import load_preset
 
     loaded = load_preset(preset)
     tables: dict[str, Any] = loaded.tables()
@@ -202,14 +202,14 @@ def run_one(
     config: FederationConfig, folder: Path, text: Path, shelf: ModelShelf, rewrite: Rewrite | None
 ) -> tuple[float, float]:
     """The final and the first adapter's loss over the good sites' text."""
-    from cli.federation import Embedding, run_embedded
-    from coordinator.inspection import History
-    from coordinator.verification import verify_run
-    from participant.torch_learner import TorchLearner
+    from coordinator.audit.verification import verify_run
+    from coordinator.runs.inspection import History
+    from gradualdiff.embedded.federation import Embedding, run_embedded
+    from participant.learner.torch_learner import TorchLearner
     from shared.config import DataSection
-    from shared.directory_store import DirectoryStore
-    from shared.ledger import Ledger
-    from shared.records import pool_held_out
+    from shared.protocol.ledger import Ledger
+    from shared.protocol.records import pool_held_out
+    from shared.stores.directory import DirectoryStore
 
     learners: dict[str, Learner] = {}
     for site in SITES:
@@ -237,7 +237,7 @@ def run_one(
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every attack under every defence for every seed."""
-    from participant.model_shelf import ModelShelf
+    from participant.learner.model_pool import ModelShelf
     from shared.config import FederationConfig, parse
     from shared.log import configure
 
@@ -282,8 +282,8 @@ def _model(top: Path, options: argparse.Namespace) -> Path:
         from tests.tiny_model import make_tiny_model
 
         return make_tiny_model(top / "model")
-    from cli.demo import packaged_model
-    from cli.progress import make_display
+    from gradualdiff.cli.demo import packaged_model
+    from gradualdiff.cli.progress import make_display
 
     with make_display(quiet=True) as display:
         return packaged_model(display)

@@ -47,7 +47,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from shared.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.s3_store import S3Store
+    from shared.stores.s3 import S3Store
 
 ROOT = Path(__file__).resolve().parents[1]
 RANK, LAYERS = 16, 64
@@ -126,7 +126,7 @@ class Servers:
 
     def store(self, bucket: str) -> S3Store:
         """The bucket, made if it is not there."""
-        from shared.s3_store import S3Store
+        from shared.stores.s3 import S3Store
 
         store = S3Store(self.s3_url, bucket, self.access_key, self.secret_key)
         store.make_bucket()
@@ -319,8 +319,8 @@ class Federation:
 
     def stamps(self) -> list[float]:
         """When each round was opened so far, and when the run finished."""
-        from shared.ledger import Ledger
-        from shared.records import FinishedRecord, OpenedRecord
+        from shared.protocol.ledger import Ledger
+        from shared.protocol.records import FinishedRecord, OpenedRecord
 
         ledger = Ledger(self.servers.store(self.name), self.name, "benchmark", time.time)
         return [r.time for r in ledger.history() if isinstance(r, OpenedRecord | FinishedRecord)]
@@ -423,13 +423,13 @@ def run_coordinator(federation: Path) -> None:
     """The real command in this process, timed from the second round on."""
     import coordinator.effects
     import coordinator.intake
-    from cli.serve import coordinator as command
     from coordinator.handlers import Coordinator
-    from shared.ledger import Ledger
-    from shared.rabbitmq.connection import RabbitConnection
-    from shared.rabbitmq.consumer import RabbitConsumer
-    from shared.records import OpenedRecord
-    from shared.s3_store import S3Store
+    from gradualdiff.cli.serve import coordinator as command
+    from shared.brokers.rabbitmq.connection import RabbitConnection
+    from shared.brokers.rabbitmq.consumer import RabbitConsumer
+    from shared.protocol.ledger import Ledger
+    from shared.protocol.records import OpenedRecord
+    from shared.stores.s3 import S3Store
 
     phases = Phases()
     for owner, name, phase in (
@@ -479,7 +479,7 @@ class IdleLearner:
 
     def prepare(self, announced: object, report: object) -> object:
         """Draw the values."""
-        from participant.learning import Readiness
+        from participant.learner.port import Readiness
 
         del announced, report
         manifest = wire_manifest()
@@ -493,9 +493,9 @@ class IdleLearner:
         self, task: Any, source: Path, state: object, folder: Path, *others: object
     ) -> object:
         """Encode and write them."""
-        from participant.learning import DELTA_FILE, Learned
-        from shared.codecs import get_codec
-        from shared.delta_file import DeltaHeader, write_delta
+        from participant.learner.port import DELTA_FILE, Learned
+        from shared.tensors.codecs import get_codec
+        from shared.tensors.delta_file import DeltaHeader, write_delta
 
         del source, state, others
         header = DeltaHeader(
@@ -517,14 +517,14 @@ def run_site(federation: Path, site: str) -> None:
     """A participant's process with a learner that learns nothing, timed from round 2 on."""
     import participant.handlers
     import participant.workspace
-    from cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
+    from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
     from participant.daemon import Station, serve
     from participant.handlers import Participant
-    from participant.line import Line
+    from participant.outbox import Line
     from participant.workspace import Workspace
     from shared.config import load_site
     from shared.log import configure
-    from shared.transfer import HttpTransfer
+    from shared.stores.transfer import HttpTransfer
 
     configure(level="info")
     phases = Phases()
@@ -714,7 +714,7 @@ def start_federation(federation: Federation, setup: bool = True) -> None:
     """Make accounts and kits, start all processes."""
     if setup:
         subprocess.run(
-            [sys.executable, "-m", "cli.main", "setup", str(federation.file), "--kits",
+            [sys.executable, "-m", "gradualdiff.cli.main", "setup", str(federation.file), "--kits",
              str(federation.folder / "kits")],
             check=True, capture_output=True,
         )  # fmt: skip
@@ -730,7 +730,7 @@ def start_federation(federation: Federation, setup: bool = True) -> None:
 
 def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) -> None:
     """Floors, the federation, floors again; print what came."""
-    from shared.codecs import get_codec
+    from shared.tensors.codecs import get_codec
 
     sites = [f"{codec}-{number}" for number in range(given.participants)]
     size = sum(

@@ -27,16 +27,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coordinator.aggregation import Method, aggregate
-from coordinator.genesis import draw_adapter
-from coordinator.server_optimizer import RULES, StateFiles
+from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.genesis import draw_adapter
+from coordinator.aggregation.server_optimizer import RULES, StateFiles
 from shared.averaging.inputs import WeightedDelta
-from shared.codecs import get_codec
 from shared.config import ServerSection
-from shared.delta_file import DeltaHeader, write_delta
-from shared.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
-from shared.tensors import Stopwatch
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import Stopwatch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

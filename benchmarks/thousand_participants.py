@@ -51,10 +51,9 @@ from round_over_the_wire import (
     told,
 )
 
-from shared import topology, wire
-from shared.codecs import get_codec
-from shared.delta_file import DeltaHeader, write_delta
-from shared.events import (
+from shared import topology
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaAnswered,
     DeltaSubmitted,
     Event,
@@ -67,7 +66,9 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
-from shared.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -274,7 +275,7 @@ def bare_messages(place: Servers, sites: Sequence[str], count: int) -> float:
 
     Each is confirmed before the next; a second connection consumes them meanwhile.
     """
-    from shared.rabbitmq import connect as product_connect
+    from shared.brokers.rabbitmq import connect as product_connect
 
     place.new_vhost("bare", "administrator,impersonator")
     with product_connect(address(place, "bare")) as connection:
@@ -403,7 +404,7 @@ def measure(place: Servers, folder: Path, participants: int, rounds: int) -> Non
 @contextlib.contextmanager
 def product(place: Servers) -> Any:
     """The product's own connection to the run's virtual host."""
-    from shared.rabbitmq import connect as product_connect
+    from shared.brokers.rabbitmq import connect as product_connect
 
     with product_connect(address(place, RUN)) as connection:
         yield connection

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shared.errors import ProtocolError
-from shared.events import CoordinatorTick, SiteOnline
+from shared.protocol.events import CoordinatorTick, SiteOnline
 from shared.topology import COORDINATOR, site_of_key
 
 if TYPE_CHECKING:
-    from shared.broker import Delivery
+    from shared.brokers.port import Delivery
     from shared.config import FederationConfig
-    from shared.events import Event
+    from shared.protocol.events import Event
 
 
 def admit(config: FederationConfig, delivery: Delivery, event: Event) -> str:

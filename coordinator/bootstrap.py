@@ -11,23 +11,24 @@ from coordinator.admission import admit
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
-from shared import topology, wire
-from shared.broker import Message
-from shared.codecs import get_codec
-from shared.dispatch import NO_PATIENCE, Dispatcher, Patience
+from shared import topology
+from shared.brokers.port import Message
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
-from shared.events import CoordinatorTick, MessageRefused
 from shared.failpoints import failpoint
-from shared.ledger import Ledger
 from shared.log import get_logger
+from shared.protocol import wire
+from shared.protocol.dispatch import NO_PATIENCE, Dispatcher, Patience
+from shared.protocol.events import CoordinatorTick, MessageRefused
+from shared.protocol.ledger import Ledger
+from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from shared.broker import Broker, Delivery
+    from shared.brokers.port import Broker, Delivery
     from shared.config import FederationConfig
-    from shared.store import ObjectStore
+    from shared.stores.port import ObjectStore
 
 TICK_SECONDS = 5.0
 

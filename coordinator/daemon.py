@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from coordinator.bootstrap import TICK_SECONDS, build_coordinator
 from shared import topology
 from shared.backoff import Backoff
-from shared.dispatch import Patience
 from shared.errors import (
     BrokerError,
     BrokerSilentError,
@@ -25,6 +24,7 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.log import get_logger
+from shared.protocol.dispatch import Patience
 
 if TYPE_CHECKING:
     import threading
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from coordinator.bootstrap import CoordinatorRole
     from coordinator.handlers import Coordinator
-    from coordinator.state import RunState
-    from shared.broker import Broker
+    from coordinator.round.state import RunState
+    from shared.brokers.port import Broker
     from shared.config import FederationConfig
-    from shared.store import ObjectStore
+    from shared.stores.port import ObjectStore
 
 HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
 STEADY_SECONDS = 30.0  # a line that held so long is no reason to wait longer after its loss

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation import Method, aggregate
-from coordinator.genesis import adapter_config, draw_adapter
-from coordinator.server_optimizer import StateFiles
-from coordinator.state import (
+from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.genesis import adapter_config, draw_adapter
+from coordinator.aggregation.server_optimizer import StateFiles
+from coordinator.round.state import (
     Aggregate,
     AnnounceClosed,
     AnnounceFinished,
@@ -22,12 +22,16 @@ from coordinator.state import (
     MakeGenesis,
     WriteRecord,
 )
-from shared import topology, wire
+from shared import topology
 from shared.averaging import delta_manifest, get_averaging
 from shared.averaging.inputs import WeightedDelta
-from shared.broker import Message
-from shared.durable_files import file_errors
-from shared.events import (
+from shared.brokers.port import Message
+from shared.disk.durable_files import file_errors
+from shared.failpoints import failpoint
+from shared.log import get_logger
+from shared.lora_factors import lora_for, whole_manifest
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaAnswered,
     Event,
     MessageRefused,
@@ -39,10 +43,7 @@ from shared.events import (
     WireLora,
     WireTraining,
 )
-from shared.failpoints import failpoint
-from shared.log import get_logger
-from shared.lora_factors import lora_for, whole_manifest
-from shared.records import (
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     GenesisRecord,
@@ -55,11 +56,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.intake import Intake
-    from coordinator.state import Bell, RunState, Step
-    from shared.broker import Broker
+    from coordinator.round.state import Bell, RunState, Step
+    from shared.brokers.port import Broker
     from shared.config import FederationConfig, LoraSection
-    from shared.ledger import Ledger
-    from shared.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
+    from shared.protocol.ledger import Ledger
+    from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
 
 URL_SECONDS = 6 * 3600.0
 

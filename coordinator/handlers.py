@@ -10,19 +10,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from coordinator.aggregation.server_optimizer import wants_more_than_zeros
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
 from coordinator.limits import Limits
-from coordinator.members import unfit
-from coordinator.rounds import apply, debts, replay, resume
-from coordinator.server_optimizer import wants_more_than_zeros
-from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
-from coordinator.watch import Watch
+from coordinator.liveness import Watch
+from coordinator.round.machine import apply, debts, replay, resume
+from coordinator.round.members import unfit
+from coordinator.round.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from shared.averaging import delta_manifest
-from shared.bounds import prose
-from shared.codecs import get_codec
-from shared.delta_file import DeltaHeader
-from shared.dispatch import ABOUT_THE_MESSAGE
 from shared.errors import (
     DeltaRefusedError,
     FencedError,
@@ -32,7 +28,12 @@ from shared.errors import (
     ObjectMissingError,
     ProtocolError,
 )
-from shared.events import (
+from shared.failpoints import failpoint
+from shared.log import get_logger
+from shared.lora_factors import site_manifest
+from shared.protocol.bounds import prose
+from shared.protocol.dispatch import ABOUT_THE_MESSAGE
+from shared.protocol.events import (
     AdapterEvaluated,
     CoordinatorTick,
     DeltaSubmitted,
@@ -46,10 +47,7 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
-from shared.failpoints import failpoint
-from shared.log import get_logger
-from shared.lora_factors import site_manifest
-from shared.records import (
+from shared.protocol.records import (
     AcceptedRecord,
     DeclinedRecord,
     EvaluatedRecord,
@@ -61,6 +59,8 @@ from shared.records import (
     RefusedRecord,
     RejoinedRecord,
 )
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader
 from shared.topology import accepted_key, site_queue
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ if TYPE_CHECKING:
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
-    from coordinator.state import Effect, Fact, RunState, Step
+    from coordinator.round.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
-    from shared.dispatch import Handler
-    from shared.ledger import Ledger
-    from shared.records import ClosingRecord
+    from shared.protocol.dispatch import Handler
+    from shared.protocol.ledger import Ledger
+    from shared.protocol.records import ClosingRecord
 
 # A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
 GRANT_SECONDS = 900.0

@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared import topology
-from shared.delta_file import check_delta
-from shared.durable_files import file_errors
+from shared.disk.durable_files import file_errors
+from shared.disk.files import digest_file
 from shared.errors import (
     DeltaRefusedError,
     LedgerDamagedError,
     ObjectMissingError,
 )
 from shared.failpoints import failpoint
-from shared.files import digest_file
-from shared.store import read_again
+from shared.stores.port import read_again
+from shared.tensors.delta_file import check_delta
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
     from pathlib import Path
 
-    from shared.delta_file import DeltaHeader
-    from shared.manifest import Manifest
-    from shared.records import AcceptedRecord
-    from shared.store import ObjectStore
+    from shared.protocol.manifest import Manifest
+    from shared.protocol.records import AcceptedRecord
+    from shared.stores.port import ObjectStore
+    from shared.tensors.delta_file import DeltaHeader
 
 CHUNK_BYTES = 16 * 1024 * 1024
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from coordinator.state import RunState
+    from coordinator.round.state import RunState
     from shared.config import LimitsSection
-    from shared.events import TrainingFailed
+    from shared.protocol.events import TrainingFailed
 
 
 @dataclass

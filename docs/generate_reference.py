@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticUndefined
 
-from cli.kits import METRICS_KEPT
-from coordinator import accounts, watch
-from shared import errors, manifest, records, topology
+from coordinator import liveness
+from coordinator.accounts import site_accounts
+from gradualdiff.cli.kits import METRICS_KEPT
+from shared import errors, topology
 from shared.averaging import averaging_names
 from shared.config import FederationConfig, SiteConfig
 from shared.config_mistakes import PATTERNS, section_of
-from shared.events import EVENTS
-from shared.records import Record
+from shared.protocol import manifest, records
+from shared.protocol.events import EVENTS
+from shared.protocol.records import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,7 +49,16 @@ FOLDERS = {
     "deploy/local": "A RabbitMQ and an S3 server on one machine, to try it.",
     "docs": "What to read, by what you want to know.",
 }
-TOP = ("shared", "coordinator", "participant", "cli", "benchmarks", "deploy", "docs", "tests")
+TOP = (
+    "shared",
+    "coordinator",
+    "participant",
+    "gradualdiff",
+    "benchmarks",
+    "deploy",
+    "docs",
+    "tests",
+)
 
 SETTINGS = {
     "run.name": "The run's name in the store.",
@@ -365,8 +376,8 @@ def events_page() -> str:
             "Manifest, Numerics, HeldOut and LocalMetrics are on the page of "
             "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are sections of "
             "[the settings](config.md), unknown names ignored. Every text, list, map and number "
-            "has a bound (`shared/bounds.py`): a message that breaks one is refused, but reasons, "
-            "which only people read, are made printable and cut.\n"
+            "has a bound (`shared/protocol/bounds.py`): a message that breaks one is refused, but "
+            "reasons, which only people read, are made printable and cut.\n"
         ),
     ]
     for name, event in EVENTS.items():
@@ -391,7 +402,7 @@ def ledger_page() -> str:
         "## Outside the run\n\nThe status is written again and again and decides nothing; an "
         "account is not part of any run.\n"
     )
-    for kind in (watch.RunStatus, watch.SiteStatus, accounts.SiteAccount):
+    for kind in (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount):
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
         parts.append(_table(kind, FIELDS))
     parts.append("## Parts\n")
@@ -575,7 +586,7 @@ def _parts() -> list[type[BaseModel]]:
 
 
 def _used_fields() -> set[str]:
-    others = (watch.RunStatus, watch.SiteStatus, accounts.SiteAccount)
+    others = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount)
     models = [*EVENTS.values(), *_record_kinds(), *_parts(), *others]
     return {name for model in models for name in model.model_fields}
 

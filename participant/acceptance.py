@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from participant.learning import steps_in_round
+from participant.learner.port import steps_in_round
 from shared.averaging import get_averaging
 from shared.base_model import HUB_ID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from participant.learning import Learned, Readiness
+    from participant.learner.port import Learned, Readiness
     from shared.config import AcceptSection, TrainingSection
-    from shared.events import RoundStarted, RunAnnounced
+    from shared.protocol.events import RoundStarted, RunAnnounced
 
 # One site's trainings under one round number. More than one is honest where a run was begun anew
 # under its name; each tells a little more about the text.

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from participant.handlers import Participant, Site, sender_of
-from shared import topology, wire
-from shared.broker import Message
-from shared.dispatch import Dispatcher
-from shared.events import MessageRefused
+from shared import topology
+from shared.brokers.port import Message
+from shared.protocol import wire
+from shared.protocol.dispatch import Dispatcher
+from shared.protocol.events import MessageRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from shared.broker import Broker, Delivery
-    from shared.dispatch import Handler
-    from shared.events import Event
+    from shared.brokers.port import Broker, Delivery
+    from shared.protocol.dispatch import Handler
+    from shared.protocol.events import Event
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from shared.config import Name, Sha256, canonical_json
-from shared.durable_files import make_directories
+from shared.disk.durable_files import make_directories
+from shared.disk.files import digest_file, sync_path
 from shared.failpoints import failpoint
-from shared.files import digest_file, sync_path
 from shared.log import get_logger
-from shared.manifest import Fact, HeldOut
+from shared.protocol.manifest import Fact, HeldOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from shared.events import RoundStarted
-    from shared.tensors import FileDigest
+    from shared.protocol.events import RoundStarted
+    from shared.tensors.tensor_file import FileDigest
 
 ADAPTER_FILE = "adapter.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -133,7 +133,7 @@ class Checkpoint:
 
     @property
     def optimizer(self) -> Path:
-        """AdamW's state, see ``participant/optimizer_state.py``."""
+        """AdamW's state, see ``participant/learner/optimizer_state.py``."""
         return self.folder / OPTIMIZER_FILE
 
 

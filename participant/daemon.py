@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from participant.bootstrap import subscribe
 from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site, is_overtaken
-from participant.line import Line
+from participant.outbox import Line
 from participant.reporting import Counted, Reporter
-from shared import topology, wire
+from shared import topology
 from shared.backoff import Backoff
-from shared.broker import Message
+from shared.brokers.port import Message
 from shared.errors import (
     GradualDiffError,
     InterruptedRunError,
@@ -28,19 +28,20 @@ from shared.errors import (
     RunStuckError,
     UnroutableError,
 )
-from shared.events import SiteOnline
 from shared.log import get_logger
+from shared.protocol import wire
+from shared.protocol.events import SiteOnline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from participant.learning import Learner
+    from participant.learner.port import Learner
     from participant.workspace import Workspace
-    from shared.broker import Broker
+    from shared.brokers.port import Broker
     from shared.config import AcceptSection
-    from shared.dispatch import Dispatcher
-    from shared.events import Event
-    from shared.store import Transfer
+    from shared.protocol.dispatch import Dispatcher
+    from shared.protocol.events import Event
+    from shared.stores.port import Transfer
 
 ONLINE_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0

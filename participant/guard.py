@@ -21,14 +21,20 @@ from participant.checkpoints import settings_digest
 from participant.workspace import Training
 from shared.config import canonical_json
 from shared.errors import NotAcceptedError
-from shared.manifest import LocalMetrics
+from shared.protocol.manifest import LocalMetrics
 
 if TYPE_CHECKING:
-    from participant.learning import Learned, Readiness
+    from participant.learner.port import Learned, Readiness
     from participant.workspace import Workspace
     from shared.config import AcceptSection
     from shared.errors import GradualDiffError
-    from shared.events import AdapterEvaluated, RoundClosed, RoundStarted, RunAnnounced, RunFinished
+    from shared.protocol.events import (
+        AdapterEvaluated,
+        RoundClosed,
+        RoundStarted,
+        RunAnnounced,
+        RunFinished,
+    )
 
 
 class Guard:

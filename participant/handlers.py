@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from participant.checkpoints import settings_digest
 from participant.guard import Guard
-from participant.learning import DELTA_FILE, Progress
+from participant.learner.port import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
-from shared import topology, wire
-from shared.broker import Message
+from shared import topology
+from shared.brokers.port import Message
 from shared.config import AcceptSection
-from shared.durable_files import file_errors
+from shared.disk.durable_files import file_errors
+from shared.disk.files import digest_file
 from shared.errors import (
     GradualDiffError,
     GrantError,
@@ -27,7 +28,10 @@ from shared.errors import (
     NotAcceptedError,
     ProtocolError,
 )
-from shared.events import (
+from shared.failpoints import failpoint
+from shared.log import get_logger
+from shared.protocol import wire
+from shared.protocol.events import (
     AdapterEvaluated,
     DeltaAnswered,
     DeltaSubmitted,
@@ -43,18 +47,15 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
-from shared.failpoints import failpoint
-from shared.files import digest_file
-from shared.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from participant.learning import Learned, Learner
-    from shared.broker import Delivery
-    from shared.dispatch import Handler
-    from shared.store import Transfer
+    from participant.learner.port import Learned, Learner
+    from shared.brokers.port import Delivery
+    from shared.protocol.dispatch import Handler
+    from shared.stores.port import Transfer
 
 ONLINE_EXPIRES_SECONDS = 150.0
 LONGEST_DEFER_SECONDS = 60.0

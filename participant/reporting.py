@@ -6,15 +6,15 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from shared.events import TrainingProgressed
+from shared.protocol.events import TrainingProgressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from participant.handlers import Participant
-    from participant.learning import Progress
-    from shared.store import Transfer
+    from participant.learner.port import Progress
+    from shared.stores.port import Transfer
 
 
 class Reporter:

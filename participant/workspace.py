@@ -25,19 +25,19 @@ from participant.checkpoints import (
     checkpoint_folder_name,
     settings_digest,
 )
-from participant.learning import DELTA_FILE, STATE_FILE
+from participant.learner.port import DELTA_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
-from shared.durable_files import file_errors, make_directories, temporary, write_new
+from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
+from shared.disk.files import digest_file, sync_path
 from shared.errors import StoreError, StoreUnavailableError
-from shared.events import AdapterEvaluated  # noqa: TC001 - pydantic reads the annotation
 from shared.failpoints import failpoint
-from shared.files import digest_file, sync_path
-from shared.manifest import Fact, LocalMetrics
+from shared.protocol.events import AdapterEvaluated  # noqa: TC001 - pydantic reads the annotation
+from shared.protocol.manifest import Fact, LocalMetrics
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shared.events import RoundStarted
+    from shared.protocol.events import RoundStarted
 
 SUBMISSION_FILE = "submission.json"
 DIGEST_FILE = "config"  # of which settings all of a run's folder is

@@ -97,7 +97,7 @@ class MissingPackageError(GradualDiffError):
 
 
 class ForeignPackageError(GradualDiffError):
-    """Another project's package named shared, coordinator, participant or cli comes first.
+    """Another project's package named shared, coordinator or participant comes first.
 
     Told by ``gradualdiff.py``, which runs before anything of ours can be imported.
     """
@@ -201,7 +201,7 @@ class BrokerUnavailableError(BrokerError):
 class BrokerSilentError(BrokerUnavailableError):
     """The broker was there but did not answer a request, or failed on it (INTERNAL_ERROR).
 
-    So behaves a queue that came back damaged: see ``shared/rabbitmq/reviving.py``.
+    So behaves a queue that came back damaged: see ``shared/brokers/rabbitmq/reviving.py``.
     """
 
     exit_code = 45

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.config import LoraSection
-    from shared.manifest import Manifest, TensorSpec
+    from shared.protocol.manifest import Manifest, TensorSpec
 
 A: Final = ".lora_A.weight"
 B: Final = ".lora_B.weight"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cli.federation import Embedding, run_embedded
+from gradualdiff.embedded.federation import Embedding, run_embedded
 from shared.config import FederationConfig, parse
-from shared.directory_store import DirectoryStore
+from shared.stores.directory import DirectoryStore
 from tests.numpy_learner import NumpyLearner
 
 if TYPE_CHECKING:

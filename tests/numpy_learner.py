@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from participant.learning import DELTA_FILE, Learned, Progress, Readiness
+from participant.learner.port import DELTA_FILE, Learned, Progress, Readiness
 from shared.averaging import get_averaging
-from shared.codecs import get_codec
 from shared.config import AcceptSection, LoraSection
-from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import InterruptedRunError
 from shared.lora_factors import leading, site_manifest
-from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
-from shared.tensors import TensorFile
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable

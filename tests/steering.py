@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
-from coordinator.operating import operator_ledger, order
-from coordinator.verification import verify_run
-from shared.directory_store import DirectoryStore
+from coordinator.audit.verification import verify_run
+from coordinator.runs.operating import operator_ledger, order
 from shared.errors import ObjectMissingError
-from shared.ledger import Ledger
+from shared.protocol.ledger import Ledger
+from shared.stores.directory import DirectoryStore
 
 
 class Crash(BaseException):

@@ -60,11 +60,11 @@ def test_the_wheel_holds_the_product_and_no_tests(built):
     sdist, wheel = built[0]
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"gradualdiff.py", "shared", "coordinator", "participant", "cli"}
+    assert tops == {"shared", "coordinator", "participant", "gradualdiff"}
     for top in tops - {"gradualdiff.py"}:
         tracked = run("git", "ls-files", top, cwd=ROOT).splitlines()
         assert {name for name in names if name.startswith(f"{top}/")} == set(tracked)
-    assert {"shared/py.typed", "cli/reproduction/presets/cpu.toml"} < names
+    assert {"shared/py.typed", "gradualdiff/reproduction/presets/cpu.toml"} < names
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "tests/test_dist.py"} < inside

@@ -18,7 +18,7 @@ from shared import errors
 from shared.config import FederationConfig, SiteConfig, load_federation, load_site
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("shared", "coordinator", "participant", "cli", "benchmarks", "docs", "deploy")
+FOLDERS = ("shared", "coordinator", "participant", "gradualdiff", "benchmarks", "docs", "deploy")
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.toml"))
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -171,7 +171,7 @@ def test_every_command_in_the_pages_exists(name):
     """``gradualdiff NOUN VERB --option`` as written is one that the command line knows."""
     import typer
 
-    from cli.main import app
+    from gradualdiff.cli.main import app
 
     root = typer.main.get_command(app)
     text = (ROOT / name).read_text()

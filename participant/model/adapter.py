@@ -16,7 +16,7 @@ import torch
 from participant.model.libraries import peft, transformers
 from shared.errors import ModelError
 from shared.lora_factors import is_a, is_b, layer_of
-from shared.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Manifest, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

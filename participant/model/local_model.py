@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from participant.data import TokenisedExample
     from shared.config import BaseSection, LoraSection
-    from shared.manifest import Manifest, Numerics
+    from shared.protocol.manifest import Manifest, Numerics
 
 
 class LocalModel:

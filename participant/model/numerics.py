@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from shared.errors import ConfigError
-from shared.manifest import Numerics
+from shared.protocol.manifest import Numerics
 
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

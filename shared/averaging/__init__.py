@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from shared.averaging.inputs import Figures, WeightedDelta
     from shared.config import FederationConfig, LoraSection
-    from shared.delta_file import DeltaFile
-    from shared.manifest import Manifest
-    from shared.records import ClosingRecord
-    from shared.tensors import TensorFile
+    from shared.protocol.manifest import Manifest
+    from shared.protocol.records import ClosingRecord
+    from shared.tensors.delta_file import DeltaFile
+    from shared.tensors.tensor_file import TensorFile
 
 
 class Averaging:

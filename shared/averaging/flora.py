@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from shared.averaging import Averaging
-from shared.deltas import is_finite, square_and_product, squared_norm
 from shared.errors import LedgerError
 from shared.lora_factors import is_a, is_b, is_factors_only, lora_of_rank, of_rank, pairs, rank_of
-from shared.tensors import TensorFile
+from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
+from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from shared.averaging.inputs import Figures, WeightedDelta
     from shared.config import FederationConfig, LoraSection
-    from shared.delta_file import DeltaFile
-    from shared.manifest import Manifest, TensorSpec
-    from shared.records import ClosingRecord
+    from shared.protocol.manifest import Manifest, TensorSpec
+    from shared.protocol.records import ClosingRecord
+    from shared.tensors.delta_file import DeltaFile
 
 # Of a run's last adapter. LLaMA-2-7B's layers are 4096 wide: far below this the plain matrices
 # would be smaller.

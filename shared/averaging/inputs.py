@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shared.manifest import Manifest
-    from shared.tensors import Stopwatch
+    from shared.protocol.manifest import Manifest
+    from shared.tensors.tensor_file import Stopwatch
 
 
 @dataclass(frozen=True)

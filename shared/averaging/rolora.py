@@ -11,7 +11,7 @@ from shared.averaging import Averaging
 from shared.lora_factors import A, B, factors
 
 if TYPE_CHECKING:
-    from shared.manifest import Manifest
+    from shared.protocol.manifest import Manifest
 
 
 class Alternating(Averaging):

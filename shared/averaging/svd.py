@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from shared.averaging import Averaging
-from shared.deltas import is_finite, square_and_product, squared_norm
 from shared.errors import LedgerError
 from shared.lora_factors import pairs
-from shared.tensors import TensorFile
+from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
+from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.averaging.inputs import Figures, WeightedDelta
-    from shared.delta_file import DeltaFile
     from shared.lora_factors import Pair
-    from shared.manifest import Manifest, TensorSpec
+    from shared.protocol.manifest import Manifest, TensorSpec
+    from shared.tensors.delta_file import DeltaFile
 
     Wide = NDArray[np.float64]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared.errors import AccessRefusedError, BrokerError
-from shared.ledger import Ledger
-from shared.records import ClosingRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import ClosingRecord
 from shared.topology import round_key
 from tests.chaos.names import COORDINATORS, SITES, TRACE
 

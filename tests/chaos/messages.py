@@ -10,16 +10,16 @@ import contextlib
 from collections import deque
 from typing import TYPE_CHECKING
 
-from shared.broker import Message
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import connect
 from shared.credentials import BrokerAddress
 from shared.errors import BrokerError, UnroutableError
-from shared.rabbitmq import connect
 from shared.topology import EVENTS_EXCHANGE, SITES_EXCHANGE, Binding, Queue, Topology
 from tests.chaos.names import PASSWORD, SITES
 from tests.chaos.servers import BROKER, alone
 
 if TYPE_CHECKING:
-    from shared.rabbitmq import RabbitConnection
+    from shared.brokers.rabbitmq import RabbitConnection
     from tests.chaos.schedule import Fault
     from tests.chaos.stand import Stand
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-    from shared.s3_store import S3Store
+    from shared.stores.s3 import S3Store
 
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
@@ -134,7 +134,7 @@ class Stand:
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run ``gradualdiff`` to its end, past whatever is wrong with it."""
         return subprocess.run(
-            [sys.executable, "-m", "cli.main", *arguments],
+            [sys.executable, "-m", "gradualdiff.cli.main", *arguments],
             capture_output=True,
             text=True,
             timeout=COMMAND_SECONDS,
@@ -152,7 +152,7 @@ class Stand:
         self._write(shape)
         self.run = shape
         for name in COORDINATORS:
-            self._start(name, "cli.main", "coordinator", str(self.federation(shape)))
+            self._start(name, "gradualdiff.cli.main", "coordinator", str(self.federation(shape)))
 
     @property
     def run_has_ended(self) -> bool:

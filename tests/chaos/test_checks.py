@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from shared.records import ClosingRecord, Input
+from shared.protocol.records import ClosingRecord, Input
 from tests.chaos import report, schedule
 from tests.chaos.checks import account_for, counted_once, explained, unforeseen
 from tests.chaos.kinds import KINDS

@@ -11,19 +11,19 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 from typer.testing import CliRunner
 
-from cli.output import print_table
-from cli.plot import looks
+from gradualdiff.cli.output import print_table
+from gradualdiff.figures.held_out import looks
 from shared import errors, topology
-from shared.directory_store import DirectoryStore
-from shared.ledger import Ledger
-from shared.records import AcceptedRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 
 
 def gradualdiff(*arguments, cwd=None):
     """Run the command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -54,7 +54,7 @@ def test_looking_imports_neither_torch_nor_numpy(store, command):
     """Inspection works on a coordinator's machine and answers at once."""
     script = (
         "import sys\n"
-        "from cli.main import app\n"
+        "from gradualdiff.cli.main import app\n"
         "try:\n"
         "    app(sys.argv[1:])\n"
         "finally:\n"
@@ -145,7 +145,7 @@ def test_an_export_names_a_hub_id_and_what_is_left_out(store, tmp_path):
 
 def test_a_merge_without_its_packages_says_which(store, tmp_path):
     """Exit code 13 and the command that installs them, as on a coordinator's machine."""
-    script = "import sys; sys.modules['peft'] = None; from cli.main import main; main()"
+    script = "import sys; sys.modules['peft'] = None; from gradualdiff.cli.main import main; main()"
     options = ("--merge", "--to", str(tmp_path / "m"), "--store", str(store))
     done = subprocess.run(
         [sys.executable, "-c", script, "runs", "export", "test", *options],
@@ -307,8 +307,8 @@ def number_options(app):
 
 def test_every_option_with_a_number_asks_for_a_finite_one():
     """None is left out: what takes a float refuses nan, before anything is written."""
-    from cli.main import app
-    from cli.output import finite, positive
+    from gradualdiff.cli.main import app
+    from gradualdiff.cli.output import finite, positive
 
     found = dict(number_options(app))
     assert found.keys() >= {"learning_rate", "linger", "wait"}
@@ -325,7 +325,7 @@ def all_commands(app, *before):
 
 def test_the_help_of_a_command_holds_all_its_words():
     """None is taken for rich's mark-up, as a table's name in brackets would be."""
-    from cli.main import app
+    from gradualdiff.cli.main import app
 
     for command, text in all_commands(app):
         shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})

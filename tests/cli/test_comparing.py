@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from cli.comparing import gather_all
-from cli.comparison import CLOSING, WAITING, gather, phases, warnings
-from coordinator.inspection import History
+from coordinator.runs.comparison import CLOSING, WAITING, gather, phases, warnings
+from coordinator.runs.inspection import History
+from gradualdiff.cli.comparing import gather_all
 from shared import errors
-from shared.directory_store import DirectoryStore
-from shared.ledger import Ledger
-from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, OpenedRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, OpenedRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.cli.test_commands import gradualdiff
 from tests.coordinator.test_controls import when

@@ -10,12 +10,12 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from cli.deleting import run_lock
-from cli.main import app
-from coordinator.deletion import delete_run
-from coordinator.inspection import summarise_runs
-from coordinator.operating import operator_ledger
-from coordinator.watch import RunStatus
+from coordinator.liveness import RunStatus
+from coordinator.runs.deletion import delete_run
+from coordinator.runs.inspection import summarise_runs
+from coordinator.runs.operating import operator_ledger
+from gradualdiff.cli.deleting import run_lock
+from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import FencedError, RunExistsError, RunNotFoundError

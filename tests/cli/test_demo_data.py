@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli.demo_data import SiteFile, prepare_chitchat, split_own_data
-from cli.demo_packages import CHITCHAT, find_packaged
+from gradualdiff.demo.data import SiteFile, prepare_chitchat, split_own_data
+from gradualdiff.demo.packages import CHITCHAT, find_packaged
 from shared.config import DataSection
 from shared.errors import ConfigError, DataError
 

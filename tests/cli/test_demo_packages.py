@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cli.demo_packages import CHITCHAT, SMOLLM2, PackagedFile, find_packaged
+from gradualdiff.demo.packages import CHITCHAT, SMOLLM2, PackagedFile, find_packaged
 from shared.errors import DataError, MissingPackageError, ModelError
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from cli import demo, simulate
-from cli.main import app
+from gradualdiff.cli import demo, simulate
+from gradualdiff.cli.main import app
 from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
-from shared.ledger import list_runs
-from shared.records import FinishedRecord
+from shared.protocol.ledger import list_runs
+from shared.protocol.records import FinishedRecord
 from tests.cli.test_commands import gradualdiff
 from tests.federation.test_starting import Stops
 from tests.numpy_learner import NumpyLearner

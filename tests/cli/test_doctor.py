@@ -14,21 +14,22 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from cli import checks
-from cli.main import app
-from coordinator.account_doors import ManagementDoor
+from coordinator.accounts.broker_administration import ManagementDoor
 from coordinator.limits import Limits
-from coordinator.rounds import replay
-from coordinator.watch import Watch
-from shared import topology, wire
-from shared.broker import Message
+from coordinator.liveness import Watch
+from coordinator.round.machine import replay
+from gradualdiff.cli.main import app
+from gradualdiff.doctor import checks
+from shared import topology
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import connect
 from shared.config import LimitsSection, load_federation
 from shared.credentials import broker_address
 from shared.errors import ConfigError, GradualDiffError
-from shared.events import UploadGranted
-from shared.ledger import Ledger
-from shared.rabbitmq import connect
-from shared.records import FinishedRecord
+from shared.protocol import wire
+from shared.protocol.events import UploadGranted
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import FinishedRecord
 from tests.servers.faults import ToldServer, make_certificate, reply
 from tests.servers.rabbitmq import ADMIN, RabbitServer
 
@@ -281,7 +282,7 @@ def test_doctor_loads_torch_only_for_a_site(office):
     """A coordinator's machine has none; and its doctor needs no numpy."""
     program = (
         "import sys\n"
-        "from cli.main import app\n"
+        "from gradualdiff.cli.main import app\n"
         f"app(['doctor', {str(office.toml)!r}], standalone_mode=False)\n"
         "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))\n"
     )

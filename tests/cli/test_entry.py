@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import gradualdiff
+from gradualdiff import entry
 from shared.errors import ForeignPackageError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def command(*arguments, cwd=None, **environment):
     )
 
 
-@pytest.mark.parametrize("name", gradualdiff.PACKAGES)
+@pytest.mark.parametrize("name", entry.PACKAGES)
 def test_a_package_of_somebody_else_is_said_in_one_line(tmp_path, name):
     """In a folder on PYTHONPATH, and in the folder that ``python -m`` is started in."""
     package, elsewhere = tmp_path / "mine" / name, tmp_path / "elsewhere"
@@ -39,7 +39,7 @@ def test_a_package_of_somebody_else_is_said_in_one_line(tmp_path, name):
         command("--help", cwd=elsewhere, PYTHONPATH=str(package.parent)),
         command("--help", cwd=package.parent),
     ):
-        assert done.returncode == ForeignPackageError.exit_code == gradualdiff.FOREIGN_PACKAGE
+        assert done.returncode == ForeignPackageError.exit_code == entry.FOREIGN_PACKAGE
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"error: {name}: expected")
@@ -55,10 +55,11 @@ def test_a_folder_without_python_in_it_is_in_nobodys_way(tmp_path):
 
 def test_a_distribution_that_was_installed_over_ours_is_said(tmp_path):
     """Its files lie where ours were, so the place alone tells nothing."""
-    (tmp_path / "gradualdiff.py").write_bytes((ROOT / "gradualdiff.py").read_bytes())
-    for name in gradualdiff.PACKAGES:
+    for name in ("gradualdiff", *entry.PACKAGES):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_bytes((ROOT / name / "__init__.py").read_bytes())
+        for file in (ROOT / name).glob("_*_.py"):
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "gradualdiff" / "entry.py").write_bytes(Path(entry.__file__).read_bytes())
     (tmp_path / "coordinator" / "__init__.py").write_text('"""Coordinates threads."""\n')
     done = command("--help", cwd=tmp_path)
     assert done.returncode == ForeignPackageError.exit_code
@@ -71,10 +72,10 @@ def test_a_distribution_that_was_installed_over_ours_is_said(tmp_path):
 def test_the_version_is_told_at_once():
     """Nothing is loaded for it but the command line itself."""
     program = (
-        "import sys, gradualdiff\n"
+        "import sys, gradualdiff.entry\n"
         "sys.argv = ['gradualdiff', '--version']\n"
         "try:\n"
-        "    gradualdiff.main()\n"
+        "    gradualdiff.entry.main()\n"
         "finally:\n"
         "    print({'torch', 'numpy', 'pydantic', 'pika', 'minio', 'rich'} & set(sys.modules))\n"
     )

@@ -16,17 +16,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli import follow, follow_screens
-from cli.main import app
-from coordinator.operating import operator_ledger, order
-from coordinator.watch import ONLINE_SECONDS, RunStatus, SiteStatus
+from coordinator.liveness import ONLINE_SECONDS, RunStatus, SiteStatus
+from coordinator.runs.operating import operator_ledger, order
+from gradualdiff.cli import follow, follow_screens
+from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json, load_federation
-from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, RunNotFoundError, StoreUnavailableError
-from shared.ledger import Ledger
-from shared.manifest import HeldOut, LocalMetrics
-from shared.records import (
+from shared.protocol.ledger import Ledger
+from shared.protocol.manifest import HeldOut, LocalMetrics
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
@@ -38,7 +37,8 @@ from shared.records import (
     OpenedRecord,
     RejoinedRecord,
 )
-from shared.stores import open_s3
+from shared.stores.directory import DirectoryStore
+from shared.stores.opening import open_s3
 from tests.federations import config
 from tests.numpy_learner import MANIFEST, NUMERICS
 from tests.patience import PATIENCE_SECONDS, wait_until
@@ -448,7 +448,7 @@ def spawn(run, out, *more):
     # A shell starts what it puts in the background with SIGINT ignored, and that is inherited.
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from cli.main import main; main()"
+        "from gradualdiff.cli.main import main; main()"
     )
     return subprocess.Popen(
         [sys.executable, "-c", program, *command(run, *more)],
@@ -512,7 +512,7 @@ def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost
         deployment.wait_for("opened.recorded", "coordinator")
         where = ("--federation", str(deployment.federation))
         follower = deployment.start(
-            "follow", "cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
+            "follow", "gradualdiff.cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
         )
         listed = json.loads(deployment.command("queues", "list", "--json", *where).stdout)
         events = json.loads(
@@ -545,7 +545,7 @@ def test_a_killed_site_is_shown_as_away_long_before_its_silence_tells(
     where = ("--federation", str(deployment.federation))
     try:
         deployment.start(
-            "follow", "cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
+            "follow", "gradualdiff.cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
         )
         deployment.wait_for("waiting until it begins", "follow")
         deployment.start_coordinator()

@@ -17,7 +17,7 @@ from tests.tiny_model import make_tiny_model, write_federation
 
 def gradualdiff(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, "-m", "cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,

@@ -5,8 +5,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from cli.metering import Meter, MeteredTransfer, Traffic
-from shared.files import write_atomically
+from gradualdiff.embedded.metering import Meter, MeteredTransfer, Traffic
+from shared.disk.files import write_atomically
 from tests.patience import PATIENCE_SECONDS
 
 

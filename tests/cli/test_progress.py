@@ -7,7 +7,7 @@ import re
 
 from rich.console import Console
 
-from cli.progress import Lines
+from gradualdiff.cli.progress import Lines
 from tests import federations
 
 

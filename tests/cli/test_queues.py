@@ -13,24 +13,25 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
-from coordinator.watch import RunStatus, SiteStatus
-from shared import topology, wire
-from shared.broker import Message
+from coordinator.liveness import RunStatus, SiteStatus
+from gradualdiff.cli.main import app
+from shared import topology
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import RabbitConnection, connect
 from shared.config import canonical_json, load_federation
 from shared.credentials import BrokerAddress
-from shared.directory_store import DirectoryStore
 from shared.errors import AccessRefusedError, BrokerError, ConfigError
-from shared.events import (
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaAnswered,
     MessageRefused,
     ParticipantReady,
     RunDeclined,
     UploadGranted,
 )
-from shared.ledger import Ledger
-from shared.manifest import Manifest, TensorSpec
-from shared.rabbitmq import RabbitConnection, connect
+from shared.protocol.ledger import Ledger
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.stores.directory import DirectoryStore
 from tests.numpy_learner import NUMERICS
 from tests.patience import PATIENCE_SECONDS, wait_until
 
@@ -396,9 +397,9 @@ def test_a_crash_between_publish_and_take_off_loses_nothing(federation):
     done = run_program(
         federation,
         "import os\n"
-        "from shared.rabbitmq.taking import Taker\n"
+        "from shared.brokers.rabbitmq.taking import Taker\n"
         "Taker.settle = lambda *_: os._exit(9)\n"
-        "from cli.main import app\n"
+        "from gradualdiff.cli.main import app\n"
         "app(['queues', 'redrive', '--yes'])\n",
     )
     assert done.returncode == 9, done.stderr
@@ -448,7 +449,7 @@ def test_looking_at_queues_loads_neither_torch_nor_numpy(federation):
     told = "import sys; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     for command in (["list"], ["peek"], ["redrive", "--yes"], ["purge", "--yes"]):
         program = (
-            "from cli.main import app\n"
+            "from gradualdiff.cli.main import app\n"
             f"app({['queues', *command]!r}, standalone_mode=False)\n"
             f"{told}"
         )

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from shared import errors, topology
-from shared.directory_store import DirectoryStore
 from shared.errors import RunStuckError
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.cli.test_commands import gradualdiff
 from tests.coordinator.test_controls import when

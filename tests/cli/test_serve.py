@@ -7,11 +7,11 @@ import json
 import pytest
 import urllib3
 
-from coordinator.accounts import MOST_CHANNELS, MOST_CONNECTIONS
+from coordinator.accounts.site_accounts import MOST_CHANNELS, MOST_CONNECTIONS
+from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import BrokerAddress, broker_address
-from shared.rabbitmq import connect
-from shared.stores import open_store
+from shared.stores.opening import open_store
 from shared.topology import site_queue
 from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
 

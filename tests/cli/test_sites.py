@@ -13,17 +13,17 @@ import pika.exceptions
 import pytest
 from typer.testing import CliRunner
 
-from cli.sites import app
-from coordinator.account_doors import ManagementDoor
-from coordinator.accounts import find_account
+from coordinator.accounts.broker_administration import ManagementDoor
+from coordinator.accounts.site_accounts import find_account
 from coordinator.limits import Limits
-from coordinator.rounds import replay
-from coordinator.watch import Watch
+from coordinator.liveness import Watch
+from coordinator.round.machine import replay
+from gradualdiff.cli.sites import app
+from shared.brokers.rabbitmq import connect
 from shared.config import AcceptSection, LimitsSection, load_federation, load_site
 from shared.credentials import broker_address
-from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError, StoreError
-from shared.rabbitmq import connect
+from shared.stores.directory import DirectoryStore
 from shared.topology import inbox_key, site_queue
 from tests.servers.rabbitmq import ADMIN
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from shared.broker import MAX_MESSAGE_BYTES, Broker, Consumer, Delivery, Message
+from shared.brokers.port import MAX_MESSAGE_BYTES, Broker, Consumer, Delivery, Message
 from shared.errors import (
     AccessRefusedError,
     BrokerError,

@@ -22,7 +22,7 @@ from shared.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shared.store import ObjectStore, Transfer
+    from shared.stores.port import ObjectStore, Transfer
 
 
 GOOD_KEYS = (

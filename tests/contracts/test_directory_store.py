@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.directory_store import STALE_SECONDS, DirectoryStore, DirectoryTransfer
 from shared.errors import GrantError, StoreError, StoreUnavailableError
+from shared.stores.directory import STALE_SECONDS, DirectoryStore, DirectoryTransfer
 from tests.contracts.store_contract import StoreContract, sha256
 
 
@@ -440,7 +440,7 @@ def test_trouble_of_the_disk_is_retryable_and_says_what_to_do(root, store, monke
 WRITER = """
 import sys
 from pathlib import Path
-from shared.directory_store import DirectoryStore
+from shared.stores.directory import DirectoryStore
 store = DirectoryStore(Path(sys.argv[1]))
 for number in range(200):
     data = str(number % 10).encode() * 200_000

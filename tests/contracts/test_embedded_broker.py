@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from shared.broker import Message
-from shared.embedded_broker import EmbeddedBroker
-from shared.embedded_state import topic_matches
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.embedded_state import topic_matches
+from shared.brokers.port import Message
 from shared.errors import AccessRefusedError, BrokerUnavailableError
 from shared.topology import (
     EVENTS_EXCHANGE,

@@ -24,8 +24,8 @@ from shared.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from shared.s3_store import S3Store
-from shared.transfer import HttpTransfer
+from shared.stores.s3 import S3Store
+from shared.stores.transfer import HttpTransfer
 from tests.contracts.store_contract import StoreContract, sha256
 from tests.servers.faults import CuttingProxy, ToldServer, make_certificate, reply
 from tests.servers.seaweedfs import SeaweedFS
@@ -352,7 +352,7 @@ def test_a_file_of_many_parts_does_not_grow_memory(s3_server, bucket, tmp_path):
     with (tmp_path / "in").open("wb") as file:
         file.truncate(160 << 20)
     script = (
-        "import resource, sys; from pathlib import Path; from shared.s3_store import S3Store\n"
+        "import resource, sys; from pathlib import Path; from shared.stores.s3 import S3Store\n"
         "url, bucket, key, secret, folder = sys.argv[1:]\n"
         "store = S3Store(url, bucket, key, secret); folder = Path(folder)\n"
         "store.put('warm', bytes(16 << 20))\n"

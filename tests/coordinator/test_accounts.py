@@ -15,17 +15,17 @@ import pika
 import pika.exceptions
 import pytest
 
-from coordinator.account_doors import CommandDoor, ManagementDoor, door_of
-from coordinator.accounts import (
+from coordinator.accounts.broker_administration import CommandDoor, ManagementDoor, door_of
+from coordinator.accounts.site_accounts import (
     Accounts,
     definitions,
     find_account,
     hash_password,
     list_accounts,
 )
+from shared.brokers.rabbitmq import connect
 from shared.config import OperatedBrokerSection
 from shared.credentials import BrokerAddress
-from shared.directory_store import DirectoryStore
 from shared.errors import (
     AccessRefusedError,
     BrokerError,
@@ -33,7 +33,7 @@ from shared.errors import (
     ConfigError,
     LedgerDamagedError,
 )
-from shared.rabbitmq import connect
+from shared.stores.directory import DirectoryStore
 from shared.topology import (
     EVENTS_EXCHANGE,
     SITES_EXCHANGE,
@@ -427,7 +427,7 @@ def test_a_command_that_is_not_there_or_says_nothing_useful(tmp_path):
 
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     """A child that holds the pipes open does not hold us."""
-    monkeypatch.setattr("coordinator.account_doors.COMMAND_SECONDS", 0.3)
+    monkeypatch.setattr("coordinator.accounts.broker_administration.COMMAND_SECONDS", 0.3)
     with pytest.raises(BrokerUnavailableError, match="no answer"):
         CommandDoor([script(tmp_path, "sleep 60 & wait")]).accounts()
 
@@ -477,7 +477,8 @@ def test_the_hash_is_rabbitmqs_own_format():
     """The documentation's example: salt 908D C60A, password test12; each call has its own salt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "coordinator.accounts.secrets.token_bytes", lambda _: bytes.fromhex("908DC60A")
+            "coordinator.accounts.site_accounts.secrets.token_bytes",
+            lambda _: bytes.fromhex("908DC60A"),
         )
         assert hash_password("test12") == "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
     assert hash_password("test12") != hash_password("test12")

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from coordinator.aggregation import Counts, aggregate, weights
+from coordinator.aggregation.closing import Counts, aggregate, weights
 from shared.averaging.inputs import WeightedDelta
-from shared.codecs import get_codec
-from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerError
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import Stopwatch, TensorFile, TensorLayout, write_tensors
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import Stopwatch, TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
     import random
@@ -262,10 +262,10 @@ def test_nothing_to_share_by_is_a_config_error(counts: dict[str, Counts]) -> Non
 MEASURE = """
 import sys
 from pathlib import Path
-from coordinator.aggregation import aggregate
+from coordinator.aggregation.closing import aggregate
 from shared.averaging.inputs import WeightedDelta
-from shared.manifest import Manifest
-from shared.tensors import Stopwatch
+from shared.protocol.manifest import Manifest
+from shared.tensors.tensor_file import Stopwatch
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from coordinator.branching import branch_run
-from coordinator.operating import operator_ledger
-from coordinator.retention import carry_out, read_plan
+from coordinator.runs.branching import branch_run
+from coordinator.runs.operating import operator_ledger
+from coordinator.runs.retention import carry_out, read_plan
 from shared import topology
 from shared.errors import (
     LedgerDamagedError,
@@ -19,8 +19,8 @@ from shared.errors import (
     RunNotFoundError,
     RunStuckError,
 )
-from shared.manifest import Manifest, TensorSpec
-from shared.records import ClosedRecord, FinishedRecord, GenesisRecord, OpenedRecord
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.protocol.records import ClosedRecord, FinishedRecord, GenesisRecord, OpenedRecord
 from tests import federations
 from tests.coordinator.test_controls import when
 from tests.steering import Crash, Mortal, ask, records, store_of, verify

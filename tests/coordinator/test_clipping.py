@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.clipping import scales
+from coordinator.round.clipping import scales
 
 NORM = st.one_of(st.just(0.0), st.floats(1e-45, 1e30))  # what a delta of fp32 values can have
 

@@ -9,12 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from coordinator.controls import steer
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
-from coordinator.operating import order
+from coordinator.round.controls import steer
+from coordinator.runs.operating import order
 from shared import topology
-from shared.directory_store import DirectoryStore
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
@@ -23,9 +22,9 @@ from shared.errors import (
     RunNotFoundError,
     RunStuckError,
 )
-from shared.events import DeltaAnswered
-from shared.ledger import Ledger
-from shared.records import (
+from shared.protocol.events import DeltaAnswered
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
@@ -33,6 +32,7 @@ from shared.records import (
     FinishedRecord,
     OpenedRecord,
 )
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.coordinator.test_rounds_machine import AnyOrder
 from tests.numpy_learner import ANYTHING

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from coordinator.branching import branch_run
-from coordinator.operating import operator_ledger
+from coordinator.runs.branching import branch_run
+from coordinator.runs.operating import operator_ledger
 from shared import topology
 from shared.config import FederationConfig, canonical_json
 from shared.errors import LedgerDamagedError, ModelError, RunNotFoundError
-from shared.records import ClosedRecord, ClosingRecord, GenesisRecord
+from shared.protocol.records import ClosedRecord, ClosingRecord, GenesisRecord
 from tests import federations
 from tests.federation.test_embedded import Spoils, with_nan
 from tests.steering import ask, records, store_of, verify

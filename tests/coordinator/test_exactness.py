@@ -7,16 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from coordinator.aggregation import Method, aggregate
-from coordinator.exactness import DIRECTIONS, squared_gap
+from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.exactness import DIRECTIONS, squared_gap
 from shared.averaging import get_averaging
 from shared.averaging.inputs import WeightedDelta
-from shared.codecs import get_codec
 from shared.config import AggregationSection
-from shared.delta_file import DeltaHeader, write_delta
 from shared.lora_factors import Pair
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 
 def layer(outputs, inputs, rank, name="q"):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from coordinator.export import best_round, export_adapter
-from coordinator.inspection import History
+from coordinator.runs.export import best_round, export_adapter
+from coordinator.runs.inspection import History
 from shared import topology
+from shared.disk.files import digest_file
 from shared.errors import LedgerDamagedError
-from shared.files import digest_file
-from shared.manifest import HeldOut
-from shared.records import ClosedRecord
+from shared.protocol.manifest import HeldOut
+from shared.protocol.records import ClosedRecord
 from tests import federations
 from tests.cli.test_commands import gradualdiff
 from tests.numpy_learner import NumpyLearner

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from coordinator.rounds import apply, next_step, replay
+from coordinator.round.machine import apply, next_step, replay
 from shared.errors import RunFailedError, RunStuckError
-from shared.records import (
+from shared.protocol.records import (
     FailedRecord,
     FederationRecord,
     GenesisRecord,
@@ -123,8 +123,8 @@ def test_a_start_that_nobody_is_left_for_waits_for_a_person(tmp_path):
 
 
 def ask_before(config, folder) -> None:
-    from shared.directory_store import DirectoryStore
-    from shared.ledger import Ledger
+    from shared.protocol.ledger import Ledger
+    from shared.stores.directory import DirectoryStore
 
     Ledger(DirectoryStore(folder / "store"), config.run.name, "x", lambda: 1.0).begin(config)
     ask(folder, "exclude", "never set up", site="c")
@@ -132,7 +132,7 @@ def ask_before(config, folder) -> None:
 
 def test_the_same_name_with_other_settings_is_another_run(tmp_path):
     """The store was emptied, the sites' workspaces were not: nobody hands in an old delta."""
-    from shared.directory_store import DirectoryStore
+    from shared.stores.directory import DirectoryStore
 
     first = federations.config(rounds=1)
     federations.run(first, tmp_path)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from coordinator.aggregation import Method, aggregate
+from coordinator.aggregation.closing import Method, aggregate
 from shared.averaging.svd import distance, fit
 from shared.config import AggregationSection
 from shared.errors import LedgerError
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import TensorFile
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.tensor_file import TensorFile
 from tests.coordinator.test_exactness import adapter_of, drawn, layer, sourced, written
 
 SVD = Method(AggregationSection(averaging="svd"))

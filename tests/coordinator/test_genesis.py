@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from coordinator.genesis import adapter_config, draw_adapter
+from coordinator.aggregation.genesis import adapter_config, draw_adapter
 from shared.config import BaseSection, LoraSection
-from shared.delta_file import check_adapter
 from shared.errors import ConfigError
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import TensorFile
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.delta_file import check_adapter
+from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from pathlib import Path

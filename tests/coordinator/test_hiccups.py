@@ -10,11 +10,11 @@ from coordinator.bootstrap import build_coordinator
 from participant.bootstrap import build_participant
 from participant.handlers import Site
 from participant.workspace import Workspace
-from shared.directory_store import DirectoryStore, DirectoryTransfer
-from shared.dispatch import Patience
-from shared.embedded_broker import EmbeddedBroker
+from shared.brokers.embedded import EmbeddedBroker
 from shared.errors import StoreUnavailableError
-from shared.records import ClosingRecord
+from shared.protocol.dispatch import Patience
+from shared.protocol.records import ClosingRecord
+from shared.stores.directory import DirectoryStore, DirectoryTransfer
 from shared.topology import COORDINATOR, coordinator_rights, site_rights
 from tests import federations
 from tests.numpy_learner import ANYTHING, NumpyLearner

@@ -5,10 +5,10 @@ import pytest
 
 from coordinator.intake import Intake, Upload
 from shared import topology
-from shared.delta_file import DeltaHeader, write_delta
-from shared.directory_store import DirectoryStore
+from shared.disk.files import digest_file
 from shared.errors import DeltaRefusedError
-from shared.files import digest_file
+from shared.stores.directory import DirectoryStore
+from shared.tensors.delta_file import DeltaHeader, write_delta
 from tests.numpy_learner import MANIFEST
 
 HEADER = DeltaHeader(

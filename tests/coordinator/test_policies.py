@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from coordinator.policies import POLICIES, Trouble, deadline_seconds
-from coordinator.rounds import clips, shares
+from coordinator.round.machine import clips, shares
+from coordinator.round.policies import POLICIES, Trouble, deadline_seconds
 from shared.config import AggregationSection, PolicySection
 from shared.errors import ConfigError
-from shared.records import OpenedRecord
+from shared.protocol.records import OpenedRecord
 from tests import federations
 from tests.coordinator.test_rounds_machine import accepted
 

@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 
-from coordinator.rounds import replay
-from coordinator.state import Ticked
-from shared.records import (
+from coordinator.round.machine import replay
+from coordinator.round.state import Ticked
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,

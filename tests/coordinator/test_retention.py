@@ -6,11 +6,17 @@ import shutil
 
 import pytest
 
-from coordinator.operating import operator_ledger
-from coordinator.retention import carry_out, plan, read_plan
+from coordinator.runs.operating import operator_ledger
+from coordinator.runs.retention import carry_out, plan, read_plan
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, RunStuckError
-from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, PrunedRecord
+from shared.protocol.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    GenesisRecord,
+    PrunedRecord,
+)
 from tests import federations
 from tests.coordinator.test_controls import when
 from tests.steering import Crash, Mortal, ask, records, store_of, verify
@@ -284,8 +290,8 @@ def test_a_stopped_run_can_be_pruned_like_any_finished_one(tmp_path):
 
 def test_export_of_a_pruned_round_says_so(finished, tmp_path):
     """The error names the record, not damage."""
-    from coordinator.export import export_adapter
-    from coordinator.inspection import History
+    from coordinator.runs.export import export_adapter
+    from coordinator.runs.inspection import History
 
     prune(finished, "last:1")
     store = store_of(finished)

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from coordinator import robust
-from coordinator.aggregation import Method, aggregate
-from coordinator.robust import krum_scores
+from coordinator.aggregation.closing import Method, aggregate, robust
+from coordinator.aggregation.robust import krum_scores
 from shared.config import AggregationSection
 from shared.errors import LedgerError
-from shared.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Manifest, TensorSpec
 from tests.coordinator.test_aggregation import MANIFEST, delta, flat_of, write_adapter
 
 ANY = st.floats(-(2.0**100), 2.0**100, width=32)

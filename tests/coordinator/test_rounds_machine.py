@@ -8,11 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.rounds import apply, replay, resume
-from coordinator.state import Aggregate, MakeGenesis, Ticked, WriteRecord
+from coordinator.round.machine import apply, replay, resume
+from coordinator.round.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from shared.errors import ObjectExistsError
-from shared.manifest import LocalMetrics
-from shared.records import (
+from shared.protocol.manifest import LocalMetrics
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,

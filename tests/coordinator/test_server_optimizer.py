@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation import Method, aggregate
-from coordinator.server_optimizer import StateFiles
+from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.server_optimizer import StateFiles
 from shared.config import ServerSection
 from shared.errors import DecodeError, LedgerError
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import TensorFile
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.tensor_file import TensorFile
 from tests.coordinator.test_aggregation import MANIFEST, delta, flat_of, split, write_adapter
 
 if TYPE_CHECKING:

@@ -9,17 +9,17 @@ import shutil
 import numpy as np
 import pytest
 
-from coordinator.branching import branch_run
-from coordinator.export import export_adapter
-from coordinator.inspection import History, summarise_round
-from coordinator.operating import operator_ledger
-from coordinator.retention import carry_out, read_plan
-from coordinator.server_optimizer import wants_more_than_zeros
+from coordinator.aggregation.server_optimizer import wants_more_than_zeros
+from coordinator.runs.branching import branch_run
+from coordinator.runs.export import export_adapter
+from coordinator.runs.inspection import History, summarise_round
+from coordinator.runs.operating import operator_ledger
+from coordinator.runs.retention import carry_out, read_plan
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import ConfigError, LedgerDamagedError, RunStuckError
-from shared.records import ClosedRecord, OpenedRecord, RefusedRecord
-from shared.tensors import TensorFile
+from shared.protocol.records import ClosedRecord, OpenedRecord, RefusedRecord
+from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.cli.test_commands import gradualdiff
 from tests.coordinator.test_controls import when

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from coordinator.aggregation import Method, aggregate
+from coordinator.aggregation.closing import Method, aggregate
 from shared.averaging import get_averaging
 from shared.averaging.flora import MODE
 from shared.config import AggregationSection
 from shared.errors import LedgerError
 from shared.lora_factors import of_rank, pairs
-from shared.manifest import Manifest, TensorSpec
-from shared.records import ClosingRecord, Input
-from shared.tensors import TensorFile
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.protocol.records import ClosingRecord, Input
+from shared.tensors.tensor_file import TensorFile
 from tests.coordinator.test_exactness import adapter_of, drawn, layer, sourced, written
 from tests.federations import config
 

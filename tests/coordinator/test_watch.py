@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from coordinator.bootstrap import build_coordinator
-from coordinator.watch import read_status
-from shared.directory_store import DirectoryStore
-from shared.embedded_broker import EmbeddedBroker, EmbeddedConnection
+from coordinator.liveness import read_status
+from shared.brokers.embedded import EmbeddedBroker, EmbeddedConnection
 from shared.errors import BrokerError, BrokerUnavailableError
+from shared.stores.directory import DirectoryStore
 from shared.topology import COORDINATOR, coordinator_rights, site_queue, site_rights
 from tests import federations
 

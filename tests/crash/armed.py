@@ -90,7 +90,7 @@ def run(arguments: list[str], orders: Orders) -> None:
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
         return
-    from cli.main import main
+    from gradualdiff.cli.main import main
 
     sys.argv = ["gradualdiff", *arguments]
     main()

@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from cli.federation import Embedding, run_embedded
-from cli.kits import declare_sites, open_office
-from shared.broker import Message
+from gradualdiff.cli.kits import declare_sites, open_office
+from gradualdiff.embedded.federation import Embedding, run_embedded
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import connect
 from shared.config import load_federation
 from shared.credentials import broker_address
-from shared.directory_store import DirectoryStore
-from shared.ledger import Ledger
-from shared.rabbitmq import connect
-from shared.records import ClosingRecord, FinishedRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import ClosingRecord, FinishedRecord
+from shared.stores.directory import DirectoryStore
 from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
 from tests.crash.armed import Orders, run_forked
 from tests.crash.tiny_trainer import STEPS, TinyTrainer
@@ -50,11 +50,11 @@ SITES = ("a", "b")
 # Loaded by the server that processes are forked from.
 PRELOAD = [
     "tests.crash.drill",
-    "cli.main",
+    "gradualdiff.cli.main",
     "coordinator.daemon",
-    "shared.s3_store",
-    "participant.torch_learner",
-    "participant.model_shelf",
+    "shared.stores.s3",
+    "participant.learner.torch_learner",
+    "participant.learner.model_pool",
     "transformers",
     "transformers.models.llama.modeling_llama",
     "peft",

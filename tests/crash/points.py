@@ -8,8 +8,8 @@ from pathlib import Path
 
 from coordinator.handlers import Coordinator
 from participant.handlers import Participant
-from shared import records
-from shared.events import CoordinatorTick, Event, MessageRefused
+from shared.protocol import records
+from shared.protocol.events import CoordinatorTick, Event, MessageRefused
 from tests.crash.table import ACKNOWLEDGED, PUBLISHED, RECORDED
 
 ROOT = Path(__file__).parents[2]

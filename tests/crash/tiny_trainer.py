@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cli.serve import make_station, stopped_by_signal
+from gradualdiff.cli.serve import make_station, stopped_by_signal
 from participant.checkpoints import Standing, Tensors
 from participant.daemon import serve
-from participant.learning import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
-from participant.optimizer_state import load_optimizer, save_optimizer
-from shared.codecs import get_codec
+from participant.learner.optimizer_state import load_optimizer, save_optimizer
+from participant.learner.port import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
 from shared.config import load_site
-from shared.delta_file import DeltaHeader, write_delta
 from shared.errors import ModelError
 from shared.log import configure
-from shared.manifest import HeldOut, LocalMetrics
+from shared.protocol.manifest import HeldOut, LocalMetrics
 from shared.seeds import derive_seed
-from shared.tensors import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
 from tests.numpy_learner import MANIFEST, NUMERICS
 
 if TYPE_CHECKING:

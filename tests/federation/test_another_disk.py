@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from shared.directory_store import DirectoryStore
+from shared.stores.directory import DirectoryStore
 from tests import federations
 
 

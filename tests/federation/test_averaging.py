@@ -12,17 +12,23 @@ import re
 import numpy as np
 import pytest
 
-from coordinator.branching import branch_run
-from coordinator.export import export_adapter
-from coordinator.inspection import History
+from coordinator.runs.branching import branch_run
+from coordinator.runs.export import export_adapter
+from coordinator.runs.inspection import History
 from shared import topology
 from shared.averaging import delta_manifest, svd
-from shared.delta_file import DeltaFile
 from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
-from shared.ledger import Ledger
 from shared.lora_factors import pairs
-from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord, RefusedRecord
-from shared.tensors import TensorFile
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    GenesisRecord,
+    RefusedRecord,
+)
+from shared.tensors.delta_file import DeltaFile
+from shared.tensors.tensor_file import TensorFile
 from tests.federations import config, learners, run
 from tests.numpy_learner import MANIFEST
 from tests.steering import Crash, Mortal, ask, records, store_of, verify

@@ -10,11 +10,11 @@ import pytest
 
 from shared import topology
 from shared.averaging import delta_manifest, get_averaging
-from shared.delta_file import DeltaFile
-from shared.ledger import Ledger
 from shared.lora_factors import is_a, is_b, pairs
-from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
-from shared.tensors import TensorFile
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
+from shared.tensors.delta_file import DeltaFile
+from shared.tensors.tensor_file import TensorFile
 from tests.federation.test_simulate import gradualdiff, plain_loss
 from tests.participant.test_killed_in_a_round import federation, simulate
 from tests.steering import records, store_of, verify

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cli import follow
-from cli.main import app
-from coordinator.export import export_adapter
-from coordinator.inspection import History, show_round, summarise_round
+from coordinator.runs.export import export_adapter
+from coordinator.runs.inspection import History, show_round, summarise_round
+from gradualdiff.cli import follow
+from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import ModelError, RunStuckError
-from shared.records import AcceptedRecord, ClosedRecord, ClosingRecord
+from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord
 from shared.seeds import derive_seed
-from shared.tensors import TensorFile
+from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.numpy_learner import MANIFEST
 from tests.steering import Crash, Mortal, ask, records, store_of, verify

@@ -10,12 +10,12 @@ import urllib.error
 import pytest
 
 from shared import topology
-from shared.broker import Message
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import broker_address
 from shared.errors import UnroutableError
-from shared.rabbitmq import connect
-from shared.stores import open_s3
+from shared.stores.opening import open_s3
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model
 
@@ -187,7 +187,7 @@ def test_one_run_in_trouble_holds_up_no_other(deploy, tmp_path):
     stuck.write_text(text.replace("[store]", '[store]\nsite_url = "http://127.0.0.1:9"'))
     for site in "ab":
         deployment.start_participant(site)
-    deployment.start("stuck", "cli.main", "coordinator", str(stuck))
+    deployment.start("stuck", "gradualdiff.cli.main", "coordinator", str(stuck))
     deployment.wait_for("opened.recorded", "stuck")
     deployment.wait_for("training.failed", "a")
     deployment.start_coordinator()

@@ -12,13 +12,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from coordinator.inspection import History, summarise_run
-from coordinator.verification import verify_run
-from participant.learning import DELTA_FILE
-from shared import topology, wire
-from shared.broker import Message
-from shared.directory_store import DirectoryStore
-from shared.embedded_broker import EmbeddedBroker
+from coordinator.audit.verification import verify_run
+from coordinator.runs.inspection import History, summarise_run
+from participant.learner.port import DELTA_FILE
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import Message
 from shared.errors import (
     ConfigError,
     DataError,
@@ -30,10 +29,11 @@ from shared.errors import (
     RunStuckError,
     StoreUnavailableError,
 )
-from shared.events import DeltaSubmitted, MessageRefused, TrainingFailed, UploadRequested
-from shared.ledger import Ledger
-from shared.manifest import LocalMetrics, Manifest, TensorSpec
-from shared.records import (
+from shared.protocol import wire
+from shared.protocol.events import DeltaSubmitted, MessageRefused, TrainingFailed, UploadRequested
+from shared.protocol.ledger import Ledger
+from shared.protocol.manifest import LocalMetrics, Manifest, TensorSpec
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
@@ -42,7 +42,8 @@ from shared.records import (
     RefusedRecord,
     RejoinedRecord,
 )
-from shared.tensors import TensorFile
+from shared.stores.directory import DirectoryStore
+from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.numpy_learner import NUMERICS, NumpyLearner
 
@@ -864,7 +865,7 @@ def _tensors(store, folder, key):
 
 def _rename(path, manifest):
     """Rewrite a delta file under another manifest's names, header and values kept."""
-    from shared.tensors import TensorLayout, write_tensors
+    from shared.tensors.tensor_file import TensorLayout, write_tensors
 
     with TensorFile(path) as file:
         values = [file.read(name).copy() for name in sorted(file.layouts)]

@@ -9,10 +9,10 @@ import pytest
 
 from coordinator.intake import Intake, Upload
 from shared import topology
-from shared.delta_file import DeltaHeader, write_delta
+from shared.disk.files import digest_file
 from shared.errors import DeltaRefusedError, IntegrityError, LedgerDamagedError
-from shared.files import digest_file
-from shared.transfer import HttpTransfer
+from shared.stores.transfer import HttpTransfer
+from shared.tensors.delta_file import DeltaHeader, write_delta
 from tests.contracts.store_contract import sha256
 from tests.numpy_learner import manifest_of
 from tests.servers.proxy import FaultProxy

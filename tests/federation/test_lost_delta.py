@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from coordinator.branching import branch_run
 from coordinator.handlers import Coordinator
-from coordinator.operating import operator_ledger
+from coordinator.runs.branching import branch_run
+from coordinator.runs.operating import operator_ledger
 from shared import topology
 from shared.errors import LedgerDamagedError
-from shared.records import AcceptedRecord, ClosingRecord
+from shared.protocol.records import AcceptedRecord, ClosingRecord
 from tests import federations
 from tests.steering import Crash, ask, records, store_of, verify
 

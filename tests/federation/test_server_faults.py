@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from shared.brokers.rabbitmq import connect
 from shared.credentials import BrokerAddress
-from shared.rabbitmq import connect
 from shared.topology import coordinator_queue, run_topology, site_queue
 from tests.patience import wait_until
 from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
@@ -232,7 +232,10 @@ def damage(rabbit, vhost, queue, how) -> None:
 def test_a_queue_without_a_leader_is_made_anew(deploy, servers, queue, how):
     """Whoever owns it: seen with RabbitMQ 3.10.8 killed just after a queue was declared."""
     rabbit, _ = servers
-    short = "shared.rabbitmq.connection:ANSWER_SECONDS=6 shared.rabbitmq.reviving:PROBE_SECONDS=4"
+    short = (
+        "shared.brokers.rabbitmq.connection:ANSWER_SECONDS=6 "
+        "shared.brokers.rabbitmq.reviving:PROBE_SECONDS=4"
+    )
     deployment = deploy(rounds=2, settings=short)
     address = BrokerAddress(
         "127.0.0.1", rabbit.port, deployment.vhost, "coordinator", COORDINATOR_PASSWORD, tls=False

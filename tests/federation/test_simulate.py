@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from shared import errors, topology
-from shared.directory_store import DirectoryStore
-from shared.ledger import Ledger
-from shared.records import AcceptedRecord, ClosedRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord, ClosedRecord
+from shared.stores.directory import DirectoryStore
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model, write_federation
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "cli.main", *map(str, arguments)]
+    return [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)]
 
 
 def gradualdiff(*arguments):
@@ -256,7 +256,7 @@ def test_only_the_base_that_the_run_had_is_merged_into(whole, model, tmp_path):
     script = (
         "import participant.model.merging as merging, sys\n"
         f"merging.find_folder = lambda _: __import__('pathlib').Path({str(other)!r})\n"
-        "from cli.main import main\nmain()\n"
+        "from gradualdiff.cli.main import main\nmain()\n"
     )
     options = ("--merge", "--to", str(tmp_path / "m"), "--store", str(whole[0] / "store"))
     done = subprocess.run(

@@ -95,7 +95,9 @@ def test_the_active_one_may_freeze_at_any_point_and_wake_later(deploy):
     """SIGSTOP in the middle of a write; woken after the other has written, it stands by."""
     points = (*(f"record.before:{kind}" for kind in KINDS), *LAST)
     # How long a freeze takes to be noticed is measured elsewhere, with the product's own heartbeat.
-    deployment = deploy(rounds=len(points) + 1, settings="cli.serve:COORDINATOR_HEARTBEAT=2")
+    deployment = deploy(
+        rounds=len(points) + 1, settings="gradualdiff.cli.serve:COORDINATOR_HEARTBEAT=2"
+    )
     pair = Pair(deployment, points, "SIGSTOP")
     for site in "ab":
         deployment.start_participant(site)

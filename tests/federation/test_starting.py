@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from cli import simulate
-from cli.main import app
-from coordinator.branching import branch_run
-from coordinator.deletion import delete_run
-from coordinator.operating import operator_ledger
+from coordinator.runs.branching import branch_run
+from coordinator.runs.deletion import delete_run
+from coordinator.runs.operating import operator_ledger
+from gradualdiff.cli import simulate
+from gradualdiff.cli.main import app
 from shared.config import load_federation
 from shared.errors import InterruptedRunError, RunExistsError, StoreUnavailableError
-from shared.ledger import list_runs
-from shared.records import FinishedRecord
+from shared.protocol.ledger import list_runs
+from shared.protocol.records import FinishedRecord
 from tests import federations
 from tests.numpy_learner import NumpyLearner
 from tests.steering import Crash, Mortal, ask, records, store_of
@@ -114,7 +114,7 @@ def test_no_room_for_all_rounds_is_said_before_the_first_record(simulated, tmp_p
 
 def test_what_room_there_is_and_should_be_is_told_apart_on_a_small_disk(simulated, monkeypatch):
     """In GB both would be 0.0."""
-    monkeypatch.setattr("cli.preflight.shutil.disk_usage", lambda _: SMALL_DISK)
+    monkeypatch.setattr("gradualdiff.cli.preflight.shutil.disk_usage", lambda _: SMALL_DISK)
     told = str(simulated(10**4).exception)
     assert "got 0.3 MB" in told
     assert "expected 0.0" not in told
@@ -154,7 +154,7 @@ def model(tmp_path_factory):
 
 
 def gradualdiff(*arguments):
-    command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -86,7 +86,7 @@ def test_a_branch_over_a_bucket_goes_on_where_its_parent_stopped(deployment):
     text = deployment.federation.read_text().replace('name = "tiny"', 'name = "tiny-2"')
     copy = deployment.federation.with_name("branch.toml")
     copy.write_text(text)
-    deployment.start("branch", "cli.main", "coordinator", str(copy))
+    deployment.start("branch", "gradualdiff.cli.main", "coordinator", str(copy))
     assert deployment.finish("branch") != sha
     shown = json.loads(
         deployment.command("runs", "show", "tiny-2", "--json", "--federation", str(copy)).stdout

@@ -18,11 +18,12 @@ from unittest import mock
 
 import structlog
 
-from shared import topology, wire
-from shared.broker import Message
-from shared.embedded_broker import EmbeddedBroker, EmbeddedConnection
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker, EmbeddedConnection
+from shared.brokers.port import Message
 from shared.errors import AccessRefusedError, DecodeError, GradualDiffError
-from shared.ledger import Ledger
+from shared.protocol import wire
+from shared.protocol.ledger import Ledger
 from tests import federations
 from tests.fuzz.damage import damaged
 from tests.shared.test_wire import EXAMPLES
@@ -31,7 +32,7 @@ from tests.steering import ask, store_of, verify
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coordinator.state import RunState
+    from coordinator.round.state import RunState
 
 STEP_BYTES = 8
 STEPS = 6  # at most, to begin with
@@ -102,7 +103,7 @@ class Disturbed:
         ask(self._folder, "exclude", site="c")
         sites = federations.learners(CONFIG)
         del sites["c"]
-        bus = mock.patch("cli.federation.EmbeddedBroker", return_value=self.bus)
+        bus = mock.patch("gradualdiff.embedded.federation.EmbeddedBroker", return_value=self.bus)
         with bus, mock.patch("os.fsync"):  # nothing is killed here, and waiting for disks is long
             return federations.run(
                 CONFIG, self._folder, sites, moved=self._moved, should_stop=self._moved

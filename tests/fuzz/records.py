@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from shared import records
 from shared.config import canonical_json
 from shared.errors import LedgerDamagedError
-from shared.ledger import Ledger
-from shared.manifest import HeldOut, LocalMetrics
-from shared.records import (
+from shared.protocol import records
+from shared.protocol.ledger import Ledger
+from shared.protocol.manifest import HeldOut, LocalMetrics
+from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,

@@ -14,8 +14,8 @@ from itertools import chain, cycle, islice, repeat
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from shared.s3_store import S3Store
-from shared.transfer import HttpTransfer
+from shared.stores.s3 import S3Store
+from shared.stores.transfer import HttpTransfer
 from tests.red_team.test_hostile_store import CUT_SHORT, ENDLESS, Hostile, put
 
 if TYPE_CHECKING:
@@ -124,10 +124,10 @@ def feed(data: bytes, file: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with (
-            mock.patch("shared.transfer.WHOLE_BYTES", WHOLE_BYTES),
-            mock.patch("shared.s3_store.WHOLE_BYTES", WHOLE_BYTES),
-            mock.patch("shared.transfer.pause"),
-            mock.patch("shared.s3_store.pause"),
+            mock.patch("shared.stores.transfer.WHOLE_BYTES", WHOLE_BYTES),
+            mock.patch("shared.stores.s3.WHOLE_BYTES", WHOLE_BYTES),
+            mock.patch("shared.stores.transfer.pause"),
+            mock.patch("shared.stores.s3.pause"),
             mock.patch("urllib3.Retry.sleep"),
         ):
             ask(question, chain(islice(cycle(answers), MOST_REQUESTS), repeat(b"")), file)

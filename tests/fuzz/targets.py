@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared import wire
-from shared.codecs import codec_names, get_codec
 from shared.config import load_federation, load_site
-from shared.delta_file import DeltaHeader, check_delta, write_delta
-from shared.deltas import is_finite, squared_norm
 from shared.errors import (
     ConfigError,
     DecodeError,
     DeltaRefusedError,
     GradualDiffError,
 )
-from shared.manifest import TensorSpec
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.protocol import wire
+from shared.protocol.manifest import TensorSpec
+from shared.tensors.arithmetic import is_finite, squared_norm
+from shared.tensors.codecs import codec_names, get_codec
+from shared.tensors.delta_file import DeltaHeader, check_delta, write_delta
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 from tests.fuzz import federations, records, stores
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES

@@ -39,7 +39,7 @@ def main() -> None:
     failpoints.arm(hook)
     sys.argv[1:] = arguments
 
-    from cli.main import main as gradualdiff
+    from gradualdiff.cli.main import main as gradualdiff
 
     gradualdiff()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from participant.acceptance import objection_to_delta, objection_to_round, objections
-from participant.learning import Learned, Readiness
+from participant.learner.port import Learned, Readiness
 from shared.config import AcceptSection
-from shared.events import RoundStarted, RunAnnounced, WireBase, WireLora, WireTraining
-from shared.manifest import LocalMetrics
+from shared.protocol.events import RoundStarted, RunAnnounced, WireBase, WireLora, WireTraining
+from shared.protocol.manifest import LocalMetrics
 from tests.numpy_learner import MANIFEST, NUMERICS
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.genesis import draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
 from participant.handlers import ASKS, Participant, Site
 from participant.workspace import Workspace
-from shared import wire
 from shared.errors import GrantError
-from shared.events import (
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaSubmitted,
     RoundStarted,
     RunAnnounced,

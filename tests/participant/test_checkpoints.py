@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from cli.serve import make_station
+from gradualdiff.cli.serve import make_station
 from participant import checkpoints as module
 from participant.checkpoints import (
     ADAPTER_FILE,
@@ -25,16 +25,16 @@ from participant.checkpoints import (
     Standing,
     Tensors,
 )
-from participant.learning import Progress
+from participant.learner.port import Progress
 from participant.reporting import Reporter
 from participant.workspace import Submission, Workspace
 from shared import failpoints
 from shared.config import SiteConfig, canonical_json, parse
+from shared.disk.files import digest_file
 from shared.errors import ConfigError
-from shared.events import RoundStarted, WireTraining
-from shared.files import digest_file
-from shared.manifest import HeldOut, LocalMetrics
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.protocol.events import RoundStarted, WireTraining
+from shared.protocol.manifest import HeldOut, LocalMetrics
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 BASIS = "b" * 64
 HELD_OUT = HeldOut(nll=0.1 + 0.2, tokens=7, examples=2)

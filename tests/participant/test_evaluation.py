@@ -8,9 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from participant import evaluation  # noqa: E402  # after the skip
 from participant.data import TokenisedExample  # noqa: E402
-from participant.evaluation import evaluate_held_out, generate_replies  # noqa: E402
+from participant.learner import evaluation  # noqa: E402  # after the skip
+from participant.learner.evaluation import evaluate_held_out, generate_replies  # noqa: E402
 from participant.model import LocalModel, settle_threads  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import DataError, InterruptedRunError, ModelError  # noqa: E402

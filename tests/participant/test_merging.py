@@ -9,17 +9,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from coordinator.genesis import adapter_config, draw_adapter  # noqa: E402  # after the skip
-from participant.learning import DELTA_FILE  # noqa: E402
+from coordinator.aggregation.genesis import adapter_config, draw_adapter  # noqa: E402  # after the skip
+from participant.learner.model_pool import ModelShelf  # noqa: E402
+from participant.learner.port import DELTA_FILE  # noqa: E402
 from participant.model.adapter import add_adapter, trainable  # noqa: E402
 from participant.model.libraries import offline, peft, transformers  # noqa: E402
 from participant.model.merging import adapted_layers, merged  # noqa: E402
-from participant.model_shelf import ModelShelf  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
-from shared.delta_file import DeltaFile  # noqa: E402
 from shared.errors import ModelError  # noqa: E402
 from shared.lora_factors import beyond, is_b, leading, lora_of_rank, of_rank  # noqa: E402
-from shared.tensors import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
+from shared.tensors.delta_file import DeltaFile  # noqa: E402
+from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
 from tests.participant.test_model import EXAMPLES, load  # noqa: E402
 from tests.participant.test_torch_learner import (  # noqa: E402
     announce,

@@ -14,7 +14,7 @@ import safetensors.torch
 
 torch = pytest.importorskip("torch")
 
-from coordinator.genesis import adapter_config  # noqa: E402  # after the skip
+from coordinator.aggregation.genesis import adapter_config  # noqa: E402  # after the skip
 from participant.data import TokenisedExample  # noqa: E402
 from participant.model import LocalModel, pick_device, settle_threads  # noqa: E402
 from participant.model.fingerprint import fingerprint_of  # noqa: E402
@@ -28,7 +28,7 @@ from participant.model.libraries import (  # noqa: E402
 from participant.model.numerics import pick_compute_dtype  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import ConfigError, ModelError  # noqa: E402
-from shared.tensors import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
+from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.model
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.genesis import draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
 from participant.daemon import Inbox
 from participant.handlers import Participant, Site
 from participant.workspace import Workspace
-from shared.events import (
+from shared.protocol.events import (
     DeltaAnswered,
     RoundClosed,
     RoundStarted,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cli.demo_packages import SMOLLM2, find_packaged
+from gradualdiff.demo.packages import SMOLLM2, find_packaged
 from participant.model import LocalModel, packaged, pick_device, settle_threads
 from participant.model.packaged import RECORD, TOTAL, convert_gguf
 from shared.config import BaseSection, LoraSection

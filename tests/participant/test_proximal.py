@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from participant import training  # noqa: E402  # after the skip
-from participant.proximal import ProximalTerm  # noqa: E402
-from participant.training import Beginning, train_round  # noqa: E402
+from participant.learner import training  # noqa: E402  # after the skip
+from participant.learner.proximal import ProximalTerm  # noqa: E402
+from participant.learner.training import Beginning, train_round  # noqa: E402
 from tests.participant.test_training import (  # noqa: E402
     PLACE,
     adapter,

@@ -10,11 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from participant import quality  # noqa: E402  # after the skip
 from participant.data import load_site_data  # noqa: E402
-from participant.evaluation import evaluate_held_out  # noqa: E402
+from participant.learner import quality  # noqa: E402  # after the skip
+from participant.learner.evaluation import evaluate_held_out  # noqa: E402
+from participant.learner.quality import answer_loss, copying, score_replies  # noqa: E402
 from participant.model import LocalModel, settle_threads  # noqa: E402
-from participant.quality import answer_loss, copying, score_replies  # noqa: E402
 from shared.config import BaseSection, DataSection, LoraSection  # noqa: E402
 from shared.errors import DataError, MissingPackageError  # noqa: E402
 

@@ -17,14 +17,14 @@ pytest.importorskip("torch")
 from structlog.testing import capture_logs  # after the skip
 
 from participant import checkpoints as clocked
-from participant import resuming
 from participant.checkpoints import Checkpoints
-from participant.learning import DELTA_FILE, STATE_FILE
-from participant.model_shelf import ModelShelf
+from participant.learner import resuming
+from participant.learner.model_pool import ModelShelf
+from participant.learner.port import DELTA_FILE, STATE_FILE
 from shared import failpoints
+from shared.disk.files import digest_file
 from shared.errors import InterruptedRunError
-from shared.files import digest_file
-from shared.tensors import ADAPTER_METADATA, TensorLayout, write_tensors
+from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors
 from tests.participant.test_torch_learner import (
     announce,
     ignore,

@@ -13,22 +13,22 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from participant.checkpoints import Checkpoints  # noqa: E402  # after the skip
-from participant.learning import DELTA_FILE, STATE_FILE  # noqa: E402
-from participant.model_shelf import ModelShelf  # noqa: E402
-from participant.torch_learner import TorchLearner  # noqa: E402
+from participant.learner.model_pool import ModelShelf  # noqa: E402
+from participant.learner.port import DELTA_FILE, STATE_FILE  # noqa: E402
+from participant.learner.torch_learner import TorchLearner  # noqa: E402
 from shared.averaging import get_averaging  # noqa: E402
-from shared.codecs import get_codec  # noqa: E402
 from shared.config import DataSection  # noqa: E402
-from shared.delta_file import DeltaFile, DeltaHeader, check_delta  # noqa: E402
 from shared.errors import InterruptedRunError, ModelError, NotAcceptedError, ProtocolError  # noqa: E402
-from shared.events import (  # noqa: E402
+from shared.protocol.events import (  # noqa: E402
     RoundStarted,
     RunAnnounced,
     WireBase,
     WireLora,
     WireTraining,
 )
-from shared.tensors import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors  # noqa: E402
+from shared.tensors.codecs import get_codec  # noqa: E402
+from shared.tensors.delta_file import DeltaFile, DeltaHeader, check_delta  # noqa: E402
+from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -138,8 +138,8 @@ def test_prepare_tells_what_a_site_has_and_is_cheap_the_second_time(
     ]
     assert (len(ready.manifest.tensors), ready.examples) == (28, 12)
     assert ready.numerics.cpu_threads == 1
-    monkeypatch.setattr("participant.model_shelf.LocalModel", None)
-    monkeypatch.setattr("participant.torch_learner.load_site_data", None)
+    monkeypatch.setattr("participant.learner.model_pool.LocalModel", None)
+    monkeypatch.setattr("participant.learner.torch_learner.load_site_data", None)
     assert learner.prepare(announce(tiny_model, ready.fingerprint), ignore) == ready
 
 
@@ -332,7 +332,7 @@ def test_replies_come_from_the_adapter_that_was_named(learner, source):
 ALONE = """
 import sys
 from pathlib import Path
-from participant.model_shelf import ModelShelf
+from participant.learner.model_pool import ModelShelf
 from tests.participant import test_torch_learner as shown
 
 model, source, folder, threads = sys.argv[1:]

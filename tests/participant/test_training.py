@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from participant.data import TokenisedExample
-from participant.evaluation import evaluate_held_out
-from participant.model import LocalModel, pick_device, settle_threads
-from participant.optimizer_state import save_optimizer
-from participant.training import (
+from participant.learner.evaluation import evaluate_held_out
+from participant.learner.optimizer_state import save_optimizer
+from participant.learner.training import (
     Beginning,
     RoundPlace,
     learning_rate,
@@ -21,6 +20,7 @@ from participant.training import (
     steps_in_round,
     train_round,
 )
+from participant.model import LocalModel, pick_device, settle_threads
 from shared.config import BaseSection, LoraSection, TrainingSection
 from shared.errors import InterruptedRunError, ModelError
 from tests.tiny_model import make_tiny_model

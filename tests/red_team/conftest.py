@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coordinator.genesis import draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
 from participant.handlers import Participant, Site
 from participant.workspace import Workspace
-from shared import wire
 from shared.config import AcceptSection
-from shared.events import (
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaSubmitted,
     Event,
     ParticipantReady,
@@ -31,7 +31,7 @@ from tests.tiny_model import make_tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shared.manifest import Manifest
+    from shared.protocol.manifest import Manifest
 
 # What the defaults of [accept] allow.
 FITTING = {"local_steps": 4, "batch_size": 4, "learning_rate": 0.001, "cpu_threads": 1}
@@ -179,8 +179,8 @@ def hostile(tmp_path):
 @pytest.fixture
 def reading(tmp_path, tiny_model):
     """The same, of a site that trains the tiny model on texts."""
-    from participant.model_shelf import ModelShelf
-    from participant.torch_learner import TorchLearner
+    from participant.learner.model_pool import ModelShelf
+    from participant.learner.torch_learner import TorchLearner
     from shared.config import DataSection
 
     def make(texts: list[str], accept: AcceptSection | None) -> HostileCoordinator:

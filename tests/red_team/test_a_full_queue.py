@@ -9,17 +9,17 @@ import time
 import pika
 import pytest
 
-from coordinator.account_doors import ManagementDoor
-from coordinator.accounts import MOST_CONNECTIONS, Accounts
-from participant.line import Line
+from coordinator.accounts.broker_administration import ManagementDoor
+from coordinator.accounts.site_accounts import MOST_CONNECTIONS, Accounts
+from participant.outbox import Line
 from shared import topology
-from shared.broker import Message
+from shared.brokers.port import Message
+from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import BrokerAddress, broker_address
-from shared.directory_store import DirectoryStore
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
-from shared.rabbitmq import connect
-from shared.records import MemberRecord, OpenedRecord
+from shared.protocol.records import MemberRecord, OpenedRecord
+from shared.stores.directory import DirectoryStore
 from shared.topology import coordinator_queue, run_topology
 from tests.federation.conftest import deploy  # noqa: F401 - a fixture
 from tests.patience import wait_until

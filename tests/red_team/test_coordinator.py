@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from cli.serve import make_learner, make_station
+from gradualdiff.cli.serve import make_learner, make_station
 from participant.acceptance import FAILURES_PER_ROUND, TRAININGS_PER_ROUND
 from shared.config import SiteConfig, parse
 from shared.errors import ConfigError, DataError, ModelError
-from shared.events import (
+from shared.protocol.events import (
     AdapterEvaluated,
     DeltaAnswered,
     ParticipantReady,
@@ -25,7 +25,7 @@ from shared.events import (
     UploadGranted,
     UploadRequested,
 )
-from shared.transfer import HttpTransfer
+from shared.stores.transfer import HttpTransfer
 from tests.red_team.conftest import FITTING, HostileCoordinator
 
 # Trainings -----------------------------------------------------------------------------------

@@ -23,14 +23,14 @@ from pika.exceptions import (
 )
 
 from coordinator.bootstrap import build_coordinator
-from shared import wire
+from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import broker_address
-from shared.events import CoordinatorTick, RunDeclined, RunFinished
-from shared.ledger import Ledger
-from shared.rabbitmq import connect
-from shared.records import DeclinedRecord
-from shared.stores import open_s3
+from shared.protocol import wire
+from shared.protocol.events import CoordinatorTick, RunDeclined, RunFinished
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import DeclinedRecord
+from shared.stores.opening import open_s3
 from shared.topology import (
     EVENTS_EXCHANGE,
     REFUSED_EXCHANGE,

@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import pika
 import pytest
 
-from cli.doctor_federation import _version
-from cli.redrive import redrive
 from coordinator.bootstrap import build_coordinator
-from shared import topology, wire
-from shared.broker import Message
-from shared.events import MessageRefused, RunDeclined
-from shared.records import DeclinedRecord
+from gradualdiff.cli.redrive import redrive
+from gradualdiff.doctor.federation import _version
+from shared import topology
+from shared.brokers.port import Message
+from shared.protocol import wire
+from shared.protocol.events import MessageRefused, RunDeclined
+from shared.protocol.records import DeclinedRecord
 from tests import federations
 from tests.contracts.test_rabbitmq import RabbitBus
 from tests.steering import records, store_of
@@ -90,7 +91,7 @@ def letters(federation):
 
 def test_the_attack_is_real():
     """Pika alone reads the victim's name."""
-    from shared.rabbitmq import decoding
+    from shared.brokers.rabbitmq import decoding
 
     properties = pika.BasicProperties()
     decoding._decode_properties(properties, b"".join(Forged(MISREAD).encode()))

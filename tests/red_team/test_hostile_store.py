@@ -17,10 +17,10 @@ from itertools import cycle
 
 import pytest
 
-from shared import transfer
 from shared.errors import GradualDiffError, StoreError
-from shared.s3_store import S3Store
-from shared.transfer import HttpTransfer
+from shared.stores import transfer
+from shared.stores.s3 import S3Store
+from shared.stores.transfer import HttpTransfer
 from tests.servers.faults import make_certificate
 
 OK = b'HTTP/1.1 200 OK\r\nETag: "e"\r\nLast-Modified: Fri, 27 Nov 2026 20:00:00 GMT\r\n'
@@ -129,7 +129,7 @@ class _Handler(socketserver.StreamRequestHandler):
 def soon(monkeypatch):
     """Trouble is tried again without a pause; what is read at once is small."""
     monkeypatch.setattr(transfer, "pause", lambda _failed: None)
-    monkeypatch.setattr("shared.s3_store.pause", lambda _failed: None)
+    monkeypatch.setattr("shared.stores.s3.pause", lambda _failed: None)
     monkeypatch.setattr("urllib3.Retry.sleep", lambda *_: None)
 
 

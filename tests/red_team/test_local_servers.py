@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from shared.config import StoreSection
-from shared.stores import open_s3
+from shared.stores.opening import open_s3
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]

@@ -11,15 +11,15 @@ import msgpack
 import pytest
 from typer.testing import CliRunner
 
-from cli import follow
-from cli.main import app
 from coordinator import effects
 from coordinator.bootstrap import build_coordinator
-from coordinator.watch import read_status
-from shared import topology, wire
-from shared.broker import Message
+from coordinator.liveness import read_status
+from gradualdiff.cli import follow
+from gradualdiff.cli.main import app
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import Message
 from shared.config import canonical_json
-from shared.embedded_broker import EmbeddedBroker
 from shared.errors import (
     DecodeError,
     DeltaRefusedError,
@@ -27,9 +27,10 @@ from shared.errors import (
     LedgerDamagedError,
     LedgerError,
 )
-from shared.events import DeltaSubmitted
-from shared.manifest import LocalMetrics
-from shared.records import AcceptedRecord, ClosedRecord
+from shared.protocol import wire
+from shared.protocol.events import DeltaSubmitted
+from shared.protocol.manifest import LocalMetrics
+from shared.protocol.records import AcceptedRecord, ClosedRecord
 from tests import federations
 from tests.steering import records, store_of, verify
 
@@ -114,7 +115,7 @@ def test_a_site_whose_model_diverged_says_so_itself():
     import torch
 
     from participant.data import TokenisedExample
-    from participant.evaluation import evaluate_held_out
+    from participant.learner.evaluation import evaluate_held_out
 
     class Diverged:
         def clear(self):

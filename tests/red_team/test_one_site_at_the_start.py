@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
 from coordinator.bootstrap import build_coordinator
 from coordinator.handlers import MOST_WORDS
-from shared import topology, wire
-from shared.broker import Message
-from shared.directory_store import DirectoryStore
-from shared.embedded_broker import EmbeddedBroker
+from gradualdiff.cli.main import app
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import Message
 from shared.errors import RunStuckError
-from shared.events import ParticipantReady
-from shared.records import FinishedRecord, RejoinedRecord
+from shared.protocol import wire
+from shared.protocol.events import ParticipantReady
+from shared.protocol.records import FinishedRecord, RejoinedRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS
 from tests.steering import records, verify

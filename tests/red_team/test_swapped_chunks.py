@@ -7,10 +7,10 @@ import pytest
 
 from coordinator.intake import CHUNK_BYTES, Intake, Upload
 from shared import topology
-from shared.delta_file import DeltaHeader, write_delta
-from shared.directory_store import DirectoryStore
-from shared.files import digest_file
-from shared.manifest import Manifest, TensorSpec
+from shared.disk.files import digest_file
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.stores.directory import DirectoryStore
+from shared.tensors.delta_file import DeltaHeader, write_delta
 
 HEADER = DeltaHeader(
     run="test", round=1, site="a", source_sha="0" * 64, codec="int8", codec_version=1

@@ -11,15 +11,15 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from cli.main import app, main
-from cli.output import console
-from cli.progress import make_display
-from coordinator.watch import RunStatus, SiteStatus
+from coordinator.liveness import RunStatus, SiteStatus
+from gradualdiff.cli.main import app, main
+from gradualdiff.cli.output import console
+from gradualdiff.cli.progress import make_display
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import RunStuckError
 from shared.log import configure, get_logger
-from shared.records import (
+from shared.protocol.records import (
     ClosedRecord,
     ClosingRecord,
     DeclinedRecord,
@@ -132,7 +132,7 @@ def test_an_error_is_printed_without_them(monkeypatch, capsys):
     def fail(*_, **__):
         raise RunStuckError(f"the start waits for b ({CODES})")
 
-    monkeypatch.setattr("cli.main.app", fail)
+    monkeypatch.setattr("gradualdiff.cli.main.app", fail)
     with pytest.raises(SystemExit):
         main()
     told = capsys.readouterr().err
@@ -189,5 +189,5 @@ def test_nothing_in_the_command_line_prints_past_that_place():
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if re.search(r"\bConsole\(|(?<![._\w])print\(", line) and "json.dumps" not in line:
                 found.append(f"{path}:{number}")
-    allowed = {"cli/output.py"}
+    allowed = {"gradualdiff/cli/output.py"}
     assert {place.split(":")[0] for place in found} <= allowed, found

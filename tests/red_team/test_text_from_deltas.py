@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 
 from participant.model.adapter import add_adapter, exposed_layers  # noqa: E402  # after the skip
 from shared.config import AcceptSection, LoraSection  # noqa: E402
-from shared.delta_file import DeltaFile  # noqa: E402
-from shared.events import (  # noqa: E402
+from shared.protocol.events import (  # noqa: E402
     ParticipantReady,
     RunDeclined,
     TrainingFailed,
     UploadRequested,
 )
+from shared.tensors.delta_file import DeltaFile  # noqa: E402
 from tests.red_team.conftest import FITTING  # noqa: E402
 
 pytestmark = pytest.mark.model

@@ -6,20 +6,21 @@ import pytest
 
 from coordinator.bootstrap import build_coordinator
 from coordinator.limits import Limits
-from shared import topology, wire
-from shared.broker import Message
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import Message
 from shared.config import LimitsSection
-from shared.directory_store import DirectoryStore
-from shared.embedded_broker import EmbeddedBroker
-from shared.events import (
+from shared.protocol import wire
+from shared.protocol.events import (
     DeltaAnswered,
     DeltaSubmitted,
     ParticipantReady,
     TrainingFailed,
     UploadRequested,
 )
-from shared.manifest import LocalMetrics
-from shared.records import FailedRecord, RefusedRecord
+from shared.protocol.manifest import LocalMetrics
+from shared.protocol.records import FailedRecord, RefusedRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS
 from tests.steering import ask, records, store_of

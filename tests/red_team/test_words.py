@@ -15,18 +15,19 @@ import pytest
 import structlog
 
 from coordinator.bootstrap import build_coordinator
-from coordinator.inspection import History
+from coordinator.runs.inspection import History
 from participant.bootstrap import subscribe
 from participant.handlers import Participant, Site
 from participant.workspace import Workspace
-from shared import topology, wire
-from shared.broker import MAX_MESSAGE_BYTES, Message
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import MAX_MESSAGE_BYTES, Message
 from shared.config import canonical_json
-from shared.embedded_broker import EmbeddedBroker
 from shared.errors import RunFailedError
-from shared.events import MessageRefused, RunFinished, SiteOnline
 from shared.log import configure
-from shared.records import DeclinedRecord, FederationRecord, FinishedRecord, MemberRecord
+from shared.protocol import wire
+from shared.protocol.events import MessageRefused, RunFinished, SiteOnline
+from shared.protocol.records import DeclinedRecord, FederationRecord, FinishedRecord, MemberRecord
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS, NumpyLearner
 from tests.steering import records, store_of

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli.reproduction.partition import Policy, parse_policy, partition
-from cli.reproduction.questions import Question
-from cli.reproduction.splits import split, subset
-from cli.reproduction.unlikeness import Part, js_distance, measure, words_of
-from cli.reproduction.wordnet import load_questions
+from gradualdiff.reproduction.partition import Policy, parse_policy, partition
+from gradualdiff.reproduction.questions import Question
+from gradualdiff.reproduction.splits import split, subset
+from gradualdiff.reproduction.unlikeness import Part, js_distance, measure, words_of
+from gradualdiff.reproduction.wordnet import load_questions
 from shared.errors import ConfigError, DataError
 
 IID, BY_LABEL, BY_GROUP = Policy("iid"), Policy("by-label"), Policy("by-group")

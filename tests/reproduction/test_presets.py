@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cli.reproduction.arms import (
+from gradualdiff.reproduction.arms import (
     ARMS,
     UNTRAINED,
     Setting,
@@ -13,8 +13,8 @@ from cli.reproduction.arms import (
     config_of,
     plans,
 )
-from cli.reproduction.experiment import climb
-from cli.reproduction.presets import PRESETS, Preset, changed, load_preset
+from gradualdiff.reproduction.experiment import climb
+from gradualdiff.reproduction.presets import PRESETS, Preset, changed, load_preset
 from shared.config import parse
 from shared.errors import ConfigError
 

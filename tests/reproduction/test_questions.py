@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cli.reproduction.questions import Question, read_examples, write_examples
-from cli.reproduction.wordnet import FIELDS, definition, load_questions, read_synsets, read_wordnet
+from gradualdiff.reproduction.questions import Question, read_examples, write_examples
+from gradualdiff.reproduction.wordnet import (
+    FIELDS,
+    definition,
+    load_questions,
+    read_synsets,
+    read_wordnet,
+)
 from shared.errors import DataError
 
 FIXTURE = Path(__file__).parent / "wordnet"

@@ -10,8 +10,8 @@ from importlib import util
 
 import pytest
 
-from cli.reproduce import reproduce
-from cli.reproduction.arms import ARMS
+from gradualdiff.cli.reproduce import reproduce
+from gradualdiff.reproduction.arms import ARMS
 from shared.errors import DataError, MissingPackageError, ObjectMissingError
 from tests.tiny_model import make_tiny_model
 
@@ -55,7 +55,14 @@ def home(tmp_path_factory):
 
 
 def command(home, folder, *options):
-    words = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(home / "tiny.toml")]
+    words = [
+        sys.executable,
+        "-m",
+        "gradualdiff.cli.main",
+        "reproduce",
+        "--preset",
+        str(home / "tiny.toml"),
+    ]
     words += ["--data", str(home / "text.jsonl"), "--dir", str(home / folder), *options]
     return subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
 
@@ -125,10 +132,10 @@ def test_the_json_has_what_the_tables_have(home, results):
 
 
 def test_arms_of_a_seed_begin_with_one_adapter(home, results):
-    from coordinator.inspection import History
-    from shared.directory_store import DirectoryStore
-    from shared.ledger import list_runs
-    from shared.records import GenesisRecord
+    from coordinator.runs.inspection import History
+    from shared.protocol.ledger import list_runs
+    from shared.protocol.records import GenesisRecord
+    from shared.stores.directory import DirectoryStore
 
     store = DirectoryStore(home / "whole" / "store")
     found = {}
@@ -164,7 +171,7 @@ def test_files_are_written(home, results):
 def test_every_run_of_it_verifies(home, results):
     store = str(home / "whole" / "store")
     name = next(name for name in results["fedavg_differences"])
-    words = [sys.executable, "-m", "cli.main", "runs", "verify", name, "--store", store]
+    words = [sys.executable, "-m", "gradualdiff.cli.main", "runs", "verify", name, "--store", store]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -182,7 +189,14 @@ def test_a_second_start_computes_nothing_and_says_the_same(home, results):
 
 def test_a_kill_costs_nothing_that_was_finished(home, results):
     """SIGKILL in the middle of the second arm; the same command ends in the same adapters."""
-    words = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(home / "tiny.toml")]
+    words = [
+        sys.executable,
+        "-m",
+        "gradualdiff.cli.main",
+        "reproduce",
+        "--preset",
+        str(home / "tiny.toml"),
+    ]
     words += ["--data", str(home / "text.jsonl"), "--dir", str(home / "killed"), "--seeds", "2"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
         for line in p.stderr:
@@ -200,7 +214,14 @@ def test_a_kill_costs_nothing_that_was_finished(home, results):
 
 def test_a_stop_while_measuring_names_a_command_that_goes_on(home):
     """A folder with a space in its name, stopped outside of any run."""
-    words = [sys.executable, "-m", "cli.main", "reproduce", "--preset", str(home / "tiny.toml")]
+    words = [
+        sys.executable,
+        "-m",
+        "gradualdiff.cli.main",
+        "reproduce",
+        "--preset",
+        str(home / "tiny.toml"),
+    ]
     words += ["--data", str(home / "text.jsonl"), "--dir", str(home / "a folder")]
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as p:
         said = ""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli.reproduction.questions import Question
-from cli.reproduction.splits import split, subset
+from gradualdiff.reproduction.questions import Question
+from gradualdiff.reproduction.splits import split, subset
 from shared.errors import ConfigError, DataError
 
 

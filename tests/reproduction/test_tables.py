@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from cli.reproduction.experiment import Chosen, Findings, worth_of
-from cli.reproduction.figures import ArmFigures, RoundFigures, mean_and_sd, slowest_and_sum
-from cli.reproduction.picture import draw_losses
-from cli.reproduction.tables import ResultTable, as_csv, make_tables
-from participant.quality import AnswerLoss, Copying, ReplyScores
+from gradualdiff.reproduction.experiment import Chosen, Findings, worth_of
+from gradualdiff.reproduction.figures import ArmFigures, RoundFigures, mean_and_sd, slowest_and_sum
+from gradualdiff.reproduction.picture import draw_losses
+from gradualdiff.reproduction.tables import ResultTable, as_csv, make_tables
+from participant.learner.quality import AnswerLoss, Copying, ReplyScores
 from shared.errors import ConfigError
 
 SECONDS = dict.fromkeys(("load", "train", "encode", "transfer", "aggregate", "evaluate"), 1.0)

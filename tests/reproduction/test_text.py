@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cli.reproduction.data import Source
-from cli.reproduction.presets import ReproduceSection
+from gradualdiff.reproduction.data import Source
+from gradualdiff.reproduction.presets import ReproduceSection
 from shared.errors import ConfigError, DataError
 
 

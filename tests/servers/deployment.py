@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared.config import load_federation
-from shared.ledger import Ledger
-from shared.records import ClosingRecord
-from shared.stores import open_s3
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import ClosingRecord
+from shared.stores.opening import open_s3
 from tests import federations
 from tests.numpy_learner import NumpyLearner, manifest_of
 from tests.patience import PATIENCE_SECONDS
@@ -79,7 +79,7 @@ class Deployment:
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``gradualdiff`` to its end."""
         done = subprocess.run(
-            [sys.executable, "-m", "cli.main", *arguments],
+            [sys.executable, "-m", "gradualdiff.cli.main", *arguments],
             capture_output=True,
             text=True,
             timeout=PATIENCE_SECONDS,
@@ -126,7 +126,7 @@ class Deployment:
         self, name: str = "coordinator", *arguments: str, armed: str = ""
     ) -> subprocess.Popen[str]:
         """The coordinator, or one more to stand by."""
-        words = ("cli.main", "coordinator", str(self.federation), *arguments)
+        words = ("gradualdiff.cli.main", "coordinator", str(self.federation), *arguments)
         return self.start(name, *words, armed=armed)
 
     def start_participant(
@@ -135,7 +135,7 @@ class Deployment:
         """A site's process. ``slow``: seconds that a training in numpy takes."""
         program = ("tests.servers.numpy_site",)
         if self.model is not None:
-            program = ("cli.main", "participant")
+            program = ("gradualdiff.cli.main", "participant")
         return self.start(
             name, *program, str(self.site_toml(name)), *arguments, slow=slow, inside=inside
         )

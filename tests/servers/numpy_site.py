@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from cli.serve import make_station, stopped_by_signal
+from gradualdiff.cli.serve import make_station, stopped_by_signal
 from participant.daemon import serve, serve_once
 from shared.config import load_site
 from shared.errors import GradualDiffError, InterruptedRunError

@@ -18,7 +18,7 @@ from typing import Self
 
 import urllib3
 
-from shared.s3_store import S3Store
+from shared.stores.s3 import S3Store
 from tests.patience import PATIENCE_SECONDS
 
 START_SECONDS = 60.0

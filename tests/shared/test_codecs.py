@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from shared.codecs import Codec, codec_names, get_codec
-from shared.deltas import (
+from shared.errors import ConfigError
+from shared.protocol.manifest import TensorSpec
+from shared.tensors.arithmetic import (
     BLOCK,
     difference,
     inner_product,
@@ -23,8 +24,7 @@ from shared.deltas import (
     square_and_product,
     squared_norm,
 )
-from shared.errors import ConfigError
-from shared.manifest import TensorSpec
+from shared.tensors.codecs import Codec, codec_names, get_codec
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 SEEDS = st.integers(0, 2**63 - 1)

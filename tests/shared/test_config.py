@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from cli.reproduction.presets import Preset
+from gradualdiff.reproduction.presets import Preset
 from shared.config import (
     FederationConfig,
     SiteConfig,

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.codecs import codec_names, get_codec
-from shared.delta_file import (
+from shared.errors import ConfigError, DeltaRefusedError, LedgerDamagedError
+from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.codecs import codec_names, get_codec
+from shared.tensors.delta_file import (
     HEADER_KEY,
     DeltaFile,
     DeltaHeader,
@@ -20,9 +22,7 @@ from shared.delta_file import (
     check_delta,
     write_delta,
 )
-from shared.errors import ConfigError, DeltaRefusedError, LedgerDamagedError
-from shared.manifest import Manifest, TensorSpec
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

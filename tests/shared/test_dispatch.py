@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shared import topology, wire
-from shared.broker import Message
-from shared.dispatch import MAX_ATTEMPTS, Dispatcher
-from shared.embedded_broker import EmbeddedBroker
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.brokers.port import Message
 from shared.errors import (
     AccessRefusedError,
     BrokerUnavailableError,
@@ -16,7 +15,9 @@ from shared.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
-from shared.events import RoundClosed, SiteOnline
+from shared.protocol import wire
+from shared.protocol.dispatch import MAX_ATTEMPTS, Dispatcher
+from shared.protocol.events import RoundClosed, SiteOnline
 
 QUEUE = topology.coordinator_queue("test")
 

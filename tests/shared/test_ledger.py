@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from shared.config import canonical_json
-from shared.directory_store import DirectoryStore
 from shared.errors import FencedError, LedgerDamagedError, RunExistsError, RunNotFoundError
-from shared.ledger import Ledger, list_runs
-from shared.records import DeclinedRecord, FinishedRecord, GenesisRecord
+from shared.protocol.ledger import Ledger, list_runs
+from shared.protocol.records import DeclinedRecord, FinishedRecord, GenesisRecord
+from shared.stores.directory import DirectoryStore
 from tests.federations import config
 from tests.numpy_learner import MANIFEST
 

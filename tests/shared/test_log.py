@@ -13,9 +13,9 @@ import pytest
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from shared.directory_store import DirectoryStore
 from shared.errors import ConfigError
 from shared.log import configure, get_logger
+from shared.stores.directory import DirectoryStore
 
 S3_URL = "https://s3.example/bucket/k?X-Amz-Credential=AKIA%2Fx&X-Amz-Signature=feedbeef"
 

@@ -21,7 +21,7 @@ from shared.lora_factors import (
     site_manifest,
     whole_manifest,
 )
-from shared.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Manifest, TensorSpec
 from tests.federations import config
 
 

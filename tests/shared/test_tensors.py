@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from shared.errors import DecodeError
-from shared.tensors import (
+from shared.tensors.tensor_file import (
     MAX_HEADER_BYTES,
     Stopwatch,
     TensorFile,
@@ -302,7 +302,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np
-from shared.tensors import TensorFile, TensorLayout, write_tensors
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

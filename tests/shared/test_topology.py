@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import topology
+from shared.brokers.embedded_state import topic_matches
 from shared.config import NAME_PATTERN
-from shared.embedded_state import topic_matches
-from shared.events import EVENTS
+from shared.protocol.events import EVENTS
 from shared.topology import (
     ANY_RUN,
     COORDINATOR,

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from shared.bounds import Most
-from shared.broker import MAX_MESSAGE_BYTES
+from shared.brokers.port import MAX_MESSAGE_BYTES
 from shared.errors import DecodeError
-from shared.events import (
+from shared.protocol.bounds import Most
+from shared.protocol.events import (
     EVENTS,
     AdapterEvaluated,
     CoordinatorTick,
@@ -40,8 +40,8 @@ from shared.events import (
     WireLora,
     WireTraining,
 )
-from shared.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
-from shared.wire import decode, encode
+from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.wire import decode, encode
 
 A, B = "a" * 64, "b" * 64
 HELD_OUT = HeldOut(nll=3.5, tokens=100, examples=7)

@@ -1,0 +1,138 @@
+"""Liveness: who was seen when, and how far it is. For people, never for a decision.
+
+Kept in memory and written over one object outside the run every few seconds. Losing it loses a
+look; the ledger knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, ValidationError
+
+from shared import topology
+from shared.config import Name, canonical_json
+from shared.errors import ObjectMissingError, StoreError
+from shared.failpoints import failpoint
+from shared.log import get_logger
+from shared.protocol.manifest import Fact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coordinator.round.state import RunState
+    from shared.protocol.events import TrainingProgressed
+    from shared.stores.port import ObjectStore
+
+ONLINE_SECONDS = 150.0  # a site says every 60 s that it is there
+
+
+class SiteStatus(Fact):
+    """One site: when it was last heard (seconds since the epoch) and what it is doing."""
+
+    seen: float
+    progress_at: float | None = None
+    round: int | None = None
+    activity: str | None = None
+    step: int | None = None
+    of: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class RunStatus(Fact):
+    """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
+
+    ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
+    ``problem``: why the step that comes next did not work, and what to do. ``over``: by site and
+    limit of ``[limits]``, how much this process counted and dropped.
+    """
+
+    run: Name
+    writer: str
+    at: float
+    round: int
+    state: str
+    since: float
+    waiting_for: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    sites: dict[str, SiteStatus] = Field(default_factory=dict)
+    absent: dict[str, float] = Field(default_factory=dict)
+    problem: str = ""
+    over: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+class Watch:
+    """The coordinator's side: remember and write. ``over``: as in ``RunStatus``, kept by others."""
+
+    def __init__(
+        self, store: ObjectStore, run: str, writer: str, over: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        self._store = store
+        self._over = over
+        self._run = run
+        self._writer = writer
+        self._sites: dict[str, SiteStatus] = {}
+        self._absent: dict[str, float] = {}
+        self.problem = ""
+
+    def saw(self, site: str, now: float) -> None:
+        """A message of this site (or of the coordinator itself) was handled."""
+        if site != topology.COORDINATOR:
+            known = self._sites.get(site) or SiteStatus(seen=now)
+            self._sites[site] = known.model_copy(update={"seen": now})
+
+    def progressed(self, event: TrainingProgressed, site: str, now: float) -> None:
+        """How far a site says it is."""
+        told = event.model_dump(exclude={"run"})
+        self._sites[site] = SiteStatus(seen=now, progress_at=now, **told)
+
+    def counted(self, consumers: Mapping[str, int], now: float) -> None:
+        """How many consumers the broker counts on each awaited site's queue.
+
+        A process that was killed is gone from there at once; its last words say nothing of that.
+        """
+        gone = (site for site, count in consumers.items() if count == 0)
+        self._absent = {site: self._absent.get(site, now) for site in gone}
+
+    def write(self, state: RunState, now: float) -> None:
+        """Write the status object. A store that is away is no error: the next tick comes."""
+        opened = state.open_round
+        if state.finished is not None:
+            word, since = "finished", state.finished.time
+        elif opened is not None:
+            word, since = "open", opened.time
+        else:
+            word, since = ("closing" if state.closing else "waiting"), state.began
+        participants = state.config.run.participants
+        status = RunStatus(
+            run=self._run,
+            writer=self._writer,
+            at=now,
+            round=opened.round if opened else max(state.last_round, 0),
+            state=word,
+            since=since,
+            waiting_for=state.waiting_for,
+            sites={site: self._sites[site] for site in participants if site in self._sites},
+            absent={site: when for site, when in self._absent.items() if site in state.waiting_for},
+            problem=self.problem,
+            over={site: dict(counts) for site, counts in self._over.items()},
+        )
+        failpoint("status.before")
+        try:
+            self._store.put(
+                topology.status_key(self._run), canonical_json(status.model_dump(mode="json"))
+            )
+            failpoint("status.after")
+        except StoreError as error:
+            get_logger().debug("status.skipped", reason=str(error))
+
+
+def read_status(store: ObjectStore, run: str) -> RunStatus | None:
+    """What the run's coordinator last saw; None if none ever wrote, or it cannot be read."""
+    try:
+        return RunStatus.model_validate_json(store.get(topology.status_key(run)))
+    except (ObjectMissingError, ValidationError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,1 @@
+"""What happens next in a run: a pure machine over records, with the decisions it asks for."""

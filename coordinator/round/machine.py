@@ -1,0 +1,398 @@
+"""The run as a pure state machine: ``apply(state, fact) -> (state, effects)``.
+
+Facts are the ledger's records and ticks of the clock; there is no other input. State is the fold
+of the facts, so a restart is: fold the ledger's history, then carry out ``resume(state)``. Every
+effect may be carried out twice without harm. No driver, clock, logger or file is known here.
+
+What must happen next is at most one durable step and is derived from the state alone
+(``next_step``); the rest are notifications, which may be lost or repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from coordinator.aggregation.closing import Counts, weights
+from coordinator.round.clipping import scales
+from coordinator.round.controls import added
+from coordinator.round.policies import (
+    POLICIES,
+    Trouble,
+    deadline_seconds,
+    given_up,
+    too_few,
+    weighting,
+)
+from coordinator.round.selection import select
+from coordinator.round.state import (
+    Aggregate,
+    AnnounceClosed,
+    AnnounceFinished,
+    AnnounceRound,
+    AnnounceRun,
+    AnswerDelta,
+    Bell,
+    Effect,
+    Fact,
+    MakeGenesis,
+    RunState,
+    Step,
+    Ticked,
+    WriteRecord,
+)
+from coordinator.runs.branching import misfit
+from shared.protocol.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    ControlRecord,
+    DeclinedRecord,
+    EvaluatedRecord,
+    FailedRecord,
+    FederationRecord,
+    FinishedRecord,
+    GenesisRecord,
+    Input,
+    MemberRecord,
+    OpenedRecord,
+    OriginRecord,
+    Record,
+    RefusedRecord,
+    delta_label,
+)
+from shared.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from shared.config import AggregationSection, FederationConfig
+
+REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
+
+
+def apply(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:
+    """Fold one fact in. Facts that are known already or came too late change nothing."""
+    after, bells = _fold(state, fact)
+    step = next_step(after)
+    return after, (*bells, *((step,) if step else ()))
+
+
+def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
+    """The state after the ledger's history; nothing is carried out."""
+    state = RunState(config)
+    for record in history:
+        state, _ = _fold(state, record)
+    return state
+
+
+def resume(state: RunState) -> tuple[Effect, ...]:
+    """After a restart: send every notification that may have been lost, then do the next step."""
+    bells: list[Effect] = []
+    if state.genesis is None and state.finished is None:
+        bells.append(AnnounceRun(state.waiting_for))
+    if state.open_round is not None:
+        bells.append(AnnounceRound(state.waiting_for))
+    if state.finished is not None:
+        bells.append(AnnounceFinished(tuple(sorted(state.members))))
+    step = next_step(state)
+    return (*bells, *((step,) if step else ()))
+
+
+def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]:
+    """What the ledger owes a site that came online, in the order it needs it.
+
+    ``first``: its process has just begun. A site that is given up in the open round gets another
+    try then, when somebody may have fixed it, and not every minute.
+    """
+    if site not in state.config.run.participants:
+        return ()
+    if state.finished is not None:
+        if site not in state.members:
+            return ()
+        nothing_to_do = state.finished.sha is None or site in state.evaluated
+        end = AnnounceFinished((site,))
+        return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
+    bells: list[Bell] = [AnnounceRun((site,))]
+    opened = state.open_round
+    if opened is not None and site in state.steering.in_force(opened.selected):
+        mine = state.uncounted.get((site, opened.round))
+        trouble = state.troubles.get(site)
+        if mine is not None:
+            bells.append(AnswerDelta(mine))
+        elif first or trouble is None or not given_up(state.config.policy, trouble):
+            bells.append(AnnounceRound((site,)))
+    return tuple(bells)
+
+
+def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per phase
+    """The one durable step that the state calls for, or None while it waits for facts."""
+    if state.finished is not None:
+        return None
+    steering = state.steering
+    if state.closing is not None:
+        return Aggregate(state.closing)
+    if steering.stopped is not None:
+        return _finish(state, f"stopped: {steering.stopped}", failed=state.genesis is None)
+    if state.genesis is None:
+        return _toward_genesis(state)
+    if state.opened is not None:
+        return _toward_closing(state, state.opened)
+    if steering.paused is not None:
+        return None  # not the end either: what is paused may still be extended
+    if state.last_round >= state.total_rounds:
+        return _finish(state, f"all {state.total_rounds} rounds are closed")
+    if has_converged(state):
+        return _finish(
+            state, f"converged: held-out loss stopped falling at round {state.last_round}"
+        )
+    if not steering.in_force(state.members_in(state.last_round + 1)):
+        return None  # every site was taken out: only a person can say what now
+    return _open_next(state)
+
+
+def has_converged(state: RunState) -> bool:
+    """No fall of ``min_delta`` nats in the last ``patience`` known held-out losses.
+
+    The loss of A(t) is measured by the sites at the start of round t, so this looks one round
+    behind: it is a function of what the accepted records hold, hence the same after a restart.
+    """
+    section = state.config.convergence
+    losses = [loss for loss in state.held_out if loss is not None]
+    if section.patience is None or len(losses) <= section.patience:
+        return False
+    before, since = losses[: -section.patience], losses[-section.patience :]
+    return min(since) > min(before) - section.min_delta
+
+
+def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clearest form
+    state: RunState, fact: Fact
+) -> tuple[RunState, tuple[Effect, ...]]:
+    match fact:
+        case Ticked():
+            return replace(state, now=max(state.now, fact.now)), ()
+        case FederationRecord():
+            return replace(state, began=fact.time, now=fact.time), ()
+        case OriginRecord():
+            return replace(state, origin=fact), ()
+        case ControlRecord():
+            return replace(state, controls=added(state.controls, fact)), ()
+        case MemberRecord() if fact.word > state.words.get(fact.site, 0):
+            return _fold_member(state, fact), ()
+        case DeclinedRecord() if state.genesis is None and fact.site not in state.members:
+            return replace(state, declined={**state.declined, fact.site: fact.reason}), ()
+        case GenesisRecord():
+            # Who did not fit and was not waited for stays out until it joins a later round.
+            members = {
+                site: member
+                for site, member in state.members.items()
+                if site in fact.members or member.from_round > 0
+            }
+            return replace(state, genesis=fact, members=members), ()
+        case OpenedRecord() if fact.round == state.last_round + 1:
+            openings = {**state.openings, fact.round: fact}
+            after = replace(state, opened=fact, openings=openings, troubles={})
+            return after, (AnnounceRound(fact.selected),)
+        case AcceptedRecord() | RefusedRecord():
+            return _fold_delta(state, fact)
+        case FailedRecord():
+            return _fold_failure(state, fact)
+        case ClosingRecord() if state.opened and fact.round == state.opened.round:
+            return replace(state, closing=fact), ()
+        case ClosedRecord() if state.closing and fact.round == state.closing.round:
+            return _fold_closed(state, state.closing, fact)
+        case EvaluatedRecord() if fact.sha == state.adapter_sha:
+            return replace(state, evaluated=state.evaluated | {fact.site}), ()
+        case FinishedRecord():
+            everybody = AnnounceFinished(tuple(sorted(state.members)))
+            return replace(state, finished=fact), (everybody,)
+        case _:
+            return state, ()
+
+
+def _fold_member(state: RunState, fact: MemberRecord) -> RunState:
+    words = {**state.words, fact.site: fact.word}
+    if state.genesis is not None and fact.from_round == 0:
+        return replace(state, words=words)
+    declined = {s: r for s, r in state.declined.items() if s != fact.site}
+    members = {**state.members, fact.site: fact}
+    return replace(state, members=members, declined=declined, words=words)
+
+
+def _fold_delta(
+    state: RunState, fact: AcceptedRecord | RefusedRecord
+) -> tuple[RunState, tuple[Effect, ...]]:
+    opened, key = state.open_round, (fact.site, fact.round)
+    if isinstance(fact, RefusedRecord):
+        shas = state.verdicts.get(key, frozenset()) | {fact.sha}
+        state = replace(state, verdicts={**state.verdicts, key: shas})
+    if isinstance(fact, AcceptedRecord):
+        counted = fact.round in state.counted_rounds.get(fact.site, ())
+        if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
+            return state, (AnswerDelta(fact),)
+        return replace(state, uncounted={**state.uncounted, key: fact}), (AnswerDelta(fact),)
+    here = opened is not None and fact.round == opened.round and fact.site in opened.selected
+    if not here or fact.verdict == "late" or key in state.uncounted:
+        return state, (AnswerDelta(fact),)
+    # The same text and seed give the same bytes again, so asking again by itself is no use.
+    before = state.troubles.get(fact.site)
+    trouble = Trouble((before.attempts if before else 0) + 1, final=True, reason=fact.reason)
+    return replace(state, troubles={**state.troubles, fact.site: trouble}), (AnswerDelta(fact),)
+
+
+def _fold_failure(state: RunState, fact: FailedRecord) -> tuple[RunState, tuple[Effect, ...]]:
+    opened = state.open_round
+    before = state.troubles.get(fact.site)
+    known = before is not None and before.attempts >= fact.attempt
+    if opened is None or fact.round != opened.round or known:
+        return state, ()
+    if fact.site not in opened.selected or (fact.site, fact.round) in state.uncounted:
+        return state, ()
+    trouble = Trouble(fact.attempt, final=not fact.retryable, reason=fact.reason)
+    if before is not None and before.final:
+        # A replay folds refusals before failures: what was final stays so, in either order.
+        trouble = replace(before, attempts=fact.attempt)
+    after = replace(state, troubles={**state.troubles, fact.site: trouble})
+    again = not given_up(state.config.policy, trouble)
+    return after, (AnnounceRound((fact.site,)),) if again else ()
+
+
+def _fold_closed(
+    state: RunState, closing: ClosingRecord, fact: ClosedRecord
+) -> tuple[RunState, tuple[Effect, ...]]:
+    counted = {(item.site, item.from_round): item.sha for item in closing.inputs}
+    uncounted = {key: record for key, record in state.uncounted.items() if key not in counted}
+    rounds = {**state.counted_rounds}
+    for site, number in counted:
+        rounds[site] = (*rounds.get(site, ()), number)
+    held_out = fact.source_held_out.nll if fact.source_held_out else None
+    last = dict(state.last_counted)
+    for (site, number), sha in sorted(counted.items()):
+        # A carried delta may be older than the one that was counted last.
+        if number == max(rounds[site]):
+            last[site] = sha
+    after = replace(
+        state,
+        closed=fact,
+        closing=None,
+        opened=None,
+        troubles={},
+        held_out=(*state.held_out, held_out),
+        uncounted=uncounted,
+        counted_rounds=rounds,
+        last_counted=last,
+        times=(*state.times, _arrivals(state, closing))[-REMEMBERED_ROUNDS:],
+    )
+    return after, (AnnounceClosed(fact, tuple(sorted(state.members))),)
+
+
+def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:
+    """Seconds from a round's opening to each of its own deltas' acceptance."""
+    opened = state.openings[closing.round]
+    own = (item for item in closing.inputs if item.from_round == closing.round)
+    records = (state.uncounted.get((item.site, item.from_round)) for item in own)
+    return tuple(max(0.0, record.time - opened.time) for record in records if record is not None)
+
+
+def _toward_genesis(state: RunState) -> Step | None:
+    section = state.config.run
+    problem = misfit(state.config, state.origin)
+    if problem is not None:
+        return _finish(state, problem, failed=True)
+    timed_out = state.now - state.began >= section.start_timeout_seconds
+    if not timed_out and state.waiting_for:
+        return None
+    # Too few because a site declined or does not fit is no end: its operator fixes the cause and
+    # starts it again.
+    fitting = [site for site in state.members if site not in state.unfit]
+    there = state.steering.in_force(fitting)
+    enough = section.min_participants or len(state.steering.in_force(section.participants))
+    if there and len(there) >= enough:
+        return MakeGenesis(tuple(sorted(fitting)))
+    return None
+
+
+def _open_next(state: RunState) -> Step:
+    section, number = state.config.run, state.last_round + 1
+    policy, total = state.config.policy, state.total_rounds
+    assert state.adapter_sha is not None  # genesis drew one
+    members = state.steering.in_force(state.members_in(number))
+    times = [time for one in state.times for time in one]
+    return WriteRecord(
+        OpenedRecord(
+            round=number,
+            selected=select(state.config.selection, members, section.seed, number),
+            source_sha=state.adapter_sha,
+            seed=derive_seed(section.seed, "round", number),
+            progress_from=(number - 1) / total,
+            progress_to=number / total,
+            deadline_seconds=deadline_seconds(policy, times),
+            grace_seconds=policy.grace_seconds,
+            rounds=total,
+            members=members,
+            controls=state.steering.number,
+        )
+    )
+
+
+def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
+    policy, steering = POLICIES[state.config.policy.kind], state.steering
+    uncounted = steering.reachable(state.uncounted)
+    here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
+    decision = policy(state.config.policy, here, uncounted, state.troubles, state.now)
+    section = state.config.aggregation
+    if decision is None or too_few(section, len(decision.counted)) is not None:
+        return None
+    mode = section.weights
+    share = shares(mode, decision.counted, opened.round)
+    clipped = clips(section, decision.counted, opened.round)
+    inputs = tuple(
+        Input(
+            site=r.site,
+            from_round=r.round,
+            sha=r.sha,
+            weight=share[delta_label(r.site, r.round, opened.round)],
+            scale=clipped[delta_label(r.site, r.round, opened.round)],
+        )
+        for r in decision.counted
+    )
+    return WriteRecord(
+        ClosingRecord(
+            round=opened.round,
+            source_sha=opened.source_sha,
+            inputs=inputs,
+            excluded={**decision.excluded, **steering.left_out(opened.selected)},
+            weighting=weighting(state.config.policy, mode),
+            controls=steering.number,
+        )
+    )
+
+
+def shares(
+    mode: Literal["equal", "examples", "tokens"], counted: Iterable[AcceptedRecord], number: int
+) -> dict[str, float]:
+    """Each delta's share in round ``number``, by its label there; they sum to 1."""
+    labelled = {delta_label(record.site, record.round, number): record for record in counted}
+    counts = {label: Counts(r.examples, r.tokens) for label, r in labelled.items()}
+    return weights(mode, counts, {label: number - r.round for label, r in labelled.items()})
+
+
+def clips(
+    section: AggregationSection, counted: Iterable[AcceptedRecord], number: int
+) -> dict[str, float]:
+    """What each delta is scaled down by in round ``number``, by its label there; 1 if it is not."""
+    labelled = {delta_label(record.site, record.round, number): record for record in counted}
+    norms = {label: record.norm for label, record in labelled.items()}
+    sites = {label: record.site for label, record in labelled.items()}
+    return scales(section.clip_to_median, norms, sites)
+
+
+def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:
+    record = FinishedRecord(
+        round=max(state.last_round, 0),
+        sha=state.adapter_sha,
+        reason=reason,
+        failed=failed,
+        controls=state.steering.number,
+    )
+    return WriteRecord(record)

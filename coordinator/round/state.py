@@ -1,0 +1,214 @@
+"""What the state machine knows and what it asks for: the run's state, its effects. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from coordinator.round.controls import Steering, steer
+from coordinator.round.members import unfit
+from shared.protocol.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    FinishedRecord,
+    GenesisRecord,
+    OpenedRecord,
+    Record,
+    RefusedRecord,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coordinator.round.policies import Trouble
+    from shared.config import FederationConfig
+    from shared.protocol.records import ControlRecord, MemberRecord, OriginRecord
+
+
+@dataclass(frozen=True)
+class Ticked:
+    """Time passed: seconds since the epoch."""
+
+    now: float
+
+
+# Effects: durable steps ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MakeGenesis:
+    """Draw the first adapter, store it, record round 0 with these members."""
+
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WriteRecord:
+    """Write this decision."""
+
+    record: OpenedRecord | ClosingRecord | FinishedRecord
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Carry out the decision: compute, store and record the round's result."""
+
+    closing: ClosingRecord
+
+
+# Effects: notifications --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnnounceRun:
+    """Tell sites that the run is there."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceRound:
+    """Tell sites to train in the open round."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """Tell a site what became of its delta."""
+
+    record: AcceptedRecord | RefusedRecord
+
+
+@dataclass(frozen=True)
+class AnnounceClosed:
+    """Tell members a round's result."""
+
+    closed: ClosedRecord
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnnounceFinished:
+    """Tell members the end."""
+
+    sites: tuple[str, ...]
+
+
+Step = MakeGenesis | WriteRecord | Aggregate
+Bell = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
+Effect = Step | Bell
+Fact = Record | Ticked
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown.
+
+    ``words``: how often each site's word to join was recorded. ``openings``: every round that was
+    opened. ``times``: of each closed round, the seconds that its
+    deltas took to arrive. ``verdicts``: the shas that were refused or late, by site and round.
+    """
+
+    config: FederationConfig
+    began: float = 0.0
+    now: float = 0.0
+    members: Mapping[str, MemberRecord] = field(default_factory=dict)
+    words: Mapping[str, int] = field(default_factory=dict)
+    declined: Mapping[str, str] = field(default_factory=dict)
+    genesis: GenesisRecord | None = None
+    opened: OpenedRecord | None = None
+    closing: ClosingRecord | None = None
+    closed: ClosedRecord | None = None
+    held_out: tuple[float | None, ...] = ()
+    uncounted: Mapping[tuple[str, int], AcceptedRecord] = field(default_factory=dict)
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    verdicts: Mapping[tuple[str, int], frozenset[str]] = field(default_factory=dict)
+    counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    last_counted: Mapping[str, str] = field(default_factory=dict)
+    openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
+    times: tuple[tuple[float, ...], ...] = ()
+    controls: tuple[ControlRecord, ...] = ()
+    origin: OriginRecord | None = None
+    finished: FinishedRecord | None = None
+    evaluated: frozenset[str] = frozenset()
+
+    @property
+    def last_round(self) -> int:
+        """The last closed round; 0 after genesis; -1 before."""
+        return self.closed.round if self.closed else 0 if self.genesis else -1
+
+    @property
+    def adapter_sha(self) -> str | None:
+        """The newest global adapter."""
+        if self.closed:
+            return self.closed.adapter_sha
+        return self.genesis.adapter_sha if self.genesis else None
+
+    @property
+    def open_round(self) -> OpenedRecord | None:
+        """The round that sites may submit to; None once its decision is on record."""
+        return self.opened if self.closing is None and self.finished is None else None
+
+    def takes(self, site: str, number: int) -> OpenedRecord | None:
+        """The round ``number`` as it was opened, if a delta of ``site`` for it is still taken.
+
+        That is the open round; where late deltas are carried, also an earlier one that is not too
+        old. A delta that was counted already is not taken again.
+        """
+        opened, policy = self.openings.get(number), self.config.policy
+        if opened is None or site not in opened.selected or self.finished is not None:
+            return None
+        if opened is self.open_round:
+            return opened
+        late = self.last_round - policy.late_rounds < number <= self.last_round
+        if not late or number in self.counted_rounds.get(site, ()):
+            return None
+        return opened
+
+    def members_in(self, number: int) -> tuple[str, ...]:
+        """Who takes part in round ``number``: who was there at the start, and who joined since."""
+        assert self.genesis is not None  # no round comes before it
+        joined = {s for s, m in self.members.items() if 1 <= m.from_round <= number}
+        return tuple(sorted(joined.union(self.genesis.members)))
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Before genesis: the sites that said neither that they are ready nor that they decline."""
+        if self.genesis is not None:
+            return ()
+        known = {*self.members, *self.declined, *self.steering.excluded}
+        return tuple(s for s in sorted(self.config.run.participants) if s not in known)
+
+    @cached_property
+    def unfit(self) -> dict[str, str]:
+        """Before genesis: the sites whose word does not fit the others', each with the reason."""
+        if self.genesis is not None:
+            return {}
+        return unfit(self.members, self.config, self.origin, self.steering.excluded)
+
+    @property
+    def waiting_for(self) -> tuple[str, ...]:
+        """Sites whose word is missing: to join, or for the open round."""
+        if self.finished is not None:
+            return ()
+        if self.genesis is None:
+            return self.silent or self.steering.in_force(self.unfit)
+        opened = self.open_round
+        if opened is None:
+            return ()
+        out = self.steering.excluded
+        waited = (s for s in opened.selected if s not in out)
+        return tuple(s for s in waited if (s, opened.round) not in self.uncounted)
+
+    @property
+    def steering(self) -> Steering:
+        """What the operators' records mean for what happens next."""
+        return steer(self.controls)
+
+    @property
+    def total_rounds(self) -> int:
+        """T with every extension."""
+        return self.config.run.rounds + self.steering.more_rounds

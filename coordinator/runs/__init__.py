@@ -1,0 +1,1 @@
+"""What is known and asked of a run: tables, controls, branches, exports, retention, deletion."""

@@ -1,0 +1,120 @@
+"""Write an adapter out of the ledger as a PEFT directory with a model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation.genesis import adapter_config
+from coordinator.runs.branching import CONFIG, TENSORS
+from coordinator.runs.model_card import model_card
+from shared import topology
+from shared.averaging import get_averaging
+from shared.disk.files import digest_file
+from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import ClosedRecord, GenesisRecord, pool_held_out
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from coordinator.runs.inspection import History
+    from shared.stores.port import ObjectStore
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    round: int
+    sha: str
+    path: Path
+
+
+def export_adapter(
+    history: History,
+    store: ObjectStore,
+    target: Path,
+    round_number: int | None,
+    base: str | None = None,
+    *,
+    merged: bool = False,
+) -> Exported:
+    """Write the adapter that a round produced into the new or empty folder ``target``.
+
+    ``base``: what the adapter's config and card call the base model (None: as the run does).
+    ``merged``: the card is to be of a model that the adapter will be merged into.
+
+    Both files are the caller's own: nothing that is done to them reaches the ledger. Raises
+    RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
+    LedgerDamagedError when the stored adapter is missing or altered.
+    """
+    number = history.last_closed if round_number is None else round_number
+    record = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
+    if not isinstance(record, ClosedRecord | GenesisRecord):
+        raise RunNotFoundError(f"run {history.run} has no result of round {number} to export")
+    new_folder(target)
+    tensors = target / TENSORS
+    key = topology.adapter_key(history.run, record.adapter_sha, TENSORS)
+    try:
+        store.fetch_file(key, tensors)
+    except ObjectMissingError:
+        why = _why_missing(history.run, store, key)
+        raise LedgerDamagedError(f"{key}: {why}") from None
+    if digest_file(tensors)[0] != record.adapter_sha:
+        tensors.unlink()
+        raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
+    averaging = history.config.aggregation.averaging
+    lora = get_averaging(averaging).lora_in(tensors, history.config.lora)
+    # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
+    named = history.config.base.model_copy(update={"model": base or history.config.base.model})
+    (target / CONFIG).write_bytes(adapter_config(named, lora, _genesis(history).manifest))
+    (target / CARD).write_text(
+        model_card(history, number, record.adapter_sha, lora, named.model, merged=merged),
+        encoding="utf-8",
+    )
+    return Exported(number, record.adapter_sha, target)
+
+
+def new_folder(target: Path) -> None:
+    """Make ``target``, or see that it is empty. Raises ConfigError."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        empty = not any(target.iterdir())
+    except OSError as error:
+        raise ConfigError(f"--to {target}: cannot be made ({error.strerror})") from None
+    if not empty:
+        raise ConfigError(f"--to {target}: is not empty; name a new directory")
+
+
+def best_round(history: History) -> int:
+    """The round whose adapter has the lowest loss, pooled over all held-out text of the run.
+
+    A round that some site did not measure is not compared: its loss is of other text. Raises
+    RunNotFoundError where no round was measured.
+    """
+    losses = {
+        n: pool_held_out(history.held_out(n).values()) for n in range(1, history.last_closed + 1)
+    }
+    whole = max((loss.tokens for loss in losses.values() if loss), default=0)
+    known = {n: loss.nll for n, loss in losses.items() if loss and loss.tokens == whole}
+    if not known:
+        raise RunNotFoundError(
+            f"--best: run {history.run} has no round with a held-out loss; name one by --round"
+        )
+    return min(known, key=lambda number: (known[number], number))
+
+
+def _genesis(history: History) -> GenesisRecord:
+    record = history.one(0, GenesisRecord)
+    assert isinstance(record, GenesisRecord)  # no result comes before it
+    return record
+
+
+def _why_missing(run: str, store: ObjectStore, key: str) -> str:
+    for record in Ledger(store, run, "reader", float).pruned():
+        if key in record.keys:
+            return f"was pruned ({record.key(run)}: {record.reason}); name a round that was kept"
+    return "is missing; see: gradualdiff runs verify"

@@ -1,0 +1,131 @@
+"""The model card of an exported adapter: what it is, how it was made, how to use it, its losses."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from coordinator.runs.inspection import perplexity
+from shared.averaging import get_averaging
+from shared.base_model import hub_id
+from shared.protocol.records import pool_held_out
+
+if TYPE_CHECKING:
+    from coordinator.runs.inspection import History
+    from shared.config import FederationConfig, LoraSection
+
+
+def model_card(
+    history: History, number: int, sha: str, lora: LoraSection, base: str, *, merged: bool = False
+) -> str:
+    """The README.md of round ``number``'s adapter. ``base``: by what name one loads its base model.
+
+    ``merged``: the adapter is part of a model's weights, which lie beside the card.
+    """
+    config = history.config
+    losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
+    lines = [
+        f"| {n} | {loss.nll:.4f} | {perplexity(loss):.2f} | {loss.tokens} |"
+        for n, loss in losses.items()
+        if loss is not None
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {'transformers' if merged else 'peft'}",
+            *([f"base_model: {hub_id(base)}"] if hub_id(base) else []),
+            "tags: [lora, federated-learning, gradualdiff-fed]",
+            "---",
+            "",
+            f"# {history.run}, round {number}",
+            "",
+            (
+                f"{'A model with a merged' if merged else 'A'} LoRA adapter (r={lora.rank}, "
+                f"alpha={lora.alpha:g}, scaling {lora.scaling}) trained by "
+                f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
+                f"No text left its site; {_joined(config)}."
+            ),
+            "",
+            f"- Adapter sha256: `{sha}`",
+            f"- Config digest: `{history.federation.digest}`",
+            (
+                f"- Base model: `{base}` ({config.base.quantisation} while "
+                f"training), fingerprint `{next(iter(history.members.values())).fingerprint}`"
+            ),
+            (
+                f"- Rounds: {number} of {history.total_rounds}; "
+                f"weights: {config.aggregation.weights}; "
+                f"averaging: {config.aggregation.averaging}; "
+                f"codec: {config.codec.name}; seed: {config.run.seed}"
+            ),
+            "",
+            "## Use",
+            "",
+            (
+                "Run this in this folder, or name the folder in place of the dot. The losses below "
+                f"are of a base held in {config.base.quantisation}."
+            ),
+            "",
+            "```python",
+            *_usage(base, merged=merged),
+            "```",
+            "",
+            "## Held-out loss",
+            "",
+            (
+                "Held-out loss of the global adapter, nats per answer token over all "
+                "participants' held-out text (round 0 is the base model):"
+            ),
+            "",
+            "| round | loss | perplexity | tokens |",
+            "|---:|---:|---:|---:|",
+            *lines,
+            "",
+        ]
+    )
+
+
+# What each rule takes of the deltas, for the model card.
+_TAKEN = {
+    "mean": "the weighted mean of the participants' deltas",
+    "trimmed-mean": "the trimmed mean of the participants' deltas",
+    "median": "the median of the participants' deltas, value by value",
+    "multi-krum": "the mean of those participants' deltas that multi-Krum takes",
+}
+
+
+def _joined(config: FederationConfig) -> str:
+    joined = get_averaging(config.aggregation.averaging).joined
+    if joined:
+        return joined
+    taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
+    step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
+    return f"each round's global adapter is the one before plus {step}"
+
+
+def _usage(base: str, *, merged: bool) -> list[str]:
+    """A program that answers a question; ``tests/federation/test_simulate.py`` runs it as it is."""
+    load = f"AutoModelForCausalLM.from_pretrained({json.dumps('.' if merged else base)})"
+    if merged:
+        loading = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = {load}",
+        ]
+    else:
+        loading = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = {load}",
+            'model = PeftModel.from_pretrained(base, ".")',
+        ]
+    return [
+        *loading,
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps('.' if merged else base)})",
+        'chat = [{"role": "user", "content": "How was your week?"}]',
+        "text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)",
+        'asked = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids',
+        "answer = model.generate(input_ids=asked, max_new_tokens=40)[0, asked.shape[1] :]",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]

@@ -1,0 +1,5 @@
+"""``python -m gradualdiff``: the command."""
+
+from gradualdiff.entry import main
+
+main()

@@ -1,0 +1,171 @@
+"""``gradualdiff runs compare``: several runs side by side, as tables, JSON and a picture."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradualdiff.cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    console,
+    fixed,
+    open_store,
+    print_json,
+    print_table,
+)
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coordinator.runs.comparison import RoundFacts, RunFacts
+    from shared.stores.port import ObjectStore
+
+MEGA = 1e6
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs' names; STORE:RUN for one in another store (directory or federation.toml).",
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Write the comparison as a picture: a .png, .pdf or .svg file."),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs side by side: held-out loss, bytes, drift and seconds by round."""
+    from coordinator.runs.comparison import warnings
+
+    gathered = gather_all(runs, store)
+    doubts = warnings(gathered)
+    if to is not None:
+        from gradualdiff.figures.comparison import plot_comparison
+
+        plot_comparison(gathered, to)
+    if as_json:
+        print_json({"runs": gathered, "warnings": doubts})
+        return
+    _print(gathered)
+    for doubt in doubts:
+        console().print(f"warning: {doubt}", markup=False, soft_wrap=True)
+    if to is not None:
+        console().print(f"Wrote {to}", markup=False, soft_wrap=True)
+
+
+def gather_all(names: Sequence[str], default: Path) -> list[RunFacts]:
+    """The facts of each run, in the order given.
+
+    Raises ConfigError for a run named twice or a name without a store or run around its colon,
+    StoreError and RunNotFoundError as for one run.
+    """
+    from coordinator.runs.comparison import gather
+    from coordinator.runs.inspection import History
+
+    places = [_place(name, default) for name in names]
+    twice = [name for name, n in Counter(places).items() if n > 1]
+    if twice:
+        raise ConfigError(
+            f"runs compare: expected different runs, got {twice[0][1]} of {twice[0][0]} more than "
+            "once; name each run once"
+        )
+    repeated = {run for run, n in Counter(run for _, run in places).items() if n > 1}
+    stores: dict[Path, ObjectStore] = {}
+    found: list[RunFacts] = []
+    shared = os.path.commonpath([path.resolve().parent for path, _ in places])
+    for path, run in places:
+        if path not in stores:
+            stores[path] = open_store(path)
+        label = f"{path.resolve().relative_to(shared)}:{run}" if run in repeated else run
+        found.append(gather(History(stores[path], run), label))
+    return found
+
+
+def _place(name: str, default: Path) -> tuple[Path, str]:
+    """Store and run; no run's name holds a colon, so the last one parts them."""
+    folder, colon, run = name.rpartition(":")
+    if not run or (colon and not folder):
+        raise ConfigError(f"runs compare: expected RUN or STORE:RUN, got {name!r}; name both parts")
+    return (Path(folder) if folder else default), run
+
+
+def _print(runs: Sequence[RunFacts]) -> None:
+    labels = [run.label for run in runs]
+    print_table(
+        "Runs",
+        ("run", "base model", "members", "rounds", "loss before", "after", "perplexity"),
+        [_summary(run) for run in runs],
+    )
+    from coordinator.runs.differing import differing_settings
+
+    differing = differing_settings([run.settings for run in runs])
+    if differing:
+        print_table("Settings that differ", ("setting", *labels), differing)
+    quantities: list[tuple[str, Callable[[RoundFacts], str | None]]] = [
+        (
+            "Held-out loss (nats per answer token); round 0: the base",
+            lambda r: fixed(r.held_out_nll, 4),
+        ),
+        ("Perplexity", lambda r: fixed(r.perplexity, 3)),
+        ("MB uploaded so far by each member", lambda r: fixed(r.uploaded / MEGA, 3)),
+        ("Cosine of the deltas to their mean: mean (lowest)", _drift),
+    ]
+    for title, show in quantities:
+        print_table(title, ("round", *labels), _by_round(runs, show))
+    sites = sorted({site for run in runs if run.last for site in run.last.by_site})
+    if sites:
+        rows = [(site, *(_of_site(run, site) for run in runs)) for site in sites]
+        print_table("Held-out loss by site after the last round", ("site", *labels), rows)
+    seconds = [run.seconds() for run in runs]
+    from coordinator.runs.comparison import phases
+
+    print_table(
+        "Seconds by phase, all rounds: the slowest site of each, then what the round took beside",
+        ("phase", *labels),
+        [
+            *((phase, *(fixed(s.get(phase), 1) for s in seconds)) for phase in phases(seconds)),
+            ("total", *(fixed(sum(s.values()), 1) for s in seconds)),
+        ],
+    )
+
+
+def _summary(run: RunFacts) -> tuple[object, ...]:
+    first, last = (run.rounds[0], run.rounds[-1]) if run.rounds else (None, None)
+    return (
+        run.label,
+        run.model,
+        len(run.members),
+        last.round if last else 0,
+        first.held_out_nll if first else None,
+        last.held_out_nll if last else None,
+        fixed(last.perplexity, 3) if last else None,
+    )
+
+
+def _by_round(
+    runs: Sequence[RunFacts], show: Callable[[RoundFacts], str | None]
+) -> list[tuple[object, ...]]:
+    cells = [{facts.round: show(facts) for facts in run.rounds} for run in runs]
+    rounds = sorted({number for of_run in cells for number in of_run})
+    return [(number, *(of_run.get(number) for of_run in cells)) for number in rounds]
+
+
+def _drift(facts: RoundFacts) -> str | None:
+    if facts.cosine is None:
+        return None
+    return f"{facts.cosine:.3f} ({facts.lowest_cosine:.3f})"
+
+
+def _of_site(run: RunFacts, site: str) -> float | None:
+    return run.last.by_site.get(site) if run.last else None

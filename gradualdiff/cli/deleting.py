@@ -1,0 +1,89 @@
+"""``gradualdiff runs delete``, and the lock on a run in a directory store."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradualdiff.cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    agree,
+    console,
+    megabytes,
+    print_json,
+    writable_store,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.stores.port import ObjectStore
+
+
+def delete(
+    run: RunArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a run with all its records and tensors, for good. Its name is then free.
+
+    Refused while a coordinator is active on it. The next one finishes a deletion that was cut off.
+    """
+    from coordinator.runs.deletion import delete_run, objects_of, refuse_if_active
+    from coordinator.runs.operating import operator, operator_ledger
+
+    objects = writable_store(store)
+    with run_lock(objects, run):
+        refuse_if_active(objects, run, time.time())
+        going = objects_of(objects, run)
+        records = sum(info.key.endswith(".json") for info in going)
+        size = sum(info.size for info in going)
+        if not as_json:
+            console().print(
+                f"run {run} ({_state(objects, run)}): {records} records and {len(going) - records} "
+                f"other objects go, {megabytes(size)} MB",
+                markup=False,
+                soft_wrap=True,
+            )
+        agree(f"Delete run {run} for good?", yes=yes)
+        delete_run(operator_ledger(objects, run, time.time), operator())
+    if as_json:
+        print_json({"run": run, "records": records, "objects": len(going), "bytes": size})
+    else:
+        console().print(f"run {run} is deleted", markup=False)
+
+
+def _state(store: ObjectStore, run: str) -> str:
+    from coordinator.runs.inspection import DYING, History, summarise_run
+    from shared.errors import LedgerError
+
+    try:
+        return summarise_run(History(store, run)).state
+    except LedgerError:  # cut off in the middle, or damaged: it may go all the same
+        return DYING
+
+
+@contextlib.contextmanager
+def run_lock(store: ObjectStore, run: str) -> Iterator[None]:
+    """Hold a run in a directory store, from its folder's first moment on; elsewhere nothing.
+
+    Raises FencedError when another process of this machine uses it.
+    """
+    from shared import topology
+    from shared.disk.locks import held
+    from shared.stores.directory import DirectoryStore
+
+    if not isinstance(store, DirectoryStore):
+        yield
+        return
+    folder = store.root / topology.run_prefix(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, f"run {run} in {store.root}"):
+        yield

@@ -1,0 +1,251 @@
+"""For ``sites`` and ``setup``: the servers of a federation.toml, and a site's onboarding kit."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import tempfile
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from shared.errors import ConfigError
+from shared.lora_factors import rank_of
+
+if TYPE_CHECKING:
+    from coordinator.accounts.site_accounts import Accounts
+    from shared.config import FederationConfig, OperatedBrokerSection
+    from shared.stores.port import ObjectStore
+
+PASSWORD_FILE = "broker-password"  # noqa: S105 - a file's name
+CA_FILE = "ca.pem"
+# One sentence wherever this setting is explained.
+METRICS_KEPT = (
+    "false: no losses leave; deltas, counts (examples, tokens, steps) and seconds still do"
+)
+KITS = "kits"
+
+
+@dataclass(frozen=True)
+class Office:
+    """What the commands work with. ``folder``: the one that federation.toml stands in."""
+
+    config: FederationConfig
+    broker: OperatedBrokerSection
+    folder: Path
+    store: ObjectStore
+
+
+def open_office(federation: Path) -> Office:
+    """The servers in ``federation``. Raises ConfigError."""
+    from shared.config import load_federation
+    from shared.stores.opening import open_store
+
+    config = load_federation(federation)
+    folder = federation.resolve().parent
+    if config.broker is None:
+        raise ConfigError(
+            f"{federation}: expected a [broker] table, got none; add broker.url and "
+            "broker.password_file"
+        )
+    return Office(config, config.broker, folder, open_store(config, folder))
+
+
+def accounts_of(office: Office) -> Accounts:
+    """Its sites' accounts, managed in the way that [broker] gives. Raises ConfigError."""
+    from coordinator.accounts.broker_administration import door_of
+    from coordinator.accounts.site_accounts import Accounts
+    from shared.credentials import broker_address
+
+    door = door_of(office.broker, office.folder)
+    vhost = broker_address(office.broker, office.folder).vhost
+    return Accounts(office.store, door, vhost, time.time)
+
+
+def declare_sites(office: Office, sites: list[str]) -> None:
+    """The sites' queues only: a run's own queue would fill up if nobody ever began the run."""
+    from shared.brokers.rabbitmq import connect
+    from shared.credentials import broker_address
+    from shared.topology import Topology, run_topology, site_queue
+
+    names = {site_queue(site) for site in sites}
+    whole = run_topology(office.config.run.name, tuple(sites))
+    part = Topology(
+        exchanges=whole.exchanges,
+        queues=tuple(queue for queue in whole.queues if queue.name in names),
+        bindings=tuple(binding for binding in whole.bindings if binding.queue in names),
+    )
+    with connect(broker_address(office.broker, office.folder)) as connection:
+        connection.declare(part)
+
+
+# The kit -----------------------------------------------------------------------------------------
+
+
+def prepare_kit(office: Office, name: str, kit: Path | None) -> Path:
+    """Make the folder and all in it but the password; files that are there stay as they are.
+
+    All that can go wrong with the folder goes wrong here, before the site's account is touched.
+    """
+    from shared.credentials import existing_file
+
+    folder = kit or office.folder / KITS / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    _check_owner(folder / "site.toml", name)
+    with tempfile.TemporaryFile(dir=folder):
+        pass  # it can be written to
+    authority = existing_file(office.folder, office.broker.ca_file, "broker.ca_file")
+    files = {
+        "site.toml": _site_toml(office, name).encode(),
+        "README.txt": _readme(name).encode(),
+    }
+    if authority is not None:
+        files[CA_FILE] = authority.read_bytes()
+    for file, data in files.items():
+        if not (folder / file).exists():
+            (folder / file).write_bytes(data)
+    return folder
+
+
+def _check_owner(site_toml: Path, name: str) -> None:
+    if not site_toml.exists():
+        return
+    try:
+        owner = tomllib.loads(site_toml.read_text(encoding="utf-8"))["site"]["name"]
+    except (ValueError, KeyError, TypeError):
+        return  # half edited; it is not ours to judge
+    if owner != name:
+        raise ConfigError(
+            f"--kit: expected a new folder or the kit of site {name}, got {site_toml.parent} with "
+            f"that of site {owner}; give another folder"
+        )
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Write a file only its owner can read; whole or not at all."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+            file.write(secret + "\n")
+            file.flush()
+            os.fsync(handle)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def site_url(broker: OperatedBrokerSection, name: str) -> str:
+    """The broker's URL with the site's account. Raises ConfigError for one no site may use."""
+    from shared.credentials import check_transport
+
+    parts = urlsplit(broker.url)
+    address = parts.netloc.rpartition("@")[2]
+    if broker.site_url is not None:
+        address = broker.site_url
+        if not address or set(address) & set("/@?# \t\n"):
+            raise ConfigError(
+                f"broker.site_url: expected HOST:PORT, got {broker.site_url!r}; leave out the rest"
+            )
+    url = f"{parts.scheme}://{name}@{address}{parts.path}"
+    check_transport("broker", url, broker.transport)
+    return url
+
+
+def _site_toml(office: Office, name: str) -> str:
+    from shared.config import AcceptSection
+
+    config = office.config
+    broker = [f"url = {_quoted(site_url(office.broker, name))}"]
+    broker.append(f"password_file = {_quoted(PASSWORD_FILE)}")
+    if office.broker.ca_file is not None:
+        broker.append(f"ca_file = {_quoted(CA_FILE)}")
+    broker.append(f"transport = {_quoted(office.broker.transport)}")
+    store = config.store.site_url or config.store.url
+    steps = config.training.local_steps
+    return _SITE_TOML.format(
+        name=_quoted(name),
+        broker="\n".join(broker),
+        store=f"[store]\nurl = {_quoted(store)}" if store else '# [store] with url = "https://..."',
+        model=_quoted(config.base.model),
+        run=_quoted(config.run.name),
+        rank=rank_of(config.lora, name),
+        steps=1000 if steps is None else steps,
+        rounds=config.run.rounds,
+        participants=len(config.run.participants),
+        least=AcceptSection(),
+        metrics=METRICS_KEPT,
+    )
+
+
+def _readme(name: str) -> str:
+    return (
+        f"This is all that site {name} needs to take part; {PASSWORD_FILE} is its secret: keep it "
+        "to yourself (mode 0600), and ask for another one if somebody else saw it.\n"
+        "In site.toml fill in [data] with the path and columns of your text, which never leaves "
+        "your machine, and in [accept] what you are willing to take part in.\n"
+        "The site opens connections outwards only, to broker.url and to store.url (and to the "
+        "model hub for a model that is not here); it needs no open port.\n"
+    )
+
+
+def _quoted(text: str) -> str:
+    """A TOML string: JSON's escapes are among TOML's."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+_SITE_TOML = """\
+# Site {name}. Files are relative to this one. Fill in [data]; look through [accept].
+
+[site]
+name = {name}
+workspace = "workspace"         # folder of the current round; keep it between starts
+
+[broker]
+{broker}
+
+# All that is fetched and sent goes through this server; no other one is asked.
+{store}
+
+[data]
+path = ""                       # FILL IN: your text, a .jsonl, .csv or .parquet file
+messages = "messages"           # FILL IN: the column with a list of role and content,
+# prompt = "question"           # or, instead of it, the columns of prompt and answer
+# answer = "answer"
+# text = "text"                 # or, instead of both, a column of plain text
+# group = "patient"             # rows of one group are never split between train and held-out
+# held_out_fraction = 0.1       # the part that is only measured, never trained on
+
+[device]
+kind = "auto"                   # the GPU when there is one; or "cpu", "cuda"
+
+[accept]
+# What you take part in; a run outside of it is declined. You need not trust whoever runs the
+# coordinator to keep to it: this machine does. The first five are the present run's values.
+models = [{model}]   # no other base model is loaded
+max_rank = {rank}                   # a larger adapter carries more of your text
+max_steps = {steps}                # local optimiser steps in a round: your machine's time
+max_rounds = {rounds}                 # so many trainings, also where a round is asked for again
+min_participants = {participants}            # fewer sites hide each other less
+# A delta of one step is one gradient: text can be read from it.
+min_steps = {least.min_steps}
+# Different examples in a delta: of a single one everything could be read.
+min_examples = {least.min_examples}
+# Examples in one optimiser step: they hide each other.
+min_batch = {least.min_batch}
+# Answers are not cut shorter: a few tokens at a time could be read one by one.
+min_answer_tokens = {least.min_answer_tokens}
+# No loss of fewer held-out examples leaves: it would tell of each.
+min_held_out = {least.min_held_out}
+# Adapters stand on attention and MLP layers, never on embeddings or head; or only on these:
+# modules = ["q_proj", "v_proj"]
+# runs = [{run}]
+# send_metrics = true
+#   {metrics}
+"""

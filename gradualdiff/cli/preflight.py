@@ -1,0 +1,116 @@
+"""What can be known before a run's first record: model, layers, text and room. Nothing is written.
+
+So that a mistake at the start is an error with its own exit code, and no run that waits for ever.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from coordinator.effects import announcement
+from coordinator.round.members import unfit
+from coordinator.runs.branching import misfit
+from gradualdiff.cli.output import megabytes
+from shared import topology
+from shared.errors import ConfigError, GradualDiffError, ModelError, StoreUnavailableError
+from shared.log import get_logger
+from shared.lora_factors import site_manifest, whole_manifest
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import MemberRecord
+from shared.tensors.codecs import get_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from participant.learner.port import Learner, Progress, Readiness
+    from shared.config import FederationConfig
+    from shared.protocol.manifest import Manifest
+    from shared.stores.directory import DirectoryStore
+
+
+def check_start(
+    config: FederationConfig,
+    learners: Mapping[str, Learner],
+    store: DirectoryStore,
+    report: Callable[[str, int | None, Progress], None],
+    *,
+    anew: bool = False,
+) -> None:
+    """Load model and text at every site as the run will, and look for room in the store.
+
+    ``anew``: what is on record of the run will go. Nothing is asked of a run that ended. Raises
+    ModelError, DataError, ConfigError (what the sites hold does not fit together, or not to what
+    the run branches from), StoreUnavailableError (no room).
+    """
+    prefix = topology.run_prefix(config.run.name)
+    names = set() if anew else {info.key.removeprefix(prefix) for info in store.list(prefix)}
+    if "finished.json" in names:
+        return
+    origin = Ledger(store, config.run.name, "reader", lambda: 0.0).origin()
+    against = misfit(config, origin)
+    if against is not None:
+        raise ConfigError(against)
+    members = {
+        site: MemberRecord(
+            site=site,
+            manifest=ready.manifest,
+            fingerprint=ready.fingerprint,
+            numerics=ready.numerics,
+            examples=ready.examples,
+        )
+        for site, ready in (
+            (site, _ready(config, site, learner, report))
+            for site, learner in sorted(learners.items())
+        )
+    }
+    odd = unfit(members, config, origin)
+    if odd:
+        raise ConfigError("; ".join(dict.fromkeys(odd.values())))
+    manifest = whole_manifest(next(iter(members.values())).manifest, config.lora)
+    closed = sum(name.startswith("rounds/") and name.endswith("/closed.json") for name in names)
+    _check_room(config, manifest, store, max(closed - 1, 0))  # the first adapter is round 0's
+
+
+def _ready(
+    config: FederationConfig,
+    site: str,
+    learner: Learner,
+    report: Callable[[str, int | None, Progress], None],
+) -> Readiness:
+    try:
+        return learner.prepare(
+            announcement(config, site), lambda progress: report(site, None, progress)
+        )
+    except GradualDiffError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whether the run begins is chosen here
+        # As at a site: a library's message may hold text, so it stays in the log.
+        get_logger().exception("preparation.crashed", run=config.run.name, site=site)
+        raise ModelError(
+            f"{site}: {type(error).__name__} while loading model and text; see the log"
+        ) from None
+
+
+def _check_room(
+    config: FederationConfig, manifest: Manifest, store: DirectoryStore, done: int
+) -> None:
+    """The ledger keeps every delta and every adapter. Sites link to them where they can."""
+    rounds = max(config.run.rounds - done, 0)
+    if config.convergence.patience is not None:
+        rounds = min(rounds, config.convergence.patience + 2)
+    codec = get_codec(config.codec.name)
+    deltas = sum(
+        part.size_bytes
+        for site in config.run.participants
+        for spec in site_manifest(manifest, config.lora, site).tensors
+        for part in codec.layout(spec)
+    )
+    wanted = rounds * (sum(4 * spec.elements for spec in manifest.tensors) + deltas)
+    free = shutil.disk_usage(store.root).free
+    if wanted > free:
+        raise StoreUnavailableError(
+            f"{store.root}: expected {megabytes(wanted)} MB free for {rounds} rounds of "
+            f"{len(config.run.participants)} sites, got {megabytes(free)} MB; make room, choose "
+            "another place for the store, or run fewer rounds"
+        )

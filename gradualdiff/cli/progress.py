@@ -1,0 +1,159 @@
+"""What a person sees while a federation runs: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol, Self
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from gradualdiff.cli.output import console as make_console
+from gradualdiff.cli.output import round_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from coordinator.round.state import RunState
+    from participant.learner.port import Progress as Step
+
+WORDS = {
+    "load": "loading the model",
+    "evaluate": "measuring held-out loss",
+    "train": "training",
+    "upload": "sending the delta",
+}
+
+
+class Display(Protocol):
+    """Watches an embedded federation."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """A participant moved on in one piece of work."""
+
+    def moved(self, state: RunState) -> None:
+        """The coordinator may have learnt something."""
+
+    def say(self, text: str) -> None:
+        """Something larger begins."""
+
+    def converted(self, done: int, total: int) -> None:
+        """The base model's conversion moved on."""
+
+
+def make_display(*, quiet: bool = False) -> Display:
+    """Bars when stderr is a terminal, else lines; nothing at all with ``quiet``."""
+    console = make_console(stderr=True, quiet=quiet)
+    return Bars(console) if console.is_terminal else Lines(console)
+
+
+class Bars:
+    """One bar for the run, one for the round, one for each participant at work."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """Move the participant's bar."""
+        del round_number
+        note = WORDS[step.activity] if step.loss is None else f"loss {step.loss:.3f}"
+        self._set(site, f"  {site}", step.done, step.total, note)
+
+    def moved(self, state: RunState) -> None:
+        """Move the run's and the round's bar."""
+        closed = max(state.last_round, 0)
+        loss = state.held_out[-1] if state.held_out else None
+        note = "" if loss is None else f"held-out loss {loss:.3f} before this round"
+        self._set("run", "rounds", closed, state.total_rounds, note)
+        total = len(state.opened.selected) if state.opened else len(state.members)
+        done = total - len(state.waiting_for) if state.opened else total
+        number = state.opened.round if state.opened else closed
+        self._set("round", f" round {number}", done, max(total, 1), "deltas")
+
+    def converted(self, done: int, total: int) -> None:
+        """Move the conversion's bar."""
+        self._set("convert", "converting the base model (once)", done, total, "")
+
+    def say(self, text: str) -> None:
+        """A line above the bars, which begin anew."""
+        self._bars.console.print(text, markup=False)
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+
+    def _set(self, key: str, description: str, done: int, total: int, note: str) -> None:
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(description, total=total, note=note)
+        self._bars.update(
+            self._tasks[key], description=description, completed=done, total=total, note=note
+        )
+
+
+class Lines:
+    """One line whenever a round closes, with its losses."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._closed = -1
+        self._trained: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return
+
+    def report(self, site: str, round_number: int | None, step: Step) -> None:
+        """Remember a participant's newest training loss."""
+        del round_number
+        if step.loss is not None:
+            self._trained[site] = step.loss
+
+    def moved(self, state: RunState) -> None:
+        """Say which round closed."""
+        if state.last_round > self._closed:
+            self._closed = state.last_round
+            held_out = state.held_out[-1] if state.held_out else None
+            losses = self._trained.values()
+            trained = sum(losses) / len(losses) if losses else None
+            line = round_line(self._closed, state.total_rounds, held_out, trained)
+            self._say(f"{line}: adapter {(state.adapter_sha or '')[:12]}")
+            self._trained.clear()
+
+    def converted(self, done: int, total: int) -> None:
+        """Say that the conversion is done."""
+        if done == total:
+            self._say("the base model is converted")
+
+    def say(self, text: str) -> None:
+        """A line; the rounds that follow are another run's."""
+        self._closed = -1
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self._started:6.1f} s] {text}"
+        self._console.print(line, markup=False, soft_wrap=True)

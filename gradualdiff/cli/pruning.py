@@ -1,0 +1,94 @@
+"""``gradualdiff runs prune``: delete what a run no longer needs, after saying what that costs."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradualdiff.cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    console,
+    megabytes,
+    print_json,
+    print_table,
+    writable_store,
+)
+
+if TYPE_CHECKING:
+    from coordinator.runs.retention import Plan
+
+
+def prune(
+    run: RunArgument,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            help="all: delete nothing. adapters: delete the deltas of closed rounds. last:N: "
+            "delete also the adapters before the last N rounds.",
+        ),
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete. Without this option it only lists what would go.")
+    ] = False,
+    reason: Annotated[
+        str, typer.Option("--reason", help="The reason, which stays on record.")
+    ] = "room",
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete deltas, old adapters, and uploads that no round takes any more.
+
+    Records stay, and what an unfinished run needs.
+    """
+    from coordinator.runs.operating import operator, operator_ledger
+    from coordinator.runs.retention import carry_out, read_plan
+
+    ledger = operator_ledger(writable_store(store), run, time.time)
+    plan = read_plan(ledger, keep)
+    if not as_json:
+        _show(plan)
+    record = None
+    if yes:
+        record = carry_out(ledger, plan, reason, operator(), lambda _: None)
+    if as_json:
+        print_json({"plan": plan, "bytes": plan.bytes, "deleted": yes and bool(plan.all)})
+        return
+    if record is not None:
+        _say(f"Deleted {len(plan.objects)} objects; which, stands in {record.key(run)}")
+    if yes and plan.uploads:
+        _say(f"Deleted {len(plan.uploads)} uploads; no record speaks of them")
+    if plan.all and not yes:
+        _say("Nothing was deleted. To delete them, repeat the command with --yes")
+
+
+def _show(plan: Plan) -> None:
+    from shared.topology import INBOX
+
+    for line in plan.kept:
+        _say(f"kept: {line}")
+    if not plan.all:
+        _say(f"run {plan.run}: --keep {plan.keep} leaves nothing to delete")
+        return
+    kinds: dict[tuple[int, str], list[int]] = {}
+    for item in plan.all:
+        kind = "delta" if "/deltas/" in item.key else "adapter"
+        kind = "upload" if item.key.startswith(INBOX) else kind
+        kinds.setdefault((item.round, kind), []).append(item.size)
+    rows = [
+        (number, kind, len(sizes), megabytes(sum(sizes)))
+        for (number, kind), sizes in sorted(kinds.items())
+    ]
+    print_table(f"To be deleted of {plan.run}", ("of round", "what", "objects", "MB"), rows)
+    _say(f"{len(plan.all)} objects, {megabytes(plan.bytes)} MB. What is lost with them:")
+    for line in plan.consequences or ("nothing: no round takes these uploads any more",):
+        _say(f"- {line}")
+
+
+def _say(line: str) -> None:
+    console().print(line, markup=False, soft_wrap=True, highlight=False)

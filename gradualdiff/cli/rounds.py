@@ -1,0 +1,157 @@
+"""``gradualdiff rounds``: list and show the rounds of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradualdiff.cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    console,
+    fixed,
+    megabytes,
+    open_store,
+    print_json,
+    print_table,
+)
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coordinator.runs.inspection import History, RoundSummary, SiteRow
+
+app = typer.Typer(help="Rounds of a run: list, show.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(
+    run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+) -> None:
+    """Every round of a run, one line each. Round 0 is the adapter drawn from the seed."""
+    from coordinator.runs.inspection import History
+
+    _list(History(open_store(store), run), as_json=as_json)
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    round_number: Annotated[
+        int | None, typer.Argument(metavar="ROUND", help="One round (default: all).")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Write held-out loss by round: a .png, .pdf or .svg."),
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Watch the newest round (or ROUND) until the run is finished."
+        ),
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """One round site by site, or all rounds; with --plot the held-out loss as a picture.
+
+    With --follow each participant's state, again every second: a table on a terminal, lines
+    elsewhere, with --json one object a line. Ctrl-C ends it.
+    """
+    from coordinator.liveness import read_status
+    from coordinator.runs.inspection import History, show_round, summarise_round
+    from coordinator.runs.standing import with_absence
+
+    if follow:
+        from gradualdiff.cli.follow import follow as watch_on
+
+        if plot is not None:
+            raise ConfigError("--follow: expected no --plot beside it, got both; give one of them")
+        watch_on(store, run, round_number, as_json=as_json)
+        return
+    objects = open_store(store)
+    history = History(objects, run)
+    if plot is not None:
+        from gradualdiff.figures.held_out import plot_held_out
+
+        plot_held_out(history, plot)
+        if not as_json:
+            console().print(f"Wrote {plot}")
+    if round_number is None:
+        _list(history, as_json=as_json)
+        return
+    summary = summarise_round(history, round_number)
+    status = read_status(objects, run)
+    rows = with_absence(show_round(history, round_number), status)
+    if as_json:
+        print_json({"round": summary, "sites": rows})
+        return
+    console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
+    if summary.server_sha is not None:
+        norms = f"mean delta {fixed(summary.mean_norm, 4)}, step {fixed(summary.step_norm, 4)}"
+        console().print(f"server state {summary.server_sha}; norms: {norms}", soft_wrap=True)
+    columns = ("site", "state", "held-out", "first", "last", "tokens", "MB", "s")
+    print_table(
+        f"Round {round_number} of {run} ({summary.state}); losses before it, first and last step",
+        (*columns, "norm", "cosine", "weight"),
+        [
+            (
+                row.site,
+                row.state,
+                fixed(row.held_out_nll, 3),
+                fixed(row.first_step_nll, 3),
+                fixed(row.last_step_nll, 3),
+                row.tokens,
+                megabytes(row.bytes),
+                fixed(row.seconds, 1),
+                fixed(row.norm, 2),
+                fixed(row.cosine, 2),
+                fixed(row.weight, 3),
+            )
+            for row in rows
+        ],
+    )
+    problem = status.problem if status is not None and history.finished is None else ""
+    for remark in _remarks(summary, rows, problem):
+        console().print(remark, markup=False, soft_wrap=True)
+
+
+def _remarks(summary: RoundSummary, rows: Sequence[SiteRow], problem: str) -> Iterator[str]:
+    yield from (f"{row.site}: {row.reason}" for row in rows if row.reason)
+    for label, scale in summary.clipped.items():
+        yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"
+    if summary.waits_for:
+        yield f"the round does not close yet: {summary.waits_for}"
+    if problem:
+        yield problem
+
+
+def _list(history: History, *, as_json: bool) -> None:
+    from coordinator.runs.inspection import summarise_rounds
+
+    summaries = summarise_rounds(history)
+    if as_json:
+        print_json(summaries)
+        return
+    rows = [
+        (
+            s.round,
+            s.state,
+            f"{s.counted}/{s.selected}",
+            s.held_out_nll,
+            fixed(s.perplexity, 2),
+            fixed(s.mean_norm, 2),
+            s.tokens,
+            megabytes(s.bytes),
+            fixed(s.seconds, 1),
+            (s.adapter_sha or "-")[:12],
+        )
+        for s in summaries
+    ]
+    columns = ("round", "state", "counted", "loss", "ppl", "norm", "tokens", "MB", "s")
+    print_table(f"Rounds of {history.run}: held-out loss", (*columns, "adapter"), rows)

@@ -1,0 +1,147 @@
+"""``gradualdiff runs``: list, show, verify, export and compare runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli.output import (
+    DEFAULT_STORE,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    console,
+    open_store,
+    print_json,
+    print_table,
+)
+
+app = typer.Typer(
+    help="Runs in a store: list, show, verify, export, compare, steer, branch, prune, delete.",
+    no_args_is_help=True,
+)
+
+for command in (
+    steering.pause,
+    steering.resume,
+    steering.stop,
+    steering.extend,
+    steering.exclude,
+    steering.branch,
+    pruning.prune,
+    deleting.delete,
+    comparing.compare,
+    exporting.export,
+):
+    app.command()(command)
+
+
+@app.command("list")
+def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """Every run in the store, one line each."""
+    from coordinator.runs.inspection import summarise_runs
+
+    summaries = summarise_runs(open_store(store))
+    if as_json:
+        print_json(summaries)
+        return
+    rows = [
+        (s.run, s.state, f"{s.rounds_closed}/{s.rounds}", s.participants, s.held_out_nll)
+        for s in summaries
+    ]
+    print_table("Runs", ("run", "state", "rounds", "participants", "held-out loss"), rows)
+
+
+@app.command()
+def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """One run: its state, dates, members, and the settings that differ from the defaults."""
+    from coordinator.runs.differing import changed_settings, told
+    from coordinator.runs.inspection import History, summarise_run
+    from coordinator.runs.standing import moment
+
+    history = History(open_store(store), run)
+    summary = summarise_run(history)
+    members = [
+        {
+            "site": site,
+            "examples": member.examples,
+            "fingerprint": member.fingerprint,
+            "numerics": member.numerics,
+        }
+        for site, member in sorted(history.members.items())
+    ]
+    if as_json:
+        print_json({"summary": summary, "members": members, "config": history.config.recorded()})
+        return
+    facts = [
+        ("state", summary.state),
+        ("reason", summary.reason or None),
+        ("rounds closed", f"{summary.rounds_closed} of {summary.rounds}"),
+        ("paused", summary.paused),
+        ("branch of", summary.origin),
+        *((f"waits for {site}", why) for site, why in summary.waits_for.items()),
+        *((f"without {site}", why) for site, why in summary.excluded.items()),
+        ("held-out loss", summary.held_out_nll),
+        ("adapter", summary.adapter_sha),
+        ("config digest", history.federation.digest),
+        ("base model", history.config.base.model),
+        ("began", moment(summary.began)),
+        ("finished", moment(history.finished.time if history.finished else None)),
+    ]
+    print_table(f"Run {run}", ("fact", "value"), facts)
+    changed = changed_settings(history.config)
+    if changed:
+        print_table(
+            "Settings that differ from the defaults",
+            ("setting", "value", "default"),
+            [(name, told(value), told(default)) for name, (value, default) in changed.items()],
+        )
+    rows = [
+        (site, m.examples, m.fingerprint[:12], m.numerics.device, m.numerics.compute_dtype)
+        for site, m in sorted(history.members.items())
+    ]
+    print_table("Members", ("site", "examples", "base", "device", "computes in"), rows)
+
+
+@app.command()
+def verify(
+    run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+) -> None:
+    """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
+    import tempfile
+
+    from coordinator.audit.verification import verify_run
+    from shared.errors import LedgerDamagedError
+    from shared.protocol.ledger import Ledger
+
+    ledger = Ledger(open_store(store), run, "verifier", lambda: 0.0)
+    with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
+        quiet = (lambda _: None) if as_json else _announce
+        found = verify_run(ledger, Path(scratch), quiet)
+    if as_json:
+        print_json(found)
+    elif not found.findings:
+        console().print(
+            f"[green]run {run} verified[/green]: {found.rounds} rounds, "
+            f"{found.recomputed} of them recomputed from {found.deltas} deltas, "
+            f"adapter sha256 {found.adapter_sha}"
+        )
+    if not as_json:
+        for note in found.notes:
+            console().print(
+                f"note: round {note.round}: {note.key}: {note.problem}",
+                markup=False,
+                soft_wrap=True,
+            )
+    if found.findings:
+        lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
+        raise LedgerDamagedError(
+            f"run {run} failed verification:\n" + "\n".join(lines) + "\n"
+            "Restore these objects from a copy of the store; other rounds are unharmed"
+        )
+
+
+def _announce(round_number: int) -> None:
+    console().print(f"checking round {round_number}")

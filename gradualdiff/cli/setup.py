@@ -1,0 +1,67 @@
+"""``gradualdiff setup``: bucket, exchanges, queues, accounts and kits, once and repeatably."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradualdiff.cli.kits import (
+    KITS,
+    PASSWORD_FILE,
+    accounts_of,
+    open_office,
+    prepare_kit,
+    write_secret,
+)
+from gradualdiff.cli.output import console
+from shared.errors import ConfigError
+
+
+def setup(
+    federation: Annotated[Path, typer.Argument(help="The run's federation.toml.")],
+    kits: Annotated[
+        Path | None, typer.Option(help="Folder for the sites' kits (default: kits beside it).")
+    ] = None,
+) -> None:
+    """Make what a run needs on its servers, and a kit for each participant without an account.
+
+    What is there stays as it is, so it may be run again, after adding a participant for instance.
+    All accounts on record get the rights and limits of this release; nobody is cut off.
+    """
+    from shared.brokers.rabbitmq import connect
+    from shared.config import load_federation
+    from shared.credentials import broker_address
+    from shared.stores.opening import open_s3
+    from shared.topology import run_topology
+
+    config = load_federation(federation)
+    folder = federation.resolve().parent
+    if config.store.url is None or config.broker is None:
+        raise ConfigError(
+            f"{federation}: expected [broker] and [store] url, got a run for this machine alone; "
+            "add them"
+        )
+    out = console()
+    store = open_s3(config.store, folder)
+    store.make_bucket()
+    store.check()
+    out.print(f"store   {config.store.url}: bucket {config.store.bucket} exists and can be used")
+    with connect(broker_address(config.broker, folder)) as broker:
+        broker.declare(run_topology(config.run.name, config.run.participants))
+    out.print(f"broker  queues for run {config.run.name} exist")
+    office = open_office(federation)
+    accounts = accounts_of(office)
+    accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
+    for name in config.run.participants:
+        place = (kits or folder / KITS) / name
+        # A kit without a password was never handed out: we died before it was written.
+        unfinished = place.exists() and not (place / PASSWORD_FILE).exists()
+        if accounts.exists(name) and not unfinished:
+            out.print(f"site    {name}: has an account; its kit is not written again")
+            continue
+        kit = prepare_kit(office, name, place)
+        password = accounts.rotate(name) if accounts.exists(name) else accounts.add(name)
+        write_secret(kit / PASSWORD_FILE, password)
+        out.print(f"site    {name}: kit in {place}", soft_wrap=True)

@@ -1,0 +1,262 @@
+"""``gradualdiff sites``: the sites' accounts on the broker, and their onboarding kits."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from gradualdiff.cli.kits import (
+    PASSWORD_FILE,
+    Office,
+    accounts_of,
+    declare_sites,
+    open_office,
+    prepare_kit,
+    site_url,
+    write_secret,
+)
+from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
+from shared.errors import BrokerError, ConfigError
+
+if TYPE_CHECKING:
+    from coordinator.accounts.site_accounts import SiteAccount
+
+app = typer.Typer(
+    help="Sites' broker accounts: add, list, rotate, remove, restore.", no_args_is_help=True
+)
+NameArgument = Annotated[str, typer.Argument(help="The site's name.")]
+FederationOption = Annotated[
+    Path,
+    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
+]
+KitOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--kit",
+        help="Folder of what the site needs (default: kits/NAME beside the federation.toml).",
+    ),
+]
+DEFAULT_FEDERATION = Path("federation.toml")
+
+
+@app.command()
+def add(
+    name: NameArgument,
+    kit: KitOption = None,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a site an account and a queue, and write the kit that it begins with."""
+    office = open_office(federation)
+    accounts = accounts_of(office)
+    accounts.check_new(name)
+    folder = prepare_kit(office, name, kit)
+    # The queue first: whatever fails here, the same command can be given again.
+    declare_sites(office, [name])
+    write_secret(folder / PASSWORD_FILE, accounts.add(name))
+    _tell(office, name, folder, "added", as_json=as_json)
+
+
+@app.command()
+def rotate(
+    name: NameArgument,
+    kit: KitOption = None,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a site another password; the old one, and who is connected with it, is cut off.
+
+    In a kit that is there only the password is written anew.
+    """
+    office = open_office(federation)
+    accounts = accounts_of(office)
+    if not accounts.exists(name):
+        raise _unknown(name)
+    folder = prepare_kit(office, name, kit)
+    write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
+    _tell(office, name, folder, "rotated", as_json=as_json)
+
+
+@app.command()
+def remove(
+    name: NameArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a site's account away and cut it off. Its queue and its results stay."""
+    office = open_office(federation)
+    _find(office, name)
+    agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
+    accounts_of(office).remove(name)
+    if as_json:
+        print_json({"site": name, "state": "removed"})
+        return
+    console().print(f"site {name} is removed; its queue stays")
+
+
+@app.command()
+def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+    """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
+    office = open_office(federation)
+    restored = accounts_of(office).restore()
+    declare_sites(office, restored)
+    if as_json:
+        print_json({"restored": restored})
+        return
+    console().print(f"restored {len(restored)} accounts: {', '.join(restored) or 'none'}")
+
+
+@app.command("list")
+def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+    """Every site: its account, whether it listens now, and when it was last seen.
+
+    Also which of the run's limits it is over, and how much the coordinator dropped.
+    """
+    from coordinator.accounts.site_accounts import list_accounts
+
+    office = open_office(federation)
+    sites = _looked_at(office, list_accounts(office.store))
+    if as_json:
+        print_json(sites)
+        return
+    told = ("site", "account", "version", "created", "listens", "waiting", "last seen")
+    keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen", "over")
+    rows = [[_told(site[key]) for key in keys] for site in sites]
+    print_table("Sites", (*told, _over_in(office)), rows)
+
+
+@app.command()
+def show(
+    name: NameArgument,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """One site: its account, queue and rights, and when it was last seen."""
+    from shared.topology import site_queue, site_rights
+
+    office = open_office(federation)
+    (site,) = _looked_at(office, [_find(office, name)])
+    rights = site_rights(name)
+    site |= {
+        "queue": site_queue(name),
+        "may_read": rights.read.pattern,
+        "may_write": rights.write.pattern,
+        "may_publish_as": rights.topic_write.pattern,
+    }
+    if as_json:
+        print_json(site)
+        return
+    names = {key: key.replace("_", " ") for key in site} | {"over": _over_in(office)}
+    facts = [(names[key], _told(value)) for key, value in site.items()]
+    print_table(f"Site {name}", ("fact", "value"), facts)
+
+
+# What the commands work with ---------------------------------------------------------------------
+
+
+def _find(office: Office, name: str) -> SiteAccount:
+    from coordinator.accounts.site_accounts import find_account
+
+    found = find_account(office.store, name)
+    if found is None:
+        raise _unknown(name)
+    return found
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"site {name}: expected a site with an account, got none of that name; see gradualdiff "
+        f"sites list, or gradualdiff sites add {name}"
+    )
+
+
+def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
+    """Each site as shown, without its hash. ``listens`` None: the broker was not to be asked."""
+    from coordinator.liveness import read_status
+
+    queues = _queues(office, [account.site for account in accounts])
+    status = read_status(office.store, office.config.run.name)
+    told = status.sites if status else {}
+    over = status.over if status else {}
+    return [
+        {
+            "site": account.site,
+            "state": account.state,
+            "version": account.version,
+            "created": _moment(account.created),
+            "changed": _moment(account.changed),
+            "listens": None if account.site not in queues else queues[account.site][1] > 0,
+            "waiting": None if account.site not in queues else queues[account.site][0],
+            "last_seen": _moment(told[account.site].seen if account.site in told else None),
+            "over": over.get(account.site, {}),
+        }
+        for account in accounts
+    ]
+
+
+def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
+    """Waiting messages and consumers by site; a site without a queue is left out.
+
+    The records are worth a look without the broker too: then a word on stderr, and nothing.
+    """
+    from shared.brokers.rabbitmq import connect
+    from shared.credentials import broker_address
+    from shared.errors import BrokerUnavailableError
+    from shared.topology import site_queue
+
+    found: dict[str, tuple[int, int]] = {}
+    if not sites:
+        return found
+    try:
+        with connect(broker_address(office.broker, office.folder)) as connection:
+            for site in sites:
+                try:
+                    found[site] = connection.count(site_queue(site))
+                except BrokerUnavailableError:
+                    raise
+                except BrokerError:
+                    continue  # the queue is not there
+    except BrokerError as error:
+        say(f"the broker cannot say who listens: {error}", stderr=True)
+    return found
+
+
+def _over_in(office: Office) -> str:
+    return f"over in {office.config.run.name}"  # limits are a run's, accounts are not
+
+
+def _moment(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _told(value: object) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in sorted(value.items()))
+    return value
+
+
+def _tell(office: Office, name: str, folder: Path, done: str, *, as_json: bool) -> None:
+    from shared.credentials import is_loopback
+
+    url = site_url(office.broker, name)
+    if as_json:
+        print_json({"site": name, "state": done, "kit": str(folder), "url": url})
+        return
+    out = console()
+    out.print(f"site {name} is {done}; its kit is in {folder}", soft_wrap=True, markup=False)
+    out.print(f"next: deliver it to the site over a secure channel; {PASSWORD_FILE} is a secret")
+    if is_loopback(urlsplit(url).hostname or ""):
+        out.print(
+            "note: its broker address is this machine's own; for a site elsewhere set "
+            "broker.site_url to HOST:PORT as sites reach it, and rotate into a new kit",
+            soft_wrap=True,
+        )

@@ -1,0 +1,101 @@
+"""The demo's TOML files: written out, so that they can be read, changed and run by ``simulate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.config import canonical_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from gradualdiff.demo.data import SiteFile
+
+HELD_OUT_PER_SITE = 13  # 65 in all: one evaluation takes a few seconds on two cores
+MAX_PROMPT_TOKENS = 48
+MAX_ANSWER_TOKENS = 40
+
+
+def write_demo(
+    folder: Path,
+    run: str,
+    model: str,
+    sites: Sequence[SiteFile],
+    settings: Mapping[str, float],
+    servers: Mapping[str, Mapping[str, object]] | None = None,
+    store: str = "store",
+) -> Path:
+    """Write ``federation.toml`` and one ``sites/<name>.toml`` each; the former's path.
+
+    ``store``: its directory, as seen from ``folder``. ``servers``: [broker] and [store] tables to
+    run it over; a site's password is then looked for in its kit, ``kits/<name>``.
+
+    The adapter's settings are the paper's (they are the defaults); learning rate and local steps
+    are the demo's own, since the paper's move little in so few steps (docs/explanation/demo.md).
+    """
+    names = [site.name for site in sites]
+    places = servers or {"store": {"directory": store}}
+    tables: dict[str, dict[str, object]] = {
+        "run": {
+            "name": run,
+            "seed": settings["seed"],
+            "rounds": settings["rounds"],
+            "participants": names,
+        },
+        "base": {"model": model, "quantisation": "nf4"},
+        "lora": {"rank": 64, "alpha": 16.0, "dropout": 0.1, "target_modules": "all-linear"},
+        "training": {
+            "local_steps": settings["local_steps"],
+            "batch_size": 4,
+            "learning_rate": settings["learning_rate"],
+            "max_grad_norm": 0.3,
+            "weight_decay": 0.001,
+            "warmup_ratio": 0.03,
+            "max_prompt_tokens": MAX_PROMPT_TOKENS,
+            "max_answer_tokens": MAX_ANSWER_TOKENS,
+            "cpu_threads": 2,
+        },
+        **{name: dict(table) for name, table in places.items()},
+        "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
+    }
+    (folder / "sites").mkdir(parents=True, exist_ok=True)
+    for site in sites:
+        tables_of_site = _site(site)
+        if servers:
+            tables_of_site["broker"] = _site_broker(site.name, servers["broker"])
+        write_tables(folder / "sites" / f"{site.name}.toml", tables_of_site)
+    path = folder / "federation.toml"
+    write_tables(path, tables)
+    return path
+
+
+def _site(site: SiteFile) -> dict[str, dict[str, object]]:
+    return {
+        "site": {"name": site.name, "workspace": site.name},
+        "data": {
+            "path": str(Path("..") / "data" / site.path.name),
+            **site.columns,
+            "max_held_out": HELD_OUT_PER_SITE,
+        },
+    }
+
+
+def _site_broker(name: str, broker: Mapping[str, object]) -> dict[str, object]:
+    """The broker as the site's own account reaches it; the kit has its password."""
+    scheme, _, rest = str(broker["url"]).partition("://")
+    table: dict[str, object] = {
+        "url": f"{scheme}://{name}@{rest.rpartition('@')[2]}",
+        "password_file": str(Path("..") / "kits" / name / "broker-password"),
+    }
+    return table | {key: broker[key] for key in ("ca_file", "transport") if key in broker}
+
+
+def write_tables(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
+    """TOML of strings, numbers, booleans and lists of them: their JSON form is the same."""
+    lines: list[str] = []
+    for table, values in tables.items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {canonical_json(value).decode()}" for key, value in values.items()]
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")

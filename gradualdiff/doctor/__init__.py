@@ -1,0 +1,1 @@
+"""The checks behind `gradualdiff doctor`, for a federation and for a site."""

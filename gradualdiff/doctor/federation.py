@@ -1,0 +1,345 @@
+"""What a coordinator needs: its file and secrets, broker, accounts, store and disk."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradualdiff.doctor.checks import (
+    Finding,
+    attempt,
+    check_clock,
+    check_folder,
+    check_publishing,
+    check_secret,
+    check_tls,
+    connection,
+)
+from shared.errors import BrokerError, ConfigError, GradualDiffError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.brokers.rabbitmq import RabbitConnection
+    from shared.config import FederationConfig, OperatedBrokerSection
+    from shared.stores.port import ObjectStore
+    from shared.stores.s3 import S3Store
+
+SIGNED_SECONDS = 60.0
+PROBE_BYTES = 4096
+
+
+def check_federation(file: Path, spool: Path | None) -> Iterator[Finding]:
+    """Each check's finding, in the order of what depends on what."""
+    from shared.config import load_federation
+
+    try:
+        config = load_federation(file)
+    except ConfigError as error:
+        yield Finding("config", "FAIL", str(error))
+        return
+    count = len(config.run.participants)
+    yield Finding("config", "OK", f"run {config.run.name} of {count} participants")
+    folder = file.resolve().parent
+    yield from _secrets(config, folder)
+    if config.broker is None:
+        yield Finding(
+            "broker",
+            "WARN",
+            "no [broker] table: only gradualdiff simulate can run this; add "
+            "[broker] for sites elsewhere",
+        )
+    else:
+        yield from _broker(config, config.broker, folder)
+    store: list[ObjectStore] = []
+    yield from _store(config, folder, store)
+    if config.broker is not None:
+        yield from _accounts(config, config.broker, folder, store)
+        yield from _coordinator(config, config.broker, folder, file, store)
+    yield from check_folder("spool", spool or folder / "spool", make=True)
+
+
+def _secrets(config: FederationConfig, folder: Path) -> Iterator[Finding]:
+    named: dict[str, str | None] = {}
+    if config.broker is not None:
+        named["broker.password_file"] = config.broker.password_file
+        named["broker.management_password_file"] = config.broker.management_password_file
+    if config.store.url is not None:
+        named["store.access_key_file"] = config.store.access_key_file
+        named["store.secret_key_file"] = config.store.secret_key_file
+    for setting, name in named.items():
+        if name is not None:
+            yield from check_secret(setting, folder / name)
+
+
+# The broker --------------------------------------------------------------------------------------
+
+
+def _broker(
+    config: FederationConfig, section: OperatedBrokerSection, folder: Path
+) -> Iterator[Finding]:
+    yield from check_tls(section, folder)
+    found: list[Finding] = []
+    with connection(section, folder, found) as broker:
+        yield from found
+        if broker is not None:
+            yield _version(broker.version)
+            yield from _topology(broker, config)
+            yield from attempt("rights", lambda: _rights(broker))
+
+
+def _version(version: str) -> Finding:
+    """Before 3.13 the broker may check another ``user_id`` than a client reads."""
+    numbers = [int(part) if part.isdigit() else 0 for part in version.split(".")[:2]]
+    if numbers >= [3, 13]:
+        return Finding("broker version", "OK", f"RabbitMQ {version}")
+    return Finding(
+        "broker version",
+        "WARN",
+        f"RabbitMQ {version} passes on messages whose sender can be read in two ways: they are "
+        "refused here, so no site speaks for another, but it cannot be said who sent them; update "
+        "it to 3.13 or newer",
+    )
+
+
+def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[Finding]:
+    """Declares the exchanges, and of the queues those that are there: other arguments show.
+
+    A run's queues would fill up if nobody ever began the run, so missing ones are only told.
+    """
+    try:
+        there, missing = _declare_present(broker, config)
+    except BrokerError as error:
+        yield Finding("topology", "FAIL", str(error))
+        return
+    if missing:
+        yield Finding(
+            "topology",
+            "WARN",
+            f"not there yet: {', '.join(missing)}; run gradualdiff setup, or start the "
+            "coordinator, which declares them",
+        )
+    else:
+        yield Finding("topology", "OK", f"{there} queues are as they should be")
+
+
+def _declare_present(broker: RabbitConnection, config: FederationConfig) -> tuple[int, list[str]]:
+    from shared.topology import Topology, coordinator_queue, run_topology
+
+    whole = run_topology(config.run.name, config.run.participants)
+    missing = [queue.name for queue in whole.queues if not _is_there(broker, queue.name)]
+    present = Topology(
+        exchanges=whole.exchanges,
+        queues=tuple(
+            replace(queue, remade=False) for queue in whole.queues if queue.name not in missing
+        ),
+        bindings=tuple(binding for binding in whole.bindings if binding.queue not in missing),
+    )
+    broker.declare(present)
+    # A finished run has none: whether one is needed is told with the coordinator.
+    own = coordinator_queue(config.run.name)
+    return len(present.queues), [name for name in missing if name != own]
+
+
+def _is_there(broker: RabbitConnection, queue: str) -> bool:
+    from shared.errors import BrokerUnavailableError
+
+    try:
+        broker.count(queue)
+    except BrokerUnavailableError:
+        raise
+    except BrokerError:
+        return False
+    return True
+
+
+def _rights(broker: RabbitConnection) -> str:
+    """Reading and writing; a key of one word is bound by no queue."""
+    from shared.topology import REFUSED_QUEUE
+
+    told = check_publishing(broker, "doctor")
+    if _is_there(broker, REFUSED_QUEUE):
+        broker.peek(REFUSED_QUEUE, 1)
+        return f"{told}, read and declare"
+    return f"{told} and declare"
+
+
+def _accounts(
+    config: FederationConfig,
+    section: OperatedBrokerSection,
+    folder: Path,
+    stores: list[ObjectStore],
+) -> Iterator[Finding]:
+    from coordinator.accounts.broker_administration import door_of
+
+    if section.management_url is None and not section.rabbitmqctl:
+        yield Finding(
+            "management",
+            "WARN",
+            "no way to the broker's accounts: gradualdiff sites cannot work; "
+            "add broker.management_url or broker.rabbitmqctl",
+        )
+        return
+    way = section.management_url or "rabbitmqctl"
+    try:
+        on_broker = set(door_of(section, folder).accounts())
+    except GradualDiffError as error:
+        yield Finding("management", "FAIL", str(error))
+        return
+    yield Finding("management", "OK", f"{way} answers; {len(on_broker)} accounts")
+    if stores:
+        for site in config.run.participants:
+            yield _account(stores[0], site, on_broker)
+
+
+def _account(store: ObjectStore, site: str, on_broker: set[str]) -> Finding:
+    from coordinator.accounts.site_accounts import find_account
+
+    check = f"account {site}"
+    try:
+        found = find_account(store, site)
+    except GradualDiffError as error:
+        return Finding(check, "FAIL", str(error))
+    if found is None or found.state == "removed":
+        return Finding(check, "FAIL", f"has no account; run gradualdiff sites add {site}")
+    if found.state != "active":
+        word = {"adding": "add", "removing": "remove"}.get(found.state, "rotate")
+        return Finding(
+            check, "WARN", f"is half done ({found.state}); repeat gradualdiff sites {word} {site}"
+        )
+    if site not in on_broker:
+        return Finding(
+            check, "FAIL", "is on record, but the broker lost it; run gradualdiff sites restore"
+        )
+    return Finding(check, "OK", "is there")
+
+
+def _coordinator(
+    config: FederationConfig,
+    section: OperatedBrokerSection,
+    folder: Path,
+    file: Path,
+    stores: list[ObjectStore],
+) -> Iterator[Finding]:
+    """Whether one listens. Before the run's first start there need be none."""
+    from coordinator.liveness import read_status
+    from coordinator.runs.standing import moment
+    from shared.protocol.ledger import list_runs
+    from shared.topology import coordinator_queue, finished_key
+
+    run = config.run.name
+    queue = coordinator_queue(run)
+    with connection(section, folder, []) as broker:
+        if broker is None or not stores:
+            return  # told above
+        listening = broker.consumers([queue])[queue] if _is_there(broker, queue) else 0
+    store = stores[0]
+    if run not in list_runs(store):
+        yield Finding("coordinator", "SKIP", f"run {run} has not begun")
+        return
+    if any(info.key == finished_key(run) for info in store.list(finished_key(run))):
+        yield Finding("coordinator", "OK", f"run {run} is finished, and needs none")
+        return
+    status = read_status(store, run)
+    if status is not None and status.problem:
+        yield Finding("run", "FAIL", status.problem)
+    for site, counts in sorted(status.over.items() if status else ()):
+        dropped = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        yield Finding(
+            f"limits of {site}",
+            "WARN",
+            f"it is over the [limits] of run {run}; counted and dropped: {dropped}. Look at what "
+            "it sends (gradualdiff queues peek events), ask its people, and if need be: "
+            f"gradualdiff runs exclude {run} {site} --reason WHY takes it out of this run, "
+            f"gradualdiff sites remove {site} cuts it off from all",
+        )
+    if listening:
+        yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")
+    else:
+        wrote = f", and the last one wrote at {moment(status.at)}" if status else ""
+        yield Finding(
+            "coordinator",
+            "FAIL",
+            f"run {run} is not finished, but no coordinator listens to {queue}{wrote}; run: "
+            f"gradualdiff coordinator {file}",
+        )
+
+
+# The store ---------------------------------------------------------------------------------------
+
+
+def _store(config: FederationConfig, folder: Path, opened: list[ObjectStore]) -> Iterator[Finding]:
+    """``opened`` receives the store if it can be used."""
+    from shared.stores.opening import open_s3
+
+    section = config.store
+    if section.url is None:
+        yield from check_folder("store", folder / section.directory, make=True)
+        yield from _open_directory(folder / section.directory, opened)
+        return
+    try:
+        store = open_s3(section, folder)
+    except ConfigError as error:
+        yield Finding("store", "FAIL", str(error))
+        return
+    ca_file = None if section.ca_file is None else folder / section.ca_file
+    yield from check_clock(section.url, ca_file, "store.ca_file")
+    try:
+        store.check()
+    except GradualDiffError as error:
+        yield Finding("store", "FAIL", str(error))
+        return
+    opened.append(store)
+    bucket = f"{section.url}, bucket {section.bucket}"
+    yield Finding("store", "OK", f"{bucket}: keys are right, conditional create is honoured")
+    yield _signed_urls(config, store, ca_file)
+
+
+def _open_directory(directory: Path, opened: list[ObjectStore]) -> Iterator[Finding]:
+    from shared.stores.directory import DirectoryStore
+
+    if directory.exists():
+        try:
+            opened.append(DirectoryStore(directory, create=False))
+        except GradualDiffError as error:
+            yield Finding("store", "FAIL", str(error))
+
+
+def _signed_urls(config: FederationConfig, store: S3Store, ca_file: Path | None) -> Finding:
+    """A PUT and a GET as a site would do them, at the address that sites are given."""
+    import hashlib
+
+    from shared.stores.transfer import HttpTransfer
+
+    key = f".probe/doctor-{secrets.token_hex(8)}"
+    data = secrets.token_bytes(PROBE_BYTES)
+    where = config.store.site_url or config.store.url
+    try:
+        transfer = HttpTransfer(ca_file=ca_file, plaintext=config.store.transport == "plaintext")
+        with tempfile.TemporaryDirectory(prefix="gradualdiff-doctor-") as scratch:
+            sent, got = Path(scratch) / "sent", Path(scratch) / "got"
+            sent.write_bytes(data)
+            expires_at = time.time() + SIGNED_SECONDS
+            try:
+                transfer.upload(store.sign_put(key, expires_at, len(data)), sent, 0, len(data))
+                transfer.download(
+                    store.sign_get(key, expires_at), got, hashlib.sha256(data).hexdigest()
+                )
+            finally:
+                store.delete(key)
+    except StoreUnavailableError as error:
+        if config.store.site_url is not None:
+            return Finding(
+                "signed urls",
+                "WARN",
+                f"{error}; sites are sent to {where}: if only they can "
+                "reach it, run gradualdiff doctor at a site",
+            )
+        return Finding("signed urls", "FAIL", str(error))
+    except GradualDiffError as error:
+        return Finding("signed urls", "FAIL", f"{error}; sites are sent to {where}")
+    return Finding("signed urls", "OK", f"PUT and GET work at {where}")

@@ -1,0 +1,241 @@
+"""What a site needs: its file, its secret, the broker, its disk, its text, its device.
+
+Of the text only counts are told. torch and bitsandbytes are loaded last, at their own checks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from gradualdiff.doctor.checks import (
+    Finding,
+    attempt,
+    check_clock,
+    check_folder,
+    check_publishing,
+    check_secret,
+    check_tls,
+    connection,
+)
+from participant.data import NOTHING_HELD_OUT, split_text
+from shared.base_model import located
+from shared.errors import (
+    AccessRefusedError,
+    BrokerError,
+    ConfigError,
+    GradualDiffError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shared.brokers.rabbitmq import RabbitConnection
+    from shared.config import BrokerSection, SiteConfig
+
+# Longer than any run's name may be, so that no queue is bound for it.
+NO_RUN = "doctor-" + "0" * 40
+PEOPLE = "ask whoever runs the coordinator"
+
+
+def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
+    """Each check's finding, in the order of what depends on what."""
+    from shared.config import load_site
+
+    try:
+        config = load_site(file)
+    except ConfigError as error:
+        yield Finding("config", "FAIL", str(error))
+        return
+    yield Finding("config", "OK", f"site {config.site.name}")
+    folder = file.resolve().parent
+    if config.broker is None:
+        yield Finding(
+            "broker",
+            "WARN",
+            "no [broker] table: only gradualdiff simulate can run this site; for gradualdiff "
+            "participant take the table from the kit that gradualdiff sites add wrote",
+        )
+    else:
+        yield from check_secret("broker.password_file", folder / config.broker.password_file)
+        yield from check_tls(config.broker, folder)
+        yield from _broker(config.broker, config.site.name, folder)
+        if config.store is None:
+            yield Finding(
+                "store",
+                "FAIL",
+                "no [store] table: a participant fetches from and sends to nowhere else; add "
+                f'[store] with url = "https://HOST:PORT": {PEOPLE}',
+            )
+        ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
+        yield from _clock(store_url or (config.store.url if config.store else None), ca_file)
+    yield from check_folder("workspace", folder / config.site.workspace, make=True)
+    yield from _data(config, folder)
+    yield from _models(config, folder)
+    yield from _device(config)
+    yield from _quantisation()
+
+
+# The broker --------------------------------------------------------------------------------------
+
+
+def _broker(section: BrokerSection, name: str, folder: Path) -> Iterator[Finding]:
+    found: list[Finding] = []
+    with connection(section, folder, found) as broker:
+        yield from found
+        if broker is None:
+            return
+        if broker.identity != name:
+            yield Finding(
+                "account",
+                "WARN",
+                f"broker.url names the account {broker.identity}, but site.name "
+                f"is {name}: its messages would be refused; make both the same",
+            )
+        yield from attempt("own queue", lambda: _own_queue(broker, name))
+        yield _other_queues(broker)
+        key = f"{NO_RUN}.{name}.online"
+        yield from attempt("publishing", lambda: check_publishing(broker, key))
+
+
+def _own_queue(broker: RabbitConnection, name: str) -> str:
+    from shared.topology import site_queue
+
+    queue = site_queue(name)
+    ready, consumers = broker.count(queue)
+    broker.peek(queue, 1)
+    listening = "a participant listens" if consumers else "no participant listens now"
+    return f"{queue}: readable, {ready} messages wait, {listening}"
+
+
+def _other_queues(broker: RabbitConnection) -> Finding:
+    """The refused queue stands for all that is not this site's."""
+    from shared.topology import REFUSED_QUEUE
+
+    try:
+        broker.peek(REFUSED_QUEUE, 1)
+    except AccessRefusedError:
+        return Finding("other queues", "OK", "not readable, as it should be")
+    except BrokerError as error:
+        return Finding("other queues", "WARN", f"cannot be tried: {error}")
+    return Finding(
+        "other queues",
+        "WARN",
+        "this account may read more than its own queue; have its rights "
+        f"made anew by gradualdiff sites restore: {PEOPLE}",
+    )
+
+
+def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
+    if url is None:
+        yield Finding("clock", "SKIP", "no [store] names a server; to compare, give --store-url")
+        return
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        yield from check_clock(f"{parts.scheme}://{parts.netloc}/", ca_file, "broker.ca_file")
+    else:
+        yield Finding(
+            "clock", "FAIL", f"--store-url: expected https://HOST:PORT, got {url!r}; fix it"
+        )
+
+
+# What it trains with -----------------------------------------------------------------------------
+
+
+def _data(config: SiteConfig, folder: Path) -> Iterator[Finding]:
+    """Read, mapped and split as for a training, but not tokenised: that takes the model."""
+    try:
+        rows, split, unusable = split_text(config.data, folder)
+    except GradualDiffError as error:
+        yield Finding("data", "FAIL", str(error))
+        return
+    counts = (
+        f"{folder / config.data.path}: {rows} rows, {len(unusable)} unusable, "
+        f"{len(split.train)} to train on, "
+        f"{len(split.held_out)} held out, {split.copies} left out as copies of these"
+    )
+    if not split.train:
+        yield Finding(
+            "data",
+            "FAIL",
+            f"{counts}: expected examples to train on; check [data]'s columns, lower "
+            "data.held_out_fraction, or give more text",
+        )
+    elif not split.held_out:
+        yield Finding("data", "WARN", f"{counts}; {NOTHING_HELD_OUT}")
+    else:
+        yield Finding("data", "OK", counts)
+
+
+def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:
+    """Folders are looked for; what is fetched from a hub or a package cannot be told from here."""
+    if config.accept.models is None:
+        yield Finding(
+            "base model", "SKIP", "any of the hub is accepted (no accept.models); the run names it"
+        )
+        return
+    for model in config.accept.models:
+        folder = Path(located(model, here))
+        if not folder.is_absolute():
+            yield Finding("base model", "SKIP", f"{model}: is fetched when a run first asks for it")
+        elif (folder / "config.json").is_file():
+            yield Finding("base model", "OK", f"{model}: is there")
+        elif folder.is_dir():
+            yield Finding(
+                "base model",
+                "FAIL",
+                f"{model}: expected a model's folder with config.json, "
+                "got one without; save the model there again",
+            )
+        else:
+            yield Finding(
+                "base model",
+                "FAIL",
+                f"{model}: expected a folder, got none; put the model there or fix accept.models",
+            )
+
+
+def _device(config: SiteConfig) -> Iterator[Finding]:
+    kind = config.device.kind
+    if importlib.util.find_spec("torch") is None:
+        yield Finding(
+            "device",
+            "FAIL",
+            "torch is not installed; run: pip install 'gradualdiff-fed[participant]'",
+        )
+        return
+    if kind == "cpu":
+        yield Finding("device", "OK", "the CPU, as device.kind says")
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        yield Finding("device", "OK", f"{name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    elif kind == "cuda":
+        yield Finding(
+            "device",
+            "FAIL",
+            'device.kind: expected a GPU that torch can use for "cuda", found '
+            'none; use "auto" or "cpu", or install a CUDA build of torch',
+        )
+    else:
+        yield Finding("device", "OK", "the CPU: torch finds no GPU")
+
+
+def _quantisation() -> Iterator[Finding]:
+    """Loads bitsandbytes in the one way in which it is quiet and asks no network."""
+    try:
+        from participant.model.libraries import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Finding(
+            "bitsandbytes",
+            "WARN",
+            f"cannot be loaded ({type(error).__name__}: {error}): no run "
+            "with base.quantisation nf4 or int8; run: pip install 'gradualdiff-fed[participant]'",
+        )
+        return
+    yield Finding("bitsandbytes", "OK", f"version {bitsandbytes.__version__}")

@@ -1,0 +1,327 @@
+"""The ``Learner`` port over a quantised language model: data in, adapter in, delta out.
+
+Composes what the neighbouring files do and decides nothing about training. Keeps nothing between
+two calls but the run's announcement and the site's tokenised text; the base is the model pool's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from participant.data import NOTHING_HELD_OUT, load_site_data
+from participant.learner.evaluation import evaluate_held_out, generate_replies
+from participant.learner.memory import peak_bytes, reset_peak
+from participant.learner.optimizer_state import save_optimizer
+from participant.learner.port import (
+    DELTA_FILE,
+    STATE_FILE,
+    Learned,
+    Progress,
+    Readiness,
+    Rehearsal,
+    steps_in_round,
+)
+from participant.learner.resuming import Resumable
+from participant.learner.training import Beginning, RoundPlace, step_batches, train_round
+from shared.averaging import get_averaging
+from shared.config import canonical_json
+from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
+from shared.log import get_logger
+from shared.lora_factors import beyond, leading
+from shared.protocol.manifest import LocalMetrics
+from shared.seeds import derive_seed
+from shared.tensors.arithmetic import difference
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.tensor_file import TensorFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from participant.checkpoints import Checkpoints
+    from participant.data import SiteData
+    from participant.learner.model_pool import ModelShelf
+    from participant.learner.training import TrainingResult
+    from participant.model import LocalModel
+    from shared.config import DataSection, TrainingSection
+    from shared.protocol.events import RoundStarted, RunAnnounced
+    from shared.protocol.manifest import HeldOut, Manifest, TensorSpec
+
+
+REHEARSED_EXAMPLES = 16
+
+
+class TorchLearner:
+    """Trains and evaluates for ``site``. ``folder``: what ``data.path`` is relative to."""
+
+    def __init__(self, site: str, data: DataSection, folder: Path, models: ModelShelf) -> None:
+        self._site = site
+        self._config = data
+        self._folder = folder
+        self._models = models
+        self._announced: dict[str, RunAnnounced] = {}
+        self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
+
+    def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
+        """Load base model and text. Raises NotAcceptedError for another base than the run's."""
+        report(Progress("load", 0, 2))
+        with self._borrowed(announced) as model:
+            report(Progress("load", 1, 2))
+            wanted = announced.base.fingerprint
+            if wanted is not None and wanted != model.fingerprint:
+                raise NotAcceptedError(
+                    f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
+                    f"{announced.base.model}; give this site the same model files and tokenizer"
+                )
+            if get_averaging(announced.averaging).merges:
+                model.check_merges()
+            data = self._data(model, announced.training)
+            if not data.held_out:
+                get_logger().warning("data.not_held_out", site=self._site, hint=NOTHING_HELD_OUT)
+            ready = Readiness(
+                model.manifest(),
+                model.fingerprint,
+                model.numerics(),
+                examples=len(data.train),
+                distinct=len(set(data.train)),
+                exposed=model.exposed,
+            )
+        self._announced[announced.run] = announced
+        report(Progress("load", 2, 2))
+        return ready
+
+    def learn(
+        self,
+        task: RoundStarted,
+        source: Path,
+        state: Path | None,
+        folder: Path,
+        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None],
+        checkpoints: Checkpoints,
+    ) -> Learned:
+        """See the port. Raises ProtocolError for a run that was not prepared in this process."""
+        announced = self._prepared(task.run)
+        clock = _Clock()
+        place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
+        kept = state if task.training.optimizer_state == "keep" else None
+        with self._standing(announced, source) as (model, adapter):
+            data = self._data(model, task.training)
+            trained = get_averaging(task.averaging).trained_in(model.manifest(), task.round)
+            only = [spec.name for spec in trained.tensors]
+            basis = _basis(announced, model, data)
+            course = Resumable(model, only, checkpoints, basis, kept)
+            read = _reader(adapter, announced)
+            model.load_adapter(read)
+            clock.lap("load")
+            if data.held_out and not course.is_evaluated:
+                course.evaluated(evaluate_held_out(model, data.held_out, should_stop, report))
+            clock.lap("evaluate")
+            result = train_round(
+                model,
+                data.train,
+                task.training,
+                place,
+                begin=course.begin(task, read),
+                should_stop=should_stop,
+                report=report,
+                keep=course.keep,
+            )
+            clock.lap("train")
+            clock.seconds["train"] = round(course.seconds(), 3)
+            self._write_delta(task, trained, model, read, folder / DELTA_FILE)
+            if task.training.optimizer_state == "keep":
+                kinds = {name: model.parameters[name] for name in only}
+                save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
+            clock.lap("encode")
+        return Learned(
+            examples=len(data.train),
+            tokens=result.tokens,
+            metrics=_metrics(result, data, course.held_out, clock.seconds),
+            state=course.state,
+            distinct=_distinct(data, task.training, place),
+        )
+
+    def evaluate(
+        self, run: str, source: Path, report: Callable[[Progress], None]
+    ) -> HeldOut | None:
+        """See the port. Raises ProtocolError for a run that was not prepared."""
+        announced = self._prepared(run)
+        with self._standing(announced, source) as (model, adapter):
+            data = self._data(model, announced.training)
+            if not data.held_out:
+                return None
+            model.load_adapter(_reader(adapter, announced))
+            return evaluate_held_out(model, data.held_out, lambda: False, report)
+
+    def replies(
+        self,
+        source: Path,
+        prompts: Sequence[str],
+        max_new_tokens: int = 60,
+        batch_size: int = 1,
+    ) -> list[str]:
+        """What the last prepared run's base answers with an adapter file, greedily.
+
+        ``batch_size`` prompts at once: faster, but rounding may then decide a near tie otherwise.
+        Raises as ``evaluate`` does.
+        """
+        announced = self._prepared(next(reversed(self._announced), ""))
+        with self._standing(announced, source) as (model, adapter):
+            model.load_adapter(_reader(adapter, announced))
+            return generate_replies(model, prompts, max_new_tokens, batch_size)
+
+    def rehearse(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Rehearsal:
+        """Prepare, train two steps and measure a little held-out text, and keep nothing of it."""
+        reset_peak()
+        self.prepare(announced, report)
+        at: list[float] = []
+        with self._borrowed(announced) as model:
+            data = self._data(model, announced.training)
+            train_round(
+                model,
+                data.train,
+                announced.training.model_copy(update={"local_steps": 2, "local_epochs": None}),
+                RoundPlace(self._site, 1, 0, 0.0, 1.0),
+                begin=Beginning(),
+                should_stop=lambda: False,
+                report=lambda _: at.append(time.monotonic()),
+            )
+            seconds = 0.0
+            if data.held_out:
+                sample = data.held_out[:REHEARSED_EXAMPLES]
+                began = time.monotonic()
+                evaluate_held_out(model, sample, lambda: False, report)
+                seconds = (time.monotonic() - began) * len(data.held_out) / len(sample)
+        steps = steps_in_round(len(data.train), announced.training)
+        return Rehearsal(
+            examples=len(data.train),
+            held_out=len(data.held_out),
+            tokens=sum(len(example.input_ids) for example in data.train),
+            steps=steps,
+            step_seconds=at[1] - at[0],
+            round_seconds=steps * (at[1] - at[0]) + seconds,
+            memory=peak_bytes(),
+        )
+
+    def _prepared(self, run: str) -> RunAnnounced:
+        if run not in self._announced:
+            raise ProtocolError(
+                f"run {run}: expected RunAnnounced first, got none; "
+                "the coordinator announces the run again when this site comes online"
+            )
+        return self._announced[run]
+
+    def _borrowed(self, run: RunAnnounced) -> contextlib.AbstractContextManager[LocalModel]:
+        return self._models.borrow(run.base, run.lora, run.training.cpu_threads)
+
+    @contextlib.contextmanager
+    def _standing(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:
+        """The base with past rounds merged, if the mode does that, and the adapter's file."""
+        with self._borrowed(run) as model, _adapter(source) as adapter:
+            past: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if get_averaging(run.averaging).merges:
+                past = model.merged(lambda name: beyond(name, adapter.read(name), run.lora.rank))
+            with past:
+                yield model, adapter
+
+    def _data(self, model: LocalModel, settings: TrainingSection) -> SiteData:
+        """The site's text as tokens, made again only for another tokenizer or other limits."""
+        key = (model.fingerprint, settings.max_prompt_tokens, settings.max_answer_tokens)
+        if self._tokenised is None or self._tokenised[0] != key:
+            data = load_site_data(self._config, self._folder, model.tokenizer, key[1], key[2])
+            self._tokenised = (key, data)
+        return self._tokenised[1]
+
+    def _write_delta(
+        self,
+        task: RoundStarted,
+        trained: Manifest,
+        model: LocalModel,
+        source: Callable[[str], NDArray[Any]],
+        path: Path,
+    ) -> None:
+        """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time."""
+
+        def values(spec: TensorSpec) -> NDArray[np.float32]:
+            return difference(model.read(spec.name), source(spec.name))
+
+        header = DeltaHeader(
+            run=task.run,
+            round=task.round,
+            site=self._site,
+            source_sha=task.source_sha,
+            codec=task.codec,
+            codec_version=get_codec(task.codec).version,
+        )
+        seed = derive_seed(task.seed, self._site, task.round, "codec")
+        write_delta(path, trained, task.codec, header, values, seed)
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+@contextlib.contextmanager
+def _adapter(path: Path) -> Iterator[TensorFile]:
+    """An adapter file, open. Raises ModelError if it is not one that can be read."""
+    try:
+        file = TensorFile(path)
+    except (OSError, DecodeError) as error:
+        raise ModelError(f"adapter {path.name}: cannot be read: {error}; fetch it again") from error
+    with file:
+        yield file
+
+
+def _reader(adapter: TensorFile, announced: RunAnnounced) -> Callable[[str], NDArray[Any]]:
+    """The run's adapter, tensor by tensor, of this site's rank."""
+    return lambda name: leading(name, adapter.read(name), announced.lora.rank)
+
+
+def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:
+    """Digest of what a training's bytes depend on beside its task: base, adapter, machine, text."""
+    parts = {
+        "fingerprint": model.fingerprint,
+        "lora": announced.lora.model_dump(mode="json"),
+        "numerics": model.numerics().model_dump(mode="json"),
+        "data": data.digest,
+    }
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+def _distinct(data: SiteData, settings: TrainingSection, place: RoundPlace) -> int:
+    """How many different examples a round's steps see; copies of one are one."""
+    batches = step_batches(len(data.train), settings, place)
+    return len({data.train[index] for batch in batches for index in batch})
+
+
+def _metrics(
+    result: TrainingResult, data: SiteData, held_out: HeldOut | None, seconds: dict[str, float]
+) -> LocalMetrics:
+    return LocalMetrics(
+        steps=result.steps,
+        train_nll=result.train_nll,
+        first_step_nll=result.first_step_nll,
+        last_step_nll=result.last_step_nll,
+        mean_grad_norm=result.mean_grad_norm,
+        truncated_examples=data.truncated,
+        dropped_examples=data.dropped,
+        held_out=held_out,
+        seconds=seconds,
+    )

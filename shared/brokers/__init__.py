@@ -1,0 +1,1 @@
+"""How messages travel: the `Broker` port, the broker inside this process, and RabbitMQ."""

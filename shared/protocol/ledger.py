@@ -1,0 +1,288 @@
+"""The run's records in the store: how one is written, and how all are read back in order.
+
+Order is the protocol: upload, record, announce. A record is a conditional create and is never
+overwritten. Whoever restarts folds ``history()`` and knows all that was ever decided.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import ValidationError
+
+from shared import topology
+from shared.config import FederationConfig, canonical_json
+from shared.errors import (
+    FencedError,
+    LedgerDamagedError,
+    ObjectExistsError,
+    ObjectMissingError,
+    RunExistsError,
+    RunNotFoundError,
+)
+from shared.failpoints import failpoint
+from shared.protocol.records import (
+    AcceptedRecord,
+    ClosedRecord,
+    ClosingRecord,
+    ControlRecord,
+    DeclinedRecord,
+    EvaluatedRecord,
+    FailedRecord,
+    FederationRecord,
+    FinishedRecord,
+    GenesisRecord,
+    MemberRecord,
+    OpenedRecord,
+    OriginRecord,
+    PrunedRecord,
+    Record,
+    RefusedRecord,
+    RejoinedRecord,
+    StampedRecord,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from shared.stores.port import ObjectStore
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+# Within a round, the order in which records are folded; each names its place by folder or file.
+ROUND_ORDER: tuple[tuple[str, type[Record]], ...] = (
+    ("opened.json", OpenedRecord),
+    ("accepted/", AcceptedRecord),
+    ("refused/", RefusedRecord),
+    ("failed/", FailedRecord),
+    ("closing.json", ClosingRecord),
+    ("closed.json", ClosedRecord),
+    ("evaluated/", EvaluatedRecord),
+)
+
+
+class Ledger:
+    """One run's records. ``writer`` names this process; ``clock`` gives seconds since the epoch."""
+
+    def __init__(
+        self, store: ObjectStore, run: str, writer: str, clock: Callable[[], float]
+    ) -> None:
+        self.store = store
+        self.run = run
+        self.writer = writer
+        self._clock = clock
+
+    def begin(self, config: FederationConfig) -> FederationRecord:
+        """Record the config, or meet the equal one of an earlier start.
+
+        Raises RunExistsError naming each setting that differs from what is on record, and for a
+        run that is being deleted.
+        """
+        if self.is_dying():
+            raise RunExistsError(_dying(self.run))
+        mine = FederationRecord(config=config.recorded(), digest=config.digest)
+        theirs = self.write(mine)
+        if theirs.digest != mine.digest:
+            changes = "; ".join(_differences(theirs.config, mine.config))
+            raise RunExistsError(
+                f"run {self.run} is on record with another config: {changes}. "
+                "Restore these settings to resume it, choose another run.name, or delete the run: "
+                f"gradualdiff runs delete {self.run}"
+            )
+        return theirs
+
+    def write(self, record: AnyRecord) -> AnyRecord:
+        """Write a record once; on meeting an earlier one, adopt that.
+
+        Raises FencedError when a deciding record is another writer's, and LedgerDamagedError when
+        a result on record is not the one computed here.
+        """
+        if isinstance(record, StampedRecord):
+            stamp = {"writer": self.writer, "time": self._clock()}
+            record = record.model_copy(update=stamp)
+        key = record.key(self.run)
+        data = canonical_json(record.model_dump(mode="json"))
+        word = type(record).__name__.removesuffix("Record").lower()
+        failpoint("record.before", word)
+        try:
+            self.store.create(key, data)
+        except ObjectExistsError:
+            return self._adopt(record, self.read(type(record), key))
+        failpoint("record.after", word)
+        return record
+
+    def _adopt(self, mine: AnyRecord, theirs: AnyRecord) -> AnyRecord:
+        key = mine.key(self.run)
+        if not isinstance(theirs, StampedRecord):
+            if theirs != mine:
+                raise LedgerDamagedError(
+                    f"{key}: the result on record is not the one computed here from the same "
+                    f"inputs; run: gradualdiff runs verify {self.run}"
+                )
+        elif theirs.decides and theirs.writer != self.writer:
+            raise FencedError(
+                f"{key} was written by {theirs.writer}, not by this process ({self.writer}): "
+                "another coordinator is active for this run"
+            )
+        return theirs
+
+    def read(self, kind: type[AnyRecord], key: str) -> AnyRecord:
+        """One record. Raises ObjectMissingError, LedgerDamagedError."""
+        data = self.store.get(key)
+        try:
+            record = kind.model_validate_json(data)
+        except ValidationError as error:
+            detail = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(str(part) for part in detail["loc"]) or "the object"
+            raise LedgerDamagedError(
+                f"{key}: expected a {kind.__name__}, but {field}: {detail['msg']}; restore this "
+                "object from a copy of the store, or begin a new run"
+            ) from None
+        if record.key(self.run) != key:
+            raise LedgerDamagedError(
+                f"{key}: what it says belongs to {record.key(self.run)}; restore this object from "
+                "a copy of the store"
+            )
+        return record
+
+    def config(self) -> FederationConfig:
+        """The config on record. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
+        record = self.federation()
+        config = FederationConfig.from_record(record.config, topology.federation_key(self.run))
+        if config.digest != record.digest:
+            raise LedgerDamagedError(
+                f"{topology.federation_key(self.run)}: the config does not have its digest "
+                f"{record.digest[:12]}; restore this object"
+            )
+        return config
+
+    def federation(self) -> FederationRecord:
+        """The run's first record. Raises RunNotFoundError."""
+        try:
+            return self.read(FederationRecord, topology.federation_key(self.run))
+        except ObjectMissingError:
+            if self.is_dying():
+                raise RunNotFoundError(_dying(self.run)) from None
+            raise RunNotFoundError(
+                f"no run {self.run!r} in this store; see: gradualdiff runs list"
+            ) from None
+
+    def is_dying(self) -> bool:
+        """Whether the run is being deleted, or was until that was cut off."""
+        try:
+            self.store.stat(topology.deleting_key(self.run))
+        except ObjectMissingError:
+            return False
+        return True
+
+    def history(self) -> Iterator[Record]:
+        """Every record of the run in the order in which it is folded."""
+        yield self.federation()
+        origin = self.origin()
+        if origin is not None:
+            yield origin
+        declined = f"{topology.run_prefix(self.run)}declined/"
+        yield from self.members()
+        yield from (self.read(DeclinedRecord, info.key) for info in self.store.list(declined))
+        yield from self.controls()
+        for _, records in self.rounds():
+            yield from records
+        try:
+            yield self.read(FinishedRecord, topology.finished_key(self.run))
+        except ObjectMissingError:
+            return
+
+    def members(self) -> Iterator[MemberRecord]:
+        """Each word of every site that joined: the first ones in name order, then the others."""
+        for folder, kind in (("members/", MemberRecord), ("rejoined/", RejoinedRecord)):
+            prefix = f"{topology.run_prefix(self.run)}{folder}"
+            yield from (self.read(kind, info.key) for info in self.store.list(prefix))
+
+    def origin(self) -> OriginRecord | None:
+        """Where the run branches from; None for a run of its own."""
+        try:
+            return self.read(OriginRecord, topology.origin_key(self.run))
+        except ObjectMissingError:
+            return None
+
+    def controls(self, after: int = 0) -> Iterator[ControlRecord]:
+        """What operators asked beyond record number ``after``, in order."""
+        for info in self.store.list(topology.control_prefix(self.run)):
+            if info.key > topology.control_key(self.run, after):
+                yield self.read(ControlRecord, info.key)
+
+    def pruned(self) -> Iterator[PrunedRecord]:
+        """What was deleted on purpose, in order."""
+        prefix = topology.pruned_prefix(self.run)
+        yield from (self.read(PrunedRecord, info.key) for info in self.store.list(prefix))
+
+    def append(self, make: Callable[[int], AnyRecord], prefix: str) -> AnyRecord:
+        """Write the record ``make(number)`` at the next free number below ``prefix``.
+
+        Whoever is not first takes the next: no number is left out, and none is written twice.
+        """
+        taken = [info.key for info in self.store.list(prefix)]
+        number = int(taken[-1].removeprefix(prefix).removesuffix(".json")) + 1 if taken else 1
+        while True:
+            mine = make(number)
+            written = self.write(mine)
+            if getattr(written, "writer", None) == self.writer:
+                return written
+            number += 1
+
+    def rounds(self) -> Iterator[tuple[int, list[Record]]]:
+        """Each round's number and its records in order, round 0 (genesis) first."""
+        prefix = f"{topology.run_prefix(self.run)}rounds/"
+        keys: dict[int, list[str]] = {}
+        for info in self.store.list(prefix):
+            folder, _, rest = info.key.removeprefix(prefix).partition("/")
+            if folder.isdigit() and rest:
+                keys.setdefault(int(folder), []).append(info.key)
+        for number in sorted(keys):
+            yield number, self._records(number, keys[number])
+
+    def round(self, number: int) -> list[Record]:
+        """One round's records in order. Raises RunNotFoundError when there is none."""
+        prefix = topology.round_prefix(self.run, number)
+        records = self._records(number, [info.key for info in self.store.list(prefix)])
+        if not records:
+            raise RunNotFoundError(
+                f"run {self.run} has no round {number}; see: gradualdiff rounds list {self.run}"
+            )
+        return records
+
+    def _records(self, number: int, keys: list[str]) -> list[Record]:
+        prefix = topology.round_prefix(self.run, number)
+        found: list[Record] = []
+        for place, kind in ROUND_ORDER:
+            actual = GenesisRecord if number == 0 and kind is ClosedRecord else kind
+            for key in keys:
+                rest = key.removeprefix(prefix)
+                if rest == place or (place.endswith("/") and rest.startswith(place)):
+                    found.append(self.read(actual, key))
+        return found
+
+
+def list_runs(store: ObjectStore) -> dict[str, bool]:
+    """The names of all runs in a store, in order; whether each is being deleted."""
+    found: dict[str, bool] = {}
+    for info in store.list("runs/"):
+        _, run, *rest = info.key.split("/")
+        if rest == ["deleting.json"]:
+            found[run] = True
+        elif rest == ["federation.json"]:
+            found.setdefault(run, False)
+    return found
+
+
+def _dying(run: str) -> str:
+    return f"run {run} is being deleted; finish that first: gradualdiff runs delete {run}"
+
+
+def _differences(old: object, new: object, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+    elif old != new:
+        yield f"{path} is {json.dumps(old)} on record, {json.dumps(new)} here"

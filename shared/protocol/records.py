@@ -1,0 +1,374 @@
+"""The ledger's records: what each JSON object of a run says. Immutable facts, one type each.
+
+``writer`` and ``time`` are stamped when a record is written; nothing that changes a result may
+depend on them. ``GenesisRecord`` and ``ClosedRecord`` carry neither: they are pure functions of the
+records before them, so whoever computes them writes the same bytes.
+
+``decides``: only one coordinator may write it; meeting another writer's means to be fenced.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, Strict, model_validator
+
+from shared import topology
+from shared.config import Name, Sha256
+from shared.protocol.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Numbers that are counted up to have an end: a record may say any, and somebody counts.
+MOST = 1_000_000
+RoundNumber = Annotated[int, Field(ge=0, le=MOST)]
+ControlNumber = Annotated[int, Field(ge=0, le=MOST)]
+Number = Annotated[int, Field(ge=1, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=2**64)]
+Names = Annotated[tuple[Name, ...], Strict(False)]
+
+
+class Record(Fact):
+    """Base of all records."""
+
+    decides: ClassVar[bool] = False
+
+    def key(self, run: str) -> str:  # noqa: ARG002 - each record type has its own
+        """Where it lies in the store."""
+        raise TypeError(f"{type(self).__name__} has no key")
+
+
+class StampedRecord(Record):
+    """A record that says who wrote it and when (seconds since the epoch)."""
+
+    writer: str = ""
+    time: float = 0.0
+
+
+class FederationRecord(StampedRecord):
+    """The resolved config: everything that can change the result."""
+
+    config: dict[str, Any]
+    digest: Sha256
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.federation_key(run)
+
+
+class MemberRecord(StampedRecord):
+    """A site that is ready: what its adapter looks like and what it computes with."""
+
+    decides = True
+    site: Name
+    manifest: Manifest
+    fingerprint: Sha256
+    numerics: Numerics
+    examples: Size
+    from_round: RoundNumber = 0
+
+    @property
+    def word(self) -> int:
+        """Which answer of this site it is: the first one, unless the record says otherwise."""
+        return 1
+
+    def key(self, run: str) -> str:
+        """One per site."""
+        return topology.member_key(run, self.site)
+
+
+class RejoinedRecord(MemberRecord):
+    """A further answer of a site that did not fit at first. Its last one counts."""
+
+    number: Annotated[int, Field(ge=2, le=MOST)]
+
+    @property
+    def word(self) -> int:
+        """Its number."""
+        return self.number
+
+    def key(self, run: str) -> str:
+        """Numbered from 2: the first answer is the member's record."""
+        return topology.rejoined_key(run, self.site, self.number)
+
+
+class DeclinedRecord(StampedRecord):
+    """A site that does not take part, and why."""
+
+    site: Name
+    reason: str
+
+    def key(self, run: str) -> str:
+        """One per site."""
+        return topology.declined_key(run, self.site)
+
+
+class OriginRecord(StampedRecord):
+    """A branch: the run begins with this adapter of another run, not with a drawn one."""
+
+    parent: Name
+    parent_digest: Sha256
+    parent_round: RoundNumber
+    adapter_sha: Sha256
+    adapter_size: Size
+    manifest: Manifest
+    fingerprint: Sha256
+    lora_alpha: float
+    lora_scaling: Literal["classic", "rslora"] = "classic"
+
+    @property
+    def label(self) -> str:
+        """``PARENT@ROUND``; no run's name holds an ``@``."""
+        return f"{self.parent}@{self.parent_round}"
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.origin_key(run)
+
+
+class ControlRecord(StampedRecord):
+    """What an operator asks of a run. ``coordinator.round.controls`` says what it means."""
+
+    number: Number
+    action: Literal["pause", "resume", "stop", "extend", "exclude"]
+    rounds: Number | None = None
+    site: Name | None = None
+    reason: str
+    by: str
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.rounds is not None) != (self.action == "extend"):
+            raise ValueError("rounds: expected with extend, and only there")
+        if (self.site is not None) != (self.action == "exclude"):
+            raise ValueError("site: expected with exclude, and only there")
+        return self
+
+    def key(self, run: str) -> str:
+        """Numbered from 1."""
+        return topology.control_key(run, self.number)
+
+
+class PrunedRecord(StampedRecord):
+    """Objects that an operator deleted. Written before the first of them is deleted."""
+
+    number: Number
+    keep: str
+    keys: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+    reason: str
+    by: str
+
+    def key(self, run: str) -> str:
+        """Numbered from 1."""
+        return topology.pruned_key(run, self.number)
+
+
+class DeletingRecord(StampedRecord):
+    """The whole run is being deleted, by an operator or to start over. Nothing of it counts."""
+
+    by: str
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.deleting_key(run)
+
+
+class GenesisRecord(Record):
+    """Round 0: who is in, and the adapter drawn from the run's seed (or its origin's)."""
+
+    round: Literal[0] = 0
+    members: Names
+    manifest: Manifest
+    fingerprint: Sha256
+    adapter_sha: Sha256
+    adapter_size: Size
+    origin: str | None = None
+
+    def key(self, run: str) -> str:
+        """The result of round 0."""
+        return topology.round_key(run, 0, "closed")
+
+
+class OpenedRecord(StampedRecord):
+    """A round begins: who trains from what, with which seed, on which span of the schedule."""
+
+    decides = True
+    round: Number
+    selected: Names
+    source_sha: Sha256
+    seed: int
+    progress_from: float
+    progress_to: float
+    deadline_seconds: float | None = None
+    grace_seconds: float = 0.0
+    rounds: int | None = None
+    members: Names = ()
+    controls: ControlNumber = 0
+
+    @property
+    def closes_at(self) -> float | None:
+        """When a quorum is enough: seconds since the epoch; None without a deadline."""
+        if self.deadline_seconds is None:
+            return None
+        return self.time + self.deadline_seconds + self.grace_seconds
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "opened")
+
+
+class AcceptedRecord(StampedRecord):
+    """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
+
+    decides = True
+    round: Number
+    site: Name
+    sha: Sha256
+    size: Size
+    examples: Size
+    tokens: Size
+    norm: float
+    metrics: LocalMetrics
+    state: Literal["fresh", "kept"]
+
+    def key(self, run: str) -> str:
+        """One per site and round."""
+        return topology.accepted_key(run, self.round, self.site)
+
+
+class RefusedRecord(StampedRecord):
+    """A delta that was not taken, and why."""
+
+    round: RoundNumber
+    site: Name
+    sha: Sha256
+    verdict: Literal["refused", "late"] = "refused"
+    reason: str
+
+    def key(self, run: str) -> str:
+        """One per site, round and sha."""
+        return topology.refused_key(run, self.round, self.site, self.sha)
+
+
+class FailedRecord(StampedRecord):
+    """A local training that ended without a delta, and why."""
+
+    round: Number
+    site: Name
+    attempt: Number
+    reason: str
+    retryable: bool
+
+    def key(self, run: str) -> str:
+        """One per site, round and attempt."""
+        return topology.failed_key(run, self.round, self.site, self.attempt)
+
+
+class Input(Fact):
+    """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1.
+
+    ``from_round`` is the round it was trained in, which may be an earlier one. ``scale``: what its
+    values are multiplied by before anything else; below 1 where its norm was clipped.
+    """
+
+    site: Name
+    from_round: Number
+    sha: Sha256
+    weight: float
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def label(self, round_number: int) -> str:
+        """What it is called in round ``round_number``'s figures: ``site``, or ``site@round``."""
+        return delta_label(self.site, self.from_round, round_number)
+
+
+class ClosingRecord(StampedRecord):
+    """THE DECISION, durable before any arithmetic: which deltas count, with which weight."""
+
+    decides = True
+    round: Number
+    source_sha: Sha256
+    inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
+    excluded: dict[str, str] = Field(default_factory=dict)
+    weighting: str = ""
+    controls: ControlNumber = 0
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "closing")
+
+
+class ClosedRecord(Record):
+    """THE RESULT: a pure function of closing.json and the objects that it names.
+
+    ``left_out``: deltas that the rule did not take, with the reason. ``exactness_gap``: the
+    Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling; for ``svd`` of
+    what a product of rank r leaves of mean(BA). ``server_sha``: the server optimiser's state after
+    this round, if it has one. ``step_norm``: what it made of the mean delta and added to the
+    adapter.
+    """
+
+    round: Number
+    adapter_sha: Sha256
+    adapter_size: Size
+    mean_norm: float
+    delta_norms: dict[str, float]
+    cosines: dict[str, float]
+    source_held_out: HeldOut | None
+    left_out: dict[str, str] = Field(default_factory=dict)
+    exactness_gap: float | None = None
+    server_sha: Sha256 | None = None
+    step_norm: float | None = None
+
+    def key(self, run: str) -> str:
+        """One per round."""
+        return topology.round_key(run, self.round, "closed")
+
+
+class EvaluatedRecord(StampedRecord):
+    """A site's held-out loss of the adapter that round ``round`` produced."""
+
+    round: RoundNumber
+    site: Name
+    sha: Sha256
+    held_out: HeldOut
+
+    def key(self, run: str) -> str:
+        """One per site and round."""
+        return topology.evaluated_key(run, self.round, self.site)
+
+
+class FinishedRecord(StampedRecord):
+    """The end. ``sha`` is the run's result; None when it failed before there was one."""
+
+    decides = True
+    round: RoundNumber
+    sha: Sha256 | None
+    reason: str
+    failed: bool = False
+    controls: ControlNumber = 0
+
+    def key(self, run: str) -> str:
+        """One per run."""
+        return topology.finished_key(run)
+
+
+def delta_label(site: str, from_round: int, round_number: int) -> str:
+    """A delta's name among those that a round counts; no site's name holds an ``@``."""
+    return site if from_round == round_number else f"{site}@{from_round}"
+
+
+def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
+    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return None
+    tokens = sum(loss.tokens for loss in known)
+    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
+    if not math.isfinite(nll):  # an older record may hold any finite number; their mean is finite
+        mean = sum(loss.nll * (loss.tokens / tokens) for loss in known)
+        nll = max(-sys.float_info.max, min(mean, sys.float_info.max))
+    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

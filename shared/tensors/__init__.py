@@ -1,0 +1,1 @@
+"""Adapters and deltas as files of named tensors, and the arithmetic on them."""

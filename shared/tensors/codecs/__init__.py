@@ -1,0 +1,69 @@
+"""How a delta travels: one file in this folder per codec, found by its name.
+
+A new codec is a new file that sets ``CODEC``; nothing else needs to change. A codec knows one
+tensor at a time and nothing of files, rounds or sites. Its bytes must be a function of values and
+seed alone, and ``version`` goes up whenever they change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from shared.config_mistakes import did_you_mean
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from shared.protocol.manifest import TensorSpec
+    from shared.tensors.tensor_file import TensorLayout
+
+
+class Codec(Protocol):
+    """One way to write a tensor of a delta."""
+
+    @property
+    def name(self) -> str:
+        """What ``codec.name`` in the config says: the file's name in this folder."""
+
+    @property
+    def version(self) -> int:
+        """From 1; goes up when the same values give other bytes."""
+
+    def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
+        """The parts one tensor is written as, the first under its own name, then ``NAME:part``."""
+
+    def encode(
+        self, spec: TensorSpec, values: NDArray[np.float32], seed: int, /
+    ) -> tuple[NDArray[Any], ...]:
+        """The parts of finite fp32 ``values`` of ``spec.shape``, in ``layout``'s order.
+
+        ``seed``: for codecs that round at random; the others leave it alone.
+        """
+
+    def decode(self, spec: TensorSpec, parts: Sequence[NDArray[Any]], /) -> NDArray[np.float32]:
+        """fp32 values of ``spec.shape`` from parts that have ``layout``'s shapes and dtypes.
+
+        Parts may hold anything at all: the caller checks that what comes out is finite.
+        """
+
+
+def codec_names() -> tuple[str, ...]:
+    """Every codec there is, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def get_codec(name: str) -> Codec:
+    """The codec of this name. Raises ConfigError that lists the known ones."""
+    known = codec_names()
+    if name not in known:
+        raise ConfigError(
+            f"codec.name: expected one of {', '.join(known)}, got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
+    return cast("Codec", importlib.import_module(f"{__name__}.{name}").CODEC)
