@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from participant.learner.port import Learned, Learner, Progress, Readiness
     from shared.config import FederationConfig
     from shared.protocol.events import RoundStarted, RunAnnounced
@@ -199,7 +199,7 @@ def settings(name: str, model: Path, seed: int, options: argparse.Namespace) -> 
 
 
 def run_one(
-    config: FederationConfig, folder: Path, text: Path, shelf: ModelShelf, rewrite: Rewrite | None
+    config: FederationConfig, folder: Path, text: Path, pool: ModelPool, rewrite: Rewrite | None
 ) -> tuple[float, float]:
     """The final and the first adapter's loss over the good sites' text."""
     from coordinator.audit.verification import verify_run
@@ -214,7 +214,7 @@ def run_one(
     learners: dict[str, Learner] = {}
     for site in SITES:
         data = DataSection(path=f"{site}.jsonl", prompt="q", answer="a", held_out_fraction=0.25)
-        learners[site] = TorchLearner(site, data, text, shelf)
+        learners[site] = TorchLearner(site, data, text, pool)
     if rewrite is not None:
         learners[BAD] = BadLearner(learners[BAD], rewrite)
     store = DirectoryStore(folder / "store")
@@ -237,7 +237,7 @@ def run_one(
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every attack under every defence for every seed."""
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from shared.config import FederationConfig, parse
     from shared.log import configure
 
@@ -245,7 +245,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
-        model, shelf = _model(top, options), ModelShelf("cpu")
+        model, pool = _model(top, options), ModelPool("cpu")
         for seed in options.seeds:
             text = top / f"text-{seed}"
             text.mkdir()
@@ -266,7 +266,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                         values = settings(label, model, seed, options)
                     config = parse(FederationConfig, {**values, "aggregation": aggregation}, label)
                     began = time.monotonic()
-                    nll, before = run_one(config, top / label, text, shelf, rewrite)
+                    nll, before = run_one(config, top / label, text, pool, rewrite)
                     row = {
                         "seed": seed, "attack": attack, "defence": defence, "nll": nll,
                         "untrained": before, "seconds": round(time.monotonic() - began, 1),

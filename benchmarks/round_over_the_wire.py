@@ -520,7 +520,7 @@ def run_site(federation: Path, site: str) -> None:
     from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
     from participant.daemon import Station, serve
     from participant.handlers import Participant
-    from participant.outbox import Line
+    from participant.outbox import Outbox
     from participant.workspace import Workspace
     from shared.config import load_site
     from shared.log import configure
@@ -535,7 +535,7 @@ def run_site(federation: Path, site: str) -> None:
         (participant.workspace, "digest_file", "hash"),
         (Workspace, "commit", "commit"),
         (HttpTransfer, "upload", "upload"),
-        (Line, "publish", "publish"),
+        (Outbox, "publish", "publish"),
         (os, "fsync", "sync"),
     ):
         phases.watch(owner, name, phase)

@@ -103,8 +103,8 @@ def build_coordinator(
             consumers = {}  # RabbitMQ says 0 as well when a queue's leader gives it no answer
         now = clock()
         told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
-        coordinator.watch.counted(told, now)
-        coordinator.watch.write(coordinator.state, now)
+        coordinator.liveness.counted(told, now)
+        coordinator.liveness.write(coordinator.state, now)
 
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(

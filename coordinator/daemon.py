@@ -45,7 +45,7 @@ LINGER_SECONDS = 600.0  # after the end, for the sites' word on the last adapter
 
 
 @dataclass(frozen=True)
-class Office:
+class CoordinatorContext:
     """What a coordinator's process works with. ``connect`` makes a new connection each time."""
 
     config: FederationConfig
@@ -57,7 +57,7 @@ class Office:
     clock: Callable[[], float] = time.time
 
 
-def serve(office: Office) -> RunState:
+def serve(office: CoordinatorContext) -> RunState:
     """Start or resume the run and bring it to its end, or stand by; the final state.
 
     Raises InterruptedRunError when the process is to stop, RunFailedError when the run ended
@@ -91,14 +91,14 @@ def serve(office: Office) -> RunState:
     raise InterruptedRunError(f"run {run}: stopped; everything finished is saved")
 
 
-def _revive(office: Office) -> None:
+def _revive(office: CoordinatorContext) -> None:
     """See to it that every queue of the run answers, on a connection that is left after that."""
     run = office.config.run
     with office.connect() as broker:
         broker.revive(topology.run_topology(run.name, run.participants))
 
 
-def _build(office: Office, broker: Broker) -> CoordinatorRole:
+def _build(office: CoordinatorContext, broker: Broker) -> CoordinatorRole:
     def pause(seconds: float) -> None:
         if office.stopping.wait(seconds):
             raise InterruptedRunError(f"run {office.config.run.name}: stopped while it waited")
@@ -114,7 +114,7 @@ def _build(office: Office, broker: Broker) -> CoordinatorRole:
     )
 
 
-def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
+def _attend(office: CoordinatorContext, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
     """Handle what comes, tick; the final state, or None when the process is to stop."""
     coordinator = role.coordinator
     connected, next_tick = time.monotonic(), 0.0
@@ -142,7 +142,7 @@ def _attend(office: Office, role: CoordinatorRole, pauses: Backoff) -> RunState 
                 leave_at = time.monotonic() + office.linger_seconds
             owed = set(state.members) - state.evaluated if state.finished.sha else set()
             if not owed or time.monotonic() > leave_at:
-                coordinator.watch.write(state, office.clock())
+                coordinator.liveness.write(state, office.clock())
                 role.leave()
                 return state
     return None

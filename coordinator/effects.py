@@ -2,7 +2,7 @@
 
 Durable steps return the record that came of them, to be folded in. Each may be repeated: objects
 are content-addressed and records conditional, so the second time meets the first one's result.
-Bells are published and forgotten; the ledger would ring them again.
+Notifications are published and forgotten: a restart sends them again from the ledger.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.intake import Intake
-    from coordinator.round.state import Bell, RunState, Step
+    from coordinator.round.state import Notification, RunState, Step
     from shared.brokers.port import Broker
     from shared.config import FederationConfig, LoraSection
     from shared.protocol.ledger import Ledger
@@ -212,11 +212,11 @@ class Effects:
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
         failpoint("adapter.after", "config")
 
-    # Bells ---------------------------------------------------------------------------------------
+    # Notifications ----------------------------------------------------------------------------
 
-    def ring(self, bell: Bell, state: RunState) -> None:
+    def notify(self, notification: Notification, state: RunState) -> None:
         """Publish one announcement to all it concerns, confirmed as one batch."""
-        events = self._events(bell, state)
+        events = self._events(notification, state)
         if events:
             self.tell(events)
 
@@ -234,9 +234,9 @@ class Effects:
         body = wire.encode(event, self._clock())
         self._broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
 
-    def _events(self, bell: Bell, state: RunState) -> dict[str, Event]:
+    def _events(self, notification: Notification, state: RunState) -> dict[str, Event]:
         run = self._config.run.name
-        match bell:
+        match notification:
             case AnnounceRun(sites):
                 return {site: announcement(self._config, site) for site in sites}
             case AnnounceRound(sites):

@@ -1,7 +1,7 @@
 """The coordinator: one handler per event; what it learns goes through the ledger into the state.
 
 Every handler follows one order: check the sender's claim, make it durable (a record), fold the
-record in, and let the effects ring. All are idempotent: a record that exists is adopted, a fact
+record in, and let the effects notify. All are idempotent: a record that exists is adopted, a fact
 that is known changes nothing, an answer may be given twice.
 """
 
@@ -14,8 +14,8 @@ from coordinator.aggregation.server_optimizer import wants_more_than_zeros
 from coordinator.effects import answer_of
 from coordinator.intake import CHUNK_BYTES, Upload
 from coordinator.limits import Limits
-from coordinator.liveness import Watch
-from coordinator.round.machine import apply, debts, replay, resume
+from coordinator.liveness import Liveness
+from coordinator.round.machine import apply, pending, replay, resume
 from coordinator.round.members import unfit
 from coordinator.round.state import Aggregate, MakeGenesis, Ticked, WriteRecord
 from shared.averaging import delta_manifest
@@ -98,7 +98,7 @@ class Coordinator:
         self._clock = clock
         self.state = replay(config, ())
         self.limits = Limits(config.limits)
-        self.watch = Watch(ledger.store, config.run.name, ledger.writer, self.limits.over)
+        self.liveness = Liveness(ledger.store, config.run.name, ledger.writer, self.limits.over)
         self.active = False
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self._lost: dict[Upload, tuple[float, str]] = {}
@@ -151,7 +151,7 @@ class Coordinator:
             if self.state.closing is not None:
                 # A store that was away left the decision undone; this may be of the next round.
                 self._carry_out((Aggregate(self.state.closing),))
-            self.watch.saw(sender, self._clock())
+            self.liveness.saw(sender, self._clock())
             handler(event, sender)
 
         return handle
@@ -166,8 +166,8 @@ class Coordinator:
     def on_site_online(self, event: SiteOnline, sender: str) -> None:
         """Answer with what is pending for the site. Idempotent: writes nothing."""
         get_logger().info("site.online", holds_round=event.round)
-        for bell in debts(self.state, sender, first=event.first):
-            self._effects.ring(bell, self.state)
+        for notification in pending(self.state, sender, first=event.first):
+            self._effects.notify(notification, self.state)
 
     def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
         """Record the member. Idempotent: nothing is recorded of a word that was said before.
@@ -336,7 +336,7 @@ class Coordinator:
 
     def on_training_progressed(self, event: TrainingProgressed, sender: str) -> None:
         """Remember how far a site is, for whoever looks. Idempotent: only the newest counts."""
-        self.watch.progressed(event, sender, self._clock())
+        self.liveness.progressed(event, sender, self._clock())
 
     def on_adapter_evaluated(self, event: AdapterEvaluated, sender: str) -> None:
         """Record a held-out loss of the final adapter. Idempotent: one record per site."""
@@ -411,7 +411,7 @@ class Coordinator:
             if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
                 self.feed(self._perform(effect))
             else:
-                self._effects.ring(effect, self.state)
+                self._effects.notify(effect, self.state)
 
     def _perform(self, step: Step) -> Record:
         """Take a durable step. What goes wrong there is never the fault of the message at hand.
@@ -423,13 +423,13 @@ class Coordinator:
         except (FencedError, InterruptedRunError):
             raise
         except Exception as error:
-            self.watch.problem = _why_not(step, error, self.state)
-            get_logger().error("step.failed", reason=self.watch.problem)
-            self.watch.write(self.state, self._clock())
+            self.liveness.problem = _why_not(step, error, self.state)
+            get_logger().error("step.failed", reason=self.liveness.problem)
+            self.liveness.write(self.state, self._clock())
             if _is_foreseen(error):
                 raise
-            raise LedgerError(self.watch.problem) from error
-        self.watch.problem = ""
+            raise LedgerError(self.liveness.problem) from error
+        self.liveness.problem = ""
         return record
 
     def _holds_all(self, closing: ClosingRecord) -> bool:
@@ -448,8 +448,8 @@ class Coordinator:
             get_logger().error("delta.lost", site=upload.site, round=upload.round, reason=damage)
             self._grant(upload)
         if lost:
-            self.watch.problem = f"{self.damage}; its site was asked to send it again"
-            self.watch.write(self.state, now)
+            self.liveness.problem = f"{self.damage}; its site was asked to send it again"
+            self.liveness.write(self.state, now)
         return not lost
 
     def _restore(self, upload: Upload) -> None:

@@ -16,7 +16,7 @@ from shared.config import Name, canonical_json
 from shared.errors import ObjectMissingError, StoreError
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.protocol.manifest import Fact
+from shared.protocol.manifest import Schema
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ONLINE_SECONDS = 150.0  # a site says every 60 s that it is there
 
 
-class SiteStatus(Fact):
+class SiteStatus(Schema):
     """One site: when it was last heard (seconds since the epoch) and what it is doing."""
 
     seen: float
@@ -43,7 +43,7 @@ class SiteStatus(Fact):
     bytes_up: int = 0
 
 
-class RunStatus(Fact):
+class RunStatus(Schema):
     """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
 
     ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
@@ -64,7 +64,7 @@ class RunStatus(Fact):
     over: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
-class Watch:
+class Liveness:
     """The coordinator's side: remember and write. ``over``: as in ``RunStatus``, kept by others."""
 
     def __init__(

@@ -581,8 +581,8 @@ def _record_kinds() -> list[type[Record]]:
 
 
 def _parts() -> list[type[BaseModel]]:
-    found = [k for k in vars(manifest).values() if inspect.isclass(k) and k is not manifest.Fact]
-    return [records.Input, *(k for k in found if issubclass(k, manifest.Fact))]
+    found = [k for k in vars(manifest).values() if inspect.isclass(k) and k is not manifest.Schema]
+    return [records.Input, *(k for k in found if issubclass(k, manifest.Schema))]
 
 
 def _used_fields() -> set[str]:

@@ -24,7 +24,7 @@ from shared.disk.durable_files import make_directories
 from shared.disk.files import digest_file, sync_path
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.protocol.manifest import Fact, HeldOut
+from shared.protocol.manifest import HeldOut, Schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ DEFAULT_SECONDS = 60.0
 Count = Annotated[int, Field(ge=0)]
 
 
-class Belonging(Fact):
+class CheckpointKey(Schema):
     """What a checkpoint is of. ``settings``: digest of all in the task that training reads.
 
     ``basis``: the learner's digest of everything else that its bytes depend on.
@@ -57,7 +57,7 @@ class Belonging(Fact):
     basis: Sha256
 
 
-class Standing(Fact):
+class TrainingProgress(Schema):
     """How far a round is after ``step`` optimiser steps, tensors apart.
 
     ``nll``: summed nats of each step's batch before its update, ``tokens``: its answer tokens,
@@ -80,21 +80,21 @@ class Standing(Fact):
         return self
 
 
-class WrittenFile(Fact):
+class WrittenFile(Schema):
     """A file of a checkpoint; ``size`` in bytes."""
 
     sha256: Sha256
     size: Count
 
 
-class Record(Fact):
+class Record(Schema):
     """``progress.json``. Without files: nothing but the evaluation is done.
 
     ``digest``: sha256 of the canonical JSON of all the rest.
     """
 
-    belonging: Belonging
-    standing: Standing
+    key: CheckpointKey
+    progress: TrainingProgress
     files: dict[str, WrittenFile]
     digest: str = ""
 
@@ -105,7 +105,7 @@ class Record(Fact):
 
     @model_validator(mode="after")
     def _tensors_after_the_first_step(self) -> Self:
-        wanted = {ADAPTER_FILE, OPTIMIZER_FILE} if self.standing.step else set()
+        wanted = {ADAPTER_FILE, OPTIMIZER_FILE} if self.progress.step else set()
         if set(self.files) != wanted:
             raise ValueError(f"expected the files {sorted(wanted)}, got {sorted(self.files)}")
         return self
@@ -121,10 +121,10 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole and of this round. The files are there if ``standing.step``."""
+    """A checkpoint that is whole and of this round. The files are there if ``progress.step``."""
 
     folder: Path
-    standing: Standing
+    progress: TrainingProgress
 
     @property
     def adapter(self) -> Path:
@@ -150,7 +150,7 @@ class Checkpoints:
         self._site = site
         self._every_seconds = every_seconds
         self._saved_at = time.monotonic()
-        self._belonging: Belonging | None = None
+        self._key: CheckpointKey | None = None
         self._good: Path | None = None  # the newest that is known to be whole
 
     def due(self) -> bool:
@@ -159,28 +159,28 @@ class Checkpoints:
 
     def newest(self, basis: str) -> Checkpoint | None:
         """The newest that is whole and of this round on this ground (a sha256)."""
-        self._belonging = _belonging(self._task, self._site, basis)
+        self._key = _key(self._task, self._site, basis)
         self._saved_at = time.monotonic()
         for step, folder in sorted(self._steps().items(), reverse=True):
             try:
-                standing = _read(folder, self._belonging, step)
+                progress = _read(folder, self._key, step)
             except (OSError, ValueError) as error:  # pydantic's is a ValueError
                 reason = _first_line(error)
                 get_logger().warning("checkpoint.ignored", path=str(folder), reason=reason)
                 continue
             self._good = folder
-            return Checkpoint(folder, standing)
+            return Checkpoint(folder, progress)
         return None
 
-    def save(self, standing: Standing, tensors: Tensors | None = None) -> bool:
+    def save(self, progress: TrainingProgress, tensors: Tensors | None = None) -> bool:
         """Write one durably and drop what is older than the one before it; whether that worked.
 
         A disk that is full or fails ends no training: it is said in a log line.
         """
         started = time.monotonic()
-        where = {"run": self._task.run, "round": self._task.round, "step": standing.step}
+        where = {"run": self._task.run, "round": self._task.round, "step": progress.step}
         try:
-            self._write(standing, tensors)
+            self._write(progress, tensors)
         except OSError as error:
             shutil.rmtree(self._folder / MAKING, ignore_errors=True)
             get_logger().warning("checkpoint.failed", **where, reason=str(error))
@@ -191,8 +191,8 @@ class Checkpoints:
         get_logger().debug("checkpoint.saved", **where, seconds=seconds)
         return True
 
-    def _write(self, standing: Standing, tensors: Tensors | None) -> None:
-        assert self._belonging is not None  # newest() came first
+    def _write(self, progress: TrainingProgress, tensors: Tensors | None) -> None:
+        assert self._key is not None  # newest() came first
         make_directories(self._folder)
         making = self._folder / MAKING
         shutil.rmtree(making, ignore_errors=True)
@@ -204,13 +204,13 @@ class Checkpoints:
             failpoint("checkpoint.adapter_written")
             files[OPTIMIZER_FILE] = _written(tensors.optimizer(making / OPTIMIZER_FILE))
             failpoint("checkpoint.optimizer_written")
-        record = Record(belonging=self._belonging, standing=standing, files=files)
+        record = Record(key=self._key, progress=progress, files=files)
         record = record.model_copy(update={"digest": record.true_digest})
         (making / PROGRESS_FILE).write_bytes(canonical_json(record.model_dump(mode="json")))
         sync_path(making / PROGRESS_FILE)
         sync_path(making)
         failpoint("checkpoint.progress_written")
-        target = self._folder / f"step-{standing.step:08d}"
+        target = self._folder / f"step-{progress.step:08d}"
         shutil.rmtree(target, ignore_errors=True)  # there only if it could not be used
         making.rename(target)
         failpoint("checkpoint.renamed")
@@ -247,8 +247,8 @@ def settings_digest(task: RoundStarted) -> str:
     return _digest(settings)
 
 
-def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
-    return Belonging(
+def _key(task: RoundStarted, site: str, basis: str) -> CheckpointKey:
+    return CheckpointKey(
         run=task.run,
         round=task.round,
         source_sha=task.source_sha,
@@ -259,21 +259,21 @@ def _belonging(task: RoundStarted, site: str, basis: str) -> Belonging:
     )
 
 
-def _read(folder: Path, wanted: Belonging, step: int) -> Standing:
+def _read(folder: Path, wanted: CheckpointKey, step: int) -> TrainingProgress:
     """Raises OSError, ValidationError or ValueError for whatever cannot be resumed from."""
     record = Record.model_validate_json((folder / PROGRESS_FILE).read_bytes())
     if record.digest != record.true_digest:
         raise ValueError(f"{PROGRESS_FILE} is not as it was written")
-    if record.belonging != wanted:
-        given = record.belonging.model_dump()
+    if record.key != wanted:
+        given = record.key.model_dump()
         other = [key for key, value in wanted.model_dump().items() if given[key] != value]
         raise ValueError(f"it belongs to something else: {', '.join(other)} differ")
-    if record.standing.step != step:
-        raise ValueError(f"it holds step {record.standing.step}")
+    if record.progress.step != step:
+        raise ValueError(f"it holds step {record.progress.step}")
     for name, file in record.files.items():
         if digest_file(folder / name) != (file.sha256, file.size):
             raise ValueError(f"{name} is not as it was written")
-    return record.standing
+    return record.progress
 
 
 def _digest(values: object) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from participant.bootstrap import subscribe
 from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site, is_overtaken
-from participant.outbox import Line
+from participant.outbox import Outbox
 from participant.reporting import Counted, Reporter
 from shared import topology
 from shared.backoff import Backoff
@@ -48,7 +48,7 @@ PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Station:
+class ParticipantContext:
     """What a participant's process works with. ``connect`` makes a new connection each time."""
 
     name: str
@@ -88,10 +88,12 @@ class Inbox:
 class Listener(threading.Thread):
     """Connects for ever, notes what comes, says that the site is there."""
 
-    def __init__(self, station: Station, line: Line, inbox: Inbox, reporter: Reporter) -> None:
+    def __init__(
+        self, station: ParticipantContext, outbox: Outbox, inbox: Inbox, reporter: Reporter
+    ) -> None:
         super().__init__(name="listener", daemon=True)
         self._station = station
-        self._line = line
+        self._outbox = outbox
         self._inbox = inbox
         self._reporter = reporter
         self.participant: Participant | None = None
@@ -129,13 +131,13 @@ class Listener(threading.Thread):
             kinds = self.participant.handlers
             handlers = dict.fromkeys(kinds, self._note)
             dispatcher = subscribe(station.name, broker, handlers, station.clock)
-            self._line.connected(broker)
+            self._outbox.connected(broker)
             self.was_connected = True
             get_logger().info("broker.connected", site=station.name)
             try:
                 self._serve(broker, dispatcher, pauses)
             finally:
-                self._line.connected(None)
+                self._outbox.connected(None)
 
     def _note(self, event: Event, sender: str) -> None:
         assert self.participant is not None  # set before the thread starts
@@ -186,17 +188,17 @@ class Listener(threading.Thread):
 class Worker:
     """The main thread's side of a participant's process."""
 
-    def __init__(self, station: Station, patience_seconds: float | None = None) -> None:
+    def __init__(self, station: ParticipantContext, patience_seconds: float | None = None) -> None:
         self._station = station
         self._inbox = Inbox()
         self._reporter = Reporter()
         self.is_idle = False  # whether the last turn had nothing to do
         self.failed: GradualDiffError | None = None  # why the last work did not work
-        line = Line(station.stopping, patience_seconds)
+        outbox = Outbox(station.stopping, patience_seconds)
         self.participant = Participant(
             Site(
                 name=station.name,
-                line=line,
+                outbox=outbox,
                 transfer=Counted(station.transfer, self._reporter),
                 workspace=station.workspace,
                 learner=station.learner,
@@ -207,7 +209,7 @@ class Worker:
             )
         )
         self._reporter.participant = self.participant
-        self._listener = Listener(station, line, self._inbox, self._reporter)
+        self._listener = Listener(station, outbox, self._inbox, self._reporter)
         self._listener.participant = self.participant
 
     def run(self, is_done: Callable[[], bool]) -> None:
@@ -258,7 +260,7 @@ class Worker:
             get_logger().exception("work.crashed", seconds=round(pause, 1))
 
 
-def serve(station: Station) -> None:
+def serve(station: ParticipantContext) -> None:
     """Take part in whatever comes until the process is to stop.
 
     Raises InterruptedRunError then, and what forbids a start.
@@ -266,7 +268,7 @@ def serve(station: Station) -> None:
     Worker(station).run(lambda: False)
 
 
-def serve_once(station: Station, wait_seconds: float) -> None:
+def serve_once(station: ParticipantContext, wait_seconds: float) -> None:
     """Take one round: train, upload, publish. Returns once the broker has the reference.
 
     Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError

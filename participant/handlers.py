@@ -102,7 +102,7 @@ class Site:
     """
 
     name: str
-    line: Publishing
+    outbox: Publishing
     transfer: Transfer
     workspace: Workspace
     learner: Learner
@@ -124,7 +124,7 @@ class Participant:
         self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
-        # Uploads asked for, by sha: the same round is rung again while one is under way.
+        # Uploads asked for, by sha: the same round is announced again while one is under way.
         self._requested: dict[str, float] = {}
         # The grant in hand and its chunks that arrived: after an outage only the rest is sent.
         self._arrived: tuple[UploadGranted | None, set[int]] = (None, set())
@@ -512,7 +512,7 @@ class Participant:
         body = wire.encode(event, self._site.clock())
         # Nobody needs an old one: it is said again every minute.
         expires = ONLINE_EXPIRES_SECONDS if to_all else None
-        self._site.line.publish([Message(topology.EVENTS_EXCHANGE, key, body, expires)])
+        self._site.outbox.publish([Message(topology.EVENTS_EXCHANGE, key, body, expires)])
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)

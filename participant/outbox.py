@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 UNROUTABLE_SECONDS = 600.0
 
 
-class Line:
+class Outbox:
     """``publish`` of the ``Broker`` port over changing connections."""
 
     def __init__(self, stopping: threading.Event, patience_seconds: float | None = None) -> None:

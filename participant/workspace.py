@@ -32,7 +32,7 @@ from shared.disk.files import digest_file, sync_path
 from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated  # noqa: TC001 - pydantic reads the annotation
-from shared.protocol.manifest import Fact, LocalMetrics
+from shared.protocol.manifest import LocalMetrics, Schema
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
 
 
-class Submission(Fact):
+class Submission(Schema):
     """A committed local training: what will be, or was, submitted.
 
     ``expires_at``: of the RoundStarted that asked for it; it tells old words from new ones.
@@ -66,14 +66,14 @@ class Submission(Fact):
     settings: str = ""
 
 
-class Training(Fact):
+class Training(Schema):
     """One that was begun. ``task``: digest of all that decides its bytes."""
 
     round: Annotated[int, Field(ge=1)]
     task: Sha256
 
 
-class TakenPart(Fact):
+class TakenPart(Schema):
     """What this site accepted of a run and gave to it.
 
     ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by

@@ -41,7 +41,7 @@ NODE_UNAVAILABLE = 69
 SHORT = 200
 
 
-class AccountDoor(Protocol):
+class BrokerAdmin(Protocol):
     """A way to the broker's accounts. All of it may be repeated.
 
     Every method raises BrokerUnavailableError, AccessRefusedError or BrokerError.
@@ -60,7 +60,7 @@ class AccountDoor(Protocol):
         """Close the account's open connections: a password is checked at log-in only."""
 
 
-class ManagementDoor:
+class ManagementAdmin:
     """RabbitMQ's management HTTP API, as an administrator.
 
     ``ca_file``: the authority for https; None: the system's. Repr and errors hold no password.
@@ -157,7 +157,7 @@ class ManagementDoor:
         return response.data
 
 
-class CommandDoor:
+class CommandAdmin:
     """``rabbitmqctl``, here or behind ``docker exec -i`` or ``sudo -n``.
 
     What it must import goes through its standard input, since everyone on the machine can read
@@ -228,7 +228,7 @@ class CommandDoor:
         return _without_hashes(" ".join(lines[:3]))[:SHORT] or "(it said nothing)"
 
 
-def door_of(section: OperatedBrokerSection, folder: Path) -> AccountDoor:
+def broker_admin(section: OperatedBrokerSection, folder: Path) -> BrokerAdmin:
     """The way that ``section`` names; the management API if it names both.
 
     Without a management account the coordinator's own account and password are taken. Raises
@@ -236,14 +236,14 @@ def door_of(section: OperatedBrokerSection, folder: Path) -> AccountDoor:
     """
     if section.management_url is not None:
         account, password = _administrator(section, folder)
-        return ManagementDoor(
+        return ManagementAdmin(
             _management_url(section),
             account,
             password,
             existing_file(folder, section.ca_file, "broker.ca_file"),
         )
     if section.rabbitmqctl:
-        return CommandDoor(section.rabbitmqctl)
+        return CommandAdmin(section.rabbitmqctl)
     raise ConfigError(
         "broker: expected a way to the broker's accounts, got none; add broker.management_url "
         '(such as "https://HOST:15671"), or where RabbitMQ runs on this machine '

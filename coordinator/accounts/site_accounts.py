@@ -32,7 +32,7 @@ from shared.errors import (
     ObjectExistsError,
     ObjectMissingError,
 )
-from shared.protocol.manifest import Fact
+from shared.protocol.manifest import Schema
 from shared.topology import (
     EVENTS_EXCHANGE,
     INBOX,
@@ -45,7 +45,7 @@ from shared.topology import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coordinator.accounts.broker_administration import AccountDoor
+    from coordinator.accounts.broker_administration import BrokerAdmin
     from shared.stores.port import ObjectStore
 
 PASSWORD_BYTES = 32
@@ -97,7 +97,7 @@ def definitions(site: str, password_hash: str, vhost: str) -> dict[str, list[dic
     }
 
 
-class SiteAccount(Fact):
+class SiteAccount(Schema):
     """A site's record. ``created``, ``changed``: seconds since the epoch.
 
     ``version`` grows with every change. ``password_hash`` is that of the password which the site
@@ -140,10 +140,14 @@ class Accounts:
     """
 
     def __init__(
-        self, store: ObjectStore, door: AccountDoor, vhost: str, clock: Callable[[], float]
+        self,
+        store: ObjectStore,
+        admin: BrokerAdmin,
+        vhost: str,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._door = door
+        self._broker = admin
         self._vhost = vhost
         self._clock = clock
 
@@ -194,8 +198,8 @@ class Accounts:
             self._clear_inbox(site)
             return
         going = self._write(self._next(found, "removing"))
-        self._door.delete(site)
-        self._door.disconnect(site)
+        self._broker.delete(site)
+        self._broker.disconnect(site)
         self._clear_inbox(site)
         self._write(going.model_copy(update={"state": "removed", "password_hash": None}))
 
@@ -216,7 +220,7 @@ class Accounts:
                 for kind, entries in parts.items():
                     everything.setdefault(kind, []).extend(entries)
         if restored:
-            self._door.apply(everything)
+            self._broker.apply(everything)
         return restored
 
     def list(self) -> list[SiteAccount]:
@@ -236,7 +240,7 @@ class Accounts:
         """
         found = find_account(self._store, site)
         if found is None or found.state == "removed":
-            if site in self._door.accounts():
+            if site in self._broker.accounts():
                 raise ConfigError(
                     f"site {site}: the broker has an account of this name that is no site's; "
                     "choose another name"
@@ -255,8 +259,8 @@ class Accounts:
     def _give_password(self, account: SiteAccount) -> str:
         password = secrets.token_urlsafe(PASSWORD_BYTES)
         hashed = hash_password(password)
-        self._door.apply(definitions(account.site, hashed, self._vhost))
-        self._door.disconnect(account.site)
+        self._broker.apply(definitions(account.site, hashed, self._vhost))
+        self._broker.disconnect(account.site)
         if find_account(self._store, account.site) != account:
             raise _changed_meanwhile(account.site)
         self._write(account.model_copy(update={"state": "active", "password_hash": hashed}))

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 ROOM: Final = 2**22  # fp64 values of all deltas in memory at a time, a thread: 32 MiB
 
-Pair = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Votes:
@@ -106,7 +104,7 @@ def multi_krum(
     }
 
 
-def krum_scores(count: int, distances: Mapping[Pair, float], bad: int) -> list[float]:
+def krum_scores(count: int, distances: Mapping[tuple[int, int], float], bad: int) -> list[float]:
     """Each delta's score from the squared distances of all pairs (i, j), i < j."""
     scores = []
     for i in range(count):
@@ -115,7 +113,7 @@ def krum_scores(count: int, distances: Mapping[Pair, float], bad: int) -> list[f
     return scores
 
 
-def _distances(manifest: Manifest, votes: Votes, threads: int) -> dict[Pair, float]:
+def _distances(manifest: Manifest, votes: Votes, threads: int) -> dict[tuple[int, int], float]:
     """Squared distances between whole deltas; what is summed over tensors is summed exactly."""
     pairs = list(itertools.combinations(range(len(votes.files)), 2))
 

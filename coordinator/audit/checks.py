@@ -152,7 +152,7 @@ def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None
     for site in sorted(counted & closing.excluded.keys()):
         chain.find(number, key, f"both counts {site} and leaves it out")
     selected = opened.selected if opened else ()
-    for site, why in steering.left_out(selected).items():
+    for site, why in steering.excluded_among(selected).items():
         if closing.excluded.get(site) != why:
             chain.find(number, key, f"excluded: {site} was taken out by an operator ({why})")
     _check_inputs(chain, config, closing, steering.excluded)

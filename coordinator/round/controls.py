@@ -40,7 +40,7 @@ class Steering:
         """The accepted deltas that may still count."""
         return {key: record for key, record in uncounted.items() if key[0] not in self.excluded}
 
-    def left_out(self, selected: Iterable[str]) -> dict[str, str]:
+    def excluded_among(self, selected: Iterable[str]) -> dict[str, str]:
         """The selected sites that an operator took out, with the reason."""
         return {site: self.excluded[site] for site in selected if site in self.excluded}
 

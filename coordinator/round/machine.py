@@ -32,10 +32,10 @@ from coordinator.round.state import (
     AnnounceRound,
     AnnounceRun,
     AnswerDelta,
-    Bell,
     Effect,
     Fact,
     MakeGenesis,
+    Notification,
     RunState,
     Step,
     Ticked,
@@ -73,9 +73,9 @@ REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
 
 def apply(state: RunState, fact: Fact) -> tuple[RunState, tuple[Effect, ...]]:
     """Fold one fact in. Facts that are known already or came too late change nothing."""
-    after, bells = _fold(state, fact)
+    after, notifications = _fold(state, fact)
     step = next_step(after)
-    return after, (*bells, *((step,) if step else ()))
+    return after, (*notifications, *((step,) if step else ()))
 
 
 def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
@@ -88,18 +88,18 @@ def replay(config: FederationConfig, history: Iterable[Record]) -> RunState:
 
 def resume(state: RunState) -> tuple[Effect, ...]:
     """After a restart: send every notification that may have been lost, then do the next step."""
-    bells: list[Effect] = []
+    notifications: list[Effect] = []
     if state.genesis is None and state.finished is None:
-        bells.append(AnnounceRun(state.waiting_for))
+        notifications.append(AnnounceRun(state.waiting_for))
     if state.open_round is not None:
-        bells.append(AnnounceRound(state.waiting_for))
+        notifications.append(AnnounceRound(state.waiting_for))
     if state.finished is not None:
-        bells.append(AnnounceFinished(tuple(sorted(state.members))))
+        notifications.append(AnnounceFinished(tuple(sorted(state.members))))
     step = next_step(state)
-    return (*bells, *((step,) if step else ()))
+    return (*notifications, *((step,) if step else ()))
 
 
-def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]:
+def pending(state: RunState, site: str, *, first: bool = True) -> tuple[Notification, ...]:
     """What the ledger owes a site that came online, in the order it needs it.
 
     ``first``: its process has just begun. A site that is given up in the open round gets another
@@ -113,16 +113,16 @@ def debts(state: RunState, site: str, *, first: bool = True) -> tuple[Bell, ...]
         nothing_to_do = state.finished.sha is None or site in state.evaluated
         end = AnnounceFinished((site,))
         return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
-    bells: list[Bell] = [AnnounceRun((site,))]
+    notifications: list[Notification] = [AnnounceRun((site,))]
     opened = state.open_round
     if opened is not None and site in state.steering.in_force(opened.selected):
         mine = state.uncounted.get((site, opened.round))
         trouble = state.troubles.get(site)
         if mine is not None:
-            bells.append(AnswerDelta(mine))
+            notifications.append(AnswerDelta(mine))
         elif first or trouble is None or not given_up(state.config.policy, trouble):
-            bells.append(AnnounceRound((site,)))
-    return tuple(bells)
+            notifications.append(AnnounceRound((site,)))
+    return tuple(notifications)
 
 
 def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per phase
@@ -361,7 +361,7 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             round=opened.round,
             source_sha=opened.source_sha,
             inputs=inputs,
-            excluded={**decision.excluded, **steering.left_out(opened.selected)},
+            excluded={**decision.excluded, **steering.excluded_among(opened.selected)},
             weighting=weighting(state.config.policy, mode),
             controls=steering.number,
         )

@@ -98,8 +98,8 @@ class AnnounceFinished:
 
 
 Step = MakeGenesis | WriteRecord | Aggregate
-Bell = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
-Effect = Step | Bell
+Notification = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
+Effect = Step | Notification
 Fact = Record | Ticked
 
 

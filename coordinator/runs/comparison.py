@@ -31,7 +31,7 @@ WAITING, CLOSING = "rest of the round", "closing"
 
 
 @dataclass(frozen=True)
-class RoundFacts:
+class ComparedRound:
     """One closed round of one run.
 
     ``uploaded``: bytes of valid deltas up to and with this round, by member. ``cosine``,
@@ -53,7 +53,7 @@ class RoundFacts:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class ComparedRun:
     """One run.
 
     ``label``: its name, or STORE:RUN where names repeat, STORE without the folder that all have in
@@ -68,34 +68,34 @@ class RunFacts:
     base: str | None
     members: tuple[str, ...]
     held_out: dict[str, tuple[int, int]]
-    rounds: tuple[RoundFacts, ...]
+    rounds: tuple[ComparedRound, ...]
     settings: dict[str, Any]
 
     @property
-    def last(self) -> RoundFacts | None:
+    def last(self) -> ComparedRound | None:
         """The last closed round."""
         return self.rounds[-1] if self.rounds else None
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds by phase over all rounds, as in ``RoundFacts.slowest``."""
+        """Wall-clock seconds by phase over all rounds, as in ``ComparedRound.slowest``."""
         total: Counter[str] = Counter()
         for facts in self.rounds:
             total.update(facts.slowest)
         return {phase: total[phase] for phase in phases([total])}
 
 
-def gather(history: History, label: str) -> RunFacts:
+def gather(history: History, label: str) -> ComparedRun:
     """All facts of one run."""
     genesis = history.one(0, GenesisRecord)
     uploaded = 0
-    rounds: list[RoundFacts] = []
+    rounds: list[ComparedRound] = []
     held_out: dict[str, tuple[int, int]] = {}
     for number in range(history.last_closed + 1):
         uploaded += sum(record.size for record in history.accepted(number).values())
         for site, loss in history.held_out(number).items():
             held_out.setdefault(site, (loss.examples, loss.tokens))
         rounds.append(_round(history, number, uploaded / max(len(history.members), 1)))
-    return RunFacts(
+    return ComparedRun(
         label=label,
         run=history.run,
         model=history.config.base.model,
@@ -107,7 +107,7 @@ def gather(history: History, label: str) -> RunFacts:
     )
 
 
-def warnings(runs: Sequence[RunFacts]) -> list[str]:
+def warnings(runs: Sequence[ComparedRun]) -> list[str]:
     """Why losses of these runs may not be set against each other, one line for each reason.
 
     No record holds held-out text or its digest: sites, examples and tokens are what is compared.
@@ -152,7 +152,7 @@ def closing_seconds(history: History, number: int) -> float | None:
     return max(float(ends) - closing.time, 0.0)
 
 
-def _round(history: History, number: int, uploaded: float) -> RoundFacts:
+def _round(history: History, number: int, uploaded: float) -> ComparedRound:
     by_site = history.held_out(number)
     pooled = pool_held_out(by_site.values())
     closed = history.one(number, ClosedRecord)
@@ -161,7 +161,7 @@ def _round(history: History, number: int, uploaded: float) -> RoundFacts:
     spent = [_positive(r.metrics.seconds) for r in history.accepted(number).values()]
     for seconds in spent:
         in_turn.update(seconds)
-    return RoundFacts(
+    return ComparedRound(
         round=number,
         held_out_nll=pooled.nll if pooled else None,
         perplexity=perplexity(pooled),

@@ -189,7 +189,7 @@ class Standing:
                 case ClosingRecord():
                     excluded = dict(record.excluded)
         if number > 0 and ClosingRecord not in kinds:  # what was decided stands in the decision
-            excluded = self.steering.left_out(selected)
+            excluded = self.steering.excluded_among(selected)
         if kinds & {ClosedRecord, GenesisRecord}:
             state = "closed"
         elif ClosingRecord in kinds:

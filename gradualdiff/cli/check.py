@@ -10,7 +10,7 @@ import typer
 
 from gradualdiff.cli.doctor import tell
 from gradualdiff.cli.output import JsonOption, fixed, print_json, print_table
-from gradualdiff.doctor.checks import Finding, check_folder
+from gradualdiff.doctor.checks import CheckResult, check_folder
 from shared.errors import GradualDiffError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _rehearse(
     config: FederationConfig,
     learners: dict[str, TorchLearner],
     display: Display,
-    found: list[Finding],
+    found: list[CheckResult],
     errors: list[GradualDiffError],
 ) -> dict[str, Rehearsal]:
     from coordinator.effects import announcement
@@ -79,12 +79,12 @@ def _rehearse(
             rehearsed[site] = learner.rehearse(announcement(config, site), report)
         except GradualDiffError as error:
             errors.append(error)
-            found.append(Finding(site, "FAIL", str(error)))
+            found.append(CheckResult(site, "FAIL", str(error)))
             continue
         if rehearsed[site].held_out:
-            found.append(Finding(site, "OK", "model and text are there; it trains"))
+            found.append(CheckResult(site, "OK", "model and text are there; it trains"))
         else:
-            found.append(Finding(site, "WARN", NOTHING_HELD_OUT))
+            found.append(CheckResult(site, "WARN", NOTHING_HELD_OUT))
     return rehearsed
 
 
@@ -93,7 +93,7 @@ def _fit_together(
     learners: dict[str, TorchLearner],
     store: Path,
     display: Display,
-    found: list[Finding],
+    found: list[CheckResult],
     errors: list[GradualDiffError],
 ) -> None:
     """As the start of a run asks it, in a store that is thrown away on the same disk."""
@@ -106,7 +106,7 @@ def _fit_together(
             check_start(config, learners, DirectoryStore(Path(scratch)), display.report)
         except GradualDiffError as error:
             errors.append(error)
-            found.append(Finding("run", "FAIL", str(error)))
+            found.append(CheckResult("run", "FAIL", str(error)))
 
 
 def _show(config: FederationConfig, rehearsed: dict[str, Rehearsal]) -> None:

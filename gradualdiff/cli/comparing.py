@@ -24,7 +24,7 @@ from shared.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from coordinator.runs.comparison import RoundFacts, RunFacts
+    from coordinator.runs.comparison import ComparedRound, ComparedRun
     from shared.stores.port import ObjectStore
 
 MEGA = 1e6
@@ -64,7 +64,7 @@ def compare(
         console().print(f"Wrote {to}", markup=False, soft_wrap=True)
 
 
-def gather_all(names: Sequence[str], default: Path) -> list[RunFacts]:
+def gather_all(names: Sequence[str], default: Path) -> list[ComparedRun]:
     """The facts of each run, in the order given.
 
     Raises ConfigError for a run named twice or a name without a store or run around its colon,
@@ -82,7 +82,7 @@ def gather_all(names: Sequence[str], default: Path) -> list[RunFacts]:
         )
     repeated = {run for run, n in Counter(run for _, run in places).items() if n > 1}
     stores: dict[Path, ObjectStore] = {}
-    found: list[RunFacts] = []
+    found: list[ComparedRun] = []
     shared = os.path.commonpath([path.resolve().parent for path, _ in places])
     for path, run in places:
         if path not in stores:
@@ -100,7 +100,7 @@ def _place(name: str, default: Path) -> tuple[Path, str]:
     return (Path(folder) if folder else default), run
 
 
-def _print(runs: Sequence[RunFacts]) -> None:
+def _print(runs: Sequence[ComparedRun]) -> None:
     labels = [run.label for run in runs]
     print_table(
         "Runs",
@@ -112,7 +112,7 @@ def _print(runs: Sequence[RunFacts]) -> None:
     differing = differing_settings([run.settings for run in runs])
     if differing:
         print_table("Settings that differ", ("setting", *labels), differing)
-    quantities: list[tuple[str, Callable[[RoundFacts], str | None]]] = [
+    quantities: list[tuple[str, Callable[[ComparedRound], str | None]]] = [
         (
             "Held-out loss (nats per answer token); round 0: the base",
             lambda r: fixed(r.held_out_nll, 4),
@@ -140,7 +140,7 @@ def _print(runs: Sequence[RunFacts]) -> None:
     )
 
 
-def _summary(run: RunFacts) -> tuple[object, ...]:
+def _summary(run: ComparedRun) -> tuple[object, ...]:
     first, last = (run.rounds[0], run.rounds[-1]) if run.rounds else (None, None)
     return (
         run.label,
@@ -154,18 +154,18 @@ def _summary(run: RunFacts) -> tuple[object, ...]:
 
 
 def _by_round(
-    runs: Sequence[RunFacts], show: Callable[[RoundFacts], str | None]
+    runs: Sequence[ComparedRun], show: Callable[[ComparedRound], str | None]
 ) -> list[tuple[object, ...]]:
     cells = [{facts.round: show(facts) for facts in run.rounds} for run in runs]
     rounds = sorted({number for of_run in cells for number in of_run})
     return [(number, *(of_run.get(number) for of_run in cells)) for number in rounds]
 
 
-def _drift(facts: RoundFacts) -> str | None:
+def _drift(facts: ComparedRound) -> str | None:
     if facts.cosine is None:
         return None
     return f"{facts.cosine:.3f} ({facts.lowest_cosine:.3f})"
 
 
-def _of_site(run: RunFacts, site: str) -> float | None:
+def _of_site(run: ComparedRun, site: str) -> float | None:
     return run.last.by_site.get(site) if run.last else None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gradualdiff.cli.progress import Display
     from gradualdiff.demo.data import SiteFile
     from gradualdiff.demo.start import Asked, Place
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from participant.learner.torch_learner import TorchLearner
     from shared.config import FederationConfig
     from shared.stores.directory import DirectoryStore
@@ -99,7 +99,7 @@ def demo(
     """
     from coordinator.runs.inspection import History
     from gradualdiff.cli.progress import make_display
-    from gradualdiff.cli.simulate import load_learners, make_shelf, run_here
+    from gradualdiff.cli.simulate import load_learners, make_pool, run_here
     from gradualdiff.demo.start import Asked, command, find_place, leaving_nothing
     from shared.base_model import located
     from shared.config import load_federation
@@ -131,11 +131,11 @@ def demo(
         if prepare:
             typer.echo(_prepare(asked, place, display, servers))
             return
-        shelf = make_shelf("auto", place.home)
+        pool = make_pool("auto", place.home)
         if not place.resumes:
-            _begin(asked, place, store, shelf, display)
+            _begin(asked, place, store, pool, display)
         config = load_federation(place.home / "federation.toml")
-        learners = load_learners(config, place.home.resolve(), shelf)
+        learners = load_learners(config, place.home.resolve(), pool)
         again = command(asked)
         run_here(config, store, place.home, learners, display, again, anew=place.anew)
         history = History(store, place.run)
@@ -159,7 +159,7 @@ def _prepare(asked: Asked, place: Place, display: Display, servers: Path | None)
 
 
 def _begin(
-    asked: Asked, place: Place, store: DirectoryStore, shelf: ModelShelf, display: Display
+    asked: Asked, place: Place, store: DirectoryStore, pool: ModelPool, display: Display
 ) -> None:
     """Write a new run's files beside their place, try them, and move them in once they fit."""
     import shutil
@@ -175,7 +175,7 @@ def _begin(
     staged.mkdir()
     try:
         config = load_federation(_write(asked, place, base, staged))
-        learners = load_learners(config, staged.resolve(), shelf)
+        learners = load_learners(config, staged.resolve(), pool)
         check_start(config, learners, store, display.report, anew=place.anew)
         move_in(staged, place.home)
     finally:

@@ -18,7 +18,7 @@ from shared.errors import ConfigError, GradualDiffError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gradualdiff.doctor.checks import Finding
+    from gradualdiff.doctor.checks import CheckResult
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Report:
     kind: str
     file: str
     ok: bool
-    findings: list[Finding]
+    findings: list[CheckResult]
 
 
 def doctor(
@@ -53,7 +53,7 @@ def doctor(
     counts are told. A message that waits for the site is delivered to this look once, and stays.
     """
     kind = _kind(file)
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     for finding in _findings(kind, file, spool, store_url):
         found.append(finding)
         if not as_json:
@@ -90,7 +90,7 @@ def _kind(file: Path) -> str:
 
 def _findings(
     kind: str, file: Path, spool: Path | None, store_url: str | None
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     if kind == "site":
         from gradualdiff.doctor.site import check_site
 
@@ -100,7 +100,7 @@ def _findings(
     return check_federation(file, spool)
 
 
-def tell(finding: Finding) -> None:
+def tell(finding: CheckResult) -> None:
     """One finding on a line."""
     text = f"{finding.verdict:<4}  {finding.check}: {finding.says}"
     console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -31,7 +31,7 @@ KITS = "kits"
 
 
 @dataclass(frozen=True)
-class Office:
+class Servers:
     """What the commands work with. ``folder``: the one that federation.toml stands in."""
 
     config: FederationConfig
@@ -40,7 +40,7 @@ class Office:
     store: ObjectStore
 
 
-def open_office(federation: Path) -> Office:
+def open_office(federation: Path) -> Servers:
     """The servers in ``federation``. Raises ConfigError."""
     from shared.config import load_federation
     from shared.stores.opening import open_store
@@ -52,21 +52,21 @@ def open_office(federation: Path) -> Office:
             f"{federation}: expected a [broker] table, got none; add broker.url and "
             "broker.password_file"
         )
-    return Office(config, config.broker, folder, open_store(config, folder))
+    return Servers(config, config.broker, folder, open_store(config, folder))
 
 
-def accounts_of(office: Office) -> Accounts:
+def accounts_of(office: Servers) -> Accounts:
     """Its sites' accounts, managed in the way that [broker] gives. Raises ConfigError."""
-    from coordinator.accounts.broker_administration import door_of
+    from coordinator.accounts.broker_administration import broker_admin
     from coordinator.accounts.site_accounts import Accounts
     from shared.credentials import broker_address
 
-    door = door_of(office.broker, office.folder)
+    admin = broker_admin(office.broker, office.folder)
     vhost = broker_address(office.broker, office.folder).vhost
-    return Accounts(office.store, door, vhost, time.time)
+    return Accounts(office.store, admin, vhost, time.time)
 
 
-def declare_sites(office: Office, sites: list[str]) -> None:
+def declare_sites(office: Servers, sites: list[str]) -> None:
     """The sites' queues only: a run's own queue would fill up if nobody ever began the run."""
     from shared.brokers.rabbitmq import connect
     from shared.credentials import broker_address
@@ -86,7 +86,7 @@ def declare_sites(office: Office, sites: list[str]) -> None:
 # The kit -----------------------------------------------------------------------------------------
 
 
-def prepare_kit(office: Office, name: str, kit: Path | None) -> Path:
+def prepare_kit(office: Servers, name: str, kit: Path | None) -> Path:
     """Make the folder and all in it but the password; files that are there stay as they are.
 
     All that can go wrong with the folder goes wrong here, before the site's account is touched.
@@ -158,7 +158,7 @@ def site_url(broker: OperatedBrokerSection, name: str) -> str:
     return url
 
 
-def _site_toml(office: Office, name: str) -> str:
+def _site_toml(office: Servers, name: str) -> str:
     from shared.config import AcceptSection
 
     config = office.config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.kits import Office, open_office
+from gradualdiff.cli.kits import Servers, open_office
 from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
 from shared.errors import BrokerError, BrokerUnavailableError, ConfigError, RunNotFoundError
 
@@ -195,14 +195,14 @@ def purge(
 # What the commands work with ---------------------------------------------------------------------
 
 
-def _connect(office: Office) -> RabbitConnection:
+def _connect(office: Servers) -> RabbitConnection:
     from shared.brokers.rabbitmq import connect
     from shared.credentials import broker_address
 
     return connect(broker_address(office.broker, office.folder))
 
 
-def _queue_name(office: Office, queue: str) -> str:
+def _queue_name(office: Servers, queue: str) -> str:
     from shared.config_mistakes import NAME_PATTERN
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
@@ -226,7 +226,7 @@ def _queue_name(office: Office, queue: str) -> str:
     )
 
 
-def _list(office: Office) -> QueueList:
+def _list(office: Servers) -> QueueList:
     from coordinator.liveness import read_status
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
@@ -270,7 +270,7 @@ def _with_site(
     )
 
 
-def _standing(office: Office) -> Standing | None:
+def _standing(office: Servers) -> Standing | None:
     """None before the coordinator's first start."""
     from coordinator.runs.standing import Standing
 
@@ -291,22 +291,25 @@ def _count(broker: RabbitConnection, queue: str) -> tuple[int | None, int | None
         return None, None  # it is not there
 
 
-def _unacked(office: Office) -> Callable[[str], int | None]:
+def _unacked(office: Servers) -> Callable[[str], int | None]:
     """Asks the management API, if there is one; its silence is a word on stderr, and no more."""
-    from coordinator.accounts.broker_administration import ManagementDoor, door_of
+    from coordinator.accounts.broker_administration import (
+        ManagementAdmin,
+        broker_admin,
+    )
     from shared.credentials import broker_address
 
     if office.broker.management_url is None:
         return lambda _queue: None
-    door = door_of(office.broker, office.folder)
+    admin = broker_admin(office.broker, office.folder)
     vhost = broker_address(office.broker, office.folder).vhost
     failed: list[BrokerError] = []
 
     def ask(queue: str) -> int | None:
-        if failed or not isinstance(door, ManagementDoor):
+        if failed or not isinstance(admin, ManagementAdmin):
             return None
         try:
-            return door.unacknowledged(vhost, queue)
+            return admin.unacknowledged(vhost, queue)
         except BrokerError as error:
             failed.append(error)
             say(f"unacknowledged messages are unknown: {error}", stderr=True)

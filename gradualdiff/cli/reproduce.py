@@ -171,7 +171,7 @@ def _laboratory(
 
     try:
         from gradualdiff.reproduction.running import Laboratory
-        from participant.learner.model_pool import ModelShelf
+        from participant.learner.model_pool import ModelPool
     except ImportError as error:
         raise MissingPackageError(
             f"training needs the package {error.name}; "
@@ -181,7 +181,7 @@ def _laboratory(
         base = preset.base.model_copy(update={"model": str(packaged_model(display))})
         preset = preset.model_copy(update={"base": base})
     store = DirectoryStore(folder / "store")
-    return Laboratory(folder, store, preset, display, should_stop, ModelShelf())
+    return Laboratory(folder, store, preset, display, should_stop, ModelPool())
 
 
 def _bind(folder: Path, preset: Preset, data_digest: str) -> None:
@@ -212,7 +212,7 @@ def _tables(findings: Findings, laboratory: Laboratory) -> list[ResultTable]:
 
     preset = laboratory.preset
     threads = preset.training.cpu_threads
-    with laboratory.shelf.borrow(preset.base, preset.lora, threads) as model:
+    with laboratory.pool.borrow(preset.base, preset.lora, threads) as model:
         return make_tables(findings, 2 * model.base_elements)
 
 

@@ -52,7 +52,7 @@ def show(
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow", help="Watch the newest round (or ROUND) until the run is finished."
+            "--follow", help="Liveness the newest round (or ROUND) until the run is finished."
         ),
     ] = False,
     store: StoreOption = DEFAULT_STORE,

@@ -17,7 +17,7 @@ from shared.errors import ConfigError, MissingPackageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from participant.daemon import Station
+    from participant.daemon import ParticipantContext
     from participant.learner.port import Learner
     from shared.brokers.port import Broker
     from shared.config import BrokerSection, SiteConfig
@@ -48,7 +48,7 @@ def coordinator(
 
     It may be killed at any time: started again, it continues from the ledger.
     """
-    from coordinator.daemon import Office, serve
+    from coordinator.daemon import CoordinatorContext, serve
     from shared.config import load_federation
     from shared.disk.locks import first_free
     from shared.log import configure
@@ -70,7 +70,7 @@ def coordinator(
         stopped_by_signal(stopping),
     ):
         _check_store(store, stopping)
-        office = Office(
+        office = CoordinatorContext(
             config=config,
             store=store,
             connect=lambda: connect_broker(broker, folder, COORDINATOR_HEARTBEAT),
@@ -130,9 +130,9 @@ def connect_broker(section: BrokerSection, folder: Path, heartbeat_seconds: int)
 
 def make_station(
     config: SiteConfig, folder: Path, learner: Learner, stopping: threading.Event
-) -> Station:
+) -> ParticipantContext:
     """What the participant's process works with. Raises ConfigError."""
-    from participant.daemon import Station
+    from participant.daemon import ParticipantContext
     from participant.workspace import Workspace
     from shared.credentials import existing_file
     from shared.stores.transfer import HttpTransfer
@@ -146,7 +146,7 @@ def make_station(
             'from and sends to, got nothing; add [store] with url = "https://HOST:PORT", as the '
             "coordinator's store.site_url (or store.url) says it"
         )
-    return Station(
+    return ParticipantContext(
         name=config.site.name,
         connect=lambda: connect_broker(broker, folder, SITE_HEARTBEAT),
         transfer=HttpTransfer(
@@ -167,7 +167,7 @@ def make_learner(config: SiteConfig, folder: Path) -> Learner:
     # machine take each other's cores, and a step of a second takes most of a minute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        from participant.learner.model_pool import ModelShelf
+        from participant.learner.model_pool import ModelPool
         from participant.learner.torch_learner import TorchLearner
     except ImportError as error:
         raise MissingPackageError(
@@ -176,8 +176,8 @@ def make_learner(config: SiteConfig, folder: Path) -> Learner:
         ) from None
     # Whoever names no model takes those of the hub: that owner/name is a folder here too is then
     # nobody's business, and nothing to train over.
-    shelf = ModelShelf(config.device.kind, folder if config.accept.models is not None else None)
-    return TorchLearner(config.site.name, config.data, folder, shelf)
+    pool = ModelPool(config.device.kind, folder if config.accept.models is not None else None)
+    return TorchLearner(config.site.name, config.data, folder, pool)
 
 
 def _check_store(store: S3Store, stopping: threading.Event) -> None:

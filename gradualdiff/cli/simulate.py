@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from coordinator.round.state import RunState
     from gradualdiff.cli.progress import Display
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from participant.learner.torch_learner import TorchLearner
     from shared.config import FederationConfig, SiteConfig
     from shared.stores.directory import DirectoryStore
@@ -98,11 +98,11 @@ def check_resume(store: DirectoryStore, config: FederationConfig, *, resume: boo
 
 
 def load_learners(
-    config: FederationConfig, folder: Path, shelf: ModelShelf | None = None
+    config: FederationConfig, folder: Path, pool: ModelPool | None = None
 ) -> dict[str, TorchLearner]:
     """One learner per participant over one shared base model, from the sites' files.
 
-    ``shelf``: where that model may be already. Raises as ``load_sites`` does, and where the sites
+    ``pool``: where that model may be already. Raises as ``load_sites`` does, and where the sites
     do not agree on a device.
     """
     sites = load_sites(config, folder)
@@ -112,24 +112,24 @@ def load_learners(
             f"device.kind: expected one for all sites of a simulation, got {sorted(devices)}: "
             "they share one base model"
         )
-    shelf = shelf or make_shelf(devices.pop(), folder)
+    pool = pool or make_pool(devices.pop(), folder)
     from participant.learner.torch_learner import TorchLearner
 
     return {
-        site.site.name: TorchLearner(site.site.name, site.data, base, shelf) for site, base in sites
+        site.site.name: TorchLearner(site.site.name, site.data, base, pool) for site, base in sites
     }
 
 
-def make_shelf(device: Literal["auto", "cpu", "cuda"], folder: Path) -> ModelShelf:
+def make_pool(device: Literal["auto", "cpu", "cuda"], folder: Path) -> ModelPool:
     """An empty place for a base model. Raises MissingPackageError."""
     try:
-        from participant.learner.model_pool import ModelShelf
+        from participant.learner.model_pool import ModelPool
     except ImportError as error:
         raise MissingPackageError(
             f"training needs the package {error.name}; "
             "run: pip install 'gradualdiff-fed[participant]'"
         ) from None
-    return ModelShelf(device, folder)
+    return ModelPool(device, folder)
 
 
 def load_sites(config: FederationConfig, folder: Path) -> list[tuple[SiteConfig, Path]]:

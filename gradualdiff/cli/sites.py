@@ -11,7 +11,7 @@ import typer
 
 from gradualdiff.cli.kits import (
     PASSWORD_FILE,
-    Office,
+    Servers,
     accounts_of,
     declare_sites,
     open_office,
@@ -159,7 +159,7 @@ def show(
 # What the commands work with ---------------------------------------------------------------------
 
 
-def _find(office: Office, name: str) -> SiteAccount:
+def _find(office: Servers, name: str) -> SiteAccount:
     from coordinator.accounts.site_accounts import find_account
 
     found = find_account(office.store, name)
@@ -175,7 +175,7 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
-def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
+def _looked_at(office: Servers, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
     """Each site as shown, without its hash. ``listens`` None: the broker was not to be asked."""
     from coordinator.liveness import read_status
 
@@ -199,7 +199,7 @@ def _looked_at(office: Office, accounts: list[SiteAccount]) -> list[dict[str, An
     ]
 
 
-def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
+def _queues(office: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:
     """Waiting messages and consumers by site; a site without a queue is left out.
 
     The records are worth a look without the broker too: then a word on stderr, and nothing.
@@ -226,7 +226,7 @@ def _queues(office: Office, sites: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _over_in(office: Office) -> str:
+def _over_in(office: Servers) -> str:
     return f"over in {office.config.run.name}"  # limits are a run's, accounts are not
 
 
@@ -244,7 +244,7 @@ def _told(value: object) -> object:
     return value
 
 
-def _tell(office: Office, name: str, folder: Path, done: str, *, as_json: bool) -> None:
+def _tell(office: Servers, name: str, folder: Path, done: str, *, as_json: bool) -> None:
     from shared.credentials import is_loopback
 
     url = site_url(office.broker, name)

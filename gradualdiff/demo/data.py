@@ -51,7 +51,7 @@ class OwnData:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _Exchange:
     conversation: str
     sender: str
     prompt: str
@@ -163,7 +163,7 @@ def _require_positive(name: str, value: int) -> None:
         raise ConfigError(f"{name}: expected 1 or more, got {value}; give a larger number")
 
 
-def _read_pairs(source: Path) -> list[_Pair]:
+def _read_pairs(source: Path) -> list[_Exchange]:
     try:
         conversations = json.loads(source.read_bytes())
         return [
@@ -182,11 +182,11 @@ def _read_pairs(source: Path) -> list[_Pair]:
         ) from None
 
 
-def _pairs_of(conversation: str, turns: Sequence[Sequence[Mapping[str, Any]]]) -> list[_Pair]:
+def _pairs_of(conversation: str, turns: Sequence[Sequence[Mapping[str, Any]]]) -> list[_Exchange]:
     """A turn is what one person sent in a row, joined by spaces. Alone, a person has no pairs."""
     said = [(turn[0]["sender"], " ".join(m["text"] for m in turn).strip()) for turn in turns]
     return [
-        _Pair(conversation, sender, prompt, answer)
+        _Exchange(conversation, sender, prompt, answer)
         for (other, prompt), (sender, answer) in pairwise(said)
         if other != sender
         and SHORTEST <= len(prompt) <= LONGEST
@@ -194,7 +194,7 @@ def _pairs_of(conversation: str, turns: Sequence[Sequence[Mapping[str, Any]]]) -
     ]
 
 
-def _owned(pairs: Iterable[_Pair], chosen: Sequence[str]) -> dict[str, list[_Pair]]:
+def _owned(pairs: Iterable[_Exchange], chosen: Sequence[str]) -> dict[str, list[_Exchange]]:
     """The chosen senders' pairs, each conversation only with the last of ``chosen`` in it."""
     rank = {sender: i for i, sender in enumerate(chosen)}
     owner: dict[str, str] = {}
@@ -202,14 +202,14 @@ def _owned(pairs: Iterable[_Pair], chosen: Sequence[str]) -> dict[str, list[_Pai
     for pair in known:
         present = owner.setdefault(pair.conversation, pair.sender)
         owner[pair.conversation] = max(present, pair.sender, key=rank.__getitem__)
-    owned: dict[str, list[_Pair]] = defaultdict(list)
+    owned: dict[str, list[_Exchange]] = defaultdict(list)
     for pair in known:
         if owner[pair.conversation] == pair.sender:
             owned[pair.sender].append(pair)
     return owned
 
 
-def _draw(pairs: list[_Pair], limit: int | None) -> list[_Pair]:
+def _draw(pairs: list[_Exchange], limit: int | None) -> list[_Exchange]:
     """At most ``limit`` pairs, drawn over all conversations, in their own order."""
     order = sorted(
         range(len(pairs)),

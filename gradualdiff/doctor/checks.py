@@ -32,7 +32,7 @@ TLS_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one check found. ``says``: what there is, and for WARN and FAIL what to do."""
 
     check: str
@@ -40,18 +40,18 @@ class Finding:
     says: str
 
 
-def attempt(check: str, call: Callable[[], str]) -> Iterator[Finding]:
+def attempt(check: str, call: Callable[[], str]) -> Iterator[CheckResult]:
     """OK with what ``call`` says, or FAIL with its error."""
     try:
-        yield Finding(check, "OK", call())
+        yield CheckResult(check, "OK", call())
     except GradualDiffError as error:
-        yield Finding(check, "FAIL", str(error))
+        yield CheckResult(check, "FAIL", str(error))
     except OSError as error:
         where = error.filename or "a file"
-        yield Finding(check, "FAIL", f"{where}: {error.strerror or error}; fix that path")
+        yield CheckResult(check, "FAIL", f"{where}: {error.strerror or error}; fix that path")
 
 
-def check_secret(setting: str, path: Path) -> Iterator[Finding]:
+def check_secret(setting: str, path: Path) -> Iterator[CheckResult]:
     """A file with a secret: it is there, and nobody but its owner reads it."""
     from shared.credentials import read_secret
 
@@ -59,21 +59,21 @@ def check_secret(setting: str, path: Path) -> Iterator[Finding]:
         read_secret(path, setting)
         mode = stat.S_IMODE(path.stat().st_mode)
     except (ConfigError, OSError) as error:
-        yield Finding("secret", "FAIL", str(error))
+        yield CheckResult("secret", "FAIL", str(error))
         return
     if mode & 0o077:
-        yield Finding(
+        yield CheckResult(
             "secret",
             "WARN",
             f"{setting}: {path} has mode {mode:04o}: others may use it; run: chmod 600 {path}",
         )
     else:
-        yield Finding("secret", "OK", f"{setting}: {path} is its owner's alone")
+        yield CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
 
 
 @contextlib.contextmanager
 def connection(
-    section: BrokerSection, folder: Path, found: list[Finding]
+    section: BrokerSection, folder: Path, found: list[CheckResult]
 ) -> Iterator[RabbitConnection | None]:
     """A connection, or None with the reason among ``found``."""
     from shared.brokers.rabbitmq import connect
@@ -83,16 +83,16 @@ def connection(
         address = broker_address(section, folder)
         broker = connect(address)
     except GradualDiffError as error:
-        found.append(Finding("broker", "FAIL", str(error)))
+        found.append(CheckResult("broker", "FAIL", str(error)))
         yield None
         return
     with broker:
         where = f"{address}, virtual host {address.vhost}, account {address.account}"
-        found.append(Finding("broker", "OK", f"logged in to {where}"))
+        found.append(CheckResult("broker", "OK", f"logged in to {where}"))
         yield broker
 
 
-def check_tls(section: BrokerSection, folder: Path) -> Iterator[Finding]:
+def check_tls(section: BrokerSection, folder: Path) -> Iterator[CheckResult]:
     """Version and certificate of ``amqps``; plain text on the way is worth a word."""
     from shared.credentials import broker_address, is_loopback
 
@@ -103,9 +103,9 @@ def check_tls(section: BrokerSection, folder: Path) -> Iterator[Finding]:
     if address.tls:
         yield from _check_certificate(address)
     elif is_loopback(address.host):
-        yield Finding("tls", "OK", "none needed: the broker is on this machine")
+        yield CheckResult("tls", "OK", "none needed: the broker is on this machine")
     else:
-        yield Finding(
+        yield CheckResult(
             "tls",
             "WARN",
             f"broker.url is plain text to {address.host}: anybody on the network path can "
@@ -113,7 +113,7 @@ def check_tls(section: BrokerSection, folder: Path) -> Iterator[Finding]:
         )
 
 
-def _check_certificate(address: BrokerAddress) -> Iterator[Finding]:
+def _check_certificate(address: BrokerAddress) -> Iterator[CheckResult]:
     import socket
     import ssl
 
@@ -128,7 +128,7 @@ def _check_certificate(address: BrokerAddress) -> Iterator[Finding]:
             version = secure.version()
             ends = str((secure.getpeercert() or {}).get("notAfter", ""))
     except ssl.SSLCertVerificationError as error:
-        yield Finding(
+        yield CheckResult(
             "tls",
             "FAIL",
             f"broker {address}: its certificate is not accepted: "
@@ -137,17 +137,17 @@ def _check_certificate(address: BrokerAddress) -> Iterator[Finding]:
         return
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
-        yield Finding("tls", "FAIL", f"broker {address}: no TLS: {reason}; check broker.url")
+        yield CheckResult("tls", "FAIL", f"broker {address}: no TLS: {reason}; check broker.url")
         return
     days = (ssl.cert_time_to_seconds(ends) - time.time()) / 86_400
     text = f"{version}; the broker's certificate ends in {days:.0f} days"
     if days < CERTIFICATE_DAYS:
-        yield Finding("tls", "WARN", f"{text}; have it renewed")
+        yield CheckResult("tls", "WARN", f"{text}; have it renewed")
     else:
-        yield Finding("tls", "OK", text)
+        yield CheckResult("tls", "OK", text)
 
 
-def check_clock(url: str, ca_file: Path | None, setting: str) -> Iterator[Finding]:
+def check_clock(url: str, ca_file: Path | None, setting: str) -> Iterator[CheckResult]:
     """The clock of this machine against the HTTP date of the server at ``url``."""
     import urllib3
 
@@ -162,30 +162,30 @@ def check_clock(url: str, ca_file: Path | None, setting: str) -> Iterator[Findin
             raise network_error(error, "store", setting) from None
         middle = (before + time.time()) / 2
     except GradualDiffError as error:
-        yield Finding("clock", "FAIL", str(error))
+        yield CheckResult("clock", "FAIL", str(error))
         return
     try:
         there = parsedate_to_datetime(response.headers["Date"]).timestamp()
     except (KeyError, TypeError, ValueError):
-        yield Finding("clock", "SKIP", "the store's answer has no date to compare with")
+        yield CheckResult("clock", "SKIP", "the store's answer has no date to compare with")
         return
     # The date is cut to whole seconds.
     yield judge_skew(middle - there - 0.5)
 
 
-def judge_skew(skew: float) -> Finding:
+def judge_skew(skew: float) -> CheckResult:
     """``skew``: seconds that this machine is ahead of the store."""
     if abs(skew) <= WARN_SKEW_SECONDS:
-        return Finding("clock", "OK", f"within {WARN_SKEW_SECONDS:.0f} s of the store's")
+        return CheckResult("clock", "OK", f"within {WARN_SKEW_SECONDS:.0f} s of the store's")
     way = "ahead of" if skew > 0 else "behind"
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
     text = f"{abs(skew):.0f} s {way} the store's (here it is {now} UTC); set both, best by NTP"
     if abs(skew) > FAIL_SKEW_SECONDS:
-        return Finding("clock", "FAIL", f"{text}: past 15 minutes S3 refuses every request")
-    return Finding("clock", "WARN", text)
+        return CheckResult("clock", "FAIL", f"{text}: past 15 minutes S3 refuses every request")
+    return CheckResult("clock", "WARN", text)
 
 
-def check_folder(check: str, folder: Path, *, make: bool) -> Iterator[Finding]:
+def check_folder(check: str, folder: Path, *, make: bool) -> Iterator[CheckResult]:
     """A folder that can be written to, or whose parent can, and room on its disk."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -195,7 +195,7 @@ def check_folder(check: str, folder: Path, *, make: bool) -> Iterator[Finding]:
             pass
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        yield Finding(
+        yield CheckResult(
             check,
             "FAIL",
             f"{existing}: cannot be written to: {error.strerror or error}; give "
@@ -205,11 +205,11 @@ def check_folder(check: str, folder: Path, *, make: bool) -> Iterator[Finding]:
     later = "" if folder.exists() or not make else " (made at the first start)"
     text = f"{folder}{later}: {free / 1e9:.1f} GB free"
     if free < FAIL_FREE_BYTES:
-        yield Finding(check, "FAIL", f"{text}; free some: deltas and adapters go there")
+        yield CheckResult(check, "FAIL", f"{text}; free some: deltas and adapters go there")
     elif free < WARN_FREE_BYTES:
-        yield Finding(check, "WARN", f"{text}; that may be too little for deltas and adapters")
+        yield CheckResult(check, "WARN", f"{text}; that may be too little for deltas and adapters")
     else:
-        yield Finding(check, "OK", text)
+        yield CheckResult(check, "OK", text)
 
 
 def check_publishing(broker: RabbitConnection, key: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradualdiff.doctor.checks import (
-    Finding,
+    CheckResult,
     attempt,
     check_clock,
     check_folder,
@@ -33,21 +33,21 @@ SIGNED_SECONDS = 60.0
 PROBE_BYTES = 4096
 
 
-def check_federation(file: Path, spool: Path | None) -> Iterator[Finding]:
+def check_federation(file: Path, spool: Path | None) -> Iterator[CheckResult]:
     """Each check's finding, in the order of what depends on what."""
     from shared.config import load_federation
 
     try:
         config = load_federation(file)
     except ConfigError as error:
-        yield Finding("config", "FAIL", str(error))
+        yield CheckResult("config", "FAIL", str(error))
         return
     count = len(config.run.participants)
-    yield Finding("config", "OK", f"run {config.run.name} of {count} participants")
+    yield CheckResult("config", "OK", f"run {config.run.name} of {count} participants")
     folder = file.resolve().parent
     yield from _secrets(config, folder)
     if config.broker is None:
-        yield Finding(
+        yield CheckResult(
             "broker",
             "WARN",
             "no [broker] table: only gradualdiff simulate can run this; add "
@@ -63,7 +63,7 @@ def check_federation(file: Path, spool: Path | None) -> Iterator[Finding]:
     yield from check_folder("spool", spool or folder / "spool", make=True)
 
 
-def _secrets(config: FederationConfig, folder: Path) -> Iterator[Finding]:
+def _secrets(config: FederationConfig, folder: Path) -> Iterator[CheckResult]:
     named: dict[str, str | None] = {}
     if config.broker is not None:
         named["broker.password_file"] = config.broker.password_file
@@ -81,9 +81,9 @@ def _secrets(config: FederationConfig, folder: Path) -> Iterator[Finding]:
 
 def _broker(
     config: FederationConfig, section: OperatedBrokerSection, folder: Path
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     yield from check_tls(section, folder)
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     with connection(section, folder, found) as broker:
         yield from found
         if broker is not None:
@@ -92,12 +92,12 @@ def _broker(
             yield from attempt("rights", lambda: _rights(broker))
 
 
-def _version(version: str) -> Finding:
+def _version(version: str) -> CheckResult:
     """Before 3.13 the broker may check another ``user_id`` than a client reads."""
     numbers = [int(part) if part.isdigit() else 0 for part in version.split(".")[:2]]
     if numbers >= [3, 13]:
-        return Finding("broker version", "OK", f"RabbitMQ {version}")
-    return Finding(
+        return CheckResult("broker version", "OK", f"RabbitMQ {version}")
+    return CheckResult(
         "broker version",
         "WARN",
         f"RabbitMQ {version} passes on messages whose sender can be read in two ways: they are "
@@ -106,7 +106,7 @@ def _version(version: str) -> Finding:
     )
 
 
-def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[Finding]:
+def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[CheckResult]:
     """Declares the exchanges, and of the queues those that are there: other arguments show.
 
     A run's queues would fill up if nobody ever began the run, so missing ones are only told.
@@ -114,17 +114,17 @@ def _topology(broker: RabbitConnection, config: FederationConfig) -> Iterator[Fi
     try:
         there, missing = _declare_present(broker, config)
     except BrokerError as error:
-        yield Finding("topology", "FAIL", str(error))
+        yield CheckResult("topology", "FAIL", str(error))
         return
     if missing:
-        yield Finding(
+        yield CheckResult(
             "topology",
             "WARN",
             f"not there yet: {', '.join(missing)}; run gradualdiff setup, or start the "
             "coordinator, which declares them",
         )
     else:
-        yield Finding("topology", "OK", f"{there} queues are as they should be")
+        yield CheckResult("topology", "OK", f"{there} queues are as they should be")
 
 
 def _declare_present(broker: RabbitConnection, config: FederationConfig) -> tuple[int, list[str]]:
@@ -173,11 +173,11 @@ def _accounts(
     section: OperatedBrokerSection,
     folder: Path,
     stores: list[ObjectStore],
-) -> Iterator[Finding]:
-    from coordinator.accounts.broker_administration import door_of
+) -> Iterator[CheckResult]:
+    from coordinator.accounts.broker_administration import broker_admin
 
     if section.management_url is None and not section.rabbitmqctl:
-        yield Finding(
+        yield CheckResult(
             "management",
             "WARN",
             "no way to the broker's accounts: gradualdiff sites cannot work; "
@@ -186,36 +186,36 @@ def _accounts(
         return
     way = section.management_url or "rabbitmqctl"
     try:
-        on_broker = set(door_of(section, folder).accounts())
+        on_broker = set(broker_admin(section, folder).accounts())
     except GradualDiffError as error:
-        yield Finding("management", "FAIL", str(error))
+        yield CheckResult("management", "FAIL", str(error))
         return
-    yield Finding("management", "OK", f"{way} answers; {len(on_broker)} accounts")
+    yield CheckResult("management", "OK", f"{way} answers; {len(on_broker)} accounts")
     if stores:
         for site in config.run.participants:
             yield _account(stores[0], site, on_broker)
 
 
-def _account(store: ObjectStore, site: str, on_broker: set[str]) -> Finding:
+def _account(store: ObjectStore, site: str, on_broker: set[str]) -> CheckResult:
     from coordinator.accounts.site_accounts import find_account
 
     check = f"account {site}"
     try:
         found = find_account(store, site)
     except GradualDiffError as error:
-        return Finding(check, "FAIL", str(error))
+        return CheckResult(check, "FAIL", str(error))
     if found is None or found.state == "removed":
-        return Finding(check, "FAIL", f"has no account; run gradualdiff sites add {site}")
+        return CheckResult(check, "FAIL", f"has no account; run gradualdiff sites add {site}")
     if found.state != "active":
         word = {"adding": "add", "removing": "remove"}.get(found.state, "rotate")
-        return Finding(
+        return CheckResult(
             check, "WARN", f"is half done ({found.state}); repeat gradualdiff sites {word} {site}"
         )
     if site not in on_broker:
-        return Finding(
+        return CheckResult(
             check, "FAIL", "is on record, but the broker lost it; run gradualdiff sites restore"
         )
-    return Finding(check, "OK", "is there")
+    return CheckResult(check, "OK", "is there")
 
 
 def _coordinator(
@@ -224,7 +224,7 @@ def _coordinator(
     folder: Path,
     file: Path,
     stores: list[ObjectStore],
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Whether one listens. Before the run's first start there need be none."""
     from coordinator.liveness import read_status
     from coordinator.runs.standing import moment
@@ -239,17 +239,17 @@ def _coordinator(
         listening = broker.consumers([queue])[queue] if _is_there(broker, queue) else 0
     store = stores[0]
     if run not in list_runs(store):
-        yield Finding("coordinator", "SKIP", f"run {run} has not begun")
+        yield CheckResult("coordinator", "SKIP", f"run {run} has not begun")
         return
     if any(info.key == finished_key(run) for info in store.list(finished_key(run))):
-        yield Finding("coordinator", "OK", f"run {run} is finished, and needs none")
+        yield CheckResult("coordinator", "OK", f"run {run} is finished, and needs none")
         return
     status = read_status(store, run)
     if status is not None and status.problem:
-        yield Finding("run", "FAIL", status.problem)
+        yield CheckResult("run", "FAIL", status.problem)
     for site, counts in sorted(status.over.items() if status else ()):
         dropped = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        yield Finding(
+        yield CheckResult(
             f"limits of {site}",
             "WARN",
             f"it is over the [limits] of run {run}; counted and dropped: {dropped}. Look at what "
@@ -258,10 +258,12 @@ def _coordinator(
             f"gradualdiff sites remove {site} cuts it off from all",
         )
     if listening:
-        yield Finding("coordinator", "OK", f"{listening} listen to {queue}; one of them is active")
+        yield CheckResult(
+            "coordinator", "OK", f"{listening} listen to {queue}; one of them is active"
+        )
     else:
         wrote = f", and the last one wrote at {moment(status.at)}" if status else ""
-        yield Finding(
+        yield CheckResult(
             "coordinator",
             "FAIL",
             f"run {run} is not finished, but no coordinator listens to {queue}{wrote}; run: "
@@ -272,7 +274,9 @@ def _coordinator(
 # The store ---------------------------------------------------------------------------------------
 
 
-def _store(config: FederationConfig, folder: Path, opened: list[ObjectStore]) -> Iterator[Finding]:
+def _store(
+    config: FederationConfig, folder: Path, opened: list[ObjectStore]
+) -> Iterator[CheckResult]:
     """``opened`` receives the store if it can be used."""
     from shared.stores.opening import open_s3
 
@@ -284,32 +288,32 @@ def _store(config: FederationConfig, folder: Path, opened: list[ObjectStore]) ->
     try:
         store = open_s3(section, folder)
     except ConfigError as error:
-        yield Finding("store", "FAIL", str(error))
+        yield CheckResult("store", "FAIL", str(error))
         return
     ca_file = None if section.ca_file is None else folder / section.ca_file
     yield from check_clock(section.url, ca_file, "store.ca_file")
     try:
         store.check()
     except GradualDiffError as error:
-        yield Finding("store", "FAIL", str(error))
+        yield CheckResult("store", "FAIL", str(error))
         return
     opened.append(store)
     bucket = f"{section.url}, bucket {section.bucket}"
-    yield Finding("store", "OK", f"{bucket}: keys are right, conditional create is honoured")
+    yield CheckResult("store", "OK", f"{bucket}: keys are right, conditional create is honoured")
     yield _signed_urls(config, store, ca_file)
 
 
-def _open_directory(directory: Path, opened: list[ObjectStore]) -> Iterator[Finding]:
+def _open_directory(directory: Path, opened: list[ObjectStore]) -> Iterator[CheckResult]:
     from shared.stores.directory import DirectoryStore
 
     if directory.exists():
         try:
             opened.append(DirectoryStore(directory, create=False))
         except GradualDiffError as error:
-            yield Finding("store", "FAIL", str(error))
+            yield CheckResult("store", "FAIL", str(error))
 
 
-def _signed_urls(config: FederationConfig, store: S3Store, ca_file: Path | None) -> Finding:
+def _signed_urls(config: FederationConfig, store: S3Store, ca_file: Path | None) -> CheckResult:
     """A PUT and a GET as a site would do them, at the address that sites are given."""
     import hashlib
 
@@ -333,13 +337,13 @@ def _signed_urls(config: FederationConfig, store: S3Store, ca_file: Path | None)
                 store.delete(key)
     except StoreUnavailableError as error:
         if config.store.site_url is not None:
-            return Finding(
+            return CheckResult(
                 "signed urls",
                 "WARN",
                 f"{error}; sites are sent to {where}: if only they can "
                 "reach it, run gradualdiff doctor at a site",
             )
-        return Finding("signed urls", "FAIL", str(error))
+        return CheckResult("signed urls", "FAIL", str(error))
     except GradualDiffError as error:
-        return Finding("signed urls", "FAIL", f"{error}; sites are sent to {where}")
-    return Finding("signed urls", "OK", f"PUT and GET work at {where}")
+        return CheckResult("signed urls", "FAIL", f"{error}; sites are sent to {where}")
+    return CheckResult("signed urls", "OK", f"PUT and GET work at {where}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gradualdiff.doctor.checks import (
-    Finding,
+    CheckResult,
     attempt,
     check_clock,
     check_folder,
@@ -40,19 +40,19 @@ NO_RUN = "doctor-" + "0" * 40
 PEOPLE = "ask whoever runs the coordinator"
 
 
-def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
+def check_site(file: Path, store_url: str | None) -> Iterator[CheckResult]:
     """Each check's finding, in the order of what depends on what."""
     from shared.config import load_site
 
     try:
         config = load_site(file)
     except ConfigError as error:
-        yield Finding("config", "FAIL", str(error))
+        yield CheckResult("config", "FAIL", str(error))
         return
-    yield Finding("config", "OK", f"site {config.site.name}")
+    yield CheckResult("config", "OK", f"site {config.site.name}")
     folder = file.resolve().parent
     if config.broker is None:
-        yield Finding(
+        yield CheckResult(
             "broker",
             "WARN",
             "no [broker] table: only gradualdiff simulate can run this site; for gradualdiff "
@@ -63,7 +63,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
         yield from check_tls(config.broker, folder)
         yield from _broker(config.broker, config.site.name, folder)
         if config.store is None:
-            yield Finding(
+            yield CheckResult(
                 "store",
                 "FAIL",
                 "no [store] table: a participant fetches from and sends to nowhere else; add "
@@ -81,14 +81,14 @@ def check_site(file: Path, store_url: str | None) -> Iterator[Finding]:
 # The broker --------------------------------------------------------------------------------------
 
 
-def _broker(section: BrokerSection, name: str, folder: Path) -> Iterator[Finding]:
-    found: list[Finding] = []
+def _broker(section: BrokerSection, name: str, folder: Path) -> Iterator[CheckResult]:
+    found: list[CheckResult] = []
     with connection(section, folder, found) as broker:
         yield from found
         if broker is None:
             return
         if broker.identity != name:
-            yield Finding(
+            yield CheckResult(
                 "account",
                 "WARN",
                 f"broker.url names the account {broker.identity}, but site.name "
@@ -110,17 +110,17 @@ def _own_queue(broker: RabbitConnection, name: str) -> str:
     return f"{queue}: readable, {ready} messages wait, {listening}"
 
 
-def _other_queues(broker: RabbitConnection) -> Finding:
+def _other_queues(broker: RabbitConnection) -> CheckResult:
     """The refused queue stands for all that is not this site's."""
     from shared.topology import REFUSED_QUEUE
 
     try:
         broker.peek(REFUSED_QUEUE, 1)
     except AccessRefusedError:
-        return Finding("other queues", "OK", "not readable, as it should be")
+        return CheckResult("other queues", "OK", "not readable, as it should be")
     except BrokerError as error:
-        return Finding("other queues", "WARN", f"cannot be tried: {error}")
-    return Finding(
+        return CheckResult("other queues", "WARN", f"cannot be tried: {error}")
+    return CheckResult(
         "other queues",
         "WARN",
         "this account may read more than its own queue; have its rights "
@@ -128,15 +128,17 @@ def _other_queues(broker: RabbitConnection) -> Finding:
     )
 
 
-def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
+def _clock(url: str | None, ca_file: Path | None) -> Iterator[CheckResult]:
     if url is None:
-        yield Finding("clock", "SKIP", "no [store] names a server; to compare, give --store-url")
+        yield CheckResult(
+            "clock", "SKIP", "no [store] names a server; to compare, give --store-url"
+        )
         return
     parts = urlsplit(url)
     if parts.scheme in ("http", "https") and parts.hostname:
         yield from check_clock(f"{parts.scheme}://{parts.netloc}/", ca_file, "broker.ca_file")
     else:
-        yield Finding(
+        yield CheckResult(
             "clock", "FAIL", f"--store-url: expected https://HOST:PORT, got {url!r}; fix it"
         )
 
@@ -144,12 +146,12 @@ def _clock(url: str | None, ca_file: Path | None) -> Iterator[Finding]:
 # What it trains with -----------------------------------------------------------------------------
 
 
-def _data(config: SiteConfig, folder: Path) -> Iterator[Finding]:
+def _data(config: SiteConfig, folder: Path) -> Iterator[CheckResult]:
     """Read, mapped and split as for a training, but not tokenised: that takes the model."""
     try:
         rows, split, unusable = split_text(config.data, folder)
     except GradualDiffError as error:
-        yield Finding("data", "FAIL", str(error))
+        yield CheckResult("data", "FAIL", str(error))
         return
     counts = (
         f"{folder / config.data.path}: {rows} rows, {len(unusable)} unusable, "
@@ -157,85 +159,87 @@ def _data(config: SiteConfig, folder: Path) -> Iterator[Finding]:
         f"{len(split.held_out)} held out, {split.copies} left out as copies of these"
     )
     if not split.train:
-        yield Finding(
+        yield CheckResult(
             "data",
             "FAIL",
             f"{counts}: expected examples to train on; check [data]'s columns, lower "
             "data.held_out_fraction, or give more text",
         )
     elif not split.held_out:
-        yield Finding("data", "WARN", f"{counts}; {NOTHING_HELD_OUT}")
+        yield CheckResult("data", "WARN", f"{counts}; {NOTHING_HELD_OUT}")
     else:
-        yield Finding("data", "OK", counts)
+        yield CheckResult("data", "OK", counts)
 
 
-def _models(config: SiteConfig, here: Path) -> Iterator[Finding]:
+def _models(config: SiteConfig, here: Path) -> Iterator[CheckResult]:
     """Folders are looked for; what is fetched from a hub or a package cannot be told from here."""
     if config.accept.models is None:
-        yield Finding(
+        yield CheckResult(
             "base model", "SKIP", "any of the hub is accepted (no accept.models); the run names it"
         )
         return
     for model in config.accept.models:
         folder = Path(located(model, here))
         if not folder.is_absolute():
-            yield Finding("base model", "SKIP", f"{model}: is fetched when a run first asks for it")
+            yield CheckResult(
+                "base model", "SKIP", f"{model}: is fetched when a run first asks for it"
+            )
         elif (folder / "config.json").is_file():
-            yield Finding("base model", "OK", f"{model}: is there")
+            yield CheckResult("base model", "OK", f"{model}: is there")
         elif folder.is_dir():
-            yield Finding(
+            yield CheckResult(
                 "base model",
                 "FAIL",
                 f"{model}: expected a model's folder with config.json, "
                 "got one without; save the model there again",
             )
         else:
-            yield Finding(
+            yield CheckResult(
                 "base model",
                 "FAIL",
                 f"{model}: expected a folder, got none; put the model there or fix accept.models",
             )
 
 
-def _device(config: SiteConfig) -> Iterator[Finding]:
+def _device(config: SiteConfig) -> Iterator[CheckResult]:
     kind = config.device.kind
     if importlib.util.find_spec("torch") is None:
-        yield Finding(
+        yield CheckResult(
             "device",
             "FAIL",
             "torch is not installed; run: pip install 'gradualdiff-fed[participant]'",
         )
         return
     if kind == "cpu":
-        yield Finding("device", "OK", "the CPU, as device.kind says")
+        yield CheckResult("device", "OK", "the CPU, as device.kind says")
         return
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        yield Finding("device", "OK", f"{name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+        yield CheckResult("device", "OK", f"{name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
     elif kind == "cuda":
-        yield Finding(
+        yield CheckResult(
             "device",
             "FAIL",
             'device.kind: expected a GPU that torch can use for "cuda", found '
             'none; use "auto" or "cpu", or install a CUDA build of torch',
         )
     else:
-        yield Finding("device", "OK", "the CPU: torch finds no GPU")
+        yield CheckResult("device", "OK", "the CPU: torch finds no GPU")
 
 
-def _quantisation() -> Iterator[Finding]:
+def _quantisation() -> Iterator[CheckResult]:
     """Loads bitsandbytes in the one way in which it is quiet and asks no network."""
     try:
         from participant.model.libraries import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
-        yield Finding(
+        yield CheckResult(
             "bitsandbytes",
             "WARN",
             f"cannot be loaded ({type(error).__name__}: {error}): no run "
             "with base.quantisation nf4 or int8; run: pip install 'gradualdiff-fed[participant]'",
         )
         return
-    yield Finding("bitsandbytes", "OK", f"version {bitsandbytes.__version__}")
+    yield CheckResult("bitsandbytes", "OK", f"version {bitsandbytes.__version__}")

@@ -119,7 +119,7 @@ def _participant(
     broker = MeteredBroker(server.connect(name, site_rights(name)), embedding.meter, name)
     site = Site(
         name=name,
-        line=broker,
+        outbox=broker,
         transfer=MeteredTransfer(DirectoryTransfer(embedding.store), embedding.meter, name),
         workspace=Workspace(
             embedding.folder / "sites" / name,

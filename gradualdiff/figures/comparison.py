@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from coordinator.runs.comparison import RoundFacts, RunFacts
+    from coordinator.runs.comparison import ComparedRound, ComparedRun
 
 # Where exp(loss) still says something on an axis.
 _READABLE_NATS = 20.0
 
 
-def plot_comparison(runs: Sequence[RunFacts], path: Path) -> None:
+def plot_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
     """Write the picture. Raises MissingPackageError without matplotlib, ConfigError on the path."""
     figure = new_figure((12, 8.4))
     (loss, cost), (drift, time) = figure.subplots(2, 2)
@@ -50,15 +50,15 @@ def plot_comparison(runs: Sequence[RunFacts], path: Path) -> None:
     save_figure(figure, path, "--to")
 
 
-def _at(site: str) -> Callable[[RoundFacts], float | None]:
+def _at(site: str) -> Callable[[ComparedRound], float | None]:
     return lambda facts: facts.by_site.get(site)
 
 
 def _curve(
     axes: Any,
-    run: RunFacts,
-    across: Callable[[RoundFacts], float],
-    up: Callable[[RoundFacts], float | None],
+    run: ComparedRun,
+    across: Callable[[ComparedRound], float],
+    up: Callable[[ComparedRound], float | None],
     style: dict[str, Any],
 ) -> None:
     points = [(across(facts), y) for facts in run.rounds if (y := up(facts)) is not None]
@@ -66,7 +66,7 @@ def _curve(
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def _with_perplexity(axes: Any, runs: Sequence[RunFacts]) -> None:
+def _with_perplexity(axes: Any, runs: Sequence[ComparedRun]) -> None:
     losses = [r.held_out_nll for run in runs for r in run.rounds if r.held_out_nll is not None]
     if not losses or max(losses) > _READABLE_NATS:
         return
@@ -77,7 +77,7 @@ def _with_perplexity(axes: Any, runs: Sequence[RunFacts]) -> None:
     right.yaxis.set_minor_formatter("{x:.4g}")
 
 
-def _bars(axes: Any, runs: Sequence[RunFacts]) -> None:
+def _bars(axes: Any, runs: Sequence[ComparedRun]) -> None:
     seconds = [run.seconds() for run in runs]
     floor = [0.0] * len(runs)
     for index, phase in enumerate(phases(seconds)):

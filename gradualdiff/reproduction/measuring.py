@@ -116,7 +116,7 @@ class Measurements:
             return [json.loads(line) for line in lines]
 
     def _borrowed(self, config: FederationConfig) -> AbstractContextManager[LocalModel]:
-        return self._laboratory.shelf.borrow(config.base, config.lora, config.training.cpu_threads)
+        return self._laboratory.pool.borrow(config.base, config.lora, config.training.cpu_threads)
 
 
 @dataclass

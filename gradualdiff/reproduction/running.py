@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gradualdiff.cli.progress import Display
     from gradualdiff.reproduction.arms import RunPlan
     from gradualdiff.reproduction.presets import Preset
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from participant.learner.port import Learned
     from shared.config import FederationConfig
     from shared.stores.directory import DirectoryStore
@@ -58,7 +58,7 @@ class Laboratory:
     preset: Preset
     display: Display
     should_stop: Callable[[], bool]
-    shelf: ModelShelf
+    pool: ModelPool
 
     def run(self, plan: RunPlan, data: Path) -> History:
         """Bring the run to its end, or find it there. ``data``: folder with SITE.jsonl of each.
@@ -129,7 +129,7 @@ class Laboratory:
         return run in list_runs(self.store) and History(self.store, run).finished is not None
 
     def _learners(self, plan: RunPlan, data: Path) -> dict[str, _Learner]:
-        return {site: _Learner(site, site_data(site), data, self.shelf) for site in plan.sites}
+        return {site: _Learner(site, site_data(site), data, self.pool) for site in plan.sites}
 
     def _save(self, plan: RunPlan, meter: Meter) -> None:
         """What was counted, at once: a process that is killed takes nothing of it along."""

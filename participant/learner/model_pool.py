@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DEVICE_LOCK = threading.RLock()
 
 
-class ModelShelf:
+class ModelPool:
     """Holds the model that was asked for last.
 
     ``device``: what ``site.toml`` says. ``folder``: of the file whose ``base.model`` may be a path;

@@ -18,7 +18,7 @@ from participant.data.examples import Example, Message, Unusable
 from participant.data.tokenising import tokenise
 from participant.learner.evaluation import evaluate_held_out
 from shared.errors import DataError, MissingPackageError
-from shared.protocol.manifest import Fact
+from shared.protocol.manifest import Schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class AnswerLoss(Fact):
+class AnswerLoss(Schema):
     """Loss on reference answers.
 
     ``nll``: nats per answer token, weighted by token, the end-of-turn token included.
@@ -56,7 +56,7 @@ class AnswerLoss(Fact):
     dropped: Count
 
 
-class Copying(Fact):
+class Copying(Schema):
     """Longest run of each reply that also stands in one training text: mean and maximum.
 
     In characters (exact) and in words (case and punctuation ignored). ``copied``: the share of
@@ -70,7 +70,7 @@ class Copying(Fact):
     copied: Share
 
 
-class ReplyScores(Fact):
+class ReplyScores(Schema):
     """Replies against one reference each.
 
     ``bleu`` and ``chrf`` are corpus scores from 0 to 100, with sacrebleu's signature beside each;

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from participant.checkpoints import Standing, Tensors
+from participant.checkpoints import Tensors, TrainingProgress
 from participant.learner.optimizer_state import save_optimizer
 from participant.learner.training import Beginning, StepsDone
 from shared.log import get_logger
@@ -56,13 +56,13 @@ class Resumable:
         self._checkpoints = checkpoints
         self._found = found = checkpoints.newest(basis)
         self._began = time.monotonic()
-        self._saved = found.standing.step if found else 0
+        self._saved = found.progress.step if found else 0
         self.is_evaluated = found is not None
-        self.held_out: HeldOut | None = found.standing.held_out if found else None
+        self.held_out: HeldOut | None = found.progress.held_out if found else None
         self.state: Literal["fresh", "kept"] = "fresh" if kept is None else "kept"
         self._begin = Beginning(kept, only=only)
-        if found is not None and found.standing.step:
-            was = found.standing
+        if found is not None and found.progress.step:
+            was = found.progress
             losses = list(zip(was.nll, was.tokens, strict=True))
             self.state = was.state
             self._begin = Beginning(
@@ -72,7 +72,7 @@ class Resumable:
     def evaluated(self, held_out: HeldOut) -> None:
         """Note the held-out loss, and that it need not be measured again."""
         self.held_out = held_out
-        self._checkpoints.save(self._standing(StepsDone()))
+        self._checkpoints.save(self._progress(StepsDone()))
 
     def begin(self, task: RoundStarted, source: Callable[[str], NDArray[Any]]) -> Beginning:
         """Put the adapter to resume from into the model; where training begins."""
@@ -102,15 +102,15 @@ class Resumable:
         def write_optimizer(path: Path) -> FileDigest:
             return save_optimizer(optimizer, self._trained, path)
 
-        if self._checkpoints.save(self._standing(done), Tensors(write_adapter, write_optimizer)):
+        if self._checkpoints.save(self._progress(done), Tensors(write_adapter, write_optimizer)):
             self._saved = done.count
 
     def seconds(self) -> float:
         """Spent on this round's steps, in earlier processes too."""
         return self._begin.done.seconds + time.monotonic() - self._began
 
-    def _standing(self, done: StepsDone) -> Standing:
-        return Standing(
+    def _progress(self, done: StepsDone) -> TrainingProgress:
+        return TrainingProgress(
             step=done.count,
             state=self.state,
             held_out=self.held_out,

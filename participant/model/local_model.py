@@ -46,7 +46,7 @@ class LocalModel:
     ``parameters``: the adapter's float32 parameters by saved name, in name order.
     ``exposed``: its layers that tell tokens. ``tokenizer``: transformers' tokenizer.
     ``base_elements``: weights of the base. Not safe for
-    two threads at once; ``ModelShelf`` lends it to one at a time. Raises ModelError where the
+    two threads at once; ``ModelPool`` lends it to one at a time. Raises ModelError where the
     base cannot be loaded.
     """
 

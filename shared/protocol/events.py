@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, Strict
 
 from shared.config import AveragingName, BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
-from shared.protocol.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
 from shared.topology import REFUSED_BYTES
 
 Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
@@ -37,7 +37,7 @@ class WireTraining(TrainingSection):
     model_config = ConfigDict(extra="ignore")
 
 
-class Event(Fact):
+class Event(Schema):
     """Base of all events."""
 
     word: ClassVar[str]

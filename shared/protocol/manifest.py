@@ -17,13 +17,13 @@ from shared.protocol.bounds import Amount, Count, Figure, Most, Nll, Word
 Shape = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1), Most(8)]
 
 
-class Fact(BaseModel):
+class Schema(BaseModel):
     """Base of what travels or is stored: frozen, strict types, unknown fields ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class TensorSpec(Fact):
+class TensorSpec(Schema):
     """One trainable tensor. ``init``: how round 1 begins (PEFT's choice for LoRA)."""
 
     name: Annotated[str, Field(min_length=1, max_length=300), Most(300)]
@@ -40,7 +40,7 @@ class TensorSpec(Fact):
         return count
 
 
-class Manifest(Fact):
+class Manifest(Schema):
     """All trainable tensors in name order, and the modules they belong to (for PEFT's config)."""
 
     tensors: Annotated[tuple[TensorSpec, ...], Strict(False), Field(min_length=1), Most(20_000)]
@@ -59,7 +59,7 @@ class Manifest(Fact):
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
 
-class Numerics(Fact):
+class Numerics(Schema):
     """What the bytes of a local training depend on in addition to config and data."""
 
     versions: Annotated[dict[Word, Word], Most(100)]
@@ -69,7 +69,7 @@ class Numerics(Fact):
     compute_dtype: Word
 
 
-class HeldOut(Fact):
+class HeldOut(Schema):
     """Loss on text that no participant trained on: nats per answer token, weighted by token."""
 
     nll: Nll
@@ -77,7 +77,7 @@ class HeldOut(Fact):
     examples: Count
 
 
-class LocalMetrics(Fact):
+class LocalMetrics(Schema):
     """What a site reports of its local training. No text, no per-example values.
 
     A site that sends no metrics leaves all out but steps and seconds.

@@ -17,7 +17,7 @@ from pydantic import Field, Strict, model_validator
 
 from shared import topology
 from shared.config import Name, Sha256
-from shared.protocol.manifest import Fact, HeldOut, LocalMetrics, Manifest, Numerics
+from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,7 @@ Size = Annotated[int, Field(ge=1, le=2**64)]
 Names = Annotated[tuple[Name, ...], Strict(False)]
 
 
-class Record(Fact):
+class Record(Schema):
     """Base of all records."""
 
     decides: ClassVar[bool] = False
@@ -267,7 +267,7 @@ class FailedRecord(StampedRecord):
         return topology.failed_key(run, self.round, self.site, self.attempt)
 
 
-class Input(Fact):
+class Input(Schema):
     """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1.
 
     ``from_round`` is the round it was trained in, which may be an earlier one. ``scale``: what its

@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerDamagedError
-from shared.protocol.manifest import Fact
+from shared.protocol.manifest import Schema
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import is_finite, significant, squared_norm
 from shared.tensors.codecs import Codec, get_codec
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 HEADER_KEY: Final = "gradualdiff"
 
 
-class DeltaHeader(Fact):
+class DeltaHeader(Schema):
     """Whose delta this is, from which adapter, and how it is written."""
 
     run: Name

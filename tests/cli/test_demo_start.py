@@ -31,7 +31,7 @@ class NoModel(NumpyLearner):
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """``gradualdiff demo --dir tmp/demo`` over numpy learners."""
-    monkeypatch.setattr(simulate, "make_shelf", lambda *_: None)
+    monkeypatch.setattr(simulate, "make_pool", lambda *_: None)
     monkeypatch.setattr(demo, "_replies", lambda *_: [])
     monkeypatch.setattr(demo, "_configure_log", lambda folder: folder.mkdir(exist_ok=True))
 

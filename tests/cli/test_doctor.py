@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.accounts.broker_administration import ManagementDoor
+from coordinator.accounts.broker_administration import ManagementAdmin
 from coordinator.limits import Limits
-from coordinator.liveness import Watch
+from coordinator.liveness import Liveness
 from coordinator.round.machine import replay
 from gradualdiff.cli.main import app
 from gradualdiff.doctor import checks
@@ -87,12 +87,12 @@ secret_key_file = "secret-key"
         kit=kit,
         site=kit / "site.toml",
     )
-    door(rabbit_server).delete(name)
+    admin(rabbit_server).delete(name)
 
 
-def door(server):
+def admin(server):
     """The broker's accounts."""
-    return ManagementDoor(server.management_url, ADMIN, server.password, None)
+    return ManagementAdmin(server.management_url, ADMIN, server.password, None)
 
 
 def invoke(*arguments):
@@ -175,7 +175,7 @@ def test_what_setup_has_not_made_or_the_broker_lost_is_told(office):
     queues = f"queues/{office.vhost}"
     office.server.api("DELETE", f"{queues}/{topology.mirror_queue('night')}")
     (office.folder / "secret-key").chmod(0o644)
-    door(office.server).delete(office.name)
+    admin(office.server).delete(office.name)
     mended(office.toml, f'["{office.name}"]', f'["{office.name}", "nobody"]')
     found = doctor(office.toml, fails=True)
     assert failed(found) == {f"account {office.name}", "account nobody"}
@@ -201,7 +201,7 @@ def test_a_coordinator_that_is_dead_is_told(office):
     assert verdict == "FAIL"
     assert f"gradualdiff coordinator {office.toml}" in says
     limits = Limits(LimitsSection(burst=1))
-    watch = Watch(office.s3.store(office.vhost), "night", "w", limits.over)
+    watch = Liveness(office.s3.store(office.vhost), "night", "w", limits.over)
     site = config.run.participants[0]
     assert [limits.admits(site, now=0.0) for _ in range(3)] == [True, False, False]
     watch.write(replay(config, ()), time.time())

@@ -13,10 +13,10 @@ import pika.exceptions
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.accounts.broker_administration import ManagementDoor
+from coordinator.accounts.broker_administration import ManagementAdmin
 from coordinator.accounts.site_accounts import find_account
 from coordinator.limits import Limits
-from coordinator.liveness import Watch
+from coordinator.liveness import Liveness
 from coordinator.round.machine import replay
 from gradualdiff.cli.sites import app
 from shared.brokers.rabbitmq import connect
@@ -33,11 +33,11 @@ STORE = "https://store.example:9000"
 
 @pytest.fixture(params=["management", "command"])
 def office(rabbit_server, vhost, tmp_path, monkeypatch, request):
-    """A federation's folder as the working directory, with one of the two doors."""
+    """A federation's folder as the working directory, with one of the two ways to the broker."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     name = f"north-{secrets.token_hex(4)}"
-    door = {
+    admin = {
         "management": f'management_url = "{rabbit_server.management_url}"',
         "command": f"rabbitmqctl = {json.dumps(rabbit_server.rabbitmqctl)}",
     }[request.param]
@@ -54,7 +54,7 @@ model = "some/model"
 url = "amqp://{ADMIN}@127.0.0.1:{rabbit_server.port}/{vhost}"
 password_file = "operator-password"
 ca_file = "authority.pem"
-{door}
+{admin}
 [store]
 directory = "store"
 site_url = "{STORE}"
@@ -68,7 +68,7 @@ site_url = "{STORE}"
         kit=tmp_path / "kits" / name,
         store=lambda: DirectoryStore(tmp_path / "store"),
     )
-    ManagementDoor(rabbit_server.management_url, ADMIN, rabbit_server.password, None).delete(name)
+    ManagementAdmin(rabbit_server.management_url, ADMIN, rabbit_server.password, None).delete(name)
 
 
 one_door = pytest.mark.parametrize("office", ["management"], indirect=True)
@@ -203,7 +203,7 @@ def test_a_wiped_broker_is_restored(office):
     """The kit's password works again, and the site's queue is there again."""
     sites("add", office.name)
     config = kit_config(office)
-    administrator = ManagementDoor(
+    administrator = ManagementAdmin(
         office.server.management_url, ADMIN, office.server.password, None
     )
     administrator.delete(office.name)
@@ -283,7 +283,7 @@ def test_who_is_over_a_limit_is_shown(office):
     """How much of which limit was dropped, from the coordinator's own count."""
     config = load_federation(office.folder / "federation.toml")
     limits = Limits(LimitsSection(burst=2, messages_per_second=1))
-    watch = Watch(office.store(), "night", "w", limits.over)
+    watch = Liveness(office.store(), "night", "w", limits.over)
     taken = [limits.admits(office.name, now=0.0) for _ in range(5)]
     assert taken == [True, True, False, False, False]
     watch.write(replay(config, ()), 1.0)

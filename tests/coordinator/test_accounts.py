@@ -15,7 +15,11 @@ import pika
 import pika.exceptions
 import pytest
 
-from coordinator.accounts.broker_administration import CommandDoor, ManagementDoor, door_of
+from coordinator.accounts.broker_administration import (
+    CommandAdmin,
+    ManagementAdmin,
+    broker_admin,
+)
 from coordinator.accounts.site_accounts import (
     Accounts,
     definitions,
@@ -64,29 +68,29 @@ def world(rabbit_server, vhost, tmp_path):
         south=south,
     )
     for name in (north, south):
-        ManagementDoor(rabbit_server.management_url, ADMIN, rabbit_server.password, None).delete(
+        ManagementAdmin(rabbit_server.management_url, ADMIN, rabbit_server.password, None).delete(
             name
         )
 
 
-def doors(server):
-    """Both doors to the same broker."""
+def admins(server):
+    """Both admins to the same broker."""
     return {
-        "management": ManagementDoor(server.management_url, ADMIN, server.password, None),
-        "command": CommandDoor(server.rabbitmqctl),
+        "management": ManagementAdmin(server.management_url, ADMIN, server.password, None),
+        "command": CommandAdmin(server.rabbitmqctl),
     }
 
 
 @pytest.fixture(params=["management", "command"])
 def accounts(world, request):
-    """The accounts behind each of the doors."""
-    return Accounts(world.store, doors(world.server)[request.param], world.vhost, lambda: 7.0)
+    """The accounts behind each of the admins."""
+    return Accounts(world.store, admins(world.server)[request.param], world.vhost, lambda: 7.0)
 
 
 @pytest.fixture
 def managed(world):
     """The accounts behind the management API."""
-    return Accounts(world.store, doors(world.server)["management"], world.vhost, lambda: 7.0)
+    return Accounts(world.store, admins(world.server)["management"], world.vhost, lambda: 7.0)
 
 
 @contextlib.contextmanager
@@ -148,7 +152,7 @@ def test_an_account_reads_its_queue_and_publishes_as_itself(world, accounts):
 
 
 def test_an_account_has_these_rights_and_limits_and_no_tag(world, accounts):
-    """Through either door; tests/red_team/test_forbidden_operations tries what they refuse."""
+    """Either way; tests/red_team/test_forbidden_operations tries what they refuse."""
     accounts.add(world.north)
     asked = definitions(world.north, "", world.vhost)
     for kind in ("permissions", "topic-permissions"):
@@ -195,7 +199,7 @@ def test_a_wiped_broker_gets_its_accounts_back_with_the_old_passwords(world, acc
     """After restore the password in the site's kit works, with all its rights and no more."""
     passwords = {site: accounts.add(site) for site in (world.north, world.south)}
     for site, password in passwords.items():
-        doors(world.server)["management"].delete(site)
+        admins(world.server)["management"].delete(site)
         assert not can_log_in(world, site, password)
     assert accounts.restore() == sorted(passwords)
     for site, password in passwords.items():
@@ -208,16 +212,16 @@ def test_a_wiped_broker_gets_its_accounts_back_with_the_old_passwords(world, acc
 
 
 class Broken:
-    """A door whose given method raises, before or after the broker did it; then it works."""
+    """An admin whose given method raises, before or after the broker did it; then it works."""
 
-    def __init__(self, door, method, *, after=False):
-        self._door = door
+    def __init__(self, admin, method, *, after=False):
+        self._broker = admin
         self._method = method
         self._after = after
         self.fired = 0
 
     def __getattr__(self, name):
-        real = getattr(self._door, name)
+        real = getattr(self._broker, name)
         if name != self._method or self.fired:
             return real
 
@@ -234,16 +238,16 @@ class Broken:
 def broken(world, request):
     """Accounts that crash once: before the broker knows, after it, or before the cut."""
     method, after = request.param
-    door = Broken(doors(world.server)["management"], method, after=after)
-    return Accounts(world.store, door, world.vhost, lambda: 7.0), door
+    admin = Broken(admins(world.server)["management"], method, after=after)
+    return Accounts(world.store, admin, world.vhost, lambda: 7.0), admin
 
 
 def test_adding_again_heals_a_crash_between_record_and_account(world, broken):
     """The half-made account is on record, restore leaves it out, and adding again completes it."""
-    accounts, door = broken
+    accounts, admin = broken
     with pytest.raises(BrokerUnavailableError):
         accounts.add(world.north)
-    assert door.fired == 1
+    assert admin.fired == 1
     assert find_account(world.store, world.north).state == "adding"
     assert accounts.restore() == []
     password = accounts.add(world.north)
@@ -253,11 +257,11 @@ def test_adding_again_heals_a_crash_between_record_and_account(world, broken):
 
 def test_the_kits_password_survives_a_crashed_rotation(world, managed, broken):
     """Restoring brings the old password back, since the new one was given to nobody."""
-    accounts, door = broken
+    accounts, admin = broken
     old = managed.add(world.north)
     with pytest.raises(BrokerUnavailableError):
         accounts.rotate(world.north)
-    assert door.fired == 1
+    assert admin.fired == 1
     assert accounts.restore() == [world.north]
     assert can_log_in(world, world.north, old)
     new = accounts.rotate(world.north)
@@ -270,11 +274,11 @@ def test_the_kits_password_survives_a_crashed_rotation(world, managed, broken):
 def test_a_crashed_removal_is_finished_by_repeating_or_restoring(world, managed, after, repeat):
     """A site that somebody began to remove never comes back by accident."""
     password = managed.add(world.north)
-    door = Broken(doors(world.server)["management"], "delete", after=after)
-    accounts = Accounts(world.store, door, world.vhost, lambda: 7.0)
+    admin = Broken(admins(world.server)["management"], "delete", after=after)
+    accounts = Accounts(world.store, admin, world.vhost, lambda: 7.0)
     with pytest.raises(BrokerUnavailableError):
         accounts.remove(world.north)
-    assert door.fired == 1
+    assert admin.fired == 1
     for forbidden in (accounts.add, accounts.rotate):
         with pytest.raises(ConfigError, match="partly removed"):
             forbidden(world.north)
@@ -308,17 +312,17 @@ def test_what_cannot_be_is_said(world, managed):
 
 def test_two_people_at_once_do_not_both_believe_they_won(world):
     """A record that changed under a call is no success."""
-    door = doors(world.server)["management"]
-    other = Accounts(world.store, door, world.vhost, lambda: 8.0)
+    admin = admins(world.server)["management"]
+    other = Accounts(world.store, admin, world.vhost, lambda: 8.0)
 
     class Interrupted(Broken):
         def __getattr__(self, name):
             if name == "disconnect" and not self.fired:
                 self.fired += 1
                 other.rotate(world.north)
-            return getattr(self._door, name)
+            return getattr(self._broker, name)
 
-    first = Accounts(world.store, Interrupted(door, ""), world.vhost, lambda: 7.0)
+    first = Accounts(world.store, Interrupted(admin, ""), world.vhost, lambda: 7.0)
     with pytest.raises(ConfigError, match="at the same time"):
         first.add(world.north)
 
@@ -347,45 +351,45 @@ def test_records_can_be_read_without_a_door(world, managed):
     assert managed.exists(world.north)
 
 
-# The doors ---------------------------------------------------------------------------------------
+# Both ways to the broker ------------------------------------------------------------------------
 
 
 def test_a_wrong_administrators_password_is_named_and_not_told(world):
     """The error names the setting; it holds no password."""
-    door = ManagementDoor(world.server.management_url, ADMIN, "very-wrong", None)
+    admin = ManagementAdmin(world.server.management_url, ADMIN, "very-wrong", None)
     with pytest.raises(AccessRefusedError, match=r"broker.management_password_file") as caught:
-        door.accounts()
+        admin.accounts()
     assert "very-wrong" not in str(caught.value)
 
 
 def test_a_management_api_that_is_not_there(world):
     """A closed port, and something else that answers."""
     with pytest.raises(BrokerUnavailableError, match=r"broker.management_url"):
-        ManagementDoor("http://127.0.0.1:1", ADMIN, "secret", None).accounts()
+        ManagementAdmin("http://127.0.0.1:1", ADMIN, "secret", None).accounts()
     with pytest.raises(BrokerError):  # the broker's own port
-        ManagementDoor(f"http://127.0.0.1:{world.server.port}", ADMIN, "x", None).accounts()
+        ManagementAdmin(f"http://127.0.0.1:{world.server.port}", ADMIN, "x", None).accounts()
     astray = f"{world.server.management_url}/cli"
     with pytest.raises(BrokerError, match="management API"):
-        ManagementDoor(astray, ADMIN, world.server.password, None).accounts()
+        ManagementAdmin(astray, ADMIN, world.server.password, None).accounts()
 
 
 @pytest.mark.parametrize("name", ["management", "command"])
 def test_a_missing_virtual_host_is_the_brokers_answer(world, name):
     """The reason is the broker's own, without the hash."""
-    door = doors(world.server)[name]
+    admin = admins(world.server)[name]
     hashed = hash_password("x")
     with pytest.raises(BrokerError, match="nowhere") as caught:
-        door.apply(definitions(world.north, hashed, "nowhere"))
+        admin.apply(definitions(world.north, hashed, "nowhere"))
     assert hashed not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["management", "command"])
 def test_deleting_and_cutting_nobody_is_no_error(world, name):
     """Both may be repeated."""
-    door = doors(world.server)[name]
-    door.delete(world.north)
-    door.disconnect(world.north)
-    assert ADMIN in door.accounts()
+    admin = admins(world.server)[name]
+    admin.delete(world.north)
+    admin.disconnect(world.north)
+    assert ADMIN in admin.accounts()
 
 
 def script(folder, body):
@@ -399,7 +403,7 @@ def script(folder, body):
 def test_the_hash_is_on_no_command_line(tmp_path):
     """The command gets the definitions on its standard input."""
     command = script(tmp_path, f'echo "$@" > {tmp_path}/said; cat > {tmp_path}/given')
-    CommandDoor([command]).apply(definitions("north", "the-hash", "/"))
+    CommandAdmin([command]).apply(definitions("north", "the-hash", "/"))
     assert "the-hash" not in (tmp_path / "said").read_text()
     given = json.loads((tmp_path / "given").read_text())
     assert given["users"][0]["password_hash"] == "the-hash"
@@ -410,7 +414,7 @@ def test_a_command_that_fails_is_quoted_without_secrets(tmp_path):
     hashed = hash_password("x")
     command = script(tmp_path, f'echo "bad {hashed} $2" >&2; exit 64')
     with pytest.raises(BrokerError, match=r"list_users.*64: bad \*\*\* \*\*\*") as caught:
-        CommandDoor([command, "--erlang-cookie", "cookie-monster"]).accounts()
+        CommandAdmin([command, "--erlang-cookie", "cookie-monster"]).accounts()
     assert hashed not in str(caught.value)
     assert "cookie-monster" not in str(caught.value)
 
@@ -418,18 +422,18 @@ def test_a_command_that_fails_is_quoted_without_secrets(tmp_path):
 def test_a_command_that_is_not_there_or_says_nothing_useful(tmp_path):
     """The setting is named."""
     with pytest.raises(BrokerError, match=r"broker.rabbitmqctl"):
-        CommandDoor([str(tmp_path / "missing")]).accounts()
+        CommandAdmin([str(tmp_path / "missing")]).accounts()
     with pytest.raises(BrokerError, match="as JSON"):
-        CommandDoor([script(tmp_path, "echo none")]).accounts()
+        CommandAdmin([script(tmp_path, "echo none")]).accounts()
     with pytest.raises(BrokerUnavailableError):
-        CommandDoor([script(tmp_path, "exit 69")]).accounts()
+        CommandAdmin([script(tmp_path, "exit 69")]).accounts()
 
 
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     """A child that holds the pipes open does not hold us."""
     monkeypatch.setattr("coordinator.accounts.broker_administration.COMMAND_SECONDS", 0.3)
     with pytest.raises(BrokerUnavailableError, match="no answer"):
-        CommandDoor([script(tmp_path, "sleep 60 & wait")]).accounts()
+        CommandAdmin([script(tmp_path, "sleep 60 & wait")]).accounts()
 
 
 def section(**settings):
@@ -442,17 +446,17 @@ def section(**settings):
 def test_a_door_must_be_given(tmp_path):
     """Neither: the error says what to add. Both accounts' settings go together."""
     with pytest.raises(ConfigError, match=r"broker.management_url.*broker.rabbitmqctl"):
-        door_of(section(), tmp_path)
-    assert isinstance(door_of(section(rabbitmqctl=("rabbitmqctl",)), tmp_path), CommandDoor)
+        broker_admin(section(), tmp_path)
+    assert isinstance(broker_admin(section(rabbitmqctl=("rabbitmqctl",)), tmp_path), CommandAdmin)
     (tmp_path / "password").write_text("secret\n")
-    door = door_of(section(management_url="https://rabbit.example:15671"), tmp_path)
-    assert isinstance(door, ManagementDoor)
+    admin = broker_admin(section(management_url="https://rabbit.example:15671"), tmp_path)
+    assert isinstance(admin, ManagementAdmin)
     with pytest.raises(ConfigError, match="management_password_file: expected a value"):
-        door_of(
+        broker_admin(
             section(management_url="https://rabbit.example", management_account="root"), tmp_path
         )
     with pytest.raises(ConfigError, match=r"broker.management_password_file"):
-        door_of(
+        broker_admin(
             section(
                 management_url="https://rabbit.example",
                 management_account="root",
@@ -469,7 +473,7 @@ def test_an_administrators_password_does_not_travel_in_the_open(tmp_path, url):
     """Plain http to another machine, no scheme, and a password in the URL are refused."""
     (tmp_path / "password").write_text("secret\n")
     with pytest.raises(ConfigError, match=r"broker.management_url") as caught:
-        door_of(section(management_url=url), tmp_path)
+        broker_admin(section(management_url=url), tmp_path)
     assert "tell-tale" not in str(caught.value)
 
 

@@ -96,7 +96,7 @@ def stopped_at(deployment, name, point):
 
 
 def test_servers_are_killed_while_they_are_spoken_to(deploy, servers):
-    """The broker before a bell, with a delivery out, and in a training; then both servers."""
+    """Before a notification, with a delivery out, and in a training; then both servers."""
     rabbit, weed = servers
     deployment = deploy(rounds=4)
     points = ("publish.before:RoundStarted", "acknowledge.before:DeltaSubmitted")

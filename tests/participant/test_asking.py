@@ -34,7 +34,7 @@ ANNOUNCED = RunAnnounced(
 )
 
 
-class Line:
+class Outbox:
     """Keeps what is published."""
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Refusing:
 def site(tmp_path):
     return Site(
         name="a",
-        line=Line(),
+        outbox=Outbox(),
         transfer=Refusing(),
         workspace=Workspace(tmp_path),
         learner=NumpyLearner("a"),
@@ -82,7 +82,7 @@ def round_started(expires_at: float) -> RoundStarted:
 
 
 def asked(site: Site) -> int:
-    return sum(isinstance(event, SiteOnline) for event in site.line.events)
+    return sum(isinstance(event, SiteOnline) for event in site.outbox.events)
 
 
 def test_a_round_whose_url_is_over_is_asked_for_a_few_times_a_minute(site):
@@ -111,14 +111,14 @@ class Sending:
 
 
 def test_an_expired_upload_is_granted_anew(tmp_path):
-    """The round is rung again at once, and the same delta is asked for, not trained, again."""
+    """The round is announced again at once, and the same delta is asked for, not trained, again."""
     adapter = tmp_path / "adapter"
     digest = draw_adapter(MANIFEST, 1, adapter)
-    line = Line()
+    outbox = Outbox()
     learner = NumpyLearner("a")
     site = Site(
         name="a",
-        line=line,
+        outbox=outbox,
         transfer=Sending(adapter.read_bytes()),
         workspace=Workspace(tmp_path / "w"),
         learner=learner,
@@ -132,10 +132,10 @@ def test_an_expired_upload_is_granted_anew(tmp_path):
     participant.on_round_started(started, "coordinator")
     participant.work()
     for _ in range(2):
-        (wanted,) = [e for e in line.events if isinstance(e, UploadRequested)]
-        line.events.clear()
-        participant.on_round_started(started, "coordinator")  # rung again while it is under way
-        assert line.events == []
+        (wanted,) = [e for e in outbox.events if isinstance(e, UploadRequested)]
+        outbox.events.clear()
+        participant.on_round_started(started, "coordinator")  # again, while it is under way
+        assert outbox.events == []
         granted = UploadGranted(
             run="r",
             round=1,
@@ -150,7 +150,7 @@ def test_an_expired_upload_is_granted_anew(tmp_path):
             participant.on_round_started(started, "coordinator")
     assert site.transfer.refused == 1
     assert learner.trained == [1]
-    assert [type(e) for e in line.events] == [DeltaSubmitted]
+    assert [type(e) for e in outbox.events] == [DeltaSubmitted]
 
 
 def test_a_store_that_refuses_every_url_is_not_asked_on_and_on(site):

@@ -22,8 +22,8 @@ from participant.checkpoints import (
     OPTIMIZER_FILE,
     PROGRESS_FILE,
     Checkpoints,
-    Standing,
     Tensors,
+    TrainingProgress,
 )
 from participant.learner.port import Progress
 from participant.reporting import Reporter
@@ -57,9 +57,9 @@ def task(**values):
     return RoundStarted(**fields)
 
 
-def standing(step, **values):
+def progress(step, **values):
     """Floats with no short decimal form: they must come back exactly."""
-    return Standing(
+    return TrainingProgress(
         step=step,
         state="kept",
         held_out=HELD_OUT,
@@ -91,13 +91,13 @@ def filled(root, *steps):
     made, found = opened(root)
     assert found is None
     for step in steps:
-        assert made.save(standing(step), tensors(step) if step else None)
+        assert made.save(progress(step), tensors(step) if step else None)
     return made
 
 
 def newest_step(root, **values):
     found = opened(root, **values)[1]
-    return None if found is None else found.standing.step
+    return None if found is None else found.progress.step
 
 
 def folder(root):
@@ -119,7 +119,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path):
     """Every float exactly, tensors and all, in another process's place."""
     filled(tmp_path, 0, 3)
     found = opened(tmp_path)[1]
-    assert found.standing == standing(3)
+    assert found.progress == progress(3)
     assert found.folder == folder(tmp_path) / "step-00000003"
     assert folder(tmp_path).name == "00002-aaaaaaaaaaaa"
     for path in (found.adapter, found.optimizer):
@@ -131,7 +131,7 @@ def test_the_first_holds_the_evaluation_and_no_tensors(tmp_path):
     """So that held-out loss is not measured again after a kill in the first minute."""
     filled(tmp_path, 0)
     found = opened(tmp_path)[1]
-    assert (found.standing.step, found.standing.held_out) == (0, HELD_OUT)
+    assert (found.progress.step, found.progress.held_out) == (0, HELD_OUT)
     assert [path.name for path in found.folder.iterdir()] == [PROGRESS_FILE]
 
 
@@ -159,11 +159,11 @@ def test_a_damaged_one_is_said_and_the_one_before_it_is_taken(tmp_path, name, da
         assert other != data
     with capture_logs() as logs:
         made, found = opened(tmp_path)
-    assert found.standing.step == 2
+    assert found.progress.step == 2
     assert [line["event"] for line in logs] == ["checkpoint.ignored"]
     assert "step-00000004" in logs[0]["path"]
     assert logs[0]["reason"]
-    made.save(standing(4), tensors(4))
+    made.save(progress(4), tensors(4))
     assert newest_step(tmp_path) == 4
     assert names(tmp_path) == ["step-00000002", "step-00000004"]
 
@@ -186,7 +186,7 @@ def test_one_of_something_else_is_said_and_not_used(tmp_path, field, other):
     assert found is None
     assert f"{field} differ" in logs[0]["reason"]
     # What cannot be used makes room for what can.
-    made.save(standing(1), tensors(1))
+    made.save(progress(1), tensors(1))
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -217,7 +217,7 @@ def test_the_state_a_round_began_from_matters_where_it_is_kept(tmp_path):
     assert newest_step(tmp_path, last_counted="d" * 64) == 2
     keep = {"training": WireTraining(local_steps=9, optimizer_state="keep")}
     made, _ = opened(tmp_path, last_counted="d" * 64, **keep)
-    made.save(standing(3), tensors(3))
+    made.save(progress(3), tensors(3))
     assert newest_step(tmp_path, last_counted="d" * 64, **keep) == 3
     assert newest_step(tmp_path, last_counted="e" * 64, **keep) is None
 
@@ -227,8 +227,8 @@ def test_names_that_are_not_ours_are_left_alone(tmp_path):
     made = filled(tmp_path, 2)
     for name in ("step-x", "lost+found"):
         (folder(tmp_path) / name).mkdir()
-    made.save(standing(3), tensors(3))
-    made.save(standing(4), tensors(4))
+    made.save(progress(3), tensors(3))
+    made.save(progress(4), tensors(4))
     assert newest_step(tmp_path) == 4
     assert names(tmp_path) == ["lost+found", "step-00000003", "step-00000004", "step-x"]
 
@@ -254,7 +254,7 @@ def test_one_is_due_so_many_seconds_after_the_end_of_the_last(tmp_path, monkeypa
         now[0] += 500.0
         return tensors(1).adapter(path)
 
-    made.save(standing(1), Tensors(slow, slow))
+    made.save(progress(1), Tensors(slow, slow))
     assert not made.due()
     now[0] += 60.0
     assert made.due()
@@ -273,7 +273,7 @@ def test_a_disk_that_fails_costs_the_checkpoint_and_nothing_else(tmp_path, code,
 
     broken = Tensors(**{"adapter": tensors(3).adapter, "optimizer": tensors(3).optimizer, at: fail})
     with capture_logs() as logs:
-        assert not made.save(standing(3), broken)
+        assert not made.save(progress(3), broken)
     assert [(line["event"], line["log_level"]) for line in logs] == [
         ("checkpoint.failed", "warning")
     ]
@@ -281,7 +281,7 @@ def test_a_disk_that_fails_costs_the_checkpoint_and_nothing_else(tmp_path, code,
     assert not made.due()
     assert names(tmp_path) == before
     assert newest_step(tmp_path) == 2
-    assert made.save(standing(4), tensors(4))
+    assert made.save(progress(4), tensors(4))
 
 
 POINTS = [
@@ -303,7 +303,7 @@ from tests.participant import test_checkpoints as shown
 point, root = sys.argv[1], Path(sys.argv[2])
 made, found = shown.opened(root)
 shown.failpoints.arm(lambda name: name == point and os.kill(os.getpid(), signal.SIGKILL))
-made.save(shown.standing(6), shown.tensors(6))
+made.save(shown.progress(6), shown.tensors(6))
 """
 
 
@@ -318,10 +318,10 @@ def test_a_kill_in_the_middle_of_one_leaves_the_last_or_the_new_one_whole(tmp_pa
     is_new = POINTS.index(point) >= POINTS.index("checkpoint.renamed")
     with capture_logs() as logs:
         made, found = opened(tmp_path)
-    assert found.standing.step == (6 if is_new else 4)
+    assert found.progress.step == (6 if is_new else 4)
     assert logs == []
-    made.save(standing(8), tensors(8))
-    assert names(tmp_path) == [f"step-{found.standing.step:08d}", "step-00000008"]
+    made.save(progress(8), tensors(8))
+    assert names(tmp_path) == [f"step-{found.progress.step:08d}", "step-00000008"]
 
 
 def test_the_points_named_here_are_those_that_a_save_passes(tmp_path):
@@ -329,7 +329,7 @@ def test_the_points_named_here_are_those_that_a_save_passes(tmp_path):
     made = filled(tmp_path, 2)
     passed = []
     failpoints.arm(passed.append)
-    made.save(standing(3), tensors(3))
+    made.save(progress(3), tensors(3))
     assert passed == POINTS
 
 
@@ -377,7 +377,7 @@ def test_a_record_is_canonical_json(tmp_path):
     data = (folder(tmp_path) / "step-00000001" / PROGRESS_FILE).read_bytes()
     values = json.loads(data)
     assert canonical_json(values) == data
-    assert values["belonging"]["site"] == "site"
+    assert values["key"]["site"] == "site"
     assert values["files"][ADAPTER_FILE]["sha256"]
 
 
@@ -429,4 +429,4 @@ def test_checkpoints_need_the_ground_first(tmp_path):
     """A save before newest() would belong to nothing."""
     made = Checkpoints(tmp_path / "folder", task(), "site", 60.0)
     with pytest.raises(AssertionError):
-        made.save(standing(0))
+        made.save(progress(0))

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from coordinator.aggregation.genesis import adapter_config, draw_adapter  # noqa: E402  # after the skip
-from participant.learner.model_pool import ModelShelf  # noqa: E402
+from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.port import DELTA_FILE  # noqa: E402
 from participant.model.adapter import add_adapter, trainable  # noqa: E402
 from participant.model.libraries import offline, peft, transformers  # noqa: E402
@@ -176,14 +176,14 @@ def flora(tiny_model, rank=4):
 @pytest.mark.parametrize("rank", [4, 2])
 def test_a_site_trains_and_measures_over_all_rounds_before(tiny_model, draw, tmp_path, rank):
     """Held-out loss, replies and delta are those of the merged base; then the base is as it was."""
-    shelf = ModelShelf("cpu")
-    learner = make_learner(tmp_path / "data", shelf)
+    pool = ModelPool("cpu")
+    learner = make_learner(tmp_path / "data", pool)
     announced = flora(tiny_model, rank)
     manifest = learner.prepare(announced, ignore).manifest
     genesis = tmp_path / "genesis"
     draw_adapter(of_rank(manifest, 4), 1, genesis)
     stack = tmp_path / "stack"
-    with shelf.borrow(announced.base, announced.lora, 1) as model:
+    with pool.borrow(announced.base, announced.lora, 1) as model:
         before = weights(model)
         write(stack, of_rank(manifest, 9), grown(model, draw, 9, 4))
     task = start_round().model_copy(update={"averaging": "flora"})
@@ -196,18 +196,18 @@ def test_a_site_trains_and_measures_over_all_rounds_before(tiny_model, draw, tmp
         assert learner.evaluate("run", path, ignore) == losses[-1]
         with DeltaFile(folder / DELTA_FILE, manifest) as delta:
             assert delta.read(manifest.tensors[0]).shape == manifest.tensors[0].shape
-        with shelf.borrow(announced.base, announced.lora, 1) as model:
+        with pool.borrow(announced.base, announced.lora, 1) as model:
             assert weights(model) == before
     assert losses[0] != losses[1]
     assert shas[0] != shas[1]
     assert len(learner.replies(stack, ["hello"], 4)) == 1
-    with shelf.borrow(announced.base, announced.lora, 1) as model:
+    with pool.borrow(announced.base, announced.lora, 1) as model:
         assert weights(model) == before
 
 
 def test_a_site_whose_base_cannot_be_merged_into_says_so_before_the_run(tiny_model, tmp_path):
     """Not in the second round, when there is something to merge."""
-    learner = make_learner(tmp_path / "data", ModelShelf("cpu"))
+    learner = make_learner(tmp_path / "data", ModelPool("cpu"))
     announced = announce(tiny_model).model_copy(update={"averaging": "flora"})
     with pytest.raises(ModelError, match="not quantised"):
         learner.prepare(announced, ignore)

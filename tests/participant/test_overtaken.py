@@ -16,7 +16,7 @@ from shared.protocol.events import (
     UploadRequested,
 )
 from tests.numpy_learner import ANYTHING, MANIFEST, NumpyLearner
-from tests.participant.test_asking import ANNOUNCED, Line, round_started
+from tests.participant.test_asking import ANNOUNCED, Outbox, round_started
 
 
 class Bringing:
@@ -43,7 +43,7 @@ def adapter(tmp_path):
 def site(tmp_path, adapter):
     return Site(
         name="a",
-        line=Line(),
+        outbox=Outbox(),
         transfer=Bringing(adapter[1]),
         workspace=Workspace(tmp_path / "workspace"),
         learner=NumpyLearner("a"),
@@ -80,7 +80,7 @@ def train(participant, started, number):
 
 def granted(site, number) -> UploadGranted:
     request = next(
-        e for e in site.line.events if isinstance(e, UploadRequested) and e.round == number
+        e for e in site.outbox.events if isinstance(e, UploadRequested) and e.round == number
     )
     return UploadGranted(
         run="r",

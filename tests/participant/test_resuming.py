@@ -19,7 +19,7 @@ from structlog.testing import capture_logs  # after the skip
 from participant import checkpoints as clocked
 from participant.checkpoints import Checkpoints
 from participant.learner import resuming
-from participant.learner.model_pool import ModelShelf
+from participant.learner.model_pool import ModelPool
 from participant.learner.port import DELTA_FILE, STATE_FILE
 from shared import failpoints
 from shared.disk.files import digest_file
@@ -85,13 +85,13 @@ def _disarmed():
 
 
 @pytest.fixture(scope="module")
-def shelf():
-    return ModelShelf("cpu")
+def pool():
+    return ModelPool("cpu")
 
 
 @pytest.fixture(scope="module")
-def learner(tmp_path_factory, shelf, tiny_model):
-    made = make_learner(tmp_path_factory.mktemp("data"), shelf)
+def learner(tmp_path_factory, pool, tiny_model):
+    made = make_learner(tmp_path_factory.mktemp("data"), pool)
     made.prepare(announce(tiny_model), ignore)
     return made
 
@@ -265,11 +265,11 @@ def test_seconds_are_those_of_all_processes(learn):
     assert all(progress.seconds_before > 0 for progress in seen)
 
 
-def test_other_text_begins_the_round_anew(learn, learner, tmp_path, shelf, tiny_model, source):
+def test_other_text_begins_the_round_anew(learn, learner, tmp_path, pool, tiny_model, source):
     """The site's text changed between kill and start: half a training on each would be neither."""
     with pytest.raises(Cut):
         learn("cut", Steps("training.stepped", 3), VARIANTS[0])
-    other = make_learner(tmp_path / "other", shelf, "site-b")
+    other = make_learner(tmp_path / "other", pool, "site-b")
     other.prepare(announce(tiny_model), ignore)
     task = start_round(2, **VARIANTS[0])
     steps = Steps()

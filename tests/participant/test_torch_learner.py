@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from participant.checkpoints import Checkpoints  # noqa: E402  # after the skip
-from participant.learner.model_pool import ModelShelf  # noqa: E402
+from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.port import DELTA_FILE, STATE_FILE  # noqa: E402
 from participant.learner.torch_learner import TorchLearner  # noqa: E402
 from shared.averaging import get_averaging  # noqa: E402
@@ -74,22 +74,22 @@ def start_round(number=1, **training):
     )
 
 
-def make_learner(folder, shelf, site="site-a", held_out=0.25):
+def make_learner(folder, pool, site="site-a", held_out=0.25):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"q": f"{site} asks {i}", "a": f"{i} times {len(site)}"} for i in range(16)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSection(path="text.jsonl", prompt="q", answer="a", held_out_fraction=held_out)
-    return TorchLearner(site, data, folder, shelf)
+    return TorchLearner(site, data, folder, pool)
 
 
 @pytest.fixture(scope="module")
-def shelf():
-    return ModelShelf("cpu")
+def pool():
+    return ModelPool("cpu")
 
 
 @pytest.fixture
-def learner(tmp_path, shelf, tiny_model):
-    made = make_learner(tmp_path / "data", shelf)
+def learner(tmp_path, pool, tiny_model):
+    made = make_learner(tmp_path / "data", pool)
     made.prepare(announce(tiny_model), ignore)
     return made
 
@@ -125,10 +125,10 @@ def digest(folder, name=DELTA_FILE):
 
 
 def test_prepare_tells_what_a_site_has_and_is_cheap_the_second_time(
-    tmp_path, shelf, tiny_model, monkeypatch
+    tmp_path, pool, tiny_model, monkeypatch
 ):
     """Manifest, fingerprint, numerics and examples; nothing is loaded again."""
-    learner = make_learner(tmp_path, shelf)
+    learner = make_learner(tmp_path, pool)
     told = []
     ready = learner.prepare(announce(tiny_model), told.append)
     assert [(p.activity, p.done, p.total) for p in told] == [
@@ -150,7 +150,7 @@ def test_a_base_that_is_not_the_runs_is_refused(learner, tiny_model):
 
 
 def test_a_delta_is_what_the_training_added_and_passes_the_coordinators_check(
-    learner, source, tmp_path, shelf, tiny_model
+    learner, source, tmp_path, pool, tiny_model
 ):
     """D = theta - A in float32, tensor by tensor; every B moves."""
     learned = learn(learner, source, tmp_path / "out")
@@ -166,7 +166,7 @@ def test_a_delta_is_what_the_training_added_and_passes_the_coordinators_check(
     )
     assert check_delta(tmp_path / "out" / DELTA_FILE, manifest, header, None).norm > 0
     with (
-        shelf.borrow(announced.base, announced.lora, 1) as model,
+        pool.borrow(announced.base, announced.lora, 1) as model,
         TensorFile(source) as before,
         DeltaFile(tmp_path / "out" / DELTA_FILE, manifest) as delta,
     ):
@@ -181,7 +181,7 @@ def test_a_delta_is_what_the_training_added_and_passes_the_coordinators_check(
 
 
 def test_a_round_of_one_factor_trains_sends_and_keeps_that_one_alone(
-    learner, source, tmp_path, shelf, tiny_model
+    learner, source, tmp_path, pool, tiny_model
 ):
     """A keeps its bytes, B's moments are B's, and the next round of all trains A again."""
     announced = announce(tiny_model)
@@ -192,7 +192,7 @@ def test_a_round_of_one_factor_trains_sends_and_keeps_that_one_alone(
     assert 2 * len(part.tensors) == len(whole.tensors)
     names = {spec.name for spec in part.tensors}
     with (
-        shelf.borrow(announced.base, announced.lora, 1) as model,
+        pool.borrow(announced.base, announced.lora, 1) as model,
         TensorFile(source) as before,
         DeltaFile(tmp_path / "out" / DELTA_FILE, part) as delta,
         TensorFile(tmp_path / "out" / STATE_FILE) as state,
@@ -210,14 +210,14 @@ def test_a_round_of_one_factor_trains_sends_and_keeps_that_one_alone(
         assert all(delta.read(spec).any() for spec in whole.tensors)
 
 
-def test_a_site_of_a_lower_rank_begins_with_the_leading_block(source, tmp_path, shelf, tiny_model):
+def test_a_site_of_a_lower_rank_begins_with_the_leading_block(source, tmp_path, pool, tiny_model):
     """Rank 2 of an adapter of rank 4: its first rows and columns, and a delta of that shape."""
-    small = make_learner(tmp_path / "small", shelf)
+    small = make_learner(tmp_path / "small", pool)
     announced = announce(tiny_model).model_copy(update={"lora": WireLora(rank=2)})
     manifest = small.prepare(announced, ignore).manifest
     learn(small, source, tmp_path / "out")
     with (
-        shelf.borrow(announced.base, announced.lora, 1) as model,
+        pool.borrow(announced.base, announced.lora, 1) as model,
         TensorFile(source) as before,
         DeltaFile(tmp_path / "out" / DELTA_FILE, manifest) as delta,
     ):
@@ -228,10 +228,10 @@ def test_a_site_of_a_lower_rank_begins_with_the_leading_block(source, tmp_path, 
 
 
 def test_the_same_round_gives_the_same_file_whoever_used_the_base_in_between(
-    learner, source, tmp_path, shelf, tiny_model
+    learner, source, tmp_path, pool, tiny_model
 ):
     """Two sites share one base in one process; neither sees the other, nor an evaluation."""
-    other = make_learner(tmp_path / "other", shelf, "site-b")
+    other = make_learner(tmp_path / "other", pool, "site-b")
     other.prepare(announce(tiny_model), ignore)
     learn(learner, source, tmp_path / "first")
     learn(other, source, tmp_path / "theirs")
@@ -250,10 +250,10 @@ def test_a_round_is_evaluated_from_the_adapter_it_starts_from(learner, source, t
 
 
 def test_a_site_without_held_out_text_trains_and_says_nothing_of_it(
-    source, tmp_path, shelf, tiny_model
+    source, tmp_path, pool, tiny_model
 ):
     """held_out_fraction 0 is a choice."""
-    learner = make_learner(tmp_path / "all", shelf, held_out=0.0)
+    learner = make_learner(tmp_path / "all", pool, held_out=0.0)
     learner.prepare(announce(tiny_model), ignore)
     assert learn(learner, source, tmp_path / "out").metrics.held_out is None
     assert learner.evaluate("run", source, ignore) is None
@@ -289,9 +289,9 @@ def test_a_torn_optimiser_state_is_named(learner, source, tmp_path):
         learn(learner, source, tmp_path / "out", task, tmp_path / "state")
 
 
-def test_what_cannot_be_done_is_refused_by_type(source, tmp_path, shelf, learner):
+def test_what_cannot_be_done_is_refused_by_type(source, tmp_path, pool, learner):
     """A round or an evaluation before the announcement, and bytes that are no adapter."""
-    fresh = make_learner(tmp_path / "fresh", shelf)
+    fresh = make_learner(tmp_path / "fresh", pool)
     with pytest.raises(ProtocolError, match="RunAnnounced"):
         learn(fresh, source, tmp_path / "out")
     with pytest.raises(ProtocolError, match="RunAnnounced"):
@@ -332,11 +332,11 @@ def test_replies_come_from_the_adapter_that_was_named(learner, source):
 ALONE = """
 import sys
 from pathlib import Path
-from participant.learner.model_pool import ModelShelf
+from participant.learner.model_pool import ModelPool
 from tests.participant import test_torch_learner as shown
 
 model, source, folder, threads = sys.argv[1:]
-learner = shown.make_learner(Path(folder), ModelShelf("cpu"))
+learner = shown.make_learner(Path(folder), ModelPool("cpu"))
 learner.prepare(shown.announce(model, cpu_threads=int(threads)), shown.ignore)
 shown.learn(learner, Path(source), Path(folder) / "out")
 print(shown.digest(Path(folder) / "out"))

@@ -179,7 +179,7 @@ def hostile(tmp_path):
 @pytest.fixture
 def reading(tmp_path, tiny_model):
     """The same, of a site that trains the tiny model on texts."""
-    from participant.learner.model_pool import ModelShelf
+    from participant.learner.model_pool import ModelPool
     from participant.learner.torch_learner import TorchLearner
     from shared.config import DataSection
 
@@ -187,7 +187,7 @@ def reading(tmp_path, tiny_model):
         rows = [{"q": "what is it?", "a": text} for text in texts]
         (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = DataSection(path="text.jsonl", prompt="q", answer="a", held_out_fraction=0.0)
-        learner = TorchLearner("a", data, tmp_path, ModelShelf("cpu"))
+        learner = TorchLearner("a", data, tmp_path, ModelPool("cpu"))
         if accept is not None:
             accept = accept.model_copy(update={"models": (str(tiny_model),)})
         return HostileCoordinator(tmp_path, learner, accept, model=str(tiny_model))

@@ -9,7 +9,7 @@ import time
 import pika
 import pytest
 
-from coordinator.accounts.broker_administration import ManagementDoor
+from coordinator.accounts.broker_administration import ManagementAdmin
 from coordinator.accounts.site_accounts import MOST_CONNECTIONS, Accounts
 from participant.outbox import Line
 from shared import topology
@@ -48,8 +48,8 @@ def address(rabbit_server, vhost):
 @pytest.fixture
 def site(rabbit_server, vhost, address, tmp_path):
     """A site's account, as gradualdiff sites add makes it."""
-    door = ManagementDoor(rabbit_server.management_url, ADMIN, rabbit_server.password, None)
-    accounts = Accounts(DirectoryStore(tmp_path / "accounts"), door, vhost, time.time)
+    admin = ManagementAdmin(rabbit_server.management_url, ADMIN, rabbit_server.password, None)
+    accounts = Accounts(DirectoryStore(tmp_path / "accounts"), admin, vhost, time.time)
     address.passwords["kit"] = accounts.add("kit")
     yield "kit"
     accounts.remove("kit")

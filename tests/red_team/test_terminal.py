@@ -47,7 +47,7 @@ def is_safe(text):
 def attacked(tmp_path_factory):
     """A run whose records hold such codes in every text that a site may have put there.
 
-    Written past the door, as an earlier release took them.
+    Written past the console, as an earlier release took them.
     """
     tmp_path = tmp_path_factory.mktemp("attacked")
     config = federations.config(policy={"on_failure": "exclude"}, rounds=1)
