@@ -272,7 +272,6 @@ class Effects:
             codec=self._config.codec.name,
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
-            deadline=opened.closes_at,
             averaging=self._config.aggregation.averaging,
         )
 

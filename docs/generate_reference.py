@@ -108,7 +108,7 @@ SETTINGS = {
     "deltas of the last five rounds took, at most `deadline_seconds`.",
     "policy.deadline_spread": "With `adaptive`: how many deviations (1.4826 x MAD, at least a "
     "tenth of the median) beyond the median.",
-    "policy.grace_seconds": "How much longer the coordinator waits than it tells the sites.",
+    "policy.grace_seconds": "How long it still waits for all sites after the deadline.",
     "policy.late": "With `quorum`: a delta that comes after its round closed is dropped, or counts "
     "in a later round with 1 / sqrt(1 + rounds since) of its weight.",
     "policy.max_staleness": "A delta that is more rounds old than this is not taken.",
@@ -226,9 +226,8 @@ FIELDS = {
     "cpu_threads": "Threads of torch.",
     "created": "When it was made, seconds since the epoch.",
     "data": "The message as it came.",
-    "deadline": "Until when the coordinator waits for all sites, seconds since the epoch.",
     "deadline_seconds": "How long the coordinator waits for all sites.",
-    "grace_seconds": "How much longer the coordinator waits than it tells the sites.",
+    "grace_seconds": "How long it still waits for all sites after the deadline.",
     "weighting": "The rule that gave the weights.",
     "late_counts": "Whether a delta of a closed round is still taken.",
     "delta_norms": "By site: L2 norm of its delta as sent, before any scale.",

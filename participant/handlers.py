@@ -147,14 +147,7 @@ class Participant:
     def start(self, run: str | None = None, *, first: bool = True) -> None:
         """Come online: ask what is owed. ``first``: in this process, so give it another try."""
         last = self._site.workspace.last_submission(run) if run else None
-        self._publish(
-            SiteOnline(
-                run=run,
-                round=last.round if last else None,
-                sha=last.sha if last else None,
-                first=first,
-            )
-        )
+        self._publish(SiteOnline(run=run, round=last.round if last else None, first=first))
 
     @property
     def has_work(self) -> bool:

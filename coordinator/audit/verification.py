@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from coordinator.aggregation.closing import Aggregated
     from shared.protocol.ledger import Ledger
 
 UNKNOWN = "unknown"

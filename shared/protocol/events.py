@@ -84,7 +84,6 @@ class RoundStarted(Event):
     codec: Word
     attempt: Count = 1
     last_counted: Sha256 | None = None
-    deadline: Time | None = None
     averaging: AveragingName = "fedavg"
 
 
@@ -145,9 +144,7 @@ class SiteOnline(Event):
     word = "online"
     run: Name | None = None
     round: Amount | None = None
-    sha: Sha256 | None = None
     first: bool = True
-    versions: Annotated[dict[Word, Word], Most(100)] = Field(default_factory=dict)
 
 
 class ParticipantReady(Event):

@@ -124,14 +124,6 @@ class DirectoryStore:
         with self.open(key) as file, file_errors(self._path(key)):
             return file.read()
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
-        if start < 0 or length < 0:
-            raise StoreError(f"{key}: expected start and length >= 0, got {start} and {length}")
-        with self.open(key) as file, file_errors(self._path(key)):
-            file.seek(start)
-            return file.read(length)
-
     def open(self, key: str) -> BinaryIO:
         """The object as an open file; later writes do not show in it. Raises ObjectMissingError."""
         path = self._path(key)

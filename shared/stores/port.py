@@ -66,9 +66,6 @@ class ObjectStore(Protocol):
     def get(self, key: str) -> bytes:
         """The whole object. Raises ObjectMissingError."""
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
-
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
         """Copy the object to a local file of the caller's own (mode 0644), replacing it whole."""
 

@@ -5,7 +5,7 @@ The only file that imports minio. Invariants:
 - Keys are the port's keys, one bucket is one store. The server must honour ``If-None-Match: *``:
   that is what lets one coordinator win, and :meth:`S3Store.check` tries it.
 - The etag is the server's: of equal bytes it may be equal.
-- No object's bytes are held whole but by ``put``, ``create``, ``get`` and ``get_range``.
+- No object's bytes are held whole but by ``put``, ``create`` and ``get``.
 - Every request has a time limit; dropped connections and 5xx are tried again a few times. A
   ``create`` that is tried again may meet its own first try: ObjectExistsError, and who gets it
   reads the record and adopts it, as after any lost race.
@@ -227,15 +227,6 @@ class S3Store:
 
         return b"".join(self._read(key, tell=check))
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """At most ``length`` bytes from ``start``; fewer at the end. Raises ObjectMissingError."""
-        if start < 0 or length < 0:
-            raise StoreError(f"{key}: expected start and length >= 0, got {start} and {length}")
-        if not length:
-            self.stat(key)
-            return b""
-        return b"".join(self._read(key, start, length))
-
     def fetch_file(self, key: str, path: Path) -> ObjectInfo:
         """Copy the object to a local file of the caller's own, replacing it whole."""
         found: list[ObjectInfo] = []
@@ -338,31 +329,26 @@ class S3Store:
         return ObjectInfo(key, size, made.etag or "")
 
     def _read(
-        self,
-        key: str,
-        start: int = 0,
-        length: int = 0,
-        tell: Callable[[ObjectInfo], object] = lambda _found: None,
+        self, key: str, tell: Callable[[ObjectInfo], object] = lambda _found: None
     ) -> Iterator[bytes]:
-        """The bytes from ``start``, at most ``length`` if it is not 0; goes on after a cut.
+        """The object's bytes; goes on after a cut.
 
         The first answer tells how many there are: neither more nor fewer are taken. What is read
         on must have its etag, or ObjectChangedError. ``tell`` hears of its size and etag before the
         first bytes come.
         """
         check_key(key)
-        position, failed, info = start, 0, None
+        position, failed, info = 0, 0, None
         while True:
-            before, left = position, length if info is None else start + info.size - position
+            before = position
             try:
-                with self._errors(key):
-                    for response, told in self._answer(key, position, left, info):
-                        if info is None:
-                            info = told
-                            tell(info)
-                        for chunk in response.stream(READ_BYTES, decode_content=False):
-                            position += len(chunk)
-                            yield chunk
+                with self._errors(key), self._answer(key, position, info) as (response, told):
+                    if info is None:
+                        info = told
+                        tell(info)
+                    for chunk in response.stream(READ_BYTES, decode_content=False):
+                        position += len(chunk)
+                        yield chunk
             except StoreUnavailableError:
                 failed = 1 if position - before >= PROGRESS_BYTES else failed + 1
                 if info is None or failed >= TRIES:  # before it the SDK has tried again itself
@@ -371,23 +357,23 @@ class S3Store:
             else:
                 return
 
+    @contextlib.contextmanager
     def _answer(
-        self, key: str, start: int, length: int, info: ObjectInfo | None
+        self, key: str, start: int, info: ObjectInfo | None
     ) -> Iterator[tuple[BaseHTTPResponse, ObjectInfo]]:
-        """The answer to one request, its size and etag; none if nothing is at ``start`` or after.
+        """The answer to one request, its size and etag.
 
-        ``info``: what the first answer told; this one must bring all that is left of it.
+        ``info``: what the first answer told; this one must bring all of it from ``start`` on.
         """
+        left = 0 if info is None else info.size - start
         headers: dict[str, str | list[str] | tuple[str]] = {"Accept-Encoding": "identity"}
         if info is not None:
             headers["If-Match"] = f'"{info.etag}"'
         try:
             response = self._client.get_object(
-                self._bucket, key, start, length, request_headers=headers
+                self._bucket, key, start, left, request_headers=headers
             )
         except S3Error as error:
-            if error.code == "InvalidRange" and info is None and (start or length):
-                return
             if error.code == "PreconditionFailed" and info is not None:
                 raise ObjectChangedError(
                     f"{key}: was written anew while it was read; read it again"
@@ -397,10 +383,10 @@ class S3Store:
             size, etag = content_length(response), _etag(response)
             if size is None or not etag:
                 raise self._foreign(key, "no Content-Length or no ETag")
-            if (start or length) and range_start(response) != start:
+            if (start or left) and range_start(response) != start:
                 raise self._foreign(key, f"other bytes than those from {start}")
-            if size > (length or size) or (info is not None and size < length):
-                raise self._foreign(key, f"{size} bytes instead of {length}")
+            if info is not None and size != left:
+                raise self._foreign(key, f"{size} bytes instead of {left}")
             yield response, ObjectInfo(key, size, etag)
         finally:
             response.close()

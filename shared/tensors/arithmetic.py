@@ -33,14 +33,6 @@ def difference(local: NDArray[Any], source: NDArray[Any]) -> NDArray[np.float32]
     return np.subtract(local.astype(np.float32, copy=False), source.astype(np.float32, copy=False))
 
 
-def inner_product(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Sum of the products of two tensors of one shape, in fp64, whatever their dtypes.
-
-    Raises ValueError for two shapes.
-    """
-    return square_and_product(first, second)[1]
-
-
 def squared_norm(values: NDArray[Any]) -> float:
     """Sum of the squares of a tensor, in fp64."""
     flat = values.reshape(-1)
@@ -55,9 +47,9 @@ def squared_norm(values: NDArray[Any]) -> float:
 
 
 def square_and_product(values: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
-    """``squared_norm(values)`` and ``inner_product(values, other)``, reading ``values`` once.
+    """``squared_norm(values)`` and the sum of its products with ``other``, both in fp64.
 
-    Raises ValueError for two shapes.
+    ``values`` is read once. Raises ValueError for two shapes.
     """
     if values.shape != other.shape:
         raise ValueError(f"expected two tensors of one shape, got {values.shape}, {other.shape}")

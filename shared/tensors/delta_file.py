@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, StringConstraints, ValidationError
 
 from shared.config import Name, Sha256, canonical_json
-from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerDamagedError
+from shared.errors import ConfigError, DecodeError, DeltaRefusedError
 from shared.protocol.manifest import Schema
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import is_finite, significant, squared_norm
@@ -159,19 +159,6 @@ def check_delta(
             "trained: look at the site's training.learning_rate and data"
         )
     return DeltaCheck(significant(norm))
-
-
-def check_adapter(path: Path, manifest: Manifest) -> None:
-    """Check that a file is an adapter of this manifest: names, shapes, fp32 throughout.
-
-    Its values are not looked at: its sha256 vouches for them. Raises LedgerDamagedError.
-    """
-    wanted = {spec.name: TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors}
-    try:
-        with TensorFile(path) as file:
-            _match(file.layouts, wanted)
-    except (OSError, DecodeError, DeltaRefusedError) as error:
-        raise LedgerDamagedError(f"adapter {path.name}: {error}") from None
 
 
 def _layouts(manifest: Manifest, codec: Codec) -> dict[str, tuple[TensorLayout, TensorSpec]]:

@@ -96,7 +96,6 @@ class StoreContract:
             lambda: store.create(key, b"x"),
             lambda: store.put_file(key, file),
             lambda: store.get(key),
-            lambda: store.get_range(key, 0, 1),
             lambda: store.fetch_file(key, tmp_path / "out"),
             lambda: store.stat(key),
             lambda: store.sha256(key),
@@ -122,7 +121,6 @@ class StoreContract:
         for key in ("none", "runs/r1", "runs/r1/a/b"):
             for call in (
                 lambda key=key: store.get(key),
-                lambda key=key: store.get_range(key, 0, 1),
                 lambda key=key: store.stat(key),
                 lambda key=key: store.sha256(key),
                 lambda key=key: store.fetch_file(key, tmp_path / "out"),
@@ -130,15 +128,6 @@ class StoreContract:
                 with pytest.raises(ObjectMissingError, match=key):
                     call()
         assert not (tmp_path / "out").exists()
-
-    def test_a_range_is_cut_at_the_end(self, store):
-        """Start and length in bytes; past the end there is nothing, and no error."""
-        store.put("k", b"0123456789")
-        assert store.get_range("k", 0, 4) == b"0123"
-        assert store.get_range("k", 8, 4) == b"89"
-        assert store.get_range("k", 10, 4) == b""
-        assert store.get_range("k", 99, 4) == b""
-        assert store.get_range("k", 3, 0) == b""
 
     def test_a_deleted_object_is_gone_and_deleting_repeats(self, store):
         """Nothing there is no error; neighbours stay."""

@@ -73,7 +73,6 @@ QUESTIONS: dict[str, list[list[bytes]]] = {
     "continued": [[REST], [REFUSED[3], WHOLE + b"whole one"]],
     "upload": [[DONE], [REFUSED[4], DONE]],
     "get": READ,
-    "get_range": [[REST]],
     "fetch_file": READ,
     "spool": READ[:1],
     "sha256": READ,

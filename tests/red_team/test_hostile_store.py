@@ -74,7 +74,7 @@ CUT_SHORT = {
 }
 
 
-QUESTIONS = ["download", "continued", "upload", "get", "get_range", "fetch_file", "spool", "sha256"]
+QUESTIONS = ["download", "continued", "upload", "get", "fetch_file", "spool", "sha256"]
 QUESTIONS += ["stat", "list", "create", "put"]
 
 
@@ -144,7 +144,6 @@ def put(question, url, site, store, file):
     if question in ("download", "continued"):
         return site.download(f"{url}/k", file, hashlib.sha256(b"whole one").hexdigest())
     questions = {
-        "get_range": lambda: store.get_range("runs/a", 4, 5),
         "fetch_file": lambda: store.fetch_file("runs/a", file),
         "spool": lambda: store.spool(["runs/a", "runs/b"], file),
         "list": lambda: list(store.list("runs/")),

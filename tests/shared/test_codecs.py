@@ -18,7 +18,6 @@ from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import (
     BLOCK,
     difference,
-    inner_product,
     is_finite,
     significant,
     square_and_product,
@@ -258,14 +257,13 @@ def test_tensors_of_two_shapes_are_not_broadcast() -> None:
     with pytest.raises(ValueError, match="one shape"):
         difference(np.zeros((2, 1), np.float32), np.zeros((2, 2), np.float32))
     with pytest.raises(ValueError, match="one shape"):
-        inner_product(np.zeros(2), np.zeros(1))
+        square_and_product(np.zeros(2), np.zeros(1))
 
 
 def test_norms_and_products_are_those_worked_out_by_hand() -> None:
     """3, 4 has squared norm 25; with 1, 2 it has the product 11; nothing at all has 0."""
     first, second = np.array([[3, 4]], np.float32), np.array([[1, 2]], np.float64)
     assert squared_norm(first) == 25
-    assert inner_product(first, second) == 11
     assert square_and_product(first, second) == (25, 11)
     assert squared_norm(np.zeros((0, 3), np.float32)) == 0
 
@@ -275,7 +273,6 @@ def test_sums_are_taken_in_fp64_over_all_blocks() -> None:
     values = np.ones(2 * BLOCK + 3, np.float32)
     values[0] = 2**14
     assert squared_norm(values) == 2**28 + 2 * BLOCK + 2
-    assert inner_product(values, values) == squared_norm(values)
     assert square_and_product(values, values) == (squared_norm(values),) * 2
 
 

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import ConfigError, DeltaRefusedError, LedgerDamagedError
+from shared.errors import ConfigError, DeltaRefusedError
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import codec_names, get_codec
 from shared.tensors.delta_file import (
     HEADER_KEY,
     DeltaFile,
     DeltaHeader,
-    check_adapter,
     check_delta,
     write_delta,
 )
@@ -233,28 +232,3 @@ def test_damaged_deltas_are_refused_and_nothing_else(
         check_delta(path, MANIFEST, HEADER, max_norm=1e6)
     except DeltaRefusedError as refused:
         assert str(path) not in str(refused)  # noqa: PT017 - it need not be refused
-
-
-def test_an_adapter_of_the_manifest_passes(path: Path) -> None:
-    """Names, shapes and fp32 throughout are all that is asked."""
-    forged(path, VALUES, {"format": "pt"})
-    check_adapter(path, MANIFEST)
-
-
-@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "dtype"])
-def test_an_adapter_of_another_form_is_a_damaged_ledger(path: Path, kind: str) -> None:
-    """The coordinator wrote it itself, so the fault is the ledger's, not a site's."""
-    tensors, reason = FORGERIES[kind]
-    forged(path, tensors)
-    with pytest.raises(LedgerDamagedError, match=reason):
-        check_adapter(path, MANIFEST)
-
-
-def test_an_adapter_that_is_torn_or_gone_is_a_damaged_ledger(path: Path) -> None:
-    """No file and half a file end alike."""
-    with pytest.raises(LedgerDamagedError, match=r"adapter delta\.safetensors"):
-        check_adapter(path, MANIFEST)
-    forged(path, VALUES)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(LedgerDamagedError, match="bytes of data"):
-        check_adapter(path, MANIFEST)

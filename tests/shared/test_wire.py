@@ -81,7 +81,7 @@ EXAMPLES = [
     DeltaAnswered(run="r1", round=3, sha=A, verdict="refused", reason="norm: 9 > 1 ä"),
     RoundClosed(run="r1", round=3, result_sha=A),
     RunFinished(run="r1", round=3, sha=None, reason="no participants"),
-    SiteOnline(run="r1", round=3, sha=A, versions={"torch": "2.13.0"}),
+    SiteOnline(run="r1", round=3),
     ParticipantReady(
         run="r1",
         config_digest=A,
@@ -463,7 +463,12 @@ def test_what_is_far_too_long_is_cut_or_refused(event):
 @pytest.mark.parametrize(
     ("index", "way", "value", "says"),
     [
-        (6, ("versions",), {str(n): "1" for n in range(101)}, "at most 100 of them, got 101"),
+        (
+            7,
+            ("numerics", "versions"),
+            {str(n): "1" for n in range(101)},
+            "at most 100 of them, got 101",
+        ),
         (7, ("numerics", "device"), "cpu\x1b[2J", "printable"),
         (7, ("manifest", "target_modules"), ["\u202eproj"], "printable"),
         (10, ("metrics", "held_out", "nll"), -1.79e308, "-1 to 1e"),
