@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from shared import topology
 from shared.errors import LedgerDamagedError
-from shared.protocol.ledger import ROUND_ORDER
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     ClosingRecord,
     ControlRecord,
-    DeclinedRecord,
     FinishedRecord,
     GenesisRecord,
     MemberRecord,
@@ -24,7 +21,6 @@ from shared.protocol.records import (
     OriginRecord,
     PrunedRecord,
     Record,
-    RejoinedRecord,
 )
 
 if TYPE_CHECKING:
@@ -32,17 +28,6 @@ if TYPE_CHECKING:
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 MOST_LOST_ROUNDS = 100
-
-# Beside the rounds: what lies where, and the kind of record it is.
-_PLACES: tuple[tuple[str, type[Record]], ...] = (
-    ("members/", MemberRecord),
-    ("rejoined/", RejoinedRecord),
-    ("declined/", DeclinedRecord),
-    ("control/", ControlRecord),
-    ("pruned/", PrunedRecord),
-    ("origin.json", OriginRecord),
-    ("finished.json", FinishedRecord),
-)
 
 
 @dataclass(frozen=True)
@@ -133,44 +118,15 @@ class Chain:
 def read_chain(ledger: Ledger) -> Chain:
     """Read every record but the first. Raises StoreUnavailableError."""
     chain = Chain(ledger.run)
-    prefix = topology.run_prefix(ledger.run)
-    for info in ledger.store.list(prefix):
-        rest = info.key.removeprefix(prefix)
-        folder, _, below = rest.partition("/")
-        if folder == "rounds":
-            number, _, place = below.partition("/")
-            kind = _kind_in_round(int(number), place) if number.isdigit() else None
-            round_number = int(number) if number.isdigit() else 0
-        else:
-            kind = next((k for place, k in _PLACES if _is_at(rest, place)), None)
-            round_number = 0
-        if kind is None:
-            continue
+    for place in ledger.places():
         try:
-            record = ledger.read(kind, info.key)
+            record = ledger.read(place.kind, place.key)
         except LedgerDamagedError as error:
-            chain.reported.add(info.key)
-            chain.find(round_number, info.key, str(error).removeprefix(f"{info.key}: "))
+            chain.reported.add(place.key)
+            chain.find(place.round or 0, place.key, str(error).removeprefix(f"{place.key}: "))
         else:
-            _keep(chain, record, round_number if folder == "rounds" else None)
-    for records in chain.rounds.values():
-        records.sort(key=_place)
+            _keep(chain, record, place.round)
     return chain
-
-
-def _is_at(rest: str, place: str) -> bool:
-    return rest.startswith(place) if place.endswith("/") else rest == place
-
-
-def _kind_in_round(number: int, rest: str) -> type[Record] | None:
-    kind = next((k for place, k in ROUND_ORDER if _is_at(rest, place)), None)
-    return GenesisRecord if number == 0 and kind is ClosedRecord else kind
-
-
-def _place(record: Record) -> int:
-    kinds = [kind for _, kind in ROUND_ORDER]
-    kind = ClosedRecord if isinstance(record, GenesisRecord) else type(record)
-    return kinds.index(kind)
 
 
 def _keep(chain: Chain, record: Record, number: int | None) -> None:

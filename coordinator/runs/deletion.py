@@ -39,11 +39,7 @@ def objects_of(store: ObjectStore, run: str) -> list[ObjectInfo]:
 
 def has_closed_round(ledger: Ledger) -> bool:
     """Whether a round is decided: before that nothing of a run is worth more than its settings."""
-    return any(
-        isinstance(record, ClosingRecord | ClosedRecord)
-        for _, records in ledger.rounds()
-        for record in records
-    )
+    return any(place.kind in (ClosingRecord, ClosedRecord) for place in ledger.places())
 
 
 def refuse_if_active(store: ObjectStore, run: str, now: float) -> None:

@@ -106,12 +106,8 @@ def branch_command(ledger: Ledger) -> str:
 
 def last_closed(ledger: Ledger) -> int:
     """The last round with a result; 0 is genesis; -1 before it."""
-    numbers = [
-        number
-        for number, records in ledger.rounds()
-        if any(isinstance(record, GenesisRecord | ClosedRecord) for record in records)
-    ]
-    return max(numbers, default=-1)
+    results = (GenesisRecord, ClosedRecord)
+    return max((place.round or 0 for place in ledger.places() if place.kind in results), default=-1)
 
 
 def open_round(ledger: Ledger) -> int | None:

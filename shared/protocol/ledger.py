@@ -7,6 +7,7 @@ overwritten. Whoever restarts folds ``history()`` and knows all that was ever de
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
@@ -50,16 +51,33 @@ if TYPE_CHECKING:
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
-# Within a round, the order in which records are folded; each names its place by folder or file.
-ROUND_ORDER: tuple[tuple[str, type[Record]], ...] = (
-    ("opened.json", OpenedRecord),
-    ("accepted/", AcceptedRecord),
-    ("refused/", RefusedRecord),
-    ("failed/", FailedRecord),
-    ("closing.json", ClosingRecord),
-    ("closed.json", ClosedRecord),
-    ("evaluated/", EvaluatedRecord),
+# Where records lie below the run and what they are, in the order in which they are folded: round
+# after round, the end last. The result of round 0 is a GenesisRecord.
+_ORDER: tuple[tuple[str, type[Record]], ...] = (
+    ("origin.json", OriginRecord),
+    ("members/", MemberRecord),
+    ("rejoined/", RejoinedRecord),
+    ("declined/", DeclinedRecord),
+    ("control/", ControlRecord),
+    ("pruned/", PrunedRecord),
+    ("rounds/*/opened.json", OpenedRecord),
+    ("rounds/*/accepted/", AcceptedRecord),
+    ("rounds/*/refused/", RefusedRecord),
+    ("rounds/*/failed/", FailedRecord),
+    ("rounds/*/closing.json", ClosingRecord),
+    ("rounds/*/closed.json", ClosedRecord),
+    ("rounds/*/evaluated/", EvaluatedRecord),
+    ("finished.json", FinishedRecord),
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record lies and of what kind it is. ``round``: None beside the rounds."""
+
+    key: str
+    kind: type[Record]
+    round: int | None
 
 
 class Ledger:
@@ -146,9 +164,12 @@ class Ledger:
             )
         return record
 
-    def config(self) -> FederationConfig:
-        """The config on record. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
-        record = self.federation()
+    def config(self, record: FederationRecord | None = None) -> FederationConfig:
+        """The config on record, or in ``record``.
+
+        Raises RunNotFoundError, LedgerDamagedError, ConfigError.
+        """
+        record = record or self.federation()
         config = FederationConfig.from_record(record.config, topology.federation_key(self.run))
         if config.digest != record.digest:
             raise LedgerDamagedError(
@@ -177,27 +198,31 @@ class Ledger:
         return True
 
     def history(self) -> Iterator[Record]:
-        """Every record of the run in the order in which it is folded."""
+        """Every record that says what happens next, in the order in which it is folded."""
         yield self.federation()
-        origin = self.origin()
-        if origin is not None:
-            yield origin
-        declined = f"{topology.run_prefix(self.run)}declined/"
-        yield from self.members()
-        yield from (self.read(DeclinedRecord, info.key) for info in self.store.list(declined))
-        yield from self.controls()
-        for _, records in self.rounds():
-            yield from records
-        try:
-            yield self.read(FinishedRecord, topology.finished_key(self.run))
-        except ObjectMissingError:
-            return
+        for place in self.places():
+            if place.kind is not PrunedRecord:
+                yield self.read(place.kind, place.key)
 
-    def members(self) -> Iterator[MemberRecord]:
-        """Each word of every site that joined: the first ones in name order, then the others."""
-        for folder, kind in (("members/", MemberRecord), ("rejoined/", RejoinedRecord)):
-            prefix = f"{topology.run_prefix(self.run)}{folder}"
-            yield from (self.read(kind, info.key) for info in self.store.list(prefix))
+    def places(self) -> list[Place]:
+        """Where every record but the first lies, in the order in which they are folded.
+
+        One listing: the end is in it only if all that came before it is.
+        """
+        prefix = topology.run_prefix(self.run)
+        found: list[tuple[tuple[bool, int, int], Place]] = []
+        for info in self.store.list(prefix):
+            name, number = info.key.removeprefix(prefix), None
+            parts = name.split("/", 2)
+            if len(parts) == 3 and parts[0] == "rounds" and parts[1].isdecimal():
+                name, number = f"rounds/*/{parts[2]}", int(parts[1])
+            for index, (place, kind) in enumerate(_ORDER):
+                if name == place or (place.endswith("/") and name.startswith(place)):
+                    actual = GenesisRecord if number == 0 and kind is ClosedRecord else kind
+                    rank = (kind is FinishedRecord, -1 if number is None else number, index)
+                    found.append((rank, Place(info.key, actual, number)))
+                    break
+        return [place for _, place in sorted(found, key=lambda ranked: ranked[0])]
 
     def origin(self) -> OriginRecord | None:
         """Where the run branches from; None for a run of its own."""
@@ -230,38 +255,6 @@ class Ledger:
             if getattr(written, "writer", None) == self.writer:
                 return written
             number += 1
-
-    def rounds(self) -> Iterator[tuple[int, list[Record]]]:
-        """Each round's number and its records in order, round 0 (genesis) first."""
-        prefix = f"{topology.run_prefix(self.run)}rounds/"
-        keys: dict[int, list[str]] = {}
-        for info in self.store.list(prefix):
-            folder, _, rest = info.key.removeprefix(prefix).partition("/")
-            if folder.isdigit() and rest:
-                keys.setdefault(int(folder), []).append(info.key)
-        for number in sorted(keys):
-            yield number, self._records(number, keys[number])
-
-    def round(self, number: int) -> list[Record]:
-        """One round's records in order. Raises RunNotFoundError when there is none."""
-        prefix = topology.round_prefix(self.run, number)
-        records = self._records(number, [info.key for info in self.store.list(prefix)])
-        if not records:
-            raise RunNotFoundError(
-                f"run {self.run} has no round {number}; see: gradualdiff rounds list {self.run}"
-            )
-        return records
-
-    def _records(self, number: int, keys: list[str]) -> list[Record]:
-        prefix = topology.round_prefix(self.run, number)
-        found: list[Record] = []
-        for place, kind in ROUND_ORDER:
-            actual = GenesisRecord if number == 0 and kind is ClosedRecord else kind
-            for key in keys:
-                rest = key.removeprefix(prefix)
-                if rest == place or (place.endswith("/") and rest.startswith(place)):
-                    found.append(self.read(actual, key))
-        return found
 
 
 def list_runs(store: ObjectStore) -> dict[str, bool]:
