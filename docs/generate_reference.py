@@ -25,7 +25,7 @@ from gradualdiff.cli.kits import METRICS_KEPT
 from shared import errors, topology
 from shared.averaging import averaging_names
 from shared.config import FederationConfig, SiteConfig
-from shared.config_mistakes import PATTERNS, section_of
+from shared.config.mistakes import PATTERNS, section_of
 from shared.protocol import manifest, records
 from shared.protocol.events import EVENTS
 from shared.protocol.records import Record

@@ -31,7 +31,7 @@ from shared.disk.durable_files import file_errors, make_directories, temporary, 
 from shared.disk.files import digest_file, sync_path
 from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
-from shared.protocol.events import AdapterEvaluated  # noqa: TC001 - pydantic reads the annotation
+from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
 
 if TYPE_CHECKING:

@@ -44,7 +44,11 @@ what came, and what to do.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import difflib
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 class GradualDiffError(Exception):
@@ -276,3 +280,9 @@ class InterruptedRunError(GradualDiffError):
     """Stopped by a person. Everything finished is in the ledger."""
 
     exit_code = 130
+
+
+def did_you_mean(given: object, known: Collection[str]) -> str:
+    """``; did you mean X?`` where ``given`` looks like a known name, else nothing."""
+    close = difflib.get_close_matches(str(given), [*known], 1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from shared.config import RESERVED_NAMES, Name, canonical_json
-from shared.config_mistakes import NAME_PATTERN
+from shared.config import NAME_PATTERN, RESERVED_NAMES, Name, canonical_json
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,

@@ -203,7 +203,7 @@ def _connect(office: Servers) -> RabbitConnection:
 
 
 def _queue_name(office: Servers, queue: str) -> str:
-    from shared.config_mistakes import NAME_PATTERN
+    from shared.config import NAME_PATTERN
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
     run = office.config.run.name

@@ -141,7 +141,7 @@ def branch(
 
     from coordinator.runs.branching import branch_run
     from coordinator.runs.operating import operator_ledger
-    from shared.config_mistakes import NAME_PATTERN
+    from shared.config import NAME_PATTERN
 
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(f"--name: expected 1 to 40 of a-z, 0-9 and dashes, got {name!r}")

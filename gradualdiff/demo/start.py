@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.config import load_federation, load_site
-from shared.config_mistakes import NAME_PATTERN
+from shared.config import NAME_PATTERN, load_federation, load_site
 from shared.errors import ConfigError, GradualDiffError, RunExistsError
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, cast
 
-from shared.config_mistakes import did_you_mean
-from shared.errors import ConfigError
+from shared.errors import ConfigError, did_you_mean
 from shared.lora_factors import site_manifest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from shared.config import (
     load_site,
     parse,
 )
-from shared.config_mistakes import section_of
+from shared.config.mistakes import section_of
 from shared.errors import ConfigError
 
 FEDERATION = """

@@ -11,8 +11,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from shared.config_mistakes import did_you_mean
-from shared.errors import ConfigError
+from shared.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

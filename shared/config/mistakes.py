@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, TypeAdapter
 
+from shared.config.values import NAME_PATTERN, SHA256_PATTERN
+from shared.errors import did_you_mean
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 Path = tuple[str, ...]
 
-NAME_PATTERN: Final = r"^[a-z0-9-]{1,40}$"
-SHA256_PATTERN: Final = r"^[0-9a-f]{64}$"
 PATTERNS: Final = {
     NAME_PATTERN: "a-z, 0-9 and dashes, 1 to 40",
     SHA256_PATTERN: "64 hex digits",
@@ -87,12 +88,6 @@ def mistakes(
     return [f"{'.'.join(path)}: {text}" for path, texts in lines.items() for text in texts] + [
         *dict.fromkeys(together)
     ]
-
-
-def did_you_mean(given: object, known: Collection[str]) -> str:
-    """``; did you mean X?`` where ``given`` looks like a known name, else nothing."""
-    close = difflib.get_close_matches(str(given), [*known], 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 # One setting -------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from shared.averaging import get_averaging
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from shared.config import FederationConfig
+    from shared.config.tables import FederationTables
 
 
-def _joined_by_value(config: FederationConfig) -> Iterator[str]:
+def _joined_by_value(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
     if config.aggregation.rule != "mean" and not get_averaging(name).by_value:
         yield (
@@ -23,11 +23,7 @@ def _joined_by_value(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _averaging(config: FederationConfig) -> Iterator[str]:
-    yield from get_averaging(config.aggregation.averaging).misfits(config)
-
-
-def _one_rank(config: FederationConfig) -> Iterator[str]:
+def _one_rank(config: FederationTables) -> Iterator[str]:
     name, lora = config.aggregation.averaging, config.lora
     if lora.ranks and not get_averaging(name).takes_ranks:
         yield (
@@ -37,7 +33,7 @@ def _one_rank(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _ranks_of_participants(config: FederationConfig) -> Iterator[str]:
+def _ranks_of_participants(config: FederationTables) -> Iterator[str]:
     strangers = sorted(config.lora.ranks.keys() - set(config.run.participants))
     if strangers:
         yield (
@@ -46,7 +42,7 @@ def _ranks_of_participants(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _ranks_are_parts(config: FederationConfig) -> Iterator[str]:
+def _ranks_are_parts(config: FederationTables) -> Iterator[str]:
     lora = config.lora
     for site, rank in sorted(lora.ranks.items()):
         if rank > lora.rank:
@@ -56,7 +52,7 @@ def _ranks_are_parts(config: FederationConfig) -> Iterator[str]:
             )
 
 
-def _no_moments_of_old_factors(config: FederationConfig) -> Iterator[str]:
+def _no_moments_of_old_factors(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
     renews = get_averaging(name).renews
     if renews and config.training.optimizer_state == "keep":
@@ -66,7 +62,7 @@ def _no_moments_of_old_factors(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _no_deltas_of_old_factors(config: FederationConfig) -> Iterator[str]:
+def _no_deltas_of_old_factors(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
     renews = get_averaging(name).renews
     if renews and config.policy.carries:
@@ -76,7 +72,7 @@ def _no_deltas_of_old_factors(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _one_vote_whatever_the_text(config: FederationConfig) -> Iterator[str]:
+def _one_vote_whatever_the_text(config: FederationTables) -> Iterator[str]:
     section = config.aggregation
     if section.rule != "mean" and section.weights != "equal":
         yield (
@@ -85,7 +81,7 @@ def _one_vote_whatever_the_text(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _one_vote_in_a_round(config: FederationConfig) -> Iterator[str]:
+def _one_vote_in_a_round(config: FederationTables) -> Iterator[str]:
     section, policy = config.aggregation, config.policy
     if section.rule != "mean" and policy.carries:
         late = 'kind = "buffered"' if policy.kind == "buffered" else 'late = "carry"'
@@ -96,7 +92,7 @@ def _one_vote_in_a_round(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _enough_deltas(config: FederationConfig) -> Iterator[str]:
+def _enough_deltas(config: FederationTables) -> Iterator[str]:
     """A rule that withstands a bad site needs enough deltas of equal standing in every round."""
     run, section = config.run, config.aggregation
     if section.rule == "mean":
@@ -139,7 +135,7 @@ _MOST_GROWTH = 1e6
 _MOST_SCALE = 1e7
 
 
-def _server_needs_no_more(config: FederationConfig) -> Iterator[str]:
+def _server_needs_no_more(config: FederationTables) -> Iterator[str]:
     server = config.server
     for name in ("momentum", "second_momentum", "tau"):
         given, default = getattr(server, name), type(server).model_fields[name].default
@@ -156,7 +152,7 @@ def _server_needs_no_more(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _server_needs_factors_that_stay(config: FederationConfig) -> Iterator[str]:
+def _server_needs_factors_that_stay(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
     if config.server.optimizer != "plain" and not get_averaging(name).by_value:
         yield (
@@ -166,7 +162,7 @@ def _server_needs_factors_that_stay(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _momentum(config: FederationConfig) -> Iterator[str]:
+def _momentum(config: FederationTables) -> Iterator[str]:
     server = config.server
     if server.optimizer == "nesterov" and server.momentum == 0:
         yield (
@@ -182,7 +178,7 @@ def _momentum(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _adaptive(config: FederationConfig) -> Iterator[str]:
+def _adaptive(config: FederationTables) -> Iterator[str]:
     server = config.server
     if "tau" not in _USED[server.optimizer]:
         return
@@ -199,15 +195,14 @@ def _adaptive(config: FederationConfig) -> Iterator[str]:
         )
 
 
-def _server_word(config: FederationConfig) -> str:
+def _server_word(config: FederationTables) -> str:
     return f'server.optimizer = "{config.server.optimizer}"'
 
 
 # Each yields every combination of a few settings that cannot work: field, what to do. A rule of
 # its own for each few, so that one setting that cannot be read silences no more than it must.
-RULES: Final[tuple[Callable[[FederationConfig], Iterator[str]], ...]] = (
+RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _joined_by_value,
-    _averaging,
     _one_rank,
     _ranks_of_participants,
     _ranks_are_parts,

@@ -1,0 +1,117 @@
+"""``federation.toml``: the run, written once for all, and what of it goes on record."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from shared.averaging import get_averaging
+from shared.config.reading import load, parse
+from shared.config.rounds import ServerSection
+from shared.config.rules import RULES
+from shared.config.tables import FederationTables
+from shared.config.values import RESERVED_NAMES, canonical_json
+from shared.topology import ANY_RUN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+NOT_RECORDED = ("limits", "broker", "store", "simulation")  # cannot change a run's result
+
+
+class FederationConfig(FederationTables):
+    """A whole ``federation.toml``."""
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """What tables must have to do with each other."""
+        return (
+            self._names_fit,
+            self._run_name_is_free,
+            *(partial(self._enough_are_listed, setting) for setting in ("quorum", "buffer")),
+            self._enough_to_begin,
+            self._averaging,
+            *(partial(rule, self) for rule in RULES),
+        )
+
+    def _names_fit(self) -> Iterator[str]:
+        names = self.run.participants
+        if len(set(names)) != len(names):
+            yield "run.participants names a participant twice"
+        reserved = sorted(RESERVED_NAMES.intersection(names))
+        if reserved:
+            yield f"run.participants: {', '.join(reserved)} is a reserved name; choose another"
+
+    def _run_name_is_free(self) -> Iterator[str]:
+        if self.run.name == ANY_RUN:
+            yield f"run.name: {ANY_RUN} is a reserved name; choose another"
+
+    def _enough_are_listed(self, setting: str) -> Iterator[str]:
+        wanted, names = getattr(self.policy, setting), self.run.participants
+        if wanted is not None and wanted > len(names):
+            yield (
+                f"policy.{setting} is {wanted}, but run.participants lists {len(names)}: no "
+                "round could ever close"
+            )
+
+    def _enough_to_begin(self) -> Iterator[str]:
+        if (self.run.min_participants or 1) > len(self.run.participants):
+            yield (
+                f"run.min_participants is {self.run.min_participants}, "
+                f"but run.participants lists {len(self.run.participants)}"
+            )
+
+    def _averaging(self) -> Iterator[str]:
+        yield from get_averaging(self.aggregation.averaging).misfits(self)
+
+    def recorded(self) -> dict[str, Any]:
+        """What goes into the ledger: all that can change the result, nothing about this machine.
+
+        A newer setting is left out where its value does what releases without it did.
+        """
+        values = self.model_dump(mode="json", exclude=set(NOT_RECORDED))
+        for table, before in _BEFORE.items():
+            for name, value in before.items():
+                if values[table][name] == value:
+                    del values[table][name]
+            if not values[table]:
+                del values[table]
+        return values
+
+    @classmethod
+    def from_record(cls, values: dict[str, Any], source: str) -> FederationConfig:
+        """The config that :meth:`recorded` gave, here or in an earlier release.
+
+        Raises ConfigError that names ``source``.
+        """
+        tables = dict(values)
+        for table, before in _BEFORE.items():
+            given = values.get(table, {})
+            tables[table] = {**before, **given} if isinstance(given, dict) else given
+        return parse(cls, tables, source)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of :meth:`recorded`."""
+        return hashlib.sha256(canonical_json(self.recorded())).hexdigest()
+
+
+# Settings that came later, and what every run did before there were any: so the records of those
+# runs keep their meaning and their digest.
+_BEFORE: dict[str, dict[str, Any]] = {
+    "lora": {"scaling": "classic", "ranks": {}},
+    "training": {"proximal_mu": 0.0},
+    "aggregation": {
+        "averaging": "fedavg",
+        "rule": "mean",
+        "assumed_bad": 1,
+        "clip_to_median": "off",
+    },
+    "server": ServerSection().model_dump(mode="json"),
+}
+
+
+def load_federation(path: Path) -> FederationConfig:
+    """Read a ``federation.toml``. Raises ConfigError naming every mistake in it."""
+    return load(path, FederationConfig)
