@@ -18,13 +18,27 @@ FOREIGN_PACKAGE = 15  # ForeignPackageError's exit code; its class may not be th
 
 def main() -> None:
     """Run the command, or end with one line on a package that is somebody else's."""
-    for name in PACKAGES:
-        found = _foreign(name)
-        if found is not None:
-            sys.exit(_say(name, found))
+    found = foreign_package()
+    if found is not None:
+        print(f"error: {found}", file=sys.stderr)  # noqa: T201 - this is the output
+        sys.exit(FOREIGN_PACKAGE)
     from gradualdiff.cli.main import main as run  # not before its packages are known
 
     run()
+
+
+def foreign_package() -> str | None:
+    """What is wrong with the first package that is somebody else's, and what to do about it."""
+    here = Path(__file__).resolve().parents[1]
+    for name in PACKAGES:
+        found = _foreign(name)
+        if found is not None:
+            return (
+                f"{name}: expected this project's package in {here}, got {found}; install "
+                "gradualdiff-fed into a virtual environment of its own, unset PYTHONPATH, and "
+                "start it from a folder that holds no such package"
+            )
+    return None
 
 
 def _foreign(name: str) -> str | None:
@@ -37,17 +51,6 @@ def _foreign(name: str) -> str | None:
         return spec.origin or f"the folder {next(iter(spec.submodule_search_locations or ()), '?')}"
     with own.open("rb") as file:  # another distribution may have been installed over it
         return None if MARK in file.readline() else str(own)
-
-
-def _say(name: str, found: str) -> int:
-    here = Path(__file__).resolve().parents[1]
-    print(  # noqa: T201 - this is the output
-        f"error: {name}: expected this project's package in {here}, got {found}; install "
-        "gradualdiff-fed into a virtual environment of its own, unset PYTHONPATH, and start it "
-        "from a folder that holds no such package",
-        file=sys.stderr,
-    )
-    return FOREIGN_PACKAGE
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from gradualdiff.cli.output import (
     StoreOption,
     console,
     fixed,
-    open_store,
     print_json,
     print_table,
 )
@@ -72,6 +71,7 @@ def gather_all(names: Sequence[str], default: Path) -> list[ComparedRun]:
     """
     from coordinator.runs.comparison import gather
     from coordinator.runs.inspection import History
+    from gradualdiff.store import open_store
 
     places = [_place(name, default) for name in names]
     twice = [name for name, n in Counter(places).items() if n > 1]
@@ -86,7 +86,7 @@ def gather_all(names: Sequence[str], default: Path) -> list[ComparedRun]:
     shared = os.path.commonpath([path.resolve().parent for path, _ in places])
     for path, run in places:
         if path not in stores:
-            stores[path] = open_store(path)
+            stores[path] = open_store(path).objects
         label = f"{path.resolve().relative_to(shared)}:{run}" if run in repeated else run
         found.append(gather(History(stores[path], run), label))
     return found

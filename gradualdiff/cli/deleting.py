@@ -17,7 +17,6 @@ from gradualdiff.cli.output import (
     console,
     megabytes,
     print_json,
-    writable_store,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +37,9 @@ def delete(
     """
     from coordinator.runs.deletion import delete_run, objects_of, refuse_if_active
     from coordinator.runs.operating import operator, operator_ledger
+    from gradualdiff.store import open_store
 
-    objects = writable_store(store)
+    objects = open_store(store, writable=True).objects
     with run_lock(objects, run):
         refuse_if_active(objects, run, time.time())
         going = objects_of(objects, run)

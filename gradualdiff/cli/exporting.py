@@ -17,7 +17,6 @@ from gradualdiff.cli.output import (
     RunArgument,
     StoreOption,
     console,
-    open_store,
     print_json,
 )
 from shared.base_model import TOKENIZER_FILES, hub_id, located
@@ -53,10 +52,11 @@ def export(
     """
     from coordinator.runs.export import best_round, export_adapter, new_folder
     from coordinator.runs.inspection import History
+    from gradualdiff.store import open_store
 
     if best and round_number is not None:
         raise ConfigError("--best and --round are both given; give one of them")
-    objects = open_store(store)
+    objects = open_store(store).objects
     history = History(objects, run)
     number = best_round(history) if best else round_number
     given = history.config.base.model

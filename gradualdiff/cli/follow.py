@@ -15,7 +15,7 @@ import typer
 from coordinator.liveness import read_status
 from coordinator.round.policies import too_few
 from coordinator.runs.standing import Standing, awaited, away_since, is_away
-from gradualdiff.cli.output import open_store, say
+from gradualdiff.cli.output import say
 from shared.errors import RunNotFoundError, StoreError, StoreMissingError
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ def follow(path: Path, run: str, number: int | None, *, as_json: bool) -> None:
 
 def wait_for_run(path: Path, run: str, sleep: Callable[[float], None] = time.sleep) -> ObjectStore:
     """The store at ``path`` once it holds the run: whoever follows may be there first."""
+    from gradualdiff.store import open_store
+
     told = False
     while True:
         try:
-            store = open_store(path)
+            store = open_store(path).objects
             Standing(store, run)
         except (StoreMissingError, RunNotFoundError) as error:
             if not told:

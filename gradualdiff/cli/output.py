@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from shared.errors import GradualDiffError
-    from shared.stores.port import ObjectStore
 
 _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 PIPE_COLUMNS = 1000
@@ -69,50 +68,6 @@ def _within(param: typer.CallbackParam, value: Number, expected: str, holds: boo
         name = f"--{(param.name or '').replace('_', '-')}"
         raise ConfigError(f"{name}: expected {expected}, got {value}; give another")
     return value
-
-
-def open_store(path: Path) -> ObjectStore:
-    """An existing store: a directory, or the one that a federation.toml names.
-
-    Raises StoreMissingError when there is none at ``path``.
-    """
-    from shared.stores.directory import DirectoryStore
-
-    if path.suffix == ".toml":
-        from shared.config import load_federation
-        from shared.stores.opening import open_s3
-
-        config = load_federation(path)
-        if config.store.url is not None:
-            return open_s3(config.store, path.resolve().parent)
-        path = path.parent / config.store.directory
-    _check_store(path)
-    return DirectoryStore(path, create=False)
-
-
-def _check_store(path: Path) -> None:
-    """A store was opened for writing once, or is a copy of one that holds a run."""
-    from shared.errors import StoreMissingError
-
-    def is_store(folder: Path) -> bool:
-        return (folder / ".tmp").is_dir() or any(folder.glob("runs/*/federation.json"))
-
-    if is_store(path):
-        return
-    near = [path.parent, *(sorted(path.iterdir()) if path.is_dir() else ())]
-    found = [f"--store {folder}" for folder in near if is_store(folder)]
-    hint = f"there is one here: {', '.join(found)}" if found else "name another with --store"
-    raise StoreMissingError(
-        f"no store at {path}: expected a directory that a run was begun in; {hint}"
-    )
-
-
-def writable_store(path: Path) -> ObjectStore:
-    """As :func:`open_store`, to write into. Raises StoreError, StoreUnavailableError."""
-    from shared.stores.directory import DirectoryStore
-
-    store = open_store(path)
-    return DirectoryStore(store.root) if isinstance(store, DirectoryStore) else store
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:

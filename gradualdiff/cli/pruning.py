@@ -16,7 +16,6 @@ from gradualdiff.cli.output import (
     megabytes,
     print_json,
     print_table,
-    writable_store,
 )
 
 if TYPE_CHECKING:
@@ -48,8 +47,9 @@ def prune(
     """
     from coordinator.runs.operating import operator, operator_ledger
     from coordinator.runs.retention import carry_out, read_plan
+    from gradualdiff.store import open_store
 
-    ledger = operator_ledger(writable_store(store), run, time.time)
+    ledger = operator_ledger(open_store(store, writable=True).objects, run, time.time)
     plan = read_plan(ledger, keep)
     if not as_json:
         _show(plan)

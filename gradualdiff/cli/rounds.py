@@ -15,16 +15,15 @@ from gradualdiff.cli.output import (
     console,
     fixed,
     megabytes,
-    open_store,
     print_json,
     print_table,
 )
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from coordinator.runs.inspection import History, RoundSummary, SiteRow
+    from gradualdiff.run import Round, Run
 
 app = typer.Typer(help="Rounds of a run: list, show.", no_args_is_help=True)
 
@@ -34,9 +33,9 @@ def list_(
     run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
 ) -> None:
     """Every round of a run, one line each. Round 0 is the adapter drawn from the seed."""
-    from coordinator.runs.inspection import History
+    from gradualdiff.store import open_store
 
-    _list(History(open_store(store), run), as_json=as_json)
+    _list(open_store(store).run(run), as_json=as_json)
 
 
 @app.command()
@@ -63,9 +62,7 @@ def show(
     With --follow each participant's state, again every second: a table on a terminal, lines
     elsewhere, with --json one object a line. Ctrl-C ends it.
     """
-    from coordinator.liveness import read_status
-    from coordinator.runs.inspection import History, show_round, summarise_round
-    from coordinator.runs.standing import with_absence
+    from gradualdiff.store import open_store
 
     if follow:
         from gradualdiff.cli.follow import follow as watch_on
@@ -74,20 +71,18 @@ def show(
             raise ConfigError("--follow: expected no --plot beside it, got both; give one of them")
         watch_on(store, run, round_number, as_json=as_json)
         return
-    objects = open_store(store)
-    history = History(objects, run)
+    opened = open_store(store).run(run)
     if plot is not None:
         from gradualdiff.figures.held_out import plot_held_out
 
-        plot_held_out(history, plot)
+        plot_held_out(opened.history, plot)
         if not as_json:
             console().print(f"Wrote {plot}")
     if round_number is None:
-        _list(history, as_json=as_json)
+        _list(opened, as_json=as_json)
         return
-    summary = summarise_round(history, round_number)
-    status = read_status(objects, run)
-    rows = with_absence(show_round(history, round_number), status)
+    shown = opened.round(round_number)
+    summary, rows = shown.summary, shown.sites
     if as_json:
         print_json({"round": summary, "sites": rows})
         return
@@ -116,25 +111,23 @@ def show(
             for row in rows
         ],
     )
-    problem = status.problem if status is not None and history.finished is None else ""
-    for remark in _remarks(summary, rows, problem):
+    for remark in _remarks(shown):
         console().print(remark, markup=False, soft_wrap=True)
 
 
-def _remarks(summary: RoundSummary, rows: Sequence[SiteRow], problem: str) -> Iterator[str]:
-    yield from (f"{row.site}: {row.reason}" for row in rows if row.reason)
+def _remarks(shown: Round) -> Iterator[str]:
+    summary = shown.summary
+    yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():
         yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"
     if summary.waits_for:
         yield f"the round does not close yet: {summary.waits_for}"
-    if problem:
-        yield problem
+    if shown.problem:
+        yield shown.problem
 
 
-def _list(history: History, *, as_json: bool) -> None:
-    from coordinator.runs.inspection import summarise_rounds
-
-    summaries = summarise_rounds(history)
+def _list(run: Run, *, as_json: bool) -> None:
+    summaries = run.rounds
     if as_json:
         print_json(summaries)
         return
@@ -154,4 +147,4 @@ def _list(history: History, *, as_json: bool) -> None:
         for s in summaries
     ]
     columns = ("round", "state", "counted", "loss", "ppl", "norm", "tokens", "MB", "s")
-    print_table(f"Rounds of {history.run}: held-out loss", (*columns, "adapter"), rows)
+    print_table(f"Rounds of {run.name}: held-out loss", (*columns, "adapter"), rows)

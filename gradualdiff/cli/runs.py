@@ -13,7 +13,6 @@ from gradualdiff.cli.output import (
     RunArgument,
     StoreOption,
     console,
-    open_store,
     print_json,
     print_table,
 )
@@ -41,9 +40,9 @@ for command in (
 @app.command("list")
 def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Every run in the store, one line each."""
-    from coordinator.runs.inspection import summarise_runs
+    from gradualdiff.store import open_store
 
-    summaries = summarise_runs(open_store(store))
+    summaries = open_store(store).runs
     if as_json:
         print_json(summaries)
         return
@@ -58,11 +57,11 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
 def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """One run: its state, dates, members, and the settings that differ from the defaults."""
     from coordinator.runs.differing import changed_settings, told
-    from coordinator.runs.inspection import History, summarise_run
     from coordinator.runs.standing import moment
+    from gradualdiff.store import open_store
 
-    history = History(open_store(store), run)
-    summary = summarise_run(history)
+    opened = open_store(store).run(run)
+    history, summary = opened.history, opened.summary
     members = [
         {
             "site": site,
@@ -113,10 +112,11 @@ def verify(
     import tempfile
 
     from coordinator.audit.verification import verify_run
+    from gradualdiff.store import open_store
     from shared.errors import LedgerDamagedError
     from shared.protocol.ledger import Ledger
 
-    ledger = Ledger(open_store(store), run, "verifier", lambda: 0.0)
+    ledger = Ledger(open_store(store).objects, run, "verifier", lambda: 0.0)
     with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
         quiet = (lambda _: None) if as_json else _announce
         found = verify_run(ledger, Path(scratch), quiet)

@@ -14,7 +14,6 @@ from gradualdiff.cli.output import (
     StoreOption,
     console,
     print_json,
-    writable_store,
 )
 from shared.errors import ConfigError
 
@@ -141,11 +140,12 @@ def branch(
 
     from coordinator.runs.branching import branch_run
     from coordinator.runs.operating import operator_ledger
+    from gradualdiff.store import open_store
     from shared.config import NAME_PATTERN
 
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(f"--name: expected 1 to 40 of a-z, 0-9 and dashes, got {name!r}")
-    objects = writable_store(store)
+    objects = open_store(store, writable=True).objects
     child = operator_ledger(objects, name, time.time)
     origin = branch_run(operator_ledger(objects, run, time.time), at, child)
     if as_json:
@@ -162,8 +162,9 @@ def branch(
 
 def _ledger(store: Path, run: str) -> Ledger:
     from coordinator.runs.operating import operator_ledger
+    from gradualdiff.store import open_store
 
-    return operator_ledger(writable_store(store), run, time.time)
+    return operator_ledger(open_store(store, writable=True).objects, run, time.time)
 
 
 def _order(

@@ -79,7 +79,7 @@ def test_a_folder_that_is_no_store_is_said_and_the_near_one_named(store, tmp_pat
     done = gradualdiff("runs", "list", "--store", folder)
     assert done.returncode == errors.StoreMissingError.exit_code
     assert f"no store at {folder}" in done.stderr
-    assert (f"--store {store}" in done.stderr) == (place in ("", "store/runs"))
+    assert (f"there is one here: {store}" in done.stderr) == (place in ("", "store/runs"))
     assert done.stdout == ""
 
 

@@ -1,0 +1,1 @@
+"""`import gradualdiff`, as scripts and notebooks use it."""
