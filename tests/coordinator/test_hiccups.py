@@ -55,7 +55,7 @@ class Stand:
             broker = server.connect(name, site_rights(name))
             site = Site(
                 name=name,
-                line=broker,
+                outbox=broker,
                 transfer=DirectoryTransfer(self.store),
                 workspace=Workspace(folder / "sites" / name),
                 learner=NumpyLearner(name),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradualdiff.cli.serve import make_station, stopped_by_signal
-from participant.checkpoints import Standing, Tensors
+from participant.checkpoints import Tensors, TrainingProgress
 from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
 from participant.learner.port import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
@@ -108,7 +108,7 @@ class TinyTrainer:
         for name, value in _read(found.adapter).items():
             factors[name].data.copy_(value)
         load_optimizer(optimizer, factors, found.optimizer)
-        return list(found.standing.nll)
+        return list(found.progress.nll)
 
     def _keep(self, checkpoints, factors, optimizer, losses):
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in MANIFEST.tensors]
@@ -118,11 +118,11 @@ class TinyTrainer:
             return write_tensors(path, layouts, values, ADAPTER_METADATA)
 
         count = len(losses)
-        standing = Standing(
+        progress = TrainingProgress(
             step=count, nll=tuple(losses), tokens=(1,) * count, norms=(1.0,) * count
         )
         writers = Tensors(write_adapter, lambda path: save_optimizer(optimizer, factors, path))
-        assert checkpoints.save(standing, writers)
+        assert checkpoints.save(progress, writers)
 
     def evaluate(self, run, source, report):
         inputs = torch.randn((EXAMPLES, 8), generator=torch.Generator().manual_seed(1))

@@ -61,7 +61,7 @@ class HostileCoordinator:
         """The site's process again, over the same workspace."""
         site = Site(
             name="a",
-            line=self,
+            outbox=self,
             transfer=self.transfer or self,
             workspace=Workspace(self.folder / "workspace"),
             learner=self.learner,

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.accounts.broker_administration import ManagementAdmin
 from coordinator.accounts.site_accounts import MOST_CONNECTIONS, Accounts
-from participant.outbox import Line
+from participant.outbox import Outbox
 from shared import topology
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
@@ -56,7 +56,7 @@ def site(rabbit_server, vhost, address, tmp_path):
 
 
 def flood(address, count, run="r1"):
-    """Publish without waiting for any confirm, as fast as the line takes it."""
+    """Publish without waiting for any confirm, as fast as the outbox takes it."""
     credentials = pika.PlainCredentials(address.account, address.password)
     parameters = pika.ConnectionParameters(
         address.host, address.port, address.vhost, credentials, heartbeat=0
@@ -110,10 +110,10 @@ def test_a_full_queue_refuses_the_publisher_who_waits_and_gets_through(monkeypat
         with pytest.raises(MessageRejectedError):
             kit.publish(junk)
         assert broker.depth(queue) == full
-        line = Line(threading.Event())
-        line.connected(kit)
+        outbox = Outbox(threading.Event())
+        outbox.connected(kit)
         word = threading.Thread(
-            target=line.publish, args=([Message(topology.EVENTS_EXCHANGE, key, b"mine")],)
+            target=outbox.publish, args=([Message(topology.EVENTS_EXCHANGE, key, b"mine")],)
         )
         word.start()
         consumer, bodies = broker.consume(queue), []
