@@ -1,0 +1,1 @@
+"""A store that an earlier release wrote, and what that release said of it."""
