@@ -35,7 +35,7 @@ import numpy as np
 
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.genesis import draw_adapter
-from shared.averaging.inputs import WeightedDelta
+from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec

@@ -23,13 +23,13 @@ from coordinator.round.state import (
     WriteRecord,
 )
 from shared import topology
-from shared.averaging import delta_manifest, get_averaging
-from shared.averaging.inputs import WeightedDelta
 from shared.brokers.port import Message
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.lora_factors import lora_for, whole_manifest
+from shared.methods.averaging import delta_manifest, get_averaging
+from shared.methods.inputs import WeightedDelta
 from shared.protocol import wire
 from shared.protocol.events import (
     DeltaAnswered,

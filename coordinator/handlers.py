@@ -18,7 +18,6 @@ from coordinator.liveness import Liveness
 from coordinator.round.machine import apply, pending, replay, resume
 from coordinator.round.members import unfit
 from coordinator.round.state import Aggregate, MakeGenesis, Ticked, WriteRecord
-from shared.averaging import delta_manifest
 from shared.errors import (
     DeltaRefusedError,
     FencedError,
@@ -31,6 +30,7 @@ from shared.errors import (
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.lora_factors import site_manifest
+from shared.methods.averaging import delta_manifest
 from shared.protocol.bounds import prose
 from shared.protocol.dispatch import ABOUT_THE_MESSAGE
 from shared.protocol.events import (

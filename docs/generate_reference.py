@@ -23,9 +23,9 @@ from coordinator import liveness
 from coordinator.accounts import site_accounts
 from gradualdiff.cli.kits import METRICS_KEPT
 from shared import errors, topology
-from shared.averaging import averaging_names
 from shared.config import FederationConfig, SiteConfig
 from shared.config.mistakes import PATTERNS, section_of
+from shared.methods.averaging import averaging_names
 from shared.protocol import manifest, records
 from shared.protocol.events import EVENTS
 from shared.protocol.records import Record

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from participant.learner.port import steps_in_round
-from shared.averaging import get_averaging
 from shared.base_model import HUB_ID
+from shared.methods.averaging import get_averaging
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

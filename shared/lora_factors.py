@@ -1,8 +1,8 @@
 """The one place that knows LoRA's two factors: an adapter adds B A to a layer's weight.
 
 A is (rank, inputs) and B is (outputs, rank), under PEFT's names. Which of them a site trains in a
-round is the averaging mode's to say (``shared/averaging``). Pure. All other code handles named
-tensors.
+round is the averaging mode's to say (``shared/methods/averaging``). Pure. All other code handles
+named tensors.
 """
 
 from __future__ import annotations

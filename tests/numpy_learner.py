@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from participant.learner.port import DELTA_FILE, Learned, Progress, Readiness
-from shared.averaging import get_averaging
 from shared.config import AcceptSection, LoraSection
 from shared.errors import InterruptedRunError
 from shared.lora_factors import leading, site_manifest
+from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec

@@ -28,10 +28,10 @@ from coordinator.aggregation import robust
 from coordinator.aggregation.exactness import DIGITS, squared_gap
 from coordinator.aggregation.server_optimizer import open_optimizer
 from coordinator.round.policies import too_few
-from shared.averaging import get_averaging
 from shared.config import AggregationSection, ServerSection
 from shared.errors import ConfigError, LedgerError
 from shared.lora_factors import pairs
+from shared.methods.averaging import get_averaging
 from shared.tensors.arithmetic import (
     BLOCK,
     blocks,
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coordinator.aggregation.server_optimizer import ServerOptimizer, StateFiles, Stepped
-    from shared.averaging.inputs import WeightedDelta
     from shared.config import FederationConfig
+    from shared.methods.inputs import WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
 
 WEIGHT_TOLERANCE: Final = 1e-9
@@ -145,9 +145,9 @@ def aggregate(
     """Write the next adapter to ``target``: fp32(fp64(A) + step(sum_i w_i (scale_i * fp64(D_i)))).
 
     A tensor that no delta holds keeps its bytes. An averaging mode that does not join by value does
-    it itself (``shared/averaging``). ``source``: the adapter all deltas started from. ``watch``
-    gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd), ``hash``
-    and ``write``. ``threads`` sum beside the one that writes; None: as many as there are
+    it itself (``shared/methods/averaging``). ``source``: the adapter all deltas started from.
+    ``watch`` gets the seconds of ``read``, ``accumulate``, ``measure``, ``gap``, ``fit`` (svd),
+    ``hash`` and ``write``. ``threads`` sum beside the one that writes; None: as many as there are
     processors, at most 4. ``method`` None: the plain mean. ``state``: the files of the server's
     optimiser, if the method has one that keeps any. Raises LedgerError for a site that is
     listed twice, weights that do not sum to 1, fewer deltas than the rule needs or a result

@@ -25,8 +25,6 @@ from coordinator.round.controls import steer
 from coordinator.round.machine import clips, shares
 from coordinator.round.selection import select
 from shared import topology
-from shared.averaging import delta_manifest, get_averaging
-from shared.averaging.inputs import WeightedDelta
 from shared.config import FederationConfig, LoraSection
 from shared.errors import (
     DecodeError,
@@ -35,6 +33,8 @@ from shared.errors import (
     ObjectMissingError,
 )
 from shared.lora_factors import whole_manifest
+from shared.methods.averaging import delta_manifest, get_averaging
+from shared.methods.inputs import WeightedDelta
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,

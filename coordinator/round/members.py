@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from shared.averaging import get_averaging
 from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
+from shared.methods.averaging import get_averaging
 from shared.printing import cut
 from shared.protocol.bounds import prose
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import topology
-from shared.averaging import get_averaging
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
@@ -19,6 +18,7 @@ from shared.errors import (
     RunExistsError,
     RunNotFoundError,
 )
+from shared.methods.averaging import get_averaging
 from shared.protocol.records import ClosedRecord, GenesisRecord, OriginRecord
 from shared.stores.port import read_again
 

@@ -9,9 +9,9 @@ from coordinator.aggregation.genesis import adapter_config
 from coordinator.runs.branching import CONFIG, TENSORS
 from coordinator.runs.model_card import model_card
 from shared import topology
-from shared.averaging import get_averaging
 from shared.disk.files import digest_file
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
+from shared.methods.averaging import get_averaging
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import ClosedRecord, GenesisRecord, pool_held_out
 

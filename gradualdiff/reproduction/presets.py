@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from gradualdiff.reproduction.partition import parse_policy
-from shared.averaging import averaging_names, get_averaging
 from shared.config import (
     BaseSection,
     LoraSection,
@@ -21,6 +20,7 @@ from shared.config import (
     parse,
 )
 from shared.errors import ConfigError
+from shared.methods.averaging import averaging_names, get_averaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -26,11 +26,11 @@ from participant.learner.port import (
 )
 from participant.learner.resuming import Resumable
 from participant.learner.training import Beginning, RoundPlace, step_batches, train_round
-from shared.averaging import get_averaging
 from shared.config import canonical_json
 from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
 from shared.log import get_logger
 from shared.lora_factors import beyond, leading
+from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import LocalMetrics
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import difference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from shared.averaging import get_averaging
+from shared.methods.averaging import get_averaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

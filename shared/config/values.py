@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticKnownError
 
-from shared.averaging import averaging_names
+from shared.methods.averaging import averaging_names
 from shared.topology import ANY_RUN, COORDINATOR
 
 NAME_PATTERN: Final = r"^[a-z0-9-]{1,40}$"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from coordinator.aggregation.closing import Counts, aggregate, weights
-from shared.averaging.inputs import WeightedDelta
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerError
+from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
@@ -263,7 +263,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from coordinator.aggregation.closing import aggregate
-from shared.averaging.inputs import WeightedDelta
+from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest
 from shared.tensors.tensor_file import Stopwatch
 

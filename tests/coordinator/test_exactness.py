@@ -9,10 +9,10 @@ import pytest
 
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.exactness import DIRECTIONS, squared_gap
-from shared.averaging import get_averaging
-from shared.averaging.inputs import WeightedDelta
 from shared.config import AggregationSection
 from shared.lora_factors import Pair
+from shared.methods.averaging import get_averaging
+from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta

@@ -9,9 +9,9 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.closing import Method, aggregate
-from shared.averaging.svd import distance, fit
 from shared.config import AggregationSection
 from shared.errors import LedgerError
+from shared.methods.averaging.svd import distance, fit
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.tensor_file import TensorFile
 from tests.coordinator.test_exactness import adapter_of, drawn, layer, sourced, written

@@ -9,11 +9,11 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.closing import Method, aggregate
-from shared.averaging import get_averaging
-from shared.averaging.flora import MODE
 from shared.config import AggregationSection
 from shared.errors import LedgerError
 from shared.lora_factors import of_rank, pairs
+from shared.methods.averaging import get_averaging
+from shared.methods.averaging.flora import MODE
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.protocol.records import ClosingRecord, Input
 from shared.tensors.tensor_file import TensorFile

@@ -16,9 +16,9 @@ from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
 from coordinator.runs.inspection import History
 from shared import topology
-from shared.averaging import delta_manifest, svd
 from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
 from shared.lora_factors import pairs
+from shared.methods.averaging import delta_manifest, svd
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import (
     AcceptedRecord,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from shared import topology
-from shared.averaging import delta_manifest, get_averaging
 from shared.lora_factors import is_a, is_b, pairs
+from shared.methods.averaging import delta_manifest, get_averaging
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
 from shared.tensors.delta_file import DeltaFile

@@ -16,9 +16,9 @@ from participant.checkpoints import Checkpoints  # noqa: E402  # after the skip
 from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.port import DELTA_FILE, STATE_FILE  # noqa: E402
 from participant.learner.torch_learner import TorchLearner  # noqa: E402
-from shared.averaging import get_averaging  # noqa: E402
 from shared.config import DataSection  # noqa: E402
 from shared.errors import InterruptedRunError, ModelError, NotAcceptedError, ProtocolError  # noqa: E402
+from shared.methods.averaging import get_averaging  # noqa: E402
 from shared.protocol.events import (  # noqa: E402
     RoundStarted,
     RunAnnounced,

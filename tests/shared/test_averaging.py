@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.averaging import Averaging, averaging_names, get_averaging
 from shared.errors import ConfigError
+from shared.methods.averaging import Averaging, averaging_names, get_averaging
 
 ROOT = Path(__file__).parents[2]
 

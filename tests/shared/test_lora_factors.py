@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from shared.averaging import delta_manifest, get_averaging
 from shared.config import LoraSection
 from shared.errors import ConfigError
 from shared.lora_factors import (
@@ -21,6 +20,7 @@ from shared.lora_factors import (
     site_manifest,
     whole_manifest,
 )
+from shared.methods.averaging import delta_manifest, get_averaging
 from shared.protocol.manifest import Manifest, TensorSpec
 from tests.federations import config
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from shared.averaging.inputs import Figures, WeightedDelta
     from shared.config import FederationConfig, LoraSection
+    from shared.methods.inputs import Figures, WeightedDelta
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import ClosingRecord
     from shared.tensors.delta_file import DeltaFile
@@ -111,7 +111,7 @@ class Averaging:
 @functools.cache
 def averaging_names() -> tuple[str, ...]:
     """Every mode there is, sorted."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "inputs"))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
 
 def get_averaging(name: str) -> Averaging:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from shared.averaging import Averaging
+from shared.methods.averaging import Averaging
 
 MODE = Averaging()

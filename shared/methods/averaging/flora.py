@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from shared.averaging import Averaging
 from shared.errors import LedgerError
 from shared.lora_factors import is_a, is_b, is_factors_only, lora_of_rank, of_rank, pairs, rank_of
+from shared.methods.averaging import Averaging
 from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
 from shared.tensors.tensor_file import TensorFile
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.averaging.inputs import Figures, WeightedDelta
     from shared.config import FederationConfig, LoraSection
+    from shared.methods.inputs import Figures, WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.protocol.records import ClosingRecord
     from shared.tensors.delta_file import DeltaFile

@@ -1,4 +1,4 @@
-"""What is joined, and who keeps the figures of it."""
+"""What an averaging mode joins, and who keeps the figures of it."""
 
 from __future__ import annotations
 

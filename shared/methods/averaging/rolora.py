@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.averaging import Averaging
 from shared.lora_factors import A, B, factors
+from shared.methods.averaging import Averaging
 
 if TYPE_CHECKING:
     from shared.protocol.manifest import Manifest

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from shared.averaging import Averaging
 from shared.errors import LedgerError
 from shared.lora_factors import pairs
+from shared.methods.averaging import Averaging
 from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
 from shared.tensors.tensor_file import TensorFile
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.averaging.inputs import Figures, WeightedDelta
     from shared.lora_factors import Pair
+    from shared.methods.inputs import Figures, WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.tensors.delta_file import DeltaFile
 

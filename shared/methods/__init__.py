@@ -1,0 +1,1 @@
+"""What a run may choose by name: a folder per kind, a file per mode."""
