@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from participant.data import TokenisedExample
 from participant.learner.training import Beginning, RoundPlace, train_round
 from participant.model import LocalModel, settle_threads
+from shared import modes
 from shared.config import BaseSection, LoraSection, TrainingSection
 from shared.protocol.manifest import TensorSpec
 from shared.seeds import derive_seed
-from shared.tensors.codecs import codec_names, get_codec
+from shared.tensors.codecs import get_codec
 
 Delta = dict[str, np.ndarray]
 
@@ -129,7 +130,7 @@ def main() -> None:
         "| normal values | s |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    rows = {name: measure(name, model, deltas) for name in codec_names()}
+    rows = {name: measure(name, model, deltas) for name in modes.names("codecs")}
     for name, (size, one, mean, seconds) in sorted(rows.items(), key=lambda row: -row[1][0]):
         print(
             f"| {name} | {size / values:.3f} | {size / 1000:.1f} | {rows['fp32'][0] / size:.1f} "

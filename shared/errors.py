@@ -7,8 +7,9 @@
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
     |  `- DivergedError        14   a training or an adapter came to a loss that is not finite
-    |- MissingPackageError     13   an optional package is not installed
-    |- ForeignPackageError     15   another project's package has the name of one of ours
+    |- MissingPackageError     13   a package is not installed, or in another version
+    |- ForeignPackageError     15   another project's package takes a name of ours, or its mode
+    |                               does not work
     |- LedgerError             20   the run's records
     |  |- LedgerDamagedError   21   an object of the ledger is missing, torn or altered
     |  |- RunExistsError       22   the run already exists (or has another config)
@@ -95,15 +96,16 @@ class DivergedError(ModelError):
 
 
 class MissingPackageError(GradualDiffError):
-    """An optional package is needed for this and is not installed."""
+    """A package is needed for this and is not installed, or in another version."""
 
     exit_code = 13
 
 
 class ForeignPackageError(GradualDiffError):
-    """Another project's package named shared, coordinator or participant comes first.
+    """Another project's package takes a name of ours, or offers a mode that does not work.
 
-    Told by ``gradualdiff.py``, which runs before anything of ours can be imported.
+    That a package named shared, coordinator or participant comes first is told by
+    ``gradualdiff/entry.py``, which runs before anything of ours can be imported.
     """
 
     exit_code = 15

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from gradualdiff.reproduction.partition import parse_policy
+from shared import modes
 from shared.config import (
     BaseSection,
     LoraSection,
@@ -20,7 +21,7 @@ from shared.config import (
     parse,
 )
 from shared.errors import ConfigError
-from shared.methods.averaging import averaging_names, get_averaging
+from shared.methods.averaging import get_averaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ class Preset(Section):
                 f"{', '.join(sorted(_RECOMMENDABLE))}; remove it"
             )
         averaging = self.recommended.get("aggregation", {}).get("averaging")
-        if averaging in averaging_names() and get_averaging(averaging).merges:
+        if averaging in modes.names("averaging") and get_averaging(averaging).merges:
             yield (
                 "recommended.aggregation.averaging: expected one whose adapter keeps its rank, "
                 f"got {averaging}, whose sites merge it into their base: the adapter's own loss "

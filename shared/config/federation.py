@@ -6,12 +6,12 @@ import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shared import modes
 from shared.config.reading import load, parse
 from shared.config.rounds import ServerSection
 from shared.config.rules import RULES
 from shared.config.tables import FederationTables
 from shared.config.values import RESERVED_NAMES, canonical_json
-from shared.methods.averaging import get_averaging
 from shared.topology import ANY_RUN
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class FederationConfig(FederationTables):
             )
 
     def _averaging(self) -> Iterator[str]:
-        yield from get_averaging(self.aggregation.averaging).misfits(self)
+        yield from modes.get("averaging", self.aggregation.averaging).misfits(self)
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from shared.methods.averaging import get_averaging
+from shared import modes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def _joined_by_value(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    if config.aggregation.rule != "mean" and not get_averaging(name).by_value:
+    if config.aggregation.rule != "mean" and not modes.get("averaging", name).by_value:
         yield (
             f'aggregation.rule = "{config.aggregation.rule}" takes values one by one, but '
             f'aggregation.averaging = "{name}" joins products of whole factors; use rule = "mean" '
@@ -25,7 +25,7 @@ def _joined_by_value(config: FederationTables) -> Iterator[str]:
 
 def _one_rank(config: FederationTables) -> Iterator[str]:
     name, lora = config.aggregation.averaging, config.lora
-    if lora.ranks and not get_averaging(name).takes_ranks:
+    if lora.ranks and not modes.get("averaging", name).takes_ranks:
         yield (
             f'lora.ranks: expected one rank for all sites with aggregation.averaging = "{name}", '
             f"got {len(lora.ranks)} of their own: factors of two ranks have no mean; use svd, or "
@@ -54,7 +54,7 @@ def _ranks_are_parts(config: FederationTables) -> Iterator[str]:
 
 def _no_moments_of_old_factors(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    renews = get_averaging(name).renews
+    renews = modes.get("averaging", name).renews
     if renews and config.training.optimizer_state == "keep":
         yield (
             f'training.optimizer_state = "keep": aggregation.averaging = "{name}" {renews}, so '
@@ -64,7 +64,7 @@ def _no_moments_of_old_factors(config: FederationTables) -> Iterator[str]:
 
 def _no_deltas_of_old_factors(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    renews = get_averaging(name).renews
+    renews = modes.get("averaging", name).renews
     if renews and config.policy.carries:
         yield (
             f"policy: a delta that counts in a later round needs factors that stay, but "
@@ -154,7 +154,7 @@ def _server_needs_no_more(config: FederationTables) -> Iterator[str]:
 
 def _server_needs_factors_that_stay(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    if config.server.optimizer != "plain" and not get_averaging(name).by_value:
+    if config.server.optimizer != "plain" and not modes.get("averaging", name).by_value:
         yield (
             f'{_server_word(config)}: expected plain with aggregation.averaging = "{name}": it '
             "makes the factors anew in each round, so what was remembered of a value says nothing "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticKnownError
 
-from shared.methods.averaging import averaging_names
+from shared import modes
 from shared.topology import ANY_RUN, COORDINATOR
 
 NAME_PATTERN: Final = r"^[a-z0-9-]{1,40}$"
@@ -22,16 +23,18 @@ StoreUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/@\\\s]+/?$")]
 Transport = Literal["tls", "plaintext"]
 
 
-def _known_averaging(name: str) -> str:
+def _known(kind: str, name: str) -> str:
     """As a Literal of all modes would say it."""
-    known = averaging_names()
+    known = modes.names(kind)
     if name not in known:
         expected = ", ".join(map(repr, known))
         raise PydanticKnownError("literal_error", {"expected": expected})
     return name
 
 
-AveragingName = Annotated[str, StringConstraints(max_length=64), AfterValidator(_known_averaging)]
+AveragingName = Annotated[
+    str, StringConstraints(max_length=64), AfterValidator(partial(_known, "averaging"))
+]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared import modes
 from shared.config import load_federation, load_site
 from shared.errors import (
     ConfigError,
@@ -17,7 +18,7 @@ from shared.errors import (
 from shared.protocol import wire
 from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import is_finite, squared_norm
-from shared.tensors.codecs import codec_names, get_codec
+from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, check_delta, write_delta
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 from tests.fuzz import federations, records, stores
@@ -83,7 +84,7 @@ HEADERS = [
         codec=name,
         codec_version=get_codec(name).version,
     )
-    for name in codec_names()
+    for name in modes.names("codecs")
 ]
 
 
@@ -121,7 +122,7 @@ def payloads() -> list[bytes]:
         name.encode()
         + b"\n"
         + b"".join(p.tobytes() for p in get_codec(name).encode(SPEC, values, 1))
-        for name in codec_names()
+        for name in modes.names("codecs")
     ]
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
+from shared import modes
 from shared.errors import ConfigError
 from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import (
@@ -23,7 +24,7 @@ from shared.tensors.arithmetic import (
     square_and_product,
     squared_norm,
 )
-from shared.tensors.codecs import Codec, codec_names, get_codec
+from shared.tensors.codecs import Codec, get_codec
 
 FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -47,8 +48,8 @@ def there_and_back(codec: Codec, values: Any) -> Any:
 def test_codecs_are_found_by_their_file() -> None:
     """Every file in the folder is a codec of its own name."""
     uniform = {"uniform4", "uniform16", "uniform256"}
-    assert {"bf16", "fp32", "int8"} | uniform <= set(codec_names())
-    for name in codec_names():
+    assert {"bf16", "fp32", "int8"} | uniform <= set(modes.names("codecs"))
+    for name in modes.names("codecs"):
         codec = get_codec(name)
         assert codec.name == name
         assert codec.version >= 1
@@ -60,7 +61,7 @@ def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
         get_codec("nope")
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", modes.names("codecs"))
 @given(values=TENSORS)
 def test_parts_have_the_layout_that_was_promised(name: str, values: Any) -> None:
     """Names start with the tensor's own; dtypes and shapes are those of ``layout``."""
@@ -74,7 +75,7 @@ def test_parts_have_the_layout_that_was_promised(name: str, values: Any) -> None
     assert (decoded.dtype, decoded.shape) == (np.float32, values.shape)
 
 
-@pytest.mark.parametrize("name", codec_names())
+@pytest.mark.parametrize("name", modes.names("codecs"))
 @given(values=TENSORS, seed=st.integers(0, 2**63 - 1))
 def test_encoding_is_a_function_of_values_and_seed(name: str, values: Any, seed: int) -> None:
     """The same twice gives the same bytes."""
@@ -235,7 +236,7 @@ def test_sizes_are_those_of_the_table() -> None:
     spec = TensorSpec(name="w", shape=(159_907_840,), init="zeros")
     sizes = {
         name: sum(part.size_bytes for part in get_codec(name).layout(spec)) / 1e6
-        for name in codec_names()
+        for name in modes.names("codecs")
     }
     assert {name: round(size, 1) for name, size in sizes.items()} == {
         "fp32": 639.6, "bf16": 319.8, "int8": 161.2,

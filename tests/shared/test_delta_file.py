@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared import modes
 from shared.errors import ConfigError, DeltaRefusedError
 from shared.protocol.manifest import Manifest, TensorSpec
-from shared.tensors.codecs import codec_names, get_codec
+from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import (
     HEADER_KEY,
     DeltaFile,
@@ -61,7 +62,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "delta.safetensors"
 
 
-@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("codec", modes.names("codecs"))
 def test_a_delta_is_read_back(path: Path, codec: str) -> None:
     """Header and decoded values survive every codec; all twos are exact in each but int8."""
     write_delta(path, MANIFEST, codec, header_of(codec), values_of, 1)
@@ -77,7 +78,7 @@ def test_a_delta_passes_its_check_with_its_norm(path: Path) -> None:
     assert check_delta(path, MANIFEST, HEADER, max_norm=36).norm == 35.0428309
 
 
-@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("codec", modes.names("codecs"))
 def test_the_same_delta_is_the_same_bytes(tmp_path: Path, codec: str) -> None:
     """A site that announces again announces the same sha."""
     digests = {

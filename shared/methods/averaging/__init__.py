@@ -1,18 +1,16 @@
 """How sites' factors become one adapter: one file in this folder per mode, found by its name.
 
-A new mode is a new file that sets ``MODE``; nothing else needs to change. What the program has to
-know of a mode it asks of that object: settings, announcement, closing, verification, export and
-branching compare no name. Federated averaging is what :class:`Averaging` itself says.
+A new mode is a new file here that sets ``MODE``, or another package's: ``shared/modes.py``. What
+the program has to know of a mode it asks of that object: settings, announcement, closing,
+verification, export and branching compare no name. Federated averaging is what :class:`Averaging`
+itself says.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING, cast
 
-from shared.errors import ConfigError, did_you_mean
+from shared import modes
 from shared.lora_factors import site_manifest
 
 if TYPE_CHECKING:
@@ -108,21 +106,9 @@ class Averaging:
         return lora
 
 
-@functools.cache
-def averaging_names() -> tuple[str, ...]:
-    """Every mode there is, sorted."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
-
-
 def get_averaging(name: str) -> Averaging:
     """The mode of this name. Raises ConfigError that lists the known ones."""
-    known = averaging_names()
-    if name not in known:
-        raise ConfigError(
-            f"aggregation.averaging: expected one of {', '.join(known)}, got {name!r}"
-            f"{did_you_mean(name, known)}"
-        )
-    return cast("Averaging", importlib.import_module(f"{__name__}.{name}").MODE)
+    return cast("Averaging", modes.get("averaging", name))
 
 
 def delta_manifest(

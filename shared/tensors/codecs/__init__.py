@@ -1,17 +1,15 @@
 """How a delta travels: one file in this folder per codec, found by its name.
 
-A new codec is a new file that sets ``CODEC``; nothing else needs to change. A codec knows one
-tensor at a time and nothing of files, rounds or sites. Its bytes must be a function of values and
-seed alone, and ``version`` goes up whenever they change.
+A new codec is a new file here that sets ``MODE``, or another package's: ``shared/modes.py``. A
+codec knows one tensor at a time and nothing of files, rounds or sites. Its bytes must be a function
+of values and seed alone, and ``version`` goes up whenever they change.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from shared.errors import ConfigError, did_you_mean
+from shared import modes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,17 +50,6 @@ class Codec(Protocol):
         """
 
 
-def codec_names() -> tuple[str, ...]:
-    """Every codec there is, sorted."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
 def get_codec(name: str) -> Codec:
     """The codec of this name. Raises ConfigError that lists the known ones."""
-    known = codec_names()
-    if name not in known:
-        raise ConfigError(
-            f"codec.name: expected one of {', '.join(known)}, got {name!r}"
-            f"{did_you_mean(name, known)}"
-        )
-    return cast("Codec", importlib.import_module(f"{__name__}.{name}").CODEC)
+    return cast("Codec", modes.get("codecs", name))

@@ -46,4 +46,4 @@ class Bf16:
         return parts[0].astype(np.float32)
 
 
-CODEC: Final[Codec] = Bf16()
+MODE: Final[Codec] = Bf16()

@@ -40,4 +40,4 @@ class Fp32:
         return parts[0].astype(np.float32, copy=False)
 
 
-CODEC: Final[Codec] = Fp32()
+MODE: Final[Codec] = Fp32()

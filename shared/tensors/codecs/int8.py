@@ -81,4 +81,4 @@ def _rounded_up(values: NDArray[np.float64]) -> NDArray[Any]:
     return bits.astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
-CODEC: Final[Codec] = Int8()
+MODE: Final[Codec] = Int8()

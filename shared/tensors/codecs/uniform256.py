@@ -12,4 +12,4 @@ from shared.tensors.uniform import Uniform
 if TYPE_CHECKING:
     from shared.tensors.codecs import Codec
 
-CODEC: Final[Codec] = Uniform(bits=8)
+MODE: Final[Codec] = Uniform(bits=8)

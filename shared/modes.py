@@ -1,0 +1,187 @@
+"""What a run may choose by name, found by that name: built in, or of another installed package.
+
+One registry for every kind. A built-in mode is a file in its kind's folder, called as the mode is
+(``-`` is written ``_``), whose ``MODE`` is the value. Another package offers a mode by an entry
+point of the group ``gradualdiff.KIND``; its code is imported when its name is asked for, not
+before. Nothing here imports a mode or a kind, so that settings may ask without a circle.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+from shared.errors import ConfigError, ForeignPackageError, MissingPackageError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from importlib.metadata import EntryPoint
+
+    from shared.config import FederationConfig
+
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}$")]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of modes. ``contract``: the class in ``package`` whose parts a mode must have."""
+
+    package: str
+    contract: str
+    setting: str
+
+
+KINDS: Final = {
+    "averaging": Kind("shared.methods.averaging", "Averaging", "aggregation.averaging"),
+    "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name"),
+}
+
+
+class Origin(BaseModel):
+    """Where a mode that is not built in comes from, as it goes on record with a run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    kind: Label
+    name: Label
+    version: Label
+    distribution: Label
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.name} of {self.distribution} {self.version}"
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """Every mode of this kind, sorted. None of other packages is imported."""
+    return tuple(sorted({*_built_in(kind), *_installed(kind)}))
+
+
+@functools.cache
+def get(kind: str, name: str) -> Any:
+    """The mode of this name. Raises ConfigError that lists the known ones.
+
+    Raises ForeignPackageError where another package's mode takes a name that is taken, cannot be
+    imported, or lacks what its kind needs.
+    """
+    point = _foreign(kind, name)
+    if point is None:
+        return importlib.import_module(_built_in(kind)[name]).MODE
+    try:
+        mode = point.load()
+    except Exception as error:
+        raise ForeignPackageError(
+            f"{_label(kind, point)}: expected {point.value} to be imported, got "
+            f"{type(error).__name__}: {error}; install a version that works, or uninstall it"
+        ) from error
+    lacking = sorted(part for part in _parts(kind) if not hasattr(mode, part))
+    if lacking:
+        raise ForeignPackageError(
+            f"{_label(kind, point)}: expected all that {KINDS[kind].contract} in "
+            f"{KINDS[kind].package} has, got {point.value} without {', '.join(lacking)}; install a "
+            "version made for this release"
+        )
+    return mode
+
+
+def origin(kind: str, name: str) -> Origin | None:
+    """Where the mode comes from; None for a built-in one. Imports none.
+
+    Raises ConfigError and ForeignPackageError as :func:`get` does.
+    """
+    point = _foreign(kind, name)
+    if point is None or point.dist is None:
+        return None
+    return Origin(kind=kind, name=name, version=point.dist.version, distribution=point.dist.name)
+
+
+def origins(config: FederationConfig) -> tuple[Origin, ...]:
+    """Where the modes that these settings name come from, without the built-in ones."""
+    found = []
+    for kind, about in KINDS.items():
+        table, field = about.setting.split(".")
+        found.append(origin(kind, getattr(getattr(config, table), field)))
+    return tuple(one for one in found if one is not None)
+
+
+def lack(wanted: Origin) -> str:
+    """What this installation lacks of a mode on record, and what to do; empty: nothing."""
+    remedy = f"install {wanted.distribution}=={wanted.version} here"
+    try:
+        here = origin(wanted.kind, wanted.name) if wanted.kind in KINDS else None
+    except ConfigError:
+        here = None
+    except ForeignPackageError as error:
+        return str(error)
+    if here is None:
+        return f"{wanted} is not installed; {remedy}"
+    return "" if here == wanted else f"expected {wanted}, got {here}; {remedy}"
+
+
+def require(wanted: Iterable[Origin], whose: str) -> None:
+    """Raises MissingPackageError that names every mode that is missing or of another version."""
+    lacking = [said for said in map(lack, wanted) if said]
+    if lacking:
+        raise MissingPackageError(f"{whose}: {'; '.join(lacking)}")
+
+
+@functools.cache
+def _built_in(kind: str) -> dict[str, str]:
+    """Name and module of each mode that this project brings."""
+    package = KINDS[kind].package
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec is not None else None
+    modules = (module.name for module in pkgutil.iter_modules(folders or ()))
+    return {name.replace("_", "-"): f"{package}.{name}" for name in modules}
+
+
+@functools.cache
+def _installed(kind: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """What other packages offer, by name."""
+    from importlib.metadata import entry_points  # noqa: PLC0415 - a command's help needs none
+
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in entry_points(group=f"gradualdiff.{kind}"):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
+def _foreign(kind: str, name: str) -> EntryPoint | None:
+    """The entry point of this name; None for a built-in mode.
+
+    Raises ConfigError for an unknown name, ForeignPackageError for one that is taken twice.
+    """
+    built_in, offered = name in _built_in(kind), _installed(kind).get(name, ())
+    if built_in + len(offered) > 1:
+        others = " and ".join(_label(kind, point) for point in offered)
+        also = " too, which is built in" if built_in else ""
+        raise ForeignPackageError(
+            f"{KINDS[kind].setting}: expected one mode called {name!r}, got {others}{also}; "
+            "uninstall the package, or ask its makers for another name"
+        )
+    if offered:
+        return offered[0]
+    if not built_in:
+        known = names(kind)
+        raise ConfigError(
+            f"{KINDS[kind].setting}: expected one of {', '.join(known)}, got {name!r}"
+            f"{did_you_mean(name, known)}"
+        )
+    return None
+
+
+def _label(kind: str, point: EntryPoint) -> str:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else "a package"
+    return f"{package} (entry point {point.name!r} of gradualdiff.{kind})"
+
+
+def _parts(kind: str) -> set[str]:
+    """The public names of a kind's contract."""
+    contract = getattr(importlib.import_module(KINDS[kind].package), KINDS[kind].contract)
+    found = {*dir(contract), *getattr(contract, "__annotations__", ())}
+    return {part for part in found if not part.startswith("_")}

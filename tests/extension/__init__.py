@@ -1,0 +1,1 @@
+"""Modes that another package brings, in whole federations."""
