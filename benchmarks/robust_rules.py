@@ -208,7 +208,7 @@ def run_one(
     from participant.learner.torch_learner import TorchLearner
     from shared.config import DataSection
     from shared.protocol.ledger import Ledger
-    from shared.protocol.records import pool_held_out
+    from shared.protocol.manifest import pool_held_out
     from shared.stores.directory import DirectoryStore
 
     learners: dict[str, Learner] = {}

@@ -43,12 +43,12 @@ from shared.protocol.events import (
     WireLora,
     WireTraining,
 )
+from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
     GenesisRecord,
     RefusedRecord,
-    pool_held_out,
 )
 
 if TYPE_CHECKING:

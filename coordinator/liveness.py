@@ -32,36 +32,43 @@ class SiteStatus(Schema):
     """One site: when it was last heard (seconds since the epoch) and what it is doing."""
 
     seen: float
+    """When it was last heard, seconds since the epoch."""
     progress_at: float | None = None
+    """When it last told how far it is."""
     round: int | None = None
+    """The round it is at."""
     activity: str | None = None
     step: int | None = None
     of: int | None = None
     seconds: float | None = None
+    """Since this activity began."""
     tokens_per_second: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0
 
 
 class RunStatus(Schema):
-    """What a coordinator last saw. ``at``: when it wrote this; ``waiting_for`` since ``since``.
-
-    ``absent``: those of ``waiting_for`` whose queue has no consumer, and since when that is known.
-    ``problem``: why the step that comes next did not work, and what to do. ``over``: by site and
-    limit of ``[limits]``, how much this process counted and dropped.
-    """
+    """What a coordinator last saw."""
 
     run: Name
     writer: str
     at: float
+    """When this was written, seconds since the epoch."""
     round: int
     state: str
+    """``waiting``, ``open``, ``closing`` or ``finished``."""
     since: float
+    """Since when it waits for them, seconds since the epoch."""
     waiting_for: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Sites that the run waits for."""
     sites: dict[str, SiteStatus] = Field(default_factory=dict)
+    """Each site that was heard."""
     absent: dict[str, float] = Field(default_factory=dict)
+    """Awaited sites whose queue has no consumer: since when (a restart starts the count again)."""
     problem: str = ""
+    """Why the step that comes next did not work, and what to do; else empty."""
     over: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """By site and limit of ``[limits]``: how much was counted and dropped."""
 
 
 class Liveness:

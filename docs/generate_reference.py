@@ -2,8 +2,9 @@
 
 python docs/generate_reference.py
 
-Names, types, limits and defaults are the code's. What a field means is said here, once: a field
-without a meaning, or a meaning without its field, is an error.
+Names, types, limits and defaults are the code's. What a field means is the docstring below it; of a
+message, a record or a status it may also stand below a field of that name in another one. A field
+without a meaning is an error.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from meanings import by_name, meanings
 from pydantic_core import PydanticUndefined
 
 from coordinator import liveness
 from coordinator.accounts import site_accounts
-from gradualdiff.cli.kits import METRICS_KEPT
 from shared import errors, modes, topology
 from shared.config import FederationConfig, SiteConfig
 from shared.config.mistakes import PATTERNS, section_of
@@ -59,281 +60,7 @@ TOP = (
     "tests",
 )
 
-SETTINGS = {
-    "run.name": "The run's name in the store.",
-    "run.seed": "Every random number of the run is derived from it.",
-    "run.rounds": "T: the run ends after this many rounds.",
-    "run.participants": "The sites that may take part, each name once.",
-    "run.min_participants": "This many sites are enough to begin once `start_timeout_seconds` are "
-    "over. Without it all must be ready.",
-    "run.start_timeout_seconds": "How long the start waits for the sites that are missing.",
-    "run.versions": '`"equal"`: the run fails if sites have different library versions or compute '
-    'types. `"any"` allows it.',
-    "base.model": "Path of a model folder, relative to this file, or a hub id. At a site that runs "
-    "apart a relative path is relative to its `site.toml`.",
-    "base.quantisation": "How the frozen base is kept in memory: 4 bit, 8 bit, or as it is.",
-    "base.compute_dtype": "The type of its arithmetic.",
-    "base.fingerprint": "The base model every site must hold. Without it they must agree.",
-    "lora.rank": "r of the adapter.",
-    "lora.alpha": "Its scale: alpha / r.",
-    "lora.scaling": "Of the adapter's product: alpha / r, or alpha / sqrt(r) (rsLoRA).",
-    "lora.ranks": "Sites that have a lower rank than `rank`: `svd` and `flora` only.",
-    "lora.dropout": "Dropout before the adapter's first matrix, in training.",
-    "lora.target_modules": "Which layers get an adapter: all linear ones, or a list of names.",
-    "training.local_steps": "Optimiser steps in a round. Not together with `local_epochs`.",
-    "training.local_epochs": "Passes over the site's text in a round; 1 if neither is given.",
-    "training.batch_size": "Examples in one forward pass.",
-    "training.gradient_accumulation": "Batches in one optimiser step.",
-    "training.gradient_checkpointing": "Less memory for more time.",
-    "training.learning_rate": "AdamW's rate, after the warm-up.",
-    "training.schedule": "How the rate changes over the whole run, not over a round.",
-    "training.warmup_ratio": "Part of the run in which the rate rises from 0.",
-    "training.weight_decay": "AdamW's weight decay.",
-    "training.max_grad_norm": "Gradients are scaled down to this norm.",
-    "training.optimizer_state": "Whether AdamW starts fresh in each round or keeps its state.",
-    "training.max_prompt_tokens": "A longer prompt keeps its end.",
-    "training.max_answer_tokens": "A longer answer keeps its beginning.",
-    "training.cpu_threads": "Threads of torch on the CPU. The bytes of a delta depend on it.",
-    "selection.method": "Who trains in a round: every member, or some drawn by the seed.",
-    "selection.fraction": 'With `"random"`: this part of the members, rounded up.',
-    "policy.kind": "When a round closes: when all selected sites are in or excluded; likewise, "
-    "but from the deadline on with a quorum; or as soon as a buffer is full.",
-    "policy.on_failure": "Whether the round waits for a site that is given up, or goes without it.",
-    "policy.max_attempts": "After this many failed trainings in a round a site is given up.",
-    "policy.quorum": "With `quorum`: this many of a round's own deltas are enough once deadline "
-    "and grace are over. Below it the round stays open.",
-    "policy.deadline_seconds": "With `quorum`: how long a round waits for all sites.",
-    "policy.deadline": "`adaptive`: median + `deadline_spread` x MAD of the seconds that the "
-    "deltas of the last five rounds took, at most `deadline_seconds`.",
-    "policy.deadline_spread": "With `adaptive`: how many deviations (1.4826 x MAD, at least a "
-    "tenth of the median) beyond the median.",
-    "policy.grace_seconds": "How long it still waits for all sites after the deadline.",
-    "policy.late": "With `quorum`: a delta that comes after its round closed is dropped, or counts "
-    "in a later round with 1 / sqrt(1 + rounds since) of its weight.",
-    "policy.max_staleness": "A delta that is more rounds old than this is not taken.",
-    "policy.buffer": "With `buffered`: a round closes with this many deltas, of any round.",
-    "aggregation.weights": "1/K each, or in proportion to the site's examples or tokens.",
-    "aggregation.max_delta_norm": "A delta with a larger norm is refused.",
-    "aggregation.averaging": f"Which factors are trained, and how they are joined: {AVERAGING}. "
-    "See explanation/averaging.md.",
-    "aggregation.rule": "The mean, or what withstands a bad site.",
-    "aggregation.assumed_bad": "f: how many bad deltas `trimmed-mean` and `multi-krum` withstand.",
-    "aggregation.clip_to_median": "A delta counts with at most this many times the median norm.",
-    "server.optimizer": "What is done with the mean delta; `plain`: it is added.",
-    "server.learning_rate": "The server's step size.",
-    "server.momentum": "Momentum; beta_1 of the adaptive ones.",
-    "server.second_momentum": "beta_2 of `fedadam` and `fedyogi`.",
-    "server.tau": "Keeps the adaptive ones from dividing by zero.",
-    "training.proximal_mu": "FedProx: mu / 2 x the squared distance from the round's adapter is "
-    "added to the loss, before gradients are clipped.",
-    "codec.name": 'How a delta travels: `"fp32"`, `"bf16"`, `"int8"`, or rounded at random to '
-    '256, 16 or 4 levels in each block: `"uniform256"`, `"uniform16"`, `"uniform4"`.',
-    "convergence.patience": "Stop after this many rounds without a better loss. Without it: never.",
-    "convergence.min_delta": "A loss is better if it fell by this many nats.",
-    "broker.url": "`amqps://ACCOUNT@HOST:PORT/VHOST`, without the password.",
-    "broker.password_file": "File with the account's password, relative to this file.",
-    "broker.ca_file": "Certificate of the authority that signed the broker's (at a site: and the "
-    "store's). Without it: the system's authorities.",
-    "broker.transport": '`"plaintext"` allows a connection without TLS to another machine.',
-    "broker.site_url": "HOST:PORT of the broker as sites reach it, if that differs.",
-    "broker.management_url": "The management API, for `sites` and exact counts of `queues list`.",
-    "broker.management_account": "Its administrator, if the coordinator's account is not one.",
-    "broker.management_password_file": "That account's password.",
-    "broker.rabbitmqctl": "Or the command that reaches the broker's own tool, word by word.",
-    "store.directory": "The ledger's folder, relative to this file. Not with `url`.",
-    "store.url": "The S3 server: `https://HOST:PORT`.",
-    "store.bucket": "Its bucket; one bucket holds any number of runs.",
-    "store.region": "As the server names it.",
-    "store.access_key_file": "File with the access key, relative to this file.",
-    "store.secret_key_file": "File with the secret key.",
-    "store.site_url": "The server as sites reach it, if that differs; signed URLs carry it.",
-    "store.ca_file": "Certificate of the authority that signed the server's.",
-    "store.transport": '`"plaintext"` allows a connection without TLS to another machine.',
-    "limits.records": "Refusals of one site that are recorded in a round; more are only counted.",
-    "limits.uploads": "Deltas that one site may upload for a round, each up to the largest size.",
-    "limits.messages_per_second": "Messages of one site that are looked at; more are dropped.",
-    "limits.burst": "Messages of one site that are looked at however fast they come.",
-    "simulation.sites": "The `site.toml` of each participant, relative to this file.",
-    "site.name": "One of the run's participants.",
-    "site.workspace": "Folder of the current round, relative to this file. `demo` and `simulate` "
-    "do not read it: they use `sites/NAME` beside `federation.toml`.",
-    "site.checkpoint_seconds": "While a round is trained, write adapter and optimiser state to the "
-    "workspace this often, in seconds. A kill costs at most what was trained since.",
-    "data.path": "The text, relative to this file.",
-    "data.format": "What kind of file it is; by default told from its name.",
-    "data.messages": "Column with a list of `{role, content}`.",
-    "data.prompt": "Column of the prompt; needs `answer`.",
-    "data.answer": "Column of the answer; needs `prompt`.",
-    "data.text": "Column of plain text.",
-    "data.group": "Column whose equal values stay on one side of the split.",
-    "data.held_out_fraction": "Part of the text that is never trained on.",
-    "data.max_held_out": "At most this many held-out examples are measured.",
-    "data.split_seed": "Seed of the split. It is the site's own, not the run's.",
-    "device.kind": "Where to train. In a simulation it must be the same at every site.",
-    "accept.models": "Base models this site trains, as the run names them; a relative path is "
-    "relative to this file.",
-    "accept.runs": "Runs it takes part in.",
-    "accept.max_rank": "Largest r of an adapter.",
-    "accept.max_steps": "Most optimiser steps in a round; epochs are counted in this site's text.",
-    "accept.max_rounds": "Most rounds of a run, with every extension.",
-    "accept.min_participants": "Fewest participants of a run, this site among them.",
-    "accept.flora": (
-        'Whether it takes part in a run with `averaging = "flora"`, which gives each site\'s own '
-        "factors to all others."
-    ),
-    "accept.modules": "Names of the layers that may hold an adapter (their last part). Without it: "
-    "all linear layers of attention and MLP. Embeddings and head never may.",
-    "accept.min_steps": "Fewer optimiser steps in a round: declined. One step is one gradient, "
-    "from which text can be read.",
-    "accept.min_examples": "Fewer different examples in a delta: declined, or it stays here.",
-    "accept.min_batch": "Fewer examples in an optimiser step: declined.",
-    "accept.min_answer_tokens": "A run that cuts answers shorter than this is declined.",
-    "accept.min_held_out": "With fewer held-out examples no held-out loss leaves.",
-    "accept.send_metrics": METRICS_KEPT,
-}
-
-# Fields of events, records and their parts. One name means one thing everywhere.
-FIELDS = {
-    "action": "What is asked.",
-    "activity": "What it is doing: `load`, `evaluate`, `train` or `upload`.",
-    "scale": "What its values are multiplied by; below 1 where its norm was clipped.",
-    "left_out": "By delta: why the rule did not take it.",
-    "exactness_gap": "Frobenius norm of mean(BA) - mean(B) mean(A); for `svd` of what rank r "
-    "leaves of mean(BA), for `flora` 0. Null with a rule other than the mean.",
-    "step_norm": "L2 norm of what the server optimiser added; none if the mean was added as it is.",
-    "server_sha": "State of the server optimiser after this round; none if it has no state.",
-    "adapter_sha": "The adapter that came out.",
-    "adapter_size": "Its bytes.",
-    "at": "When this was written, seconds since the epoch.",
-    "attempt": "Which try of this round, from 1.",
-    "base": "`[base]` of the run's settings.",
-    "by": "Who asked: account@machine.",
-    "bytes_down": "Bytes fetched by this process.",
-    "bytes_up": "Bytes sent by this process.",
-    "changed": "When it was changed, seconds since the epoch.",
-    "chunk_size": "Bytes in a chunk; the last may be shorter.",
-    "averaging": f"{AVERAGING}. With `round`: which tensors are trained and sent. With `flora` a "
-    "site merges "
-    "what an adapter holds beyond the site's own rank into its base.",
-    "codec": "How the delta is to travel.",
-    "compute_dtype": "The type of the base's arithmetic.",
-    "config": "All settings but `[store]` and `[simulation]`.",
-    "config_digest": "sha256 of the run's settings.",
-    "controls": "How many control records were in force.",
-    "cosines": "By site: cosine between its delta and what was made of all (the mean, by default).",
-    "cpu_capability": "Vector instructions that torch uses.",
-    "cpu_threads": "Threads of torch.",
-    "created": "When it was made, seconds since the epoch.",
-    "data": "The message as it came.",
-    "deadline_seconds": "How long the coordinator waits for all sites.",
-    "grace_seconds": "How long it still waits for all sites after the deadline.",
-    "weighting": "The rule that gave the weights.",
-    "late_counts": "Whether a delta of a closed round is still taken.",
-    "delta_norms": "By site: L2 norm of its delta as sent, before any scale.",
-    "device": "`cpu`, or the GPU.",
-    "digest": "sha256 of the settings.",
-    "dropped_examples": "Examples with nothing to learn.",
-    "dtype": "Type of its values.",
-    "examples": "How many examples.",
-    "excluded": "Sites left out, each with the reason.",
-    "expires_at": "When the URLs end, seconds since the epoch.",
-    "failed": "Whether the run ended without a result.",
-    "fingerprint": "Which base model the site holds.",
-    "first": "Whether this process says it for the first time.",
-    "first_step_nll": "Loss of the first step.",
-    "from_round": "The round it belongs to.",
-    "get_url": "Where to fetch the adapter.",
-    "held_out": "Loss on text that no participant trained on.",
-    "init": "How round 1 begins.",
-    "inputs": "The deltas that count, in order, with their weights.",
-    "keep": "What was to be kept: `all`, `adapters` or `last:N`.",
-    "keys": "The objects.",
-    "last_counted": "This site's delta that was counted last.",
-    "last_step_nll": "Loss of the last step.",
-    "lora": "`[lora]` of the run's settings.",
-    "lora_alpha": "The parent's `lora.alpha`.",
-    "lora_scaling": "The parent's `lora.scaling`.",
-    "manifest": "The tensors of the adapter.",
-    "mean_grad_norm": "Mean norm of the gradients, FedProx's term included, before clipping.",
-    "mean_norm": "L2 norm of what the rule made of the deltas (their weighted mean, by default).",
-    "members": "The sites that are in.",
-    "metrics": "What the site tells of its training.",
-    "name": "Its name.",
-    "nll": "Nats per answer token.",
-    "norm": "L2 norm of the delta.",
-    "now": "Seconds since the epoch.",
-    "number": "Which one, from 1.",
-    "numerics": "What the bytes depend on in addition to settings and text.",
-    "of": "How many steps there are.",
-    "origin": "What the run branches from: `RUN@ROUND`; none if its adapter was drawn.",
-    "parent": "The run it branches from.",
-    "parent_digest": "sha256 of that run's settings.",
-    "parent_round": "The round whose adapter it is.",
-    "participants": "How many sites the run lists.",
-    "password_hash": "The password's salted hash, as RabbitMQ keeps it.",
-    "progress_at": "When it last told how far it is.",
-    "progress_from": "Where the round begins on the schedule, 0 to 1.",
-    "progress_to": "Where it ends.",
-    "queue": "The queue it came from.",
-    "reason": "Why.",
-    "reported_by": "The site that could not use it; none if the coordinator could not.",
-    "result_sha": "The adapter that came out.",
-    "retryable": "Whether trying again may help.",
-    "round": "The round.",
-    "rounds": "T of the run.",
-    "run": "The run.",
-    "seconds": "Seconds by phase.",
-    "seed": "The round's seed, derived from the run's.",
-    "seen": "When it was last heard, seconds since the epoch.",
-    "selected": "The sites that train.",
-    "sender": "The account that sent it.",
-    "sha": "sha256 of the bytes in question.",
-    "shape": "Its lengths.",
-    "since": "Since when, seconds since the epoch.",
-    "site": "The site.",
-    "sites": "Each site that was heard.",
-    "size": "Bytes.",
-    "source_held_out": "Loss of the adapter the round began with, over all sites.",
-    "source_sha": "The adapter the round begins with.",
-    "state": "Whether the optimiser started fresh or kept its state.",
-    "step": "How many steps are done.",
-    "steps": "Optimiser steps.",
-    "target_modules": "The layers they belong to.",
-    "tensors": "All trainable tensors by name.",
-    "time": "When it was written, seconds since the epoch.",
-    "tokens": "Answer tokens.",
-    "tokens_per_second": "Answer tokens trained on in a second.",
-    "train_nll": "Loss over the whole local training.",
-    "training": "`[training]` of the run's settings.",
-    "truncated_examples": "Examples that were cut.",
-    "urls": "Signed URL by chunk number.",
-    "verdict": "What became of the delta.",
-    "version": "Grows with every change.",
-    "versions": "Libraries and their versions.",
-    "waiting_for": "Sites that the run waits for.",
-    "weight": "Its share; the shares of a round sum to 1.",
-    "writer": "The process that wrote it.",
-}
-
-OVERRIDES = {
-    "ControlRecord.rounds": "With `extend`: how many more.",
-    "ControlRecord.site": "With `exclude`: whom.",
-    "OpenedRecord.rounds": "T when the round opened, with every extension.",
-    "OpenedRecord.members": "The sites among which it was selected.",
-    "RejoinedRecord.number": "Which answer of this site it is; its last one counts.",
-    "MemberRecord.from_round": "The round from which it takes part.",
-    "TrainingProgressed.seconds": "Since this activity began.",
-    "SiteStatus.seconds": "Since this activity began.",
-    "SiteStatus.round": "The round it is at.",
-    "RunStatus.absent": "Awaited sites whose queue has no consumer: since when (a restart starts "
-    "the count again).",
-    "MessageRefused.routing_key": "The key that it came by; a site's names the site.",
-    "RunStatus.problem": "Why the step that comes next did not work, and what to do; else empty.",
-    "RunStatus.over": "By site and limit of `[limits]`: how much was counted and dropped.",
-    "RunStatus.state": "`waiting`, `open`, `closing` or `finished`.",
-    "SiteAccount.state": "What is under way, or done.",
-}
-
+STATUS = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount)
 SHORT_TYPES = {
     Any: "any",
     str: "text",
@@ -348,18 +75,14 @@ def config_page() -> str:
     """Every setting of both TOML files."""
     parts = ["# Settings\n", NOTE]
     parts.append("A setting with a default may be left out. An unknown name is an error.\n")
-    unused = set(SETTINGS)
     for title, model in (("federation.toml", FederationConfig), ("site.toml", SiteConfig)):
         parts.append(f"## {title}\n")
         for name, field in model.model_fields.items():
             section = section_of(field.annotation)
             if section is None:
                 raise TypeError(f"{name}: expected a table of settings")
-            here = {n: SETTINGS[f"{name}.{n}"] for n in section.model_fields}
-            unused -= {f"{name}.{n}" for n in here}
             parts.append(f"### [{name}]\n\n{_prose(section)}\n")
-            parts.append(_table(section, here))
-    _expect_none_left(unused)
+            parts.append(_table(section, {}))
     return "\n".join(parts)
 
 
@@ -381,7 +104,7 @@ def events_page() -> str:
     for name, event in EVENTS.items():
         parts.append(f"## {name} (version {event.version}, `{event.word}`)\n")
         parts.append(f"{_prose(event)}\n")
-        parts.append(_table(event, FIELDS))
+        parts.append(_table(event, _named()))
     return "\n".join(parts)
 
 
@@ -395,19 +118,18 @@ def ledger_page() -> str:
     for kind in _record_kinds():
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
         parts.append(f"Key: `{_sample(kind).key('RUN')}`\n")
-        parts.append(_table(kind, FIELDS))
+        parts.append(_table(kind, _named()))
     parts.append(
         "## Outside the run\n\nThe status is written again and again and decides nothing; an "
         "account is not part of any run.\n"
     )
-    for kind in (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount):
+    for kind in STATUS:
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
-        parts.append(_table(kind, FIELDS))
+        parts.append(_table(kind, _named()))
     parts.append("## Parts\n")
     for part in _parts():
         parts.append(f"### {part.__name__}\n\n{_prose(part)}\n")
-        parts.append(_table(part, FIELDS))
-    _expect_none_left(set(FIELDS) - _used_fields())
+        parts.append(_table(part, _named()))
     return "\n".join(parts)
 
 
@@ -583,20 +305,12 @@ def _parts() -> list[type[BaseModel]]:
     return [records.Input, *(k for k in found if issubclass(k, manifest.Schema))]
 
 
-def _used_fields() -> set[str]:
-    others = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount)
-    models = [*EVENTS.values(), *_record_kinds(), *_parts(), *others]
-    return {name for model in models for name in model.model_fields}
+def _named() -> dict[str, str]:
+    return by_name((*EVENTS.values(), *_parts(), *_record_kinds(), *STATUS))
 
 
 def _sample(kind: type[Record]) -> Any:
     return kind.model_construct(round=1, site="SITE", sha="SHA", attempt=1, number=1)
-
-
-def _expect_none_left(names: Iterable[str]) -> None:
-    left = sorted(names)
-    if left:
-        raise KeyError(f"meanings of fields that are not there any more: {', '.join(left)}")
 
 
 def _prose(documented: object) -> str:
@@ -604,8 +318,9 @@ def _prose(documented: object) -> str:
     return (inspect.getdoc(documented) or "").replace("``", "`")
 
 
-def _table(model: type[BaseModel], meanings: Mapping[str, str]) -> str:
+def _table(model: type[BaseModel], elsewhere: Mapping[str, str]) -> str:
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    said = meanings(model, elsewhere)
     for name, field in model.model_fields.items():
         default = "(required)"
         if field.default_factory is not None:
@@ -615,7 +330,7 @@ def _table(model: type[BaseModel], meanings: Mapping[str, str]) -> str:
         elif field.default is not PydanticUndefined:
             default = f"`{json.dumps(field.default)}`"
         shown = _type(field.annotation, field.metadata)
-        meaning = OVERRIDES.get(f"{model.__name__}.{name}") or meanings[name]
+        meaning = said[name].replace("{averaging}", AVERAGING)
         rows.append(f"| {name} | {shown} | {default} | {meaning} |")
     return "\n".join([*rows, ""])
 

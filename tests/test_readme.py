@@ -13,14 +13,35 @@ import typing
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from gradualdiff.cli.kits import METRICS_KEPT
 from shared import errors
-from shared.config import FederationConfig, SiteConfig, load_federation, load_site
+from shared.config import (
+    AcceptSection,
+    BrokerSection,
+    FederationConfig,
+    OperatedBrokerSection,
+    SiteConfig,
+    load_federation,
+    load_site,
+)
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("shared", "coordinator", "participant", "gradualdiff", "benchmarks", "docs", "deploy")
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.toml"))
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+class Explained(BaseModel):
+    size: int
+    """Bytes."""
+
+
+class Unexplained(BaseModel):
+    name: str
+    """``Its own``."""
+    size: int
 
 
 def tree() -> list[str]:
@@ -106,11 +127,24 @@ def test_links_between_pages_resolve(path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-def test_the_reference_is_what_the_code_says():
+def test_the_reference_is_what_the_code_says(monkeypatch):
     """Settings, events, records and errors are generated; run docs/generate_reference.py."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
     pages = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))["pages"]()
     stale = [path.name for path, text in pages.items() if path.read_text() != text]
     assert stale == []
+
+
+def test_a_field_without_a_meaning_is_an_error(monkeypatch):
+    """What a base class says of it counts, and what the same name means elsewhere."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from meanings import by_name, meanings
+
+    assert meanings(OperatedBrokerSection, {})["url"] == meanings(BrokerSection, {})["url"]
+    assert METRICS_KEPT in meanings(AcceptSection, {})["send_metrics"]
+    with pytest.raises(KeyError, match=r"Unexplained\.size: expected what it means"):
+        meanings(Unexplained, {})
+    assert meanings(Unexplained, by_name([Explained])) == {"name": "`Its own`.", "size": "Bytes."}
 
 
 def test_the_table_of_exit_codes_is_the_tree_of_errors():

@@ -97,18 +97,19 @@ def definitions(site: str, password_hash: str, vhost: str) -> dict[str, list[dic
 
 
 class SiteAccount(Schema):
-    """A site's record. ``created``, ``changed``: seconds since the epoch.
-
-    ``version`` grows with every change. ``password_hash`` is that of the password which the site
-    holds: None before its first one, and after it is removed.
-    """
+    """A site's record."""
 
     site: Name
     version: Annotated[int, Field(ge=1)]
+    """Grows with every change."""
     state: Literal["adding", "active", "rotating", "removing", "removed"]
+    """What is under way, or done."""
     password_hash: str | None
+    """The password's salted hash, as RabbitMQ keeps it; none where there is none."""
     created: float
+    """When it was made, seconds since the epoch."""
     changed: float
+    """When it was changed, seconds since the epoch."""
 
 
 def list_accounts(store: ObjectStore) -> list[SiteAccount]:

@@ -35,6 +35,7 @@ from shared.errors import (
 from shared.lora_factors import whole_manifest
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
+from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -43,7 +44,6 @@ from shared.protocol.records import (
     Input,
     OpenedRecord,
     Record,
-    pool_held_out,
 )
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from coordinator.runs.differing import flat_settings
 from coordinator.runs.inspection import perplexity
+from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     ClosedRecord,
     ClosingRecord,
     GenesisRecord,
     OpenedRecord,
-    pool_held_out,
 )
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from shared.disk.files import digest_file
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.methods.averaging import get_averaging
 from shared.protocol.ledger import Ledger
-from shared.protocol.records import ClosedRecord, GenesisRecord, pool_held_out
+from shared.protocol.manifest import pool_held_out
+from shared.protocol.records import ClosedRecord, GenesisRecord
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,6 +16,7 @@ from coordinator.round.members import unfit
 from coordinator.round.policies import too_few
 from shared.errors import RunNotFoundError
 from shared.protocol.ledger import Ledger, list_runs
+from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -33,7 +34,6 @@ from shared.protocol.records import (
     OriginRecord,
     Record,
     RefusedRecord,
-    pool_held_out,
 )
 
 if TYPE_CHECKING:

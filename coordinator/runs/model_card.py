@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from coordinator.runs.inspection import perplexity
 from shared.base_model import hub_id
 from shared.methods.averaging import get_averaging
-from shared.protocol.records import pool_held_out
+from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
     from coordinator.runs.inspection import History

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import ConfigError, MissingPackageError
-from shared.protocol.records import pool_held_out
+from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,9 @@ class SelectionSection(Section):
     """Who trains in a round: all members (the paper), or a random part by the run's seed."""
 
     method: Literal["all", "random"] = "all"
+    """Who trains in a round: every member, or some drawn by the seed."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With ``"random"``: this part of the members, rounded up."""
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """A fraction needs a draw."""
@@ -37,16 +39,37 @@ class PolicySection(Section):
     """
 
     kind: Literal["all", "quorum", "buffered"] = "all"
+    """When a round closes: when all selected sites are in or excluded; likewise, but from the
+    deadline on with a quorum; or as soon as a buffer is full.
+    """
     on_failure: Literal["wait", "exclude"] = "wait"
+    """Whether the round waits for a site that is given up, or goes without it."""
     max_attempts: Positive = 3
+    """After this many failed trainings in a round a site is given up."""
     quorum: Positive | None = None
+    """With ``quorum``: this many of a round's own deltas are enough once deadline and grace are
+    over. Below it the round stays open.
+    """
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    """With ``quorum``: how long a round waits for all sites."""
     deadline: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive``: median + ``deadline_spread`` x MAD of the seconds that the deltas of the last
+    five rounds took, at most ``deadline_seconds``.
+    """
     deadline_spread: Annotated[float, Field(gt=0)] = 3.0
+    """With ``adaptive``: how many deviations (1.4826 x MAD, at least a tenth of the median) beyond
+    the median.
+    """
     grace_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """How long it still waits for all sites after the deadline."""
     late: Literal["drop", "carry"] = "drop"
+    """With ``quorum``: a delta that comes after its round closed is dropped, or counts in a later
+    round with 1 / sqrt(1 + rounds since) of its weight.
+    """
     max_staleness: Positive = 10
+    """A delta that is more rounds old than this is not taken."""
     buffer: Positive | None = None
+    """With ``buffered``: a round closes with this many deltas, of any round."""
 
     @property
     def carries(self) -> bool:
@@ -91,20 +114,22 @@ class PolicySection(Section):
 
 
 class AggregationSection(Section):
-    """How a round's deltas become one. ``equal``, ``mean``, ``fedavg``: Algorithm 2 of the paper.
-
-    ``averaging``: which factors of a LoRA adapter are trained and how they are joined. ``rule``:
-    what is taken of all deltas for each value; ``assumed_bad``: how many bad ones ``multi-krum``
-    and ``trimmed-mean`` withstand. ``clip_to_median``: a delta is scaled down to at most this many
-    times the median norm of the round.
-    """
+    """How deltas become one. ``equal``, ``mean``, ``fedavg``: Algorithm 2 of the paper."""
 
     weights: Literal["equal", "examples", "tokens"] = "equal"
+    """1/K each, or in proportion to the site's examples or tokens."""
     max_delta_norm: Annotated[float, Field(gt=0)] | None = None
+    """A delta with a larger norm is refused."""
     averaging: AveragingName = "fedavg"
+    """Which factors are trained, and how they are joined: {averaging}. See
+    explanation/averaging.md.
+    """
     rule: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
+    """What is taken of all deltas for each value: the mean, or what withstands a bad site."""
     assumed_bad: Positive = 1
+    """f: how many bad deltas ``trimmed-mean`` and ``multi-krum`` withstand."""
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0
+    """A delta is scaled down to at most this many times the median norm of the round."""
 
     @property
     def least_deltas(self) -> int:
@@ -123,20 +148,30 @@ class ServerSection(Section):
     """
 
     optimizer: Literal["plain", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad"] = "plain"
+    """What is done with the mean delta; ``plain``: it is added."""
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """The server's step size."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum; beta_1 of the adaptive ones."""
     second_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """beta_2 of ``fedadam`` and ``fedyogi``."""
     tau: Annotated[float, Field(gt=0)] = 1e-3
+    """Keeps the adaptive ones from dividing by zero."""
 
 
 class CodecSection(Section):
     """How a delta travels."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,20}$")] = "fp32"
+    """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, or rounded at random to 256, 16 or 4
+    levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
+    """
 
 
 class ConvergenceSection(Section):
     """Stop early: held-out loss not better by ``min_delta`` nats for ``patience`` rounds."""
 
     patience: Positive | None = None
+    """Stop after this many rounds without a better loss. Without it: never."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A loss is better if it fell by this many nats."""

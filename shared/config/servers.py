@@ -14,60 +14,69 @@ if TYPE_CHECKING:
 
 
 class LimitsSection(Section):
-    """What one site may cause; beyond it, it is counted and dropped. See ``sites list``.
-
-    ``records``: refusals on record, by site and round; ``uploads``: deltas it may upload for a
-    round. ``messages_per_second``: of its messages that are looked at, after ``burst`` at once.
-    """
+    """What one site may cause; beyond it, it is counted and dropped. See ``sites list``."""
 
     records: Positive = 16
+    """Refusals of one site that are recorded in a round; more are only counted."""
     uploads: Positive = 8
+    """Deltas that one site may upload for a round, each up to the largest size."""
     messages_per_second: Annotated[float, Field(gt=0)] = 50.0
+    """Messages of one site that are looked at, after ``burst`` at once; more are dropped."""
     burst: Positive = 500
+    """Messages of one site that are looked at however fast they come."""
 
 
 class BrokerSection(Section):
-    """RabbitMQ as this account reaches it. Files are relative to the TOML file.
-
-    ``url``: ``amqps://ACCOUNT@HOST:PORT/VHOST``, without a password. ``transport``: plain text to
-    another machine is refused unless it says ``"plaintext"``.
-    """
+    """RabbitMQ as this account reaches it. Files are relative to the TOML file."""
 
     url: Annotated[str, StringConstraints(pattern=r"^amqps?://[^@/\s]+@[^@\s]+$")]
+    """``amqps://ACCOUNT@HOST:PORT/VHOST``, without the password."""
     password_file: str
+    """File with the account's password, relative to this file."""
     ca_file: str | None = None
+    """Certificate of the authority that signed the broker's (at a site: and the store's). Without
+    it: the system's authorities.
+    """
     transport: Transport = "tls"
+    """``"plaintext"`` allows a connection without TLS to another machine."""
 
 
 class OperatedBrokerSection(BrokerSection):
-    """The coordinator's view of the broker, with one of two ways to manage its accounts.
-
-    ``site_url``: HOST:PORT as sites reach it, if that differs. ``management_account`` and its
-    password file: an administrator of the management API, if the coordinator's account is none.
-    """
+    """The coordinator's view of the broker, with one of two ways to manage its accounts."""
 
     site_url: str | None = None
+    """HOST:PORT of the broker as sites reach it, if that differs."""
     management_url: str | None = None
+    """The management API, for ``sites`` and exact counts of ``queues list``."""
     management_account: str | None = None
+    """Its administrator, if the coordinator's account is not one."""
     management_password_file: str | None = None
+    """That account's password."""
     rabbitmqctl: tuple[str, ...] | None = None
+    """Or the command that reaches the broker's own tool, word by word."""
 
 
 class StoreSection(Section):
-    """Where the ledger lives: a directory, relative to the TOML file, or a bucket of an S3 server.
-
-    ``site_url``: the server as sites reach it, if that differs; signed URLs carry it.
-    """
+    """Where the ledger lives: a directory, or a bucket of an S3 server."""
 
     directory: str = "store"
+    """The ledger's folder, relative to this file. Not with ``url``."""
     url: StoreUrl | None = None
+    """The S3 server: ``https://HOST:PORT``."""
     bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{2,62}$")] = "gradualdiff"
+    """Its bucket; one bucket holds any number of runs."""
     region: str = "us-east-1"
+    """As the server names it."""
     access_key_file: str | None = None
+    """File with the access key, relative to this file."""
     secret_key_file: str | None = None
+    """File with the secret key."""
     site_url: StoreUrl | None = None
+    """The server as sites reach it, if that differs; signed URLs carry it."""
     ca_file: str | None = None
+    """Certificate of the authority that signed the server's."""
     transport: Transport = "tls"
+    """``"plaintext"`` allows a connection without TLS to another machine."""
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """A server wants keys."""
@@ -82,3 +91,4 @@ class SiteStoreSection(Section):
     """The one store that this site fetches from and sends to, ``https://HOST:PORT``."""
 
     url: StoreUrl
+    """The S3 server: ``https://HOST:PORT``."""

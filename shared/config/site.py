@@ -20,8 +20,15 @@ class SiteSection(Section):
     """Who this site is and where it keeps the current round, and how often."""
 
     name: Name
+    """One of the run's participants."""
     workspace: str = "workspace"
+    """Folder of the current round, relative to this file. ``demo`` and ``simulate`` do not read it:
+    they use ``sites/NAME`` beside ``federation.toml``.
+    """
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """While a round is trained, write adapter and optimiser state to the workspace this often, in
+    seconds. A kill costs at most what was trained since.
+    """
 
 
 class DataSection(Section):
@@ -33,15 +40,25 @@ class DataSection(Section):
     """
 
     path: Annotated[str, Field(min_length=1)]
+    """The text, relative to this file."""
     format: Literal["auto", "jsonl", "csv", "parquet", "datasets"] = "auto"
+    """What kind of file it is; by default told from its name."""
     messages: str | None = None
+    """Column with a list of ``{role, content}``."""
     prompt: str | None = None
+    """Column of the prompt; needs ``answer``."""
     answer: str | None = None
+    """Column of the answer; needs ``prompt``."""
     text: str | None = None
+    """Column of plain text."""
     group: str | None = None
+    """Column whose equal values stay on one side of the split."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Part of the text that is never trained on."""
     max_held_out: Positive | None = None
+    """At most this many held-out examples are measured."""
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Seed of the split. It is the site's own, not the run's."""
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """One way to read the text."""
@@ -63,33 +80,48 @@ class DeviceSection(Section):
     """Where this site trains. ``auto``: the GPU when there is one."""
 
     kind: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. In a simulation it must be the same at every site."""
 
 
 class AcceptSection(Section):
-    """What this site takes part in; a run outside of it is declined.
-
-    ``max_steps``: local optimiser steps in a round. ``min_participants``: of the run as announced.
-    ``modules``: names of layers that may hold an adapter; embeddings and head never may. From
-    ``min_steps`` to ``min_answer_tokens``: a delta of fewer steps or examples gives its text away.
-    ``send_metrics``: false: no losses leave; deltas, counts (examples, tokens, steps) and seconds
-    still do.
-    ``flora``: whether its own factors may be given to all other sites, as that averaging does.
-    """
+    """What this site takes part in; a run outside of it is declined."""
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Base models this site trains, as the run names them; a relative path is relative to this
+    file.
+    """
     runs: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Runs it takes part in."""
     max_rank: Positive | None = None
+    """Largest r of an adapter."""
     max_steps: Positive | None = None
+    """Most optimiser steps in a round; epochs are counted in this site's text."""
     max_rounds: Positive | None = None
+    """Most rounds of a run, with every extension."""
     min_participants: Positive | None = None
+    """Fewest participants of a run, this site among them."""
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the layers that may hold an adapter (their last part). Without it: all linear layers
+    of attention and MLP. Embeddings and head never may.
+    """
     min_steps: Positive = 4
+    """Fewer optimiser steps in a round: declined. One step is one gradient, from which text can be
+    read.
+    """
     min_examples: Positive = 16
+    """Fewer different examples in a delta: declined, or it stays here."""
     min_batch: Positive = 4
+    """Fewer examples in an optimiser step: declined."""
     min_answer_tokens: Positive = 8
+    """A run that cuts answers shorter than this is declined."""
     min_held_out: Positive = 8
+    """With fewer held-out examples no held-out loss leaves."""
     send_metrics: bool = True
+    """false: no losses leave; deltas, counts (examples, tokens, steps) and seconds still do."""
     flora: bool = False
+    """Whether it takes part in a run with ``averaging = "flora"``, which gives each site's own
+    factors to all others.
+    """
 
 
 class SiteConfig(Section):

@@ -21,6 +21,7 @@ class SimulationSection(Section):
     """For ``gradualdiff simulate`` only: the sites' own files, relative to the TOML file."""
 
     sites: tuple[str, ...] = ()
+    """The ``site.toml`` of each participant, relative to this file."""
 
 
 class FederationTables(Section):

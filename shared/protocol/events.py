@@ -48,42 +48,55 @@ class Event(Schema):
 
 
 class RunAnnounced(Event):
-    """Coordinator -> each listed site, when it comes online: here is a run, get ready.
-
-    ``lora``: as this site is to hold it; its rank may be its own. ``averaging``: with ``flora`` the
-    site merges what an adapter holds beyond that rank into its base.
-    """
+    """Coordinator -> each listed site, when it comes online: here is a run, get ready."""
 
     word = "announced"
     run: Name
+    """The run."""
     config_digest: Sha256
+    """sha256 of the run's settings."""
     base: WireBase
+    """``[base]`` of the run's settings."""
     lora: WireLora
+    """``[lora]`` of the run's settings, as this site is to hold it: its rank may be its own."""
     training: WireTraining
+    """``[training]`` of the run's settings."""
     rounds: Count
+    """T of the run."""
     participants: Count
+    """How many sites the run lists."""
     averaging: AveragingName = "fedavg"
+    """{averaging}. With ``round``: which tensors are trained and sent. With ``flora`` a site merges
+    what an adapter holds beyond the site's own rank into its base.
+    """
 
 
 class RoundStarted(Event):
-    """Coordinator -> each selected site, when a round opens (and again whenever it asks).
-
-    ``averaging`` and ``round`` say which tensors are trained and sent.
-    """
+    """Coordinator -> each selected site, when a round opens (and again whenever it asks)."""
 
     word = "started"
     run: Name
     round: Amount
+    """The round."""
     source_sha: Sha256
+    """The adapter the round begins with."""
     get_url: Url
+    """Where to fetch the adapter."""
     expires_at: Time
+    """When the URLs end, seconds since the epoch."""
     training: WireTraining
     progress_from: Figure
+    """Where the round begins on the schedule, 0 to 1."""
     progress_to: Figure
+    """Where it ends."""
     seed: Annotated[int, Within(0, 2**64)]
+    """The round's seed, derived from the run's."""
     codec: Word
+    """How the delta is to travel."""
     attempt: Count = 1
+    """Which try of this round, from 1."""
     last_counted: Sha256 | None = None
+    """This site's delta that was counted last."""
     averaging: AveragingName = "fedavg"
 
 
@@ -94,8 +107,11 @@ class UploadGranted(Event):
     run: Name
     round: Amount
     sha: Sha256
+    """sha256 of the bytes in question."""
     chunk_size: Count
+    """Bytes in a chunk; the last may be shorter."""
     urls: Annotated[dict[Amount, Url], Most(10_000)]
+    """Signed URL by chunk number."""
     expires_at: Time
 
 
@@ -107,20 +123,21 @@ class DeltaAnswered(Event):
     round: Amount
     sha: Sha256
     verdict: Literal["accepted", "refused", "late"]
+    """What became of the delta."""
     reason: Prose = ""
+    """Why."""
 
 
 class RoundClosed(Event):
-    """Coordinator -> every member, when a round's result is on record.
-
-    ``late_counts``: a delta of a closed round is still taken, so a site that trains it continues.
-    """
+    """Coordinator -> every member, when a round's result is on record."""
 
     word = "closed"
     run: Name
     round: Amount
     result_sha: Sha256
+    """The adapter that came out."""
     late_counts: bool = False
+    """Whether a delta of a closed round is still taken, so that a site that trains it continues."""
 
 
 class RunFinished(Event):
@@ -145,6 +162,7 @@ class SiteOnline(Event):
     run: Name | None = None
     round: Amount | None = None
     first: bool = True
+    """Whether this process says it for the first time."""
 
 
 class ParticipantReady(Event):
@@ -154,9 +172,13 @@ class ParticipantReady(Event):
     run: Name
     config_digest: Sha256
     manifest: Manifest
+    """The tensors of the adapter."""
     fingerprint: Sha256
+    """Which base model the site holds."""
     numerics: Numerics
+    """What the bytes depend on in addition to settings and text."""
     examples: Count
+    """How many examples."""
 
 
 class RunDeclined(Event):
@@ -175,6 +197,7 @@ class UploadRequested(Event):
     round: Amount
     sha: Sha256
     size: Count
+    """Bytes."""
 
 
 class DeltaSubmitted(Event):
@@ -188,8 +211,11 @@ class DeltaSubmitted(Event):
     size: Count
     examples: Count
     tokens: Count
+    """Answer tokens."""
     metrics: LocalMetrics
+    """What the site tells of its training."""
     state: Literal["fresh", "kept"] = "fresh"
+    """Whether the optimiser started fresh or kept its state."""
 
 
 class TrainingFailed(Event):
@@ -201,6 +227,7 @@ class TrainingFailed(Event):
     attempt: Annotated[int, Field(ge=1, le=1_000_000)]
     reason: Prose
     retryable: bool = False
+    """Whether trying again may help."""
 
 
 class TrainingProgressed(Event):
@@ -214,12 +241,19 @@ class TrainingProgressed(Event):
     run: Name
     round: Amount
     activity: Annotated[str, Most(20)]
+    """What it is doing: ``load``, ``evaluate``, ``train`` or ``upload``."""
     step: Amount
+    """How many steps are done."""
     of: Amount
+    """How many steps there are."""
     seconds: Annotated[Figure, Field(ge=0)]
+    """Since this activity began."""
     tokens_per_second: Figure | None = None
+    """Answer tokens trained on in a second."""
     bytes_down: Amount = 0
+    """Bytes fetched by this process."""
     bytes_up: Amount = 0
+    """Bytes sent by this process."""
 
 
 class AdapterEvaluated(Event):
@@ -230,6 +264,7 @@ class AdapterEvaluated(Event):
     round: Amount
     sha: Sha256
     held_out: HeldOut
+    """Loss on text that no participant trained on."""
 
 
 class MessageRefused(Event):
@@ -241,11 +276,16 @@ class MessageRefused(Event):
     word = "refused"
     run: Name | None = None
     reported_by: Name | None = None
+    """The site that could not use it; none if the coordinator could not."""
     queue: Prose
+    """The queue it came from."""
     routing_key: Prose | None = None
+    """The key that it came by; a site's names the site."""
     sender: Prose | None
+    """The account that sent it."""
     reason: Prose
     data: Annotated[bytes, Strict(True), Most(REFUSED_BYTES)]
+    """The message as it came."""
 
 
 # coordinator -> itself -----------------------------------------------------------------------
@@ -257,7 +297,9 @@ class CoordinatorTick(Event):
     word = "tick"
     run: Name
     writer: Word
+    """The process that wrote it."""
     now: Time
+    """Seconds since the epoch."""
 
 
 EVENTS: dict[str, type[Event]] = {

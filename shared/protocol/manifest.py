@@ -7,12 +7,17 @@ and against it it checks every delta. Nothing here knows what LoRA is.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Literal, Self
+import math
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from shared.config import canonical_json
 from shared.protocol.bounds import Amount, Count, Figure, Most, Nll, Word
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Shape = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1), Most(8)]
 
@@ -27,9 +32,13 @@ class TensorSpec(Schema):
     """One trainable tensor. ``init``: how round 1 begins (PEFT's choice for LoRA)."""
 
     name: Annotated[str, Field(min_length=1, max_length=300), Most(300)]
+    """Its name."""
     shape: Shape
+    """Its lengths."""
     dtype: Literal["float32"] = "float32"
+    """Type of its values."""
     init: Literal["kaiming_uniform", "zeros"]
+    """How round 1 begins."""
 
     @property
     def elements(self) -> int:
@@ -44,7 +53,9 @@ class Manifest(Schema):
     """All trainable tensors in name order, and the modules they belong to (for PEFT's config)."""
 
     tensors: Annotated[tuple[TensorSpec, ...], Strict(False), Field(min_length=1), Most(20_000)]
+    """All trainable tensors by name."""
     target_modules: Annotated[tuple[Word, ...], Strict(False), Most(20_000)]
+    """The layers they belong to."""
 
     @model_validator(mode="after")
     def _names_sorted(self) -> Self:
@@ -63,16 +74,22 @@ class Numerics(Schema):
     """What the bytes of a local training depend on in addition to config and data."""
 
     versions: Annotated[dict[Word, Word], Most(100)]
+    """Libraries and their versions."""
     device: Word
+    """``cpu``, or the GPU."""
     cpu_capability: Word
+    """Vector instructions that torch uses."""
     cpu_threads: Amount
+    """Threads of torch."""
     compute_dtype: Word
+    """The type of the base's arithmetic."""
 
 
 class HeldOut(Schema):
     """Loss on text that no participant trained on: nats per answer token, weighted by token."""
 
     nll: Nll
+    """Nats per answer token."""
     tokens: Count
     examples: Count
 
@@ -84,11 +101,32 @@ class LocalMetrics(Schema):
     """
 
     steps: Count
+    """Optimiser steps."""
     train_nll: Nll | None = None
+    """Loss over the whole local training."""
     first_step_nll: Nll | None = None
+    """Loss of the first step."""
     last_step_nll: Nll | None = None
+    """Loss of the last step."""
     mean_grad_norm: Figure | None = None
+    """Mean norm of the gradients, FedProx's term included, before clipping."""
     truncated_examples: Amount = 0
+    """Examples that were cut."""
     dropped_examples: Amount = 0
+    """Examples with nothing to learn."""
     held_out: HeldOut | None = None
     seconds: Annotated[dict[Word, Figure], Most(100)] = Field(default_factory=dict)
+    """Seconds by phase."""
+
+
+def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
+    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
+    known = [loss for loss in losses if loss is not None]
+    if not known:
+        return None
+    tokens = sum(loss.tokens for loss in known)
+    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
+    if not math.isfinite(nll):  # an older record may hold any finite number; their mean is finite
+        mean = sum(loss.nll * (loss.tokens / tokens) for loss in known)
+        nll = max(-sys.float_info.max, min(mean, sys.float_info.max))
+    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))

@@ -9,18 +9,13 @@ records before them, so whoever computes them writes the same bytes.
 
 from __future__ import annotations
 
-import math
-import sys
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
 from shared import topology
 from shared.config import Name, Sha256
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 # Numbers that are counted up to have an end: a record may say any, and somebody counts.
 MOST = 1_000_000
@@ -46,13 +41,16 @@ class StampedRecord(Record):
 
     writer: str = ""
     time: float = 0.0
+    """When it was written, seconds since the epoch."""
 
 
 class FederationRecord(StampedRecord):
     """The resolved config: everything that can change the result."""
 
     config: dict[str, Any]
+    """All settings but ``[store]`` and ``[simulation]``."""
     digest: Sha256
+    """sha256 of the settings."""
 
     def key(self, run: str) -> str:
         """One per run."""
@@ -69,6 +67,7 @@ class MemberRecord(StampedRecord):
     numerics: Numerics
     examples: Size
     from_round: RoundNumber = 0
+    """The round from which it takes part."""
 
     @property
     def word(self) -> int:
@@ -84,6 +83,7 @@ class RejoinedRecord(MemberRecord):
     """A further answer of a site that did not fit at first. Its last one counts."""
 
     number: Annotated[int, Field(ge=2, le=MOST)]
+    """Which answer of this site it is; its last one counts."""
 
     @property
     def word(self) -> int:
@@ -110,14 +110,21 @@ class OriginRecord(StampedRecord):
     """A branch: the run begins with this adapter of another run, not with a drawn one."""
 
     parent: Name
+    """The run it branches from."""
     parent_digest: Sha256
+    """sha256 of that run's settings."""
     parent_round: RoundNumber
+    """The round whose adapter it is."""
     adapter_sha: Sha256
+    """The adapter that came out."""
     adapter_size: Size
+    """Its bytes."""
     manifest: Manifest
     fingerprint: Sha256
     lora_alpha: float
+    """The parent's ``lora.alpha``."""
     lora_scaling: Literal["classic", "rslora"] = "classic"
+    """The parent's ``lora.scaling``."""
 
     @property
     def label(self) -> str:
@@ -133,11 +140,16 @@ class ControlRecord(StampedRecord):
     """What an operator asks of a run. ``coordinator.round.controls`` says what it means."""
 
     number: Number
+    """Which one, from 1."""
     action: Literal["pause", "resume", "stop", "extend", "exclude"]
+    """What is asked."""
     rounds: Number | None = None
+    """With ``extend``: how many more."""
     site: Name | None = None
+    """With ``exclude``: whom."""
     reason: str
     by: str
+    """Who asked: account@machine."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -156,8 +168,11 @@ class PrunedRecord(StampedRecord):
     """Objects that an operator deleted. Written before the first of them is deleted."""
 
     number: Number
+    """Which one, from 1."""
     keep: str
+    """What was to be kept: ``all``, ``adapters`` or ``last:N``."""
     keys: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+    """The objects."""
     reason: str
     by: str
 
@@ -181,11 +196,13 @@ class GenesisRecord(Record):
 
     round: Literal[0] = 0
     members: Names
+    """The sites that are in."""
     manifest: Manifest
     fingerprint: Sha256
     adapter_sha: Sha256
     adapter_size: Size
     origin: str | None = None
+    """What the run branches from: ``RUN@ROUND``; none if its adapter was drawn."""
 
     def key(self, run: str) -> str:
         """The result of round 0."""
@@ -198,15 +215,21 @@ class OpenedRecord(StampedRecord):
     decides = True
     round: Number
     selected: Names
+    """The sites that train."""
     source_sha: Sha256
     seed: int
     progress_from: float
     progress_to: float
     deadline_seconds: float | None = None
+    """How long the coordinator waits for all sites."""
     grace_seconds: float = 0.0
+    """How long it still waits for all sites after the deadline."""
     rounds: int | None = None
+    """T when the round opened, with every extension."""
     members: Names = ()
+    """The sites among which it was selected."""
     controls: ControlNumber = 0
+    """How many control records were in force."""
 
     @property
     def closes_at(self) -> float | None:
@@ -231,6 +254,7 @@ class AcceptedRecord(StampedRecord):
     examples: Size
     tokens: Size
     norm: float
+    """L2 norm of the delta."""
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
 
@@ -268,17 +292,17 @@ class FailedRecord(StampedRecord):
 
 
 class Input(Schema):
-    """One delta that counts. ``weight``: its share of the mean; all weights of a round sum to 1.
-
-    ``from_round`` is the round it was trained in, which may be an earlier one. ``scale``: what its
-    values are multiplied by before anything else; below 1 where its norm was clipped.
-    """
+    """One delta that counts."""
 
     site: Name
+    """The site."""
     from_round: Number
+    """The round it was trained in, which may be an earlier one."""
     sha: Sha256
     weight: float
+    """Its share of the mean; the shares of a round sum to 1."""
     scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What its values are multiplied by first; below 1 where its norm was clipped."""
 
     def label(self, round_number: int) -> str:
         """What it is called in round ``round_number``'s figures: ``site``, or ``site@round``."""
@@ -292,8 +316,11 @@ class ClosingRecord(StampedRecord):
     round: Number
     source_sha: Sha256
     inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
+    """The deltas that count, in order, with their weights."""
     excluded: dict[str, str] = Field(default_factory=dict)
+    """Sites left out, each with the reason."""
     weighting: str = ""
+    """The rule that gave the weights."""
     controls: ControlNumber = 0
 
     def key(self, run: str) -> str:
@@ -302,26 +329,29 @@ class ClosingRecord(StampedRecord):
 
 
 class ClosedRecord(Record):
-    """THE RESULT: a pure function of closing.json and the objects that it names.
-
-    ``left_out``: deltas that the rule did not take, with the reason. ``exactness_gap``: the
-    Frobenius norm of mean(BA) - mean(B) mean(A), LoRA factors before their scaling; for ``svd`` of
-    what a product of rank r leaves of mean(BA). ``server_sha``: the server optimiser's state after
-    this round, if it has one. ``step_norm``: what it made of the mean delta and added to the
-    adapter.
-    """
+    """THE RESULT: a pure function of closing.json and the objects that it names."""
 
     round: Number
     adapter_sha: Sha256
     adapter_size: Size
     mean_norm: float
+    """L2 norm of what the rule made of the deltas (their weighted mean, by default)."""
     delta_norms: dict[str, float]
+    """By site: L2 norm of its delta as sent, before any scale."""
     cosines: dict[str, float]
+    """By site: cosine between its delta and what was made of all (the mean, by default)."""
     source_held_out: HeldOut | None
+    """Loss of the adapter the round began with, over all sites."""
     left_out: dict[str, str] = Field(default_factory=dict)
+    """By delta: why the rule did not take it."""
     exactness_gap: float | None = None
+    """Frobenius norm of mean(BA) - mean(B) mean(A), the factors before their scaling; for ``svd``
+    of what rank r leaves of mean(BA), for ``flora`` 0. Null with a rule other than the mean.
+    """
     server_sha: Sha256 | None = None
+    """State of the server optimiser after this round; none if it has no state."""
     step_norm: float | None = None
+    """L2 norm of what the server optimiser added; none if the mean was added as it is."""
 
     def key(self, run: str) -> str:
         """One per round."""
@@ -349,6 +379,7 @@ class FinishedRecord(StampedRecord):
     sha: Sha256 | None
     reason: str
     failed: bool = False
+    """Whether the run ended without a result."""
     controls: ControlNumber = 0
 
     def key(self, run: str) -> str:
@@ -359,16 +390,3 @@ class FinishedRecord(StampedRecord):
 def delta_label(site: str, from_round: int, round_number: int) -> str:
     """A delta's name among those that a round counts; no site's name holds an ``@``."""
     return site if from_round == round_number else f"{site}@{from_round}"
-
-
-def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
-    """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
-    known = [loss for loss in losses if loss is not None]
-    if not known:
-        return None
-    tokens = sum(loss.tokens for loss in known)
-    nll = sum(loss.nll * loss.tokens for loss in known) / tokens
-    if not math.isfinite(nll):  # an older record may hold any finite number; their mean is finite
-        mean = sum(loss.nll * (loss.tokens / tokens) for loss in known)
-        nll = max(-sys.float_info.max, min(mean, sys.float_info.max))
-    return HeldOut(nll=nll, tokens=tokens, examples=sum(loss.examples for loss in known))
