@@ -11,6 +11,7 @@ import typer
 
 from gradualdiff.cli.output import (
     JsonOption,
+    SetOption,
     at_least,
     console,
     fixed,
@@ -90,6 +91,7 @@ def demo(
             help="With --prepare: a TOML with the tables broker and store, to run over them."
         ),
     ] = None,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """A complete federation on this machine: five participants fine-tune one real model.
@@ -120,6 +122,7 @@ def demo(
         model=located(model, Path.cwd()) if model else None,
         numbers={key: value for key, value in numbers.items() if value is not None},
         split=_split(data, group, columns),
+        sets=tuple(sets or ()),
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving_nothing(folder))
@@ -201,7 +204,7 @@ def _write(
     else:
         sites = prepare_chitchat(find_packaged(CHITCHAT), to / "data", count, None)
     store = store_from(place.home, asked.folder)
-    return write_demo(to, place.run, base, sites, settings, servers, store)
+    return write_demo(to, place.run, base, sites, settings, servers, store, asked.sets)
 
 
 def _split(

@@ -17,6 +17,8 @@ from shared.errors import ConfigError
 from shared.lora_factors import rank_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coordinator.accounts.site_accounts import Accounts
     from shared.config import FederationConfig, OperatedBrokerSection
     from shared.stores.port import ObjectStore
@@ -40,12 +42,12 @@ class Servers:
     store: ObjectStore
 
 
-def open_office(federation: Path) -> Servers:
-    """The servers in ``federation``. Raises ConfigError."""
+def open_office(federation: Path, overrides: Sequence[str] = ()) -> Servers:
+    """The servers in ``federation``, with settings given beside it. Raises ConfigError."""
     from shared.config import load_federation
     from shared.stores.opening import open_store
 
-    config = load_federation(federation)
+    config = load_federation(federation, overrides)
     folder = federation.resolve().parent
     if config.broker is None:
         raise ConfigError(

@@ -41,7 +41,20 @@ StoreOption = Annotated[
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="A setting to use instead of the file's; may be given several times.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def set_words(sets: Sequence[str] | None) -> list[str]:
+    """The words of a command that give these settings again."""
+    return [word for setting in sets or () for word in ("--set", setting)]
 
 
 def finite(param: typer.CallbackParam, value: float | None) -> float | None:

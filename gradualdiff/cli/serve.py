@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.output import finite
+from gradualdiff.cli.output import SetOption, finite
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def coordinator(
             callback=finite, help="Seconds after the end to wait for the sites' last evaluation."
         ),
     ] = 600.0,
+    sets: SetOption = None,
     log: LogOption = "info",
 ) -> None:
     """Start or resume a run and bring it to its end; a second one stands by.
@@ -55,7 +56,7 @@ def coordinator(
     from shared.stores.opening import open_s3
 
     configure(level=log)
-    config = load_federation(federation)
+    config = load_federation(federation, sets or ())
     folder = federation.resolve().parent
     if config.broker is None or config.store.url is None:
         raise ConfigError(

@@ -15,7 +15,7 @@ from gradualdiff.cli.kits import (
     prepare_kit,
     write_secret,
 )
-from gradualdiff.cli.output import console
+from gradualdiff.cli.output import SetOption, console
 from shared.errors import ConfigError
 
 
@@ -24,11 +24,13 @@ def setup(
     kits: Annotated[
         Path | None, typer.Option(help="Folder for the sites' kits (default: kits beside it).")
     ] = None,
+    sets: SetOption = None,
 ) -> None:
     """Make what a run needs on its servers, and a kit for each participant without an account.
 
     What is there stays as it is, so it may be run again, after adding a participant for instance.
-    All accounts on record get the rights and limits of this release; nobody is cut off.
+    All accounts on record get the rights and limits of this release; nobody is cut off. What --set
+    says here, the coordinator must be told too.
     """
     from shared.brokers.rabbitmq import connect
     from shared.config import load_federation
@@ -36,7 +38,7 @@ def setup(
     from shared.stores.opening import open_s3
     from shared.topology import run_topology
 
-    config = load_federation(federation)
+    config = load_federation(federation, sets or ())
     folder = federation.resolve().parent
     if config.store.url is None or config.broker is None:
         raise ConfigError(
@@ -51,7 +53,7 @@ def setup(
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")
-    office = open_office(federation)
+    office = open_office(federation, sets or ())
     accounts = accounts_of(office)
     accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
     for name in config.run.participants:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gradualdiff.cli.output import JsonOption, console, print_json
+from gradualdiff.cli.output import JsonOption, SetOption, console, print_json, set_words
 from shared.errors import (
     ConfigError,
     InterruptedRunError,
@@ -34,6 +35,7 @@ def simulate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume a run that the store holds.")
     ] = False,
+    sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation in this process: all roles, one base model, no server.
@@ -47,12 +49,12 @@ def simulate(
     from shared.stores.directory import DirectoryStore
 
     configure(level="warning")
-    config = load_federation(federation)
+    config = load_federation(federation, sets or ())
     folder = federation.resolve().parent
     store = DirectoryStore(folder / config.store.directory)
     anew = check_resume(store, config, resume=resume)
     learners = load_learners(config, folder)
-    again = f"gradualdiff simulate {federation} --resume"
+    again = shlex.join(["gradualdiff", "simulate", str(federation), "--resume", *set_words(sets)])
     with make_display(quiet=as_json) as display:
         run_here(config, store, folder, learners, display, again, anew=anew)
     from coordinator.runs.inspection import History, summarise_run

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.config import canonical_json
+from shared.config import FederationConfig, canonical_json, parse
+from shared.config.overrides import overridden
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,11 +26,13 @@ def write_demo(
     settings: Mapping[str, float],
     servers: Mapping[str, Mapping[str, object]] | None = None,
     store: str = "store",
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Write ``federation.toml`` and one ``sites/<name>.toml`` each; the former's path.
 
     ``store``: its directory, as seen from ``folder``. ``servers``: [broker] and [store] tables to
-    run it over; a site's password is then looked for in its kit, ``kits/<name>``.
+    run it over; a site's password is then looked for in its kit, ``kits/<name>``. ``overrides``:
+    settings instead of the demo's own. Raises ConfigError for one that is wrong.
 
     The adapter's settings are the paper's (they are the defaults); learning rate and local steps
     are the demo's own, since the paper's move little in so few steps (docs/explanation/demo.md).
@@ -59,6 +62,8 @@ def write_demo(
         **{name: dict(table) for name, table in places.items()},
         "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
     }
+    tables, given = overridden(FederationConfig, tables, overrides)
+    parse(FederationConfig, tables, "the demo's settings with --set" if given else "demo", given)
     (folder / "sites").mkdir(parents=True, exist_ok=True)
     for site in sites:
         tables_of_site = _site(site)

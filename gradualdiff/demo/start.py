@@ -33,6 +33,8 @@ DEFAULTS: Mapping[str, float] = {
     "seed": 1,
 }
 FEDERATION = "federation.toml"
+# What the demo decides by its own options.
+DECIDED = {"run.name": "--name", "run.participants": "--participants", "base.model": "--model"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Asked:
     model: str | None
     numbers: Mapping[str, float] = field(default_factory=dict)
     split: Callable[[Path, int], Sequence[SiteFile]] | None = None
+    sets: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def find_place(asked: Asked, store: DirectoryStore) -> Place:
 
     if asked.name is not None and not re.fullmatch(NAME_PATTERN, asked.name):
         raise ConfigError(f"--name: expected 1 to 40 of a-z, 0-9 and dashes, got {asked.name!r}")
+    _check_sets(asked.sets)
     runs = {summary.run: summary for summary in summarise_runs(store)}
     ended = {run for run, summary in runs.items() if summary.state in ("finished", "failed", DYING)}
     homes = {run: _home(asked.folder, run) for run in runs if run not in ended}
@@ -132,6 +136,16 @@ def _home(folder: Path, run: str) -> Path | None:
     return None
 
 
+def _check_sets(sets: Sequence[str]) -> None:
+    """Raises ConfigError for a setting that the demo makes itself."""
+    for setting in sets:
+        name = setting.partition("=")[0].strip()
+        if name in DECIDED:
+            raise ConfigError(f"--set {name}: the demo decides it; use {DECIDED[name]}")
+        if name.startswith(("store", "simulation")):
+            raise ConfigError(f"--set {name}: the demo decides it; use --dir for another folder")
+
+
 def _number(run: str) -> int:
     tail = run.removeprefix("demo-")
     return int(tail) if tail.isdigit() else 0
@@ -157,6 +171,11 @@ def _check_same(asked: Asked, place: Place) -> None:
     ]
     if asked.split is not None and not _is_same_text(asked.split, config, place.home):
         other.append("--data (and how it is split) is another text there")
+    other += [
+        f"--set {setting} is not so there"
+        for setting in asked.sets
+        if load_federation(place.home / FEDERATION, [setting]) != config
+    ]
     if other:
         raise RunExistsError(
             f"run {place.run} is not finished and began with other options: {'; '.join(other)}. "

@@ -15,7 +15,7 @@ from shared.config.values import RESERVED_NAMES, canonical_json
 from shared.topology import ANY_RUN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 NOT_RECORDED = ("limits", "broker", "store", "simulation")  # cannot change a run's result
@@ -112,6 +112,9 @@ _BEFORE: dict[str, dict[str, Any]] = {
 }
 
 
-def load_federation(path: Path) -> FederationConfig:
-    """Read a ``federation.toml``. Raises ConfigError naming every mistake in it."""
-    return load(path, FederationConfig)
+def load_federation(path: Path, overrides: Sequence[str] = ()) -> FederationConfig:
+    """Read a ``federation.toml``; ``overrides``: ``section.key=value`` each, instead of its own.
+
+    Raises ConfigError naming every mistake in both.
+    """
+    return load(path, FederationConfig, overrides)

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from gradualdiff.cli import demo, simulate
 from gradualdiff.cli.main import app
+from shared.config import load_federation
 from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
 from shared.protocol.ledger import list_runs
-from shared.protocol.records import FinishedRecord
+from shared.protocol.records import FederationRecord, FinishedRecord
 from tests.cli.test_commands import gradualdiff
 from tests.federation.test_starting import Stops
 from tests.numpy_learner import NumpyLearner
@@ -117,6 +118,7 @@ def test_the_same_options_again_are_no_other_options(started, own):
             "--local-steps is 4 there, 1 here; --seed is 1 there",
         ),
         (["--model", "owner/other"], "/model there, owner/other here"),
+        (["--set", "lora.alpha=32"], "--set lora.alpha=32 is not so there"),
         (["--data", "other.jsonl"], "--data (and how it is split) is another text there"),
     ],
 )
@@ -214,3 +216,30 @@ def test_a_name_that_is_taken_is_said(started, own, tmp_path):
     done = started(*own, "--name", "mine")
     assert isinstance(done.exception, RunExistsError)
     assert "runs delete mine" in str(done.exception)
+
+
+def test_what_set_says_is_in_the_files_of_the_run(started, own, tmp_path):
+    """It is on record and needs no option to resume; the same again is no other option."""
+    sets = ["--set", "lora.rank=8", "--set", "policy.on_failure=exclude"]
+    assert isinstance(started(*own, *sets, sites=Later).exception, InterruptedRunError)
+    config = load_federation(tmp_path / "demo" / "federation.toml")
+    assert (config.lora.rank, config.policy.on_failure) == (8, "exclude")
+    assert started(*sets).exit_code == 0
+    [record] = records(tmp_path / "demo", FederationRecord, "demo-1")
+    assert record.digest == config.digest
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("lora.rnak=8", "--set lora.rnak: expected a known setting"),
+        ("run.name=mine", "--set run.name: the demo decides it; use --name"),
+        ("store.directory=x", "--set store.directory: the demo decides it; use --dir"),
+    ],
+)
+def test_a_setting_that_cannot_be_given_writes_nothing(started, own, tmp_path, setting, says):
+    """A wrong name, and what another option of the demo is for."""
+    done = started(*own, "--set", setting)
+    assert isinstance(done.exception, ConfigError)
+    assert says in str(done.exception)
+    assert not (tmp_path / "demo" / "federation.toml").exists()

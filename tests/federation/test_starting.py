@@ -21,7 +21,7 @@ from gradualdiff.cli.main import app
 from shared.config import load_federation
 from shared.errors import InterruptedRunError, RunExistsError, StoreUnavailableError
 from shared.protocol.ledger import list_runs
-from shared.protocol.records import FinishedRecord
+from shared.protocol.records import FederationRecord, FinishedRecord
 from tests import federations
 from tests.numpy_learner import NumpyLearner
 from tests.steering import Crash, Mortal, ask, records, store_of
@@ -92,6 +92,26 @@ def test_with_the_same_settings_it_is_resumed_and_not_begun_anew(simulated):
     assert isinstance(again.exception, RunExistsError)
     assert "--resume" in str(again.exception)
     assert simulated(2, "--resume").exit_code == 0
+
+
+def test_a_setting_given_beside_the_file_is_on_record_with_the_run(simulated, tmp_path):
+    """So it must be given again to resume, as the hint does; another one is refused."""
+
+    class Later(Stops):
+        at = 2
+
+    given = ["--set", "server.optimizer=fedavgm", "--set", "lora.alpha=8"]
+    stopped = simulated(3, *given, sites=Later)
+    assert isinstance(stopped.exception, InterruptedRunError)
+    assert str(stopped.exception).endswith(f"--resume {' '.join(given)}")
+    config = load_federation(tmp_path / "federation.toml", given[1::2])
+    [record] = records(tmp_path, FederationRecord, "tiny")
+    assert record.digest == config.digest
+    assert record.config["server"]["optimizer"] == "fedavgm"
+    other = simulated(3, "--resume", "--set", "lora.alpha=4")
+    assert isinstance(other.exception, RunExistsError)
+    assert "lora.alpha is 8.0 on record, 4.0 here" in str(other.exception)
+    assert simulated(3, "--resume", *given).exit_code == 0
 
 
 def test_a_run_that_failed_before_its_first_round_begins_anew(simulated, tmp_path):
