@@ -1,12 +1,15 @@
-"""A run for scripts: its rounds, as they were on record when the run was opened."""
+"""A run for scripts: its rounds, adapters, what recomputing it says, and what happens in it now."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.liveness import read_status
+from coordinator.runs.following import View, views
 from coordinator.runs.inspection import (
     History,
     RoundSummary,
@@ -18,12 +21,18 @@ from coordinator.runs.inspection import (
     summarise_run,
 )
 from coordinator.runs.standing import with_absence
+from gradualdiff.adapter import Adapter
+from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows
+from shared.errors import RunNotFoundError
+from shared.protocol.ledger import Ledger
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
+    from coordinator.audit.verification import Verification
     from shared.config import FederationConfig
+    from shared.errors import StoreError
     from shared.stores.port import ObjectStore
 
 
@@ -37,16 +46,24 @@ class Round:
 
 
 class Run:
-    """One run. It does not change: ask the store for the run again to see what came since.
+    """One run. Its records are read once: ask the store for the run again to see what came since.
 
-    ``objects``: the store's objects. ``path``: what names that store. ``history``: the records.
+    ``objects``: the store's objects. ``path``: what names that store.
     """
 
     def __init__(self, objects: ObjectStore, name: str, path: Path) -> None:
         self.name = name
         self.objects = objects
         self.path = path
-        self.history = History(objects, name)
+        self._ledger().federation()  # it is there
+
+    def _ledger(self) -> Ledger:
+        return Ledger(self.objects, self.name, "reader", lambda: 0.0)
+
+    @cached_property
+    def history(self) -> History:
+        """The records. Raises LedgerDamagedError, which ``verify`` does not."""
+        return History(self.objects, self.name)
 
     def __repr__(self) -> str:
         return f"<Run {self.name} in {self.path}: {self.summary.state}>"
@@ -73,3 +90,43 @@ class Run:
         rows = with_absence(show_round(self.history, number), status)
         problem = status.problem if status is not None and self.history.finished is None else ""
         return Round(summary, Rows(SiteRow, rows), problem)
+
+    @property
+    def best_round(self) -> int:
+        """The round whose adapter has the lowest held-out loss. Raises RunNotFoundError."""
+        from coordinator.runs.export import best_round
+
+        return best_round(self.history)
+
+    def adapter(self, number: int | None = None) -> Adapter:
+        """The adapter after a round, of the last one if none is given. Raises RunNotFoundError."""
+        number = self.history.last_closed if number is None else number
+        sha = next((row.adapter_sha for row in self.rounds if row.round == number), None)
+        if sha is None:
+            raise RunNotFoundError(f"run {self.name} has no result of round {number} to export")
+        return Adapter(self, number, sha)
+
+    def verify(self, report: Callable[[int], None] = lambda _: None) -> Verification:
+        """Recompute every round; what differs from the record is in ``findings``.
+
+        ``report`` is told each round that begins. Raises LedgerDamagedError where the run's first
+        record cannot be read.
+        """
+        from coordinator.audit.verification import verify_run
+
+        with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
+            return verify_run(self._ledger(), Path(scratch), report)
+
+    def compare(self, *others: Run) -> Comparison:
+        """Set this run beside others. Raises ConfigError for a run that is there twice."""
+        return compare([self, *others])
+
+    def follow(
+        self, number: int | None = None, *, away: Callable[[StoreError], None] = lambda _: None
+    ) -> Iterator[View]:
+        """What happens now: a view whenever it changed, until the run ends.
+
+        ``number``: until this round is closed. ``away`` is told once that the store cannot be
+        read; it is tried again each second. Raises RunNotFoundError for a round that has not begun.
+        """
+        return views(self.objects, self.name, number, away=away)

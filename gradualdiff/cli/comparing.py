@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from coordinator.runs.comparison import ComparedRound, ComparedRun
-    from shared.stores.port import ObjectStore
+    from gradualdiff.comparison import Comparison
 
 MEGA = 1e6
 
@@ -45,51 +43,33 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Runs side by side: held-out loss, bytes, drift and seconds by round."""
-    from coordinator.runs.comparison import warnings
-
-    gathered = gather_all(runs, store)
-    doubts = warnings(gathered)
+    found = gather_all(runs, store)
     if to is not None:
         from gradualdiff.figures.comparison import plot_comparison
 
-        plot_comparison(gathered, to)
+        plot_comparison(found.runs, to)
     if as_json:
-        print_json({"runs": gathered, "warnings": doubts})
+        print_json(found)
         return
-    _print(gathered)
-    for doubt in doubts:
+    _print(found.runs)
+    for doubt in found.warnings:
         console().print(f"warning: {doubt}", markup=False, soft_wrap=True)
     if to is not None:
         console().print(f"Wrote {to}", markup=False, soft_wrap=True)
 
 
-def gather_all(names: Sequence[str], default: Path) -> list[ComparedRun]:
-    """The facts of each run, in the order given.
+def gather_all(names: Sequence[str], default: Path) -> Comparison:
+    """The comparison of these runs, in the order given.
 
     Raises ConfigError for a run named twice or a name without a store or run around its colon,
     StoreError and RunNotFoundError as for one run.
     """
-    from coordinator.runs.comparison import gather
-    from coordinator.runs.inspection import History
     from gradualdiff.store import open_store
 
     places = [_place(name, default) for name in names]
-    twice = [name for name, n in Counter(places).items() if n > 1]
-    if twice:
-        raise ConfigError(
-            f"runs compare: expected different runs, got {twice[0][1]} of {twice[0][0]} more than "
-            "once; name each run once"
-        )
-    repeated = {run for run, n in Counter(run for _, run in places).items() if n > 1}
-    stores: dict[Path, ObjectStore] = {}
-    found: list[ComparedRun] = []
-    shared = os.path.commonpath([path.resolve().parent for path, _ in places])
-    for path, run in places:
-        if path not in stores:
-            stores[path] = open_store(path).objects
-        label = f"{path.resolve().relative_to(shared)}:{run}" if run in repeated else run
-        found.append(gather(History(stores[path], run), label))
-    return found
+    stores = {path: open_store(path) for path in dict.fromkeys(path for path, _ in places)}
+    first, *others = (stores[path].run(run) for path, run in places)
+    return first.compare(*others)
 
 
 def _place(name: str, default: Path) -> tuple[Path, str]:

@@ -20,8 +20,8 @@ from gradualdiff.cli.output import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from coordinator.runs.following import SiteNow, View
     from coordinator.runs.standing import RoundLoss
-    from gradualdiff.cli.follow import SiteNow, View
 
 
 class Screen(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
@@ -109,17 +107,10 @@ def verify(
     run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
 ) -> None:
     """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
-    import tempfile
-
-    from coordinator.audit.verification import verify_run
     from gradualdiff.store import open_store
     from shared.errors import LedgerDamagedError
-    from shared.protocol.ledger import Ledger
 
-    ledger = Ledger(open_store(store).objects, run, "verifier", lambda: 0.0)
-    with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
-        quiet = (lambda _: None) if as_json else _announce
-        found = verify_run(ledger, Path(scratch), quiet)
+    found = open_store(store).run(run).verify((lambda _: None) if as_json else _announce)
     if as_json:
         print_json(found)
     elif not found.findings:

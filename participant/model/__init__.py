@@ -4,8 +4,9 @@ The only package that imports transformers, peft and bitsandbytes; what it gives
 tensors, numpy arrays and the project's own records.
 """
 
+from participant.model.attaching import attach_adapter
 from participant.model.local_model import LocalModel
 from participant.model.merging import save_merged
 from participant.model.numerics import pick_device, settle_threads
 
-__all__ = ["LocalModel", "pick_device", "save_merged", "settle_threads"]
+__all__ = ["LocalModel", "attach_adapter", "pick_device", "save_merged", "settle_threads"]

@@ -26,7 +26,7 @@ def python(program, cwd):
 
 
 def test_importing_loads_nothing_of_ours_and_asking_loads_nothing_heavy(tmp_path):
-    """The first import is of one small file; a store is opened without numpy or torch."""
+    """The first import is of one small file; runs are read without numpy or torch."""
     program = (
         "import json, sys\n"
         "import gradualdiff as gd\n"

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import gradualdiff as gd
+from shared import topology
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.cli.test_commands import gradualdiff
 
@@ -78,3 +80,61 @@ def test_a_table_without_pandas_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(gd.errors.MissingPackageError, match="pip install pandas"):
         run.rounds.to_frame()
+
+
+def test_an_adapter_is_saved_as_the_command_exports_it(folder, run, tmp_path):
+    """Byte for byte; into a folder that holds files it is not written."""
+    saved = run.adapter(2).save(tmp_path / "saved")
+    done = gradualdiff(
+        *("runs", "export", "test", "--round", 2, "--to", tmp_path / "told", "--json"),
+        *("--store", folder / "store"),
+    )
+    assert json.loads(done.stdout)["sha"] == saved.sha == run.rounds[2].adapter_sha
+    names = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "told").iterdir())
+    for name in names:
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "told" / name).read_bytes()
+    assert run.adapter().round == 3
+    assert run.adapter(run.best_round).sha in {row.adapter_sha for row in run.rounds}
+    with pytest.raises(gd.errors.ConfigError, match="not empty"):
+        run.adapter().save(str(tmp_path / "saved"))
+    with pytest.raises(gd.errors.RunNotFoundError, match="no result of round 9"):
+        run.adapter(9)
+
+
+def test_a_run_is_verified_also_where_its_records_cannot_be_read(tmp_path):
+    """What is wrong comes back as findings; nothing is printed and nothing is raised."""
+    federations.run(federations.config(), tmp_path)
+    run = gd.open_store(tmp_path / "store").run("test")
+    told = []
+    found = run.verify(told.append)
+    assert (found.findings, found.rounds, told) == ([], 3, [0, 1, 2, 3])
+    store = DirectoryStore(tmp_path / "store")
+    store.put(topology.round_key("test", 2, "opened"), b"{}")
+    damaged = gd.open_store(tmp_path / "store").run("test")
+    assert {finding.round for finding in damaged.verify().findings} == {2}
+    with pytest.raises(gd.errors.LedgerDamagedError):
+        _ = damaged.rounds
+
+
+def test_runs_are_compared_across_stores(run, tmp_path):
+    """The loss by round of each; the same run twice is refused."""
+    federations.run(federations.config(sites=("a", "b")), tmp_path)
+    other = gd.open_store(tmp_path / "store").run("test")
+    compared = run.compare(other)
+    assert [len(facts.rounds) for facts in compared.runs] == [4, 4]
+    assert len({facts.label for facts in compared.runs}) == 2
+    assert "not of the same text" in compared.warnings[0]
+    with pytest.raises(gd.errors.ConfigError, match="more than once"):
+        run.compare(run)
+
+
+def test_following_ends_with_the_run(run, capfd):
+    """One that is over is one view; nothing is printed."""
+    (view,) = run.follow()
+    assert (view.state, view.adapter_sha) == ("finished", run.summary.adapter_sha)
+    (view,) = run.follow(2)
+    assert (view.round, view.state) == (2, "finished")
+    with pytest.raises(gd.errors.RunNotFoundError):
+        list(run.follow(9))
+    assert capfd.readouterr() == ("", "")

@@ -125,8 +125,8 @@ def test_runs_of_other_text_or_another_base_are_told_apart(folder):
 def test_runs_of_several_stores_are_told_apart_by_their_store(folder):
     """STORE:RUN; where names repeat, labels hold the part of the path that differs."""
     found = gather_all(["five", "three", f"{folder}/other/store:three"], folder / "store")
-    assert [facts.label for facts in found] == ["five", "store:three", "other/store:three"]
-    assert [len(facts.rounds) for facts in found] == [4, 3, 4]
+    assert [facts.label for facts in found.runs] == ["five", "store:three", "other/store:three"]
+    assert [len(facts.rounds) for facts in found.runs] == [4, 3, 4]
 
 
 def test_tables_and_the_warning_are_printed(folder):

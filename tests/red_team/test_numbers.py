@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from coordinator import effects
 from coordinator.bootstrap import build_coordinator
 from coordinator.liveness import read_status
-from gradualdiff.cli import follow
+from coordinator.runs import following
 from gradualdiff.cli.main import app
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
@@ -168,9 +168,9 @@ def test_a_round_that_cannot_be_closed_says_so_and_blames_no_message(tmp_path, m
     store = ["--store", str(tmp_path / "store")]
     told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
     assert status.problem in told.output
-    standing = follow.Standing(store_of(tmp_path), "test")
+    standing = following.Standing(store_of(tmp_path), "test")
     standing.refresh(1)
-    assert follow.look(standing, status, 0.0).reason == status.problem
+    assert following.look(standing, status, 0.0).reason == status.problem
     broken.clear()
     assert federations.run(config, tmp_path).adapter_sha == honest
     told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
