@@ -29,7 +29,8 @@ import numpy as np
 
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.genesis import draw_adapter
-from coordinator.aggregation.server_optimizer import RULES, StateFiles
+from coordinator.aggregation.server_optimizer import StateFiles
+from shared import modes
 from shared.config import ServerSection
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
@@ -51,7 +52,7 @@ MODULES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.v_proj": (HIDDEN, HIDDEN),
 }
-OPTIMIZERS = ("plain", *RULES)
+OPTIMIZERS = modes.names("server_optimizers")
 PHASES = ("read", "accumulate", "measure", "state", "hash", "write")
 
 

@@ -40,6 +40,11 @@ class Kind:
 KINDS: Final = {
     "averaging": Kind("shared.methods.averaging", "Averaging", "aggregation.averaging"),
     "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name"),
+    "policies": Kind("shared.methods.policies", "Policy", "policy.kind"),
+    "rules": Kind("shared.methods.rules", "Rule", "aggregation.rule"),
+    "server_optimizers": Kind(
+        "shared.methods.server_optimizers", "ServerOptimizer", "server.optimizer"
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """Close a round's numbers: A(t+1) = A(t) + sum_i w_i D_i(t) (Algorithm 2 of arXiv:2506.19164).
 
-With a robust rule (``robust.py``) something else stands in the place of the sum.
+With another rule than the mean (``shared/methods/rules``) something else stands in its place.
 
 Pure over files: the same source, deltas and weights give the same bytes, whatever the order they
 are listed in, on any number of threads. So every sum is taken in fp64 by separate multiply and add
@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from coordinator.aggregation import robust
 from coordinator.aggregation.exactness import DIGITS, squared_gap
-from coordinator.aggregation.server_optimizer import open_optimizer
-from coordinator.round.policies import too_few
+from coordinator.aggregation.server_optimizer import open_step
 from shared.config import AggregationSection, ServerSection
 from shared.errors import ConfigError, LedgerError
 from shared.lora_factors import pairs
 from shared.methods.averaging import get_averaging
+from shared.methods.rules import get_rule, too_few
+from shared.methods.votes import Votes
 from shared.tensors.arithmetic import (
     BLOCK,
     blocks,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from coordinator.aggregation.server_optimizer import ServerOptimizer, StateFiles, Stepped
+    from coordinator.aggregation.server_optimizer import ServerStep, StateFiles, Stepped
     from shared.config import FederationConfig
     from shared.methods.inputs import WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
@@ -163,7 +163,7 @@ def aggregate(
         adapter = stack.enter_context(TensorFile(source))
         files = [stack.enter_context(DeltaFile(d.path, d.manifest or manifest)) for d in ordered]
         watch = watch or Stopwatch()
-        server = open_optimizer(method.server, manifest, state, watch)
+        server = open_step(method.server, manifest, state, watch)
         stack.enter_context(server or contextlib.nullcontext())
         closing = _Closing(adapter, ordered, files, watch, method, server, manifest)
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
@@ -199,7 +199,7 @@ class _Closing:
         files: Sequence[DeltaFile],
         watch: Stopwatch,
         method: Method,
-        server: ServerOptimizer | None,
+        server: ServerStep | None,
         manifest: Manifest,
     ) -> None:
         self._method = method
@@ -208,8 +208,8 @@ class _Closing:
         self._adapter = adapter
         self._deltas = deltas
         self._files = files
-        self._votes = robust.Votes(files, [delta.scale for delta in deltas])
-        self._kept = robust.kept(method.aggregation, len(deltas))
+        self._votes = Votes(files, [delta.scale for delta in deltas])
+        self._rule = get_rule(method.aggregation.rule)
         self._shares = {delta.site: delta.weight for delta in deltas}
         self._left_out: dict[str, str] = {}
         self.watch = watch
@@ -237,12 +237,11 @@ class _Closing:
 
     def judge(self, threads: int) -> None:
         """Whom the rule leaves out as a whole; the others share equally then."""
-        section = self._method.aggregation
-        if section.rule != "multi-krum":
+        if self._rule.weighted_mean or self._rule.by_coordinate:
             return
         with self.watch.phase("judge"):
-            self._left_out = robust.multi_krum(
-                self._manifest, self._votes, list(self._shares), section.assumed_bad, threads
+            self._left_out = self._rule.left_out(
+                self._method.aggregation, self._manifest, self._votes, list(self._shares), threads
             )
         taken = [site for site in self._shares if site not in self._left_out]
         self._shares = dict.fromkeys(taken, 1 / len(taken))
@@ -293,9 +292,10 @@ class _Closing:
 
     def _join(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
         """What the rule makes of all deltas in one tensor, into ``mean``."""
-        if self._kept is not None:
+        if self._rule.by_coordinate:
             with self.watch.phase("accumulate"):
-                robust.by_coordinate(spec, self._votes, self._kept, mean)
+                for at, rows in self._votes.slices(spec):
+                    self._rule.combine(self._method.aggregation, rows, mean[at])
             return
         mean.fill(0)
         for delta, file in zip(self._deltas, self._files, strict=True):
@@ -338,14 +338,14 @@ class _Closing:
 
     def _gap(self) -> float | None:
         """Over all layers. With another rule than the mean there is no mean to be apart from."""
-        if self._method.aggregation.rule != "mean":
+        if not self._rule.weighted_mean:
             return None
         return significant(math.sqrt(math.fsum(self._squared_gaps)), DIGITS)
 
     def _measure_gap(self, spec: TensorSpec) -> None:
         """Once for each layer of which both factors were sent, when B's turn has come."""
         pair = self._pairs.get(spec.name)
-        if pair is None or len(self._files) == 1 or self._method.aggregation.rule != "mean":
+        if pair is None or len(self._files) == 1 or not self._rule.weighted_mean:
             return
         shares = [delta.weight for delta in self._deltas]
         scales = [delta.scale for delta in self._deltas]

@@ -1,26 +1,12 @@
-"""The server's optimiser: what becomes of a round's mean delta before the adapter takes it.
+"""A round's step of the server's optimiser (``shared/methods/server_optimizers``) and its state.
 
-The mean delta D points downhill already (it is minus the pseudo-gradient), so every rule adds. With
-the settings' letters (lr: learning_rate, b: momentum, b2: second_momentum), m = 0 and v = tau^2
-before the first round, value by value:
-
-    plain       step = D
-    fedavgm     m = b m + D                        step = lr m                    arXiv:1909.06335
-    nesterov    m = b m + D                        step = lr (D + b m)            arXiv:2311.08105
-    fedadam     m = b m + (1 - b) D                step = lr m / (sqrt(v) + tau)  arXiv:2003.00295
-                v = b2 v + (1 - b2) D^2
-    fedyogi     the same, but v = v - (1 - b2) D^2 sign(v - D^2)
-    fedadagrad  the same, but v = v + D^2
-
-The last three are Algorithm 2 of arXiv:2003.00295, which asks for v >= tau^2 at first and has no
-bias correction. One thing is added to all: a tensor whose mean delta is zero throughout was not
-trained in this round. It does not move, and its m and v stay as they are: nothing was learnt that
-a momentum could be carried on with.
+One thing is added to all of them: a tensor whose mean delta is zero throughout was not trained in
+this round. It does not move, and its state stays as it is: nothing was learnt that a momentum could
+be carried on with.
 
 State is fp64, like every sum of a round, so a file holds exactly what the next round goes on with,
-and the square of any delta that is taken fits. All arithmetic is by separate numpy calls in a fixed
-order, value by value: the same bytes on any number of threads. A tensor of the state has the name
-of the adapter's tensor and one row for each of m and v.
+and the square of any delta that is taken fits. A tensor of the state has the name of the adapter's
+tensor and one row for each moment.
 """
 
 from __future__ import annotations
@@ -35,11 +21,11 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 
 from shared.errors import LedgerError
+from shared.methods.server_optimizers import get_server_optimizer
 from shared.tensors.arithmetic import BLOCK, blocks, significant, squared_norm
 from shared.tensors.tensor_file import FileDigest, Stopwatch, TensorFile, TensorLayout, TensorWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -69,7 +55,7 @@ class Stepped:
     norm: float
 
 
-class ServerOptimizer:
+class ServerStep:
     """One round's step, tensor by tensor. As a context: left without ``finish``, no file stays.
 
     ``step`` may run in several threads at once, one tensor each; ``keep`` in one, for every tensor
@@ -81,7 +67,8 @@ class ServerOptimizer:
         self, section: ServerSection, manifest: Manifest, files: StateFiles, watch: Stopwatch
     ) -> None:
         self._section = section
-        self._rule, self._rows = RULES[section.optimizer]
+        self._optimizer = get_server_optimizer(section.optimizer)
+        self._rows = self._optimizer.rows
         self._watch = watch
         layouts = [
             TensorLayout(spec.name, "F64", (self._rows, *spec.shape)) for spec in manifest.tensors
@@ -117,7 +104,7 @@ class ServerOptimizer:
                 scratch = np.empty((2, min(BLOCK, delta.size)), np.float64)
                 for at in blocks(delta.size):
                     room = scratch[:, : at.stop - at.start]
-                    self._rule(self._section, delta[at], state[:, at], room)
+                    self._optimizer.step(self._section, delta[at], state[:, at], room)
             square = squared_norm(delta)
         with self._lock:
             self._squares.append(square)
@@ -144,25 +131,24 @@ class ServerOptimizer:
 
     def _load(self, spec: TensorSpec, state: Values) -> None:
         if self._before is None:
-            state[0] = 0.0
-            state[1:] = self._section.tau * self._section.tau
+            self._optimizer.begin(self._section, state)
             return
         np.copyto(state, self._before.read(spec.name).reshape(state.shape))
         self._before.release(spec.name)
 
 
-def open_optimizer(
+def open_step(
     section: ServerSection, manifest: Manifest, files: StateFiles | None, watch: Stopwatch
-) -> ServerOptimizer | None:
-    """The optimiser of a round; None where the mean delta is added as it is.
+) -> ServerStep | None:
+    """The step of a round; None where the mean delta is added as it is.
 
     Raises ValueError if one that has a state is given no place for it.
     """
-    if section.optimizer == "plain":
+    if not get_server_optimizer(section.optimizer).rows:
         return None
     if files is None:
         raise ValueError(f"state: expected a place for the state of {section.optimizer}, got none")
-    return ServerOptimizer(section, manifest, files, watch)
+    return ServerStep(section, manifest, files, watch)
 
 
 def wants_more_than_zeros(config: FederationConfig, opened: OpenedRecord) -> str | None:
@@ -174,7 +160,7 @@ def wants_more_than_zeros(config: FederationConfig, opened: OpenedRecord) -> str
     training of one step honestly come to nothing.
     """
     falls_to_zero = config.training.schedule != "constant" and opened.progress_to >= 1.0
-    if config.server.optimizer == "plain" or falls_to_zero:
+    if not get_server_optimizer(config.server.optimizer).rows or falls_to_zero:
         return None
     return f'server.optimizer = "{config.server.optimizer}"'
 
@@ -186,77 +172,3 @@ def _check_state(file: TensorFile, layouts: list[TensorLayout], metadata: dict[s
             f"server state: expected {metadata[METADATA_KEY]} over {len(wanted)} tensors of the "
             f"run, got {file.metadata} over {len(file.layouts)}; it is of other settings"
         )
-
-
-# The rules: each turns `delta` into the step and `state` into the next one, in place, and may use
-# the two rows of `room`. All four have one length, at most BLOCK.
-
-
-def _fedavgm(section: ServerSection, delta: Values, state: Values, room: Values) -> None:
-    del room
-    momentum = state[0]
-    np.multiply(momentum, section.momentum, out=momentum)
-    np.add(momentum, delta, out=momentum)
-    np.multiply(momentum, section.learning_rate, out=delta)
-
-
-def _nesterov(section: ServerSection, delta: Values, state: Values, room: Values) -> None:
-    momentum, ahead = state[0], room[0]
-    np.multiply(momentum, section.momentum, out=momentum)
-    np.add(momentum, delta, out=momentum)
-    np.multiply(momentum, section.momentum, out=ahead)
-    np.add(delta, ahead, out=delta)
-    np.multiply(delta, section.learning_rate, out=delta)
-
-
-def _adaptive(
-    second: Callable[[ServerSection, Values, Values, Values], None],
-) -> Callable[[ServerSection, Values, Values, Values], None]:
-    """Algorithm 2 of arXiv:2003.00295 with one of its three second moments.
-
-    ``second(section, moment, squares, room)`` updates ``moment``; the others are its to spend.
-    """
-
-    def rule(section: ServerSection, delta: Values, state: Values, room: Values) -> None:
-        momentum, moment, squares = state[0], state[1], room[0]
-        np.multiply(delta, delta, out=squares)
-        np.multiply(delta, 1.0 - section.momentum, out=delta)
-        np.multiply(momentum, section.momentum, out=momentum)
-        np.add(momentum, delta, out=momentum)
-        second(section, moment, squares, room[1])
-        size = np.sqrt(moment, out=squares)
-        np.add(size, section.tau, out=size)
-        np.multiply(momentum, section.learning_rate, out=delta)
-        np.divide(delta, size, out=delta)
-
-    return rule
-
-
-def _adam(section: ServerSection, moment: Values, squares: Values, room: Values) -> None:
-    del room
-    np.multiply(moment, section.second_momentum, out=moment)
-    np.multiply(squares, 1.0 - section.second_momentum, out=squares)
-    np.add(moment, squares, out=moment)
-
-
-def _yogi(section: ServerSection, moment: Values, squares: Values, room: Values) -> None:
-    np.subtract(moment, squares, out=room)
-    np.sign(room, out=room)
-    np.multiply(squares, 1.0 - section.second_momentum, out=squares)
-    np.multiply(squares, room, out=squares)
-    np.subtract(moment, squares, out=moment)
-
-
-def _adagrad(section: ServerSection, moment: Values, squares: Values, room: Values) -> None:
-    del section, room
-    np.add(moment, squares, out=moment)
-
-
-# By the setting's word: the rule, and how many rows of state it has.
-RULES: Final[dict[str, tuple[Callable[[ServerSection, Values, Values, Values], None], int]]] = {
-    "fedavgm": (_fedavgm, 1),
-    "nesterov": (_nesterov, 1),
-    "fedadam": (_adaptive(_adam), 2),
-    "fedyogi": (_adaptive(_yogi), 2),
-    "fedadagrad": (_adaptive(_adagrad), 2),
-}

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from coordinator.audit.chain import MOST_LOST_ROUNDS, Finding
 from coordinator.round.controls import steer
 from coordinator.round.members import unfit
-from coordinator.round.policies import weighting
 from shared import topology
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
 from shared.lora_factors import site_manifest
+from shared.methods.policies import get_policy, weighting
+from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import (
     ClosedRecord,
@@ -134,9 +135,7 @@ def _check_opened(chain: Chain, config: FederationConfig, number: int) -> None:
     if opened.rounds != total:
         chain.find(number, key, f"rounds: expected {total}, got {opened.rounds}")
     policy, got = config.policy, opened.deadline_seconds
-    fits = got == policy.deadline_seconds or (
-        policy.deadline == "adaptive" and 0 < (got or 0) <= (policy.deadline_seconds or 0)
-    )
+    fits = get_policy(policy.kind).may_wait(policy, got)
     if not fits or opened.grace_seconds != policy.grace_seconds:
         wanted = f"{policy.deadline} {policy.deadline_seconds} s + {policy.grace_seconds} s"
         chain.find(number, key, f"deadline: expected {wanted}, got {got} + {opened.grace_seconds}")
@@ -158,7 +157,7 @@ def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None
     _check_inputs(chain, config, closing, steering.excluded)
     others = {s: why for s, why in closing.excluded.items() if s not in steering.excluded}
     for site, why in others.items():
-        if config.policy.kind == "all":
+        if get_policy(config.policy.kind).reasons_on_record:
             _check_reason(chain, number, site, why)
     if opened is not None:
         _check_policy(chain, config, opened, closing, others)
@@ -183,9 +182,10 @@ def _check_server(chain: Chain, config: FederationConfig, number: int) -> None:
     if closed is None:
         return
     optimizer = config.server.optimizer
+    steps = get_server_optimizer(optimizer).rows > 0
     for name, value in (("server_sha", closed.server_sha), ("step_norm", closed.step_norm)):
-        if (value is None) != (optimizer == "plain"):
-            wanted = "none" if optimizer == "plain" else "one"
+        if (value is not None) != steps:
+            wanted = "one" if steps else "none"
             key = closed.key(chain.run)
             chain.find(number, key, f"{name}: expected {wanted} with {optimizer}, got {value}")
 
@@ -202,20 +202,12 @@ def _check_policy(
     rule = weighting(policy, config.aggregation.weights)
     if closing.weighting not in {"", rule}:
         chain.find(number, key, f"weighting: expected {rule}, got {closing.weighting}")
-    if policy.kind == "buffered" and others:
-        chain.find(number, key, f"excluded: a buffer leaves nobody out, got {sorted(others)}")
-    if policy.kind != "quorum" or not others or policy.on_failure == "exclude":
-        return
-    fresh = [item.site for item in closing.inputs if item.from_round == number]
-    if len(fresh) < (policy.quorum or 0):
-        chain.find(number, key, f"inputs: expected a quorum of {policy.quorum}, got {len(fresh)}")
-    if opened.closes_at is not None and closing.time < opened.closes_at:
-        early = f"left out {sorted(others)} before deadline and grace were over"
-        chain.find(number, key, f"excluded: {early}")
+    for problem in get_policy(policy.kind).audit(policy, opened, closing, others):
+        chain.find(number, key, problem)
 
 
 def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) -> None:
-    """But for a buffer, every selected site is counted or left out.
+    """Where the policy tells of all, every selected site is counted or left out.
 
     ``selected``: as recomputed.
     """
@@ -228,7 +220,7 @@ def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) 
 
 
 def _check_reason(chain: Chain, number: int, site: str, why: str) -> None:
-    """A site that is left out under ``all`` failed, or its delta was refused: with that reason."""
+    """The site failed, or its delta was refused: with that reason."""
     told = [
         record
         for record in chain.rounds.get(number, ())

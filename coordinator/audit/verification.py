@@ -35,6 +35,8 @@ from shared.errors import (
 from shared.lora_factors import whole_manifest
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
+from shared.methods.policies import get_policy
+from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     AcceptedRecord,
@@ -107,7 +109,7 @@ class _Verifier:
 
     @property
     def _keeps_state(self) -> bool:
-        return self._config.server.optimizer != "plain"
+        return get_server_optimizer(self._config.server.optimizer).rows > 0
 
     def verify(self, report: Callable[[int], None]) -> Verification:
         self._chain = chain = read_chain(self._ledger)
@@ -232,7 +234,8 @@ class _Verifier:
             self._sources.setdefault(number, self.result.adapter_sha)
             self._expect(number, key, "source_sha", self.result.adapter_sha, closing.source_sha)
         self._check_weights(closing)
-        if self._config.policy.kind != "buffered" and number in self._selected:
+        tells_of_all = get_policy(self._config.policy.kind).tells_of_all
+        if tells_of_all and number in self._selected:
             check_told(self._chain, closing, self._selected[number])
         # What a wrong decision gives is no word against the result of the right one.
         decided = not any(finding.key == key for finding in self.result.findings)

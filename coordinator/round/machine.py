@@ -16,14 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from coordinator.aggregation.closing import Counts, weights
 from coordinator.round.clipping import scales
 from coordinator.round.controls import added
-from coordinator.round.policies import (
-    POLICIES,
-    Trouble,
-    deadline_seconds,
-    given_up,
-    too_few,
-    weighting,
-)
 from coordinator.round.selection import select
 from coordinator.round.state import (
     Aggregate,
@@ -42,6 +34,8 @@ from coordinator.round.state import (
     WriteRecord,
 )
 from coordinator.runs.branching import misfit
+from shared.methods.policies import Trouble, get_policy, given_up, weighting
+from shared.methods.rules import too_few
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -326,7 +320,7 @@ def _open_next(state: RunState) -> Step:
             seed=derive_seed(section.seed, "round", number),
             progress_from=(number - 1) / total,
             progress_to=number / total,
-            deadline_seconds=deadline_seconds(policy, times),
+            deadline_seconds=get_policy(policy.kind).deadline(policy, times),
             grace_seconds=policy.grace_seconds,
             rounds=total,
             members=members,
@@ -336,10 +330,10 @@ def _open_next(state: RunState) -> Step:
 
 
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
-    policy, steering = POLICIES[state.config.policy.kind], state.steering
+    policy, steering = state.config.policy, state.steering
     uncounted = steering.reachable(state.uncounted)
     here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
-    decision = policy(state.config.policy, here, uncounted, state.troubles, state.now)
+    decision = get_policy(policy.kind).decide(policy, here, uncounted, state.troubles, state.now)
     section = state.config.aggregation
     if decision is None or too_few(section, len(decision.counted)) is not None:
         return None
@@ -362,7 +356,7 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             source_sha=opened.source_sha,
             inputs=inputs,
             excluded={**decision.excluded, **steering.excluded_among(opened.selected)},
-            weighting=weighting(state.config.policy, mode),
+            weighting=weighting(policy, mode),
             controls=steering.number,
         )
     )

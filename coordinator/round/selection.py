@@ -22,7 +22,7 @@ def select(
     no generator state and anybody can recompute it from the ledger.
     """
     names = sorted(members)
-    if section.method == "all":
+    if section.method != "random":
         return tuple(names)
     count = max(1, math.ceil(section.fraction * len(names)))
     ranked = sorted(names, key=lambda site: derive_seed(seed, "selection", round_number, site))

@@ -22,8 +22,8 @@ from shared.protocol.records import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coordinator.round.policies import Trouble
     from shared.config import FederationConfig
+    from shared.methods.policies import Trouble
     from shared.protocol.records import ControlRecord, MemberRecord, OriginRecord
 
 

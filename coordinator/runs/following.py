@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.liveness import read_status
-from coordinator.round.policies import too_few
 from coordinator.runs.standing import Standing, awaited, away_since
 from coordinator.runs.standing import is_away as is_gone
 from shared.errors import RunNotFoundError, StoreError
+from shared.methods.rules import too_few
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
-from coordinator.round.policies import too_few
 from shared.errors import RunNotFoundError
+from shared.methods.rules import too_few
 from shared.protocol.ledger import Ledger, list_runs
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from coordinator.runs.inspection import perplexity
 from shared.base_model import hub_id
 from shared.methods.averaging import get_averaging
+from shared.methods.rules import get_rule
+from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
@@ -85,21 +87,13 @@ def model_card(
     )
 
 
-# What each rule takes of the deltas, for the model card.
-_TAKEN = {
-    "mean": "the weighted mean of the participants' deltas",
-    "trimmed-mean": "the trimmed mean of the participants' deltas",
-    "median": "the median of the participants' deltas, value by value",
-    "multi-krum": "the mean of those participants' deltas that multi-Krum takes",
-}
-
-
 def _joined(config: FederationConfig) -> str:
     joined = get_averaging(config.aggregation.averaging).joined
     if joined:
         return joined
-    taken, optimizer = _TAKEN[config.aggregation.rule], config.server.optimizer
-    step = taken if optimizer == "plain" else f"the step that {optimizer} makes of {taken}"
+    taken, optimizer = get_rule(config.aggregation.rule).taken, config.server.optimizer
+    steps = get_server_optimizer(optimizer).rows > 0
+    step = taken if not steps else f"the step that {optimizer} makes of {taken}"
     return f"each round's global adapter is the one before plus {step}"
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
-from coordinator.round.policies import too_few
 from gradualdiff.embedded.metering import Meter, MeteredBroker, MeteredTransfer
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
@@ -26,6 +25,7 @@ from shared.errors import (
     RunFailedError,
     RunStuckError,
 )
+from shared.methods.rules import too_few
 from shared.stores.directory import DirectoryTransfer
 from shared.topology import COORDINATOR, coordinator_rights, site_rights
 

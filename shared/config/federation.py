@@ -29,9 +29,10 @@ class FederationConfig(FederationTables):
         return (
             self._names_fit,
             self._run_name_is_free,
-            *(partial(self._enough_are_listed, setting) for setting in ("quorum", "buffer")),
+            self._enough_are_listed,
             self._enough_to_begin,
             self._averaging,
+            self._server,
             *(partial(rule, self) for rule in RULES),
         )
 
@@ -47,8 +48,9 @@ class FederationConfig(FederationTables):
         if self.run.name == ANY_RUN:
             yield f"run.name: {ANY_RUN} is a reserved name; choose another"
 
-    def _enough_are_listed(self, setting: str) -> Iterator[str]:
-        wanted, names = getattr(self.policy, setting), self.run.participants
+    def _enough_are_listed(self) -> Iterator[str]:
+        setting = modes.get("policies", self.policy.kind).fewest
+        wanted, names = getattr(self.policy, setting) if setting else None, self.run.participants
         if wanted is not None and wanted > len(names):
             yield (
                 f"policy.{setting} is {wanted}, but run.participants lists {len(names)}: no "
@@ -64,6 +66,9 @@ class FederationConfig(FederationTables):
 
     def _averaging(self) -> Iterator[str]:
         yield from modes.get("averaging", self.aggregation.averaging).misfits(self)
+
+    def _server(self) -> Iterator[str]:
+        yield from modes.get("server_optimizers", self.server.optimizer).misfits(self)
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from shared import modes
 from shared.config.section import Section
-from shared.config.values import AveragingName, Positive
+from shared.config.values import AveragingName, PolicyName, Positive, RuleName, ServerOptimizerName
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,8 +29,12 @@ class SelectionSection(Section):
         return (self._fraction_needs_random,)
 
     def _fraction_needs_random(self) -> Iterator[str]:
-        if self.method == "all" and self.fraction != 1.0:
+        if self.method != "random" and self.fraction != 1.0:
             yield 'fraction needs method = "random"'
+
+
+# Settings of [policy] that not every kind has a use for.
+OF_SOME_KINDS = ("quorum", "deadline_seconds", "deadline", "grace_seconds", "late", "buffer")
 
 
 class PolicySection(Section):
@@ -38,9 +45,9 @@ class PolicySection(Section):
     ``buffer`` deltas are in, of whatever round (FedBuff, arXiv:2106.06639).
     """
 
-    kind: Literal["all", "quorum", "buffered"] = "all"
-    """When a round closes: when all selected sites are in or excluded; likewise, but from the
-    deadline on with a quorum; or as soon as a buffer is full.
+    kind: PolicyName = "all"
+    """{policies}. When a round closes: when all selected sites are in or excluded; likewise, but
+    from the deadline on with a quorum; or as soon as a buffer is full.
     """
     on_failure: Literal["wait", "exclude"] = "wait"
     """Whether the round waits for a site that is given up, or goes without it."""
@@ -74,7 +81,7 @@ class PolicySection(Section):
     @property
     def carries(self) -> bool:
         """Whether a delta that comes after its round closed counts in a later one."""
-        return self.kind == "buffered" or (self.kind == "quorum" and self.late == "carry")
+        return bool(modes.get("policies", self.kind).carried_by(self))
 
     @property
     def late_rounds(self) -> int:
@@ -83,33 +90,19 @@ class PolicySection(Section):
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """Each kind has settings of its own."""
-        return (self._has_what_the_kind_needs, self._has_nothing_else, self._waits_as_a_quorum)
+        return tuple(partial(self._goes_with_the_kind, name) for name in OF_SOME_KINDS)
 
-    def _has_what_the_kind_needs(self) -> Iterator[str]:
-        needed = {"all": (), "quorum": ("quorum", "deadline_seconds"), "buffered": ("buffer",)}
-        for name in needed[self.kind]:
-            if getattr(self, name) is None:
-                yield f'kind = "{self.kind}" needs {name}; add it'
-
-    def _has_nothing_else(self) -> Iterator[str]:
-        for name, kind in (
-            ("quorum", "quorum"),
-            ("deadline_seconds", "quorum"),
-            ("buffer", "buffered"),
-        ):
-            if self.kind != kind and getattr(self, name) is not None:
-                yield (
-                    f'{name} goes with kind = "{kind}", got kind = "{self.kind}"; '
-                    "remove it or change the kind"
-                )
-
-    def _waits_as_a_quorum(self) -> Iterator[str]:
-        if self.kind != "quorum" and (
-            self.late != "drop" or self.deadline != "fixed" or self.grace_seconds
-        ):
+    def _goes_with_the_kind(self, name: str) -> Iterator[str]:
+        policy = modes.get("policies", self.kind)
+        given = getattr(self, name) != type(self).model_fields[name].default
+        if name in policy.needs and not given:
+            yield f'kind = "{self.kind}" needs {name}; add it'
+        elif given and name not in policy.needs + policy.takes:
+            all_kinds = {kind: modes.get("policies", kind) for kind in modes.names("policies")}
+            kinds = [json.dumps(k) for k, p in all_kinds.items() if name in p.needs + p.takes]
             yield (
-                f'late, deadline and grace_seconds go with kind = "quorum", got kind = '
-                f'"{self.kind}"; remove them or change the kind'
+                f"{name} goes with kind = {' or '.join(kinds)}, got kind = "
+                f'"{self.kind}"; remove it or change the kind'
             )
 
 
@@ -124,20 +117,14 @@ class AggregationSection(Section):
     """Which factors are trained, and how they are joined: {averaging}. See
     explanation/averaging.md.
     """
-    rule: Literal["mean", "trimmed-mean", "median", "multi-krum"] = "mean"
-    """What is taken of all deltas for each value: the mean, or what withstands a bad site."""
+    rule: RuleName = "mean"
+    """{rules}. What is taken of all deltas for each value: the mean, or what withstands a bad
+    site.
+    """
     assumed_bad: Positive = 1
     """f: how many bad deltas ``trimmed-mean`` and ``multi-krum`` withstand."""
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0
     """A delta is scaled down to at most this many times the median norm of the round."""
-
-    @property
-    def least_deltas(self) -> int:
-        """With fewer deltas than this the rule withstands nothing, and a round does not close."""
-        bad = self.assumed_bad
-        return {"median": 3, "trimmed-mean": 2 * bad + 1, "multi-krum": 2 * bad + 3}.get(
-            self.rule, 1
-        )
 
 
 class ServerSection(Section):
@@ -147,8 +134,8 @@ class ServerSection(Section):
     ``fedyogi``, ``fedadagrad`` (arXiv:2003.00295; their letters beta_1, beta_2, tau).
     """
 
-    optimizer: Literal["plain", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad"] = "plain"
-    """What is done with the mean delta; ``plain``: it is added."""
+    optimizer: ServerOptimizerName = "plain"
+    """{server_optimizers}. What is done with the mean delta; ``plain``: it is added."""
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
     """The server's step size."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def _joined_by_value(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    if config.aggregation.rule != "mean" and not modes.get("averaging", name).by_value:
+    rule = modes.get("rules", config.aggregation.rule)
+    if not rule.weighted_mean and not modes.get("averaging", name).by_value:
         yield (
             f'aggregation.rule = "{config.aggregation.rule}" takes values one by one, but '
             f'aggregation.averaging = "{name}" joins products of whole factors; use rule = "mean" '
@@ -74,7 +75,7 @@ def _no_deltas_of_old_factors(config: FederationTables) -> Iterator[str]:
 
 def _one_vote_whatever_the_text(config: FederationTables) -> Iterator[str]:
     section = config.aggregation
-    if section.rule != "mean" and section.weights != "equal":
+    if modes.get("rules", section.rule).one_vote and section.weights != "equal":
         yield (
             f'aggregation.weights: expected "equal" with aggregation.rule = "{section.rule}", got '
             f'"{section.weights}": each delta has one vote, or a bad site could claim the most text'
@@ -83,8 +84,8 @@ def _one_vote_whatever_the_text(config: FederationTables) -> Iterator[str]:
 
 def _one_vote_in_a_round(config: FederationTables) -> Iterator[str]:
     section, policy = config.aggregation, config.policy
-    if section.rule != "mean" and policy.carries:
-        late = 'kind = "buffered"' if policy.kind == "buffered" else 'late = "carry"'
+    if modes.get("rules", section.rule).one_vote and policy.carries:
+        late = modes.get("policies", policy.kind).carried_by(policy)
         yield (
             f'policy.{late} does not go with aggregation.rule = "{section.rule}": each site has '
             "one vote in a round, and late deltas would give it more; use "
@@ -94,12 +95,11 @@ def _one_vote_in_a_round(config: FederationTables) -> Iterator[str]:
 
 def _enough_deltas(config: FederationTables) -> Iterator[str]:
     """A rule that withstands a bad site needs enough deltas of equal standing in every round."""
-    run, section = config.run, config.aggregation
-    if section.rule == "mean":
-        return
-    rule, bad = f'aggregation.rule = "{section.rule}"', section.assumed_bad
-    needs = {"median": "3", "trimmed-mean": f"2 x {bad} + 1", "multi-krum": f"2 x {bad} + 3"}
-    why = "" if section.rule == "median" else f" with aggregation.assumed_bad = {bad}"
+    run, section, policy = config.run, config.aggregation, config.policy
+    rule, fewest = modes.get("rules", section.rule), modes.get("policies", policy.kind).fewest
+    least, why = rule.least(section), ""
+    if rule.assumes_bad:
+        why = f" with aggregation.assumed_bad = {section.assumed_bad}"
     # The smallest round that these settings allow; a selection takes ceil(fraction x members).
     members = run.min_participants or len(run.participants)
     counts = {
@@ -108,90 +108,38 @@ def _enough_deltas(config: FederationTables) -> Iterator[str]:
         f"selection.fraction takes {config.selection.fraction:g} of {members}": max(
             1, math.ceil(config.selection.fraction * members)
         ),
-        f"policy.quorum is {config.policy.quorum}": config.policy.quorum or members,
     }
+    if fewest:
+        counts[f"policy.{fewest} is {getattr(policy, fewest)}"] = getattr(policy, fewest) or members
     for what, count in counts.items():
-        if count < section.least_deltas:
+        if count < least:
             yield (
-                f"{rule}{why} needs at least {section.least_deltas} deltas in every round "
-                f"({needs[section.rule]}), but {what}; raise that, lower assumed_bad or take "
-                "another rule"
+                f'aggregation.rule = "{section.rule}"{why} needs at least {least} deltas in every '
+                f"round ({rule.least_in_words(section)}), but {what}; raise that, lower "
+                "assumed_bad or take another rule"
             )
             return
 
 
-# Which of the server's settings its optimisers have a use for, beside learning_rate.
-_USED = {
-    "plain": frozenset[str](),
-    "fedavgm": frozenset({"momentum"}),
-    "nesterov": frozenset({"momentum"}),
-    "fedadam": frozenset({"momentum", "second_momentum", "tau"}),
-    "fedyogi": frozenset({"momentum", "second_momentum", "tau"}),
-    "fedadagrad": frozenset({"momentum", "tau"}),
-}
-# A delta's norm is at most 1e30 and fp32 ends at 3.4e38: what multiplies it must leave room, since
-# a decision that is on record must be possible to carry out.
-_MOST_GROWTH = 1e6
-_MOST_SCALE = 1e7
-
-
 def _server_needs_no_more(config: FederationTables) -> Iterator[str]:
-    server = config.server
+    server, optimizer = config.server, modes.get("server_optimizers", config.server.optimizer)
     for name in ("momentum", "second_momentum", "tau"):
         given, default = getattr(server, name), type(server).model_fields[name].default
-        if given != default and name not in _USED[server.optimizer]:
+        if given != default and name not in optimizer.takes:
             yield (
                 f"server.{name}: expected none with {_server_word(config)}, which has no use for "
                 f"it, got {given}"
             )
-    if server.optimizer == "plain" and server.learning_rate != 1:
-        yield (
-            f"server.learning_rate: expected none with {_server_word(config)}, which adds the mean "
-            f"delta as it is, got {server.learning_rate}; to scale it use optimizer = "
-            '"fedavgm" with momentum = 0.0'
-        )
 
 
 def _server_needs_factors_that_stay(config: FederationTables) -> Iterator[str]:
     name = config.aggregation.averaging
-    if config.server.optimizer != "plain" and not modes.get("averaging", name).by_value:
+    steps = modes.get("server_optimizers", config.server.optimizer).rows > 0
+    if steps and not modes.get("averaging", name).by_value:
         yield (
             f'{_server_word(config)}: expected plain with aggregation.averaging = "{name}": it '
             "makes the factors anew in each round, so what was remembered of a value says nothing "
             "of the next one in its place; use fedavg, rolora or ffa"
-        )
-
-
-def _momentum(config: FederationTables) -> Iterator[str]:
-    server = config.server
-    if server.optimizer == "nesterov" and server.momentum == 0:
-        yield (
-            f'server.momentum: expected above 0 with {_server_word(config)}, got 0; use "fedavgm"'
-        )
-    if (
-        server.optimizer in ("fedavgm", "nesterov")
-        and server.learning_rate / (1 - server.momentum) > _MOST_GROWTH
-    ):
-        yield (
-            f"server.learning_rate: expected at most {_MOST_GROWTH:g} / (1 - momentum), got "
-            f"{server.learning_rate:g}: a large delta's step would leave fp32"
-        )
-
-
-def _adaptive(config: FederationTables) -> Iterator[str]:
-    server = config.server
-    if "tau" not in _USED[server.optimizer]:
-        return
-    if server.learning_rate >= 1:
-        yield (
-            f"server.learning_rate: expected below 1 with {_server_word(config)}, got "
-            f"{server.learning_rate:g}: each value moves by about so much in a round, however "
-            "small the deltas are; begin with 0.01"
-        )
-    if server.learning_rate / server.tau > _MOST_SCALE:
-        yield (
-            f"server.tau: expected at least learning_rate / {_MOST_SCALE:g}, got {server.tau:g}: "
-            "a large delta's step would leave fp32"
         )
 
 
@@ -213,6 +161,4 @@ RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _enough_deltas,
     _server_needs_no_more,
     _server_needs_factors_that_stay,
-    _momentum,
-    _adaptive,
 )

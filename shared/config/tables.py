@@ -32,7 +32,7 @@ class FederationTables(Section):
     lora: LoraSection = LoraSection()
     training: TrainingSection = Field(default_factory=TrainingSection)
     selection: SelectionSection = SelectionSection()
-    policy: PolicySection = PolicySection()
+    policy: PolicySection = Field(default_factory=PolicySection)
     aggregation: AggregationSection = AggregationSection()
     server: ServerSection = ServerSection()
     codec: CodecSection = CodecSection()

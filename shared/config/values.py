@@ -32,9 +32,11 @@ def _known(kind: str, name: str) -> str:
     return name
 
 
-AveragingName = Annotated[
-    str, StringConstraints(max_length=64), AfterValidator(partial(_known, "averaging"))
-]
+Word = Annotated[str, StringConstraints(max_length=64)]
+AveragingName = Annotated[Word, AfterValidator(partial(_known, "averaging"))]
+PolicyName = Annotated[Word, AfterValidator(partial(_known, "policies"))]
+RuleName = Annotated[Word, AfterValidator(partial(_known, "rules"))]
+ServerOptimizerName = Annotated[Word, AfterValidator(partial(_known, "server_optimizers"))]
 RESERVED_NAMES = frozenset({ANY_RUN, COORDINATOR})
 
 

@@ -81,3 +81,17 @@ def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
     """Slices of at most ``size`` that cover ``count`` values in order."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def mean_of_sorted(rows: NDArray[np.float64], keep: slice, result: NDArray[np.float64]) -> None:
+    """For each column of ``rows`` (deltas, values) the mean of its sorted values ``keep``.
+
+    ``rows`` is overwritten. -0.0 becomes 0.0 first: sorting knows no order between the two.
+    """
+    np.add(rows, 0.0, out=rows)
+    rows.sort(axis=0)
+    chosen = rows[keep]
+    np.copyto(result, chosen[0])
+    for row in chosen[1:]:
+        np.add(result, row, out=result)
+    np.divide(result, len(chosen), out=result)

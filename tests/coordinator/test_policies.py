@@ -7,9 +7,9 @@ import math
 import pytest
 
 from coordinator.round.machine import clips, shares
-from coordinator.round.policies import POLICIES, Trouble, deadline_seconds
 from shared.config import AggregationSection, PolicySection
 from shared.errors import ConfigError
+from shared.methods.policies import Trouble, get_policy
 from shared.protocol.records import OpenedRecord
 from tests import federations
 from tests.coordinator.test_rounds_machine import accepted
@@ -33,7 +33,7 @@ def opened(number: int = 5, **fields) -> OpenedRecord:
 def decide(policy: dict, uncounted: list[tuple[str, int]], now: float, troubles=None):
     section = PolicySection.model_validate(policy)
     records = {(site, number): accepted(site, number, "x") for site, number in uncounted}
-    return POLICIES[section.kind](section, opened(), records, troubles or {}, now)
+    return get_policy(section.kind).decide(section, opened(), records, troubles or {}, now)
 
 
 def counted(decision) -> list[tuple[str, int]]:
@@ -135,13 +135,14 @@ def test_a_site_with_many_late_deltas_does_not_say_which_norm_is_usual():
 def test_an_adaptive_deadline_by_hand():
     """Times 10, 12, 14, 20, 100: median 14, deviations 4, 2, 0, 6, 86: MAD 4."""
     section = PolicySection.model_validate(QUORUM | {"deadline": "adaptive"})
+    deadline = get_policy("quorum").deadline
     expected = 14 + 3 * 1.4826 * 4
-    assert deadline_seconds(section, [10, 12, 14, 20, 100]) == pytest.approx(expected, abs=1e-3)
-    assert deadline_seconds(section, [0.0] * 5) == 1.0
-    assert deadline_seconds(section, [10, 12]) == 100.0
-    assert deadline_seconds(section, [1000.0] * 5) == 100.0
+    assert deadline(section, [10, 12, 14, 20, 100]) == pytest.approx(expected, abs=1e-3)
+    assert deadline(section, [0.0] * 5) == 1.0
+    assert deadline(section, [10, 12]) == 100.0
+    assert deadline(section, [1000.0] * 5) == 100.0
     # Equal times leave room all the same: a tenth of the median, three times.
-    assert math.isclose(deadline_seconds(section, [10.0] * 9), 13.0)
+    assert math.isclose(deadline(section, [10.0] * 9), 13.0)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_an_adaptive_deadline_by_hand():
         ({"kind": "quorum", "quorum": 2}, "needs deadline_seconds"),
         ({"kind": "buffered"}, "needs buffer"),
         ({"kind": "all", "quorum": 2}, 'quorum goes with kind = "quorum"'),
-        ({"kind": "buffered", "buffer": 2, "late": "carry"}, 'go with kind = "quorum"'),
+        ({"kind": "buffered", "buffer": 2, "late": "carry"}, 'late goes with kind = "quorum"'),
         ({"kind": "quorum", "quorum": 4, "deadline_seconds": 5}, "policy.quorum is 4"),
         ({"kind": "buffered", "buffer": 4}, "policy.buffer is 4"),
         ({"kind": "quorums"}, "policy.kind"),

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from coordinator.aggregation.closing import Method, aggregate, robust
-from coordinator.aggregation.robust import krum_scores
+from coordinator.aggregation.closing import Method, aggregate
 from shared.config import AggregationSection
 from shared.errors import LedgerError
+from shared.methods import votes
+from shared.methods.rules.multi_krum import krum_scores
 from shared.protocol.manifest import Manifest, TensorSpec
 from tests.coordinator.test_aggregation import MANIFEST, delta, flat_of, write_adapter
 
@@ -207,7 +208,7 @@ def test_slices_and_threads_do_not_change_what_is_read(tmp_path, rule, monkeypat
     flats = np.random.default_rng(4).standard_normal((5, 4 * 3003)).astype(np.float32)
     start = np.zeros(4 * 3003)
     whole, first = closed(tmp_path, flats, method(rule), start, manifest)
-    monkeypatch.setattr(robust, "ROOM", 5 * 250)
+    monkeypatch.setattr(votes, "ROOM", 5 * 250)
     parts, second = closed(tmp_path, flats, method(rule), start, manifest, threads=3)
     assert whole.tobytes() == parts.tobytes()
     assert first == second

@@ -16,9 +16,16 @@ ROOT = Path(__file__).parents[2]
 BUILT_IN = {
     "averaging": ("fedavg", "ffa", "flora", "rolora", "svd"),
     "codecs": ("bf16", "fp32", "int8", "uniform16", "uniform256", "uniform4"),
+    "policies": ("all", "buffered", "quorum"),
+    "rules": ("mean", "median", "multi-krum", "trimmed-mean"),
+    "server_optimizers": ("fedadagrad", "fedadam", "fedavgm", "fedyogi", "nesterov", "plain"),
 }
-# What else is called so: an arm of reproduction, and a way to quantise a base model.
-OTHERS = {("gradualdiff/reproduction", "fedavg"), ("participant/model", "int8")}
+# What else is called so: an arm of reproduction, a way to quantise a base model, what to keep.
+OTHERS = {
+    ("gradualdiff/reproduction", "fedavg"),
+    ("participant/model", "int8"),
+    ("coordinator/runs", "all"),
+}
 
 
 def compared(path):
