@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.closing import Method, aggregate
-from coordinator.aggregation.genesis import adapter_config, draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.round.state import (
     Aggregate,
@@ -23,11 +23,11 @@ from coordinator.round.state import (
     WriteRecord,
 )
 from shared import topology
+from shared.adapters import kind_of
 from shared.brokers.port import Message
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.lora_factors import lora_for, whole_manifest
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.protocol import wire
@@ -104,7 +104,7 @@ class Effects:
 
     def _make_genesis(self, step: MakeGenesis, state: RunState) -> GenesisRecord:
         first = state.members[step.members[0]]
-        manifest = whole_manifest(first.manifest, self._config.lora)
+        manifest = kind_of(first.manifest).manifest_for(first.manifest, self._config.lora)
         origin = state.origin
         if origin is None:
             path = self._intake.scratch("genesis.safetensors")
@@ -207,7 +207,7 @@ class Effects:
     def _store_adapter_config(self, sha: str, state: RunState, lora: LoraSection) -> None:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all name the same layers
-        config = adapter_config(self._config.base, lora, manifest)
+        config = kind_of(lora).peft_config(self._config.base, lora, manifest)
         failpoint("adapter.before", "config")
         self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
         failpoint("adapter.after", "config")
@@ -302,7 +302,7 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         run=config.run.name,
         config_digest=config.digest,
         base=WireBase(**config.base.model_dump()),
-        lora=WireLora(**lora_for(config.lora, site).model_dump()),
+        lora=WireLora(**kind_of(config.lora).for_site(config.lora, site).model_dump()),
         training=WireTraining(**config.training.model_dump(exclude_none=True)),
         rounds=config.run.rounds,
         participants=len(config.run.participants),

@@ -18,6 +18,7 @@ from coordinator.liveness import Liveness
 from coordinator.round.machine import apply, pending, replay, resume
 from coordinator.round.members import unfit
 from coordinator.round.state import Aggregate, MakeGenesis, Ticked, WriteRecord
+from shared.adapters import kind_of
 from shared.errors import (
     DeltaRefusedError,
     FencedError,
@@ -29,7 +30,6 @@ from shared.errors import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.lora_factors import site_manifest
 from shared.methods.averaging import delta_manifest
 from shared.protocol.bounds import prose
 from shared.protocol.dispatch import ABOUT_THE_MESSAGE
@@ -557,7 +557,8 @@ class Coordinator:
     def _check_joins(self, event: ParticipantReady, sender: str) -> None:
         """A site that comes after the run began must fit to those that are in it."""
         genesis = self._genesis()
-        own = site_manifest(genesis.manifest, self._config.lora, sender)
+        begun = genesis.manifest
+        own = kind_of(begun).manifest_for(begun, self._config.lora, sender)
         for name, expected in (("fingerprint", genesis.fingerprint), ("manifest", own)):
             if getattr(event, name) != expected:
                 raise ProtocolError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from participant.learner.port import steps_in_round
+from shared.adapters import kind_of
 from shared.base_model import HUB_ID
 from shared.methods.averaging import get_averaging
 
@@ -63,7 +64,7 @@ def _unwanted(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
 
 def _too_large(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None) -> Iterator[str]:
     limits = [
-        ("max_rank", run.lora.rank, accept.max_rank),
+        ("max_rank", kind_of(run.lora).rank(run.lora), accept.max_rank),
         ("max_rounds", run.rounds, accept.max_rounds),
     ]
     if run.training.local_steps is not None or ready is not None:

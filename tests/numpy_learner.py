@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from participant.learner.port import DELTA_FILE, Learned, Progress, Readiness
+from shared.adapters.lora import KIND
 from shared.config import AcceptSection, LoraSection
 from shared.errors import InterruptedRunError
-from shared.lora_factors import leading, site_manifest
 from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
@@ -78,7 +78,7 @@ class NumpyLearner:
         rank = announced.lora.rank
         own = LoraSection(rank=rank, ranks={self.site: rank})
         if rank < self.manifest.tensors[0].shape[0]:
-            self.manifest = site_manifest(self.manifest, own, self.site)
+            self.manifest = KIND.manifest_for(self.manifest, own, self.site)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
     def learn(self, task, source, state, folder, should_stop, report, checkpoints):
@@ -99,7 +99,7 @@ class NumpyLearner:
         with TensorFile(source) as adapter:
 
             def read(name):
-                return leading(name, adapter.read(name), self.manifest.tensors[0].shape[0])
+                return KIND.leading(name, adapter.read(name), self.manifest.tensors[0].shape[0])
 
             manifest = get_averaging(task.averaging).trained_in(self.manifest, task.round)
 

@@ -26,9 +26,9 @@ from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.exactness import DIGITS, squared_gap
 from coordinator.aggregation.server_optimizer import open_step
+from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
 from shared.errors import ConfigError, LedgerError
-from shared.lora_factors import pairs
 from shared.methods.averaging import get_averaging
 from shared.methods.rules import get_rule, too_few
 from shared.methods.votes import Votes
@@ -220,7 +220,7 @@ class _Closing:
         sent = next(d.manifest for d in deltas) or manifest
         self._manifest = sent
         self._sent = {spec.name for spec in sent.tensors}
-        self._pairs = {pair.b.name: pair for pair in pairs(sent)}
+        self._layers = {layer.left.name: layer for layer in kind_of(sent).layers(sent)}
 
     def note_mean(self, square: float) -> None:
         """Add a tensor of the mean delta to the figures."""
@@ -343,18 +343,18 @@ class _Closing:
         return significant(math.sqrt(math.fsum(self._squared_gaps)), DIGITS)
 
     def _measure_gap(self, spec: TensorSpec) -> None:
-        """Once for each layer of which both factors were sent, when B's turn has come."""
-        pair = self._pairs.get(spec.name)
-        if pair is None or len(self._files) == 1 or not self._rule.weighted_mean:
+        """Once for each layer of which both factors were sent, when the left one's turn is."""
+        layer = self._layers.get(spec.name)
+        if layer is None or len(self._files) == 1 or not self._rule.weighted_mean:
             return
         shares = [delta.weight for delta in self._deltas]
         scales = [delta.scale for delta in self._deltas]
         with self.watch.phase("gap"):
             reads = [file.read for file in self._files]
-            self.note_gap(squared_gap(pair, reads, shares, scales))
+            self.note_gap(squared_gap(layer, reads, shares, scales))
         for file in self._files:
-            file.release(pair.a)
-            file.release(pair.b)
+            file.release(layer.right)
+            file.release(layer.left)
 
     def _measure(self, spec: TensorSpec, mean: NDArray[np.float64]) -> None:
         """Second pass: decoding each delta once more costs less than keeping K of them."""

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shared.lora_factors import layer_of
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.lora_factors import Pair
+    from shared.adapters import Layer
     from shared.protocol.manifest import TensorSpec
 
 DIRECTIONS: Final = 32
@@ -42,7 +41,7 @@ ROUNDING: Final = 1e-6
 
 
 def squared_gap(
-    pair: Pair,
+    layer: Layer,
     reads: Sequence[Callable[[TensorSpec], NDArray[np.float32]]],
     weights: Sequence[float],
     scales: Sequence[float],
@@ -53,30 +52,30 @@ def squared_gap(
     times ``scales``. ``weights`` sum to 1. Takes a few factors of the layer as memory.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        square = _square(pair, reads, weights, scales, np.float32)
+        square = _square(layer, reads, weights, scales, np.float32)
     if math.isfinite(square):
         return square
-    return _square(pair, reads, weights, scales, np.float64)  # values beyond any training's
+    return _square(layer, reads, weights, scales, np.float64)  # values beyond any training's
 
 
 def _square(
-    pair: Pair,
+    layer: Layer,
     reads: Sequence[Callable[[TensorSpec], NDArray[np.float32]]],
     weights: Sequence[float],
     scales: Sequence[float],
     dtype: type[np.floating[Any]],
 ) -> float:
-    signs = _directions(pair, dtype)
+    signs = _directions(layer, dtype)
     projected = [
-        scale * _times(read(pair.a).astype(dtype, copy=False), signs).astype(np.float64)
+        scale * _times(read(layer.right).astype(dtype, copy=False), signs).astype(np.float64)
         for read, scale in zip(reads, scales, strict=True)
     ]
     mean = np.zeros_like(projected[0])
     for weight, values in zip(weights, projected, strict=True):
         mean += weight * values
-    gap, terms = np.zeros((pair.b.shape[0], mean.shape[1])), 0.0
+    gap, terms = np.zeros((layer.left.shape[0], mean.shape[1])), 0.0
     for read, weight, scale, values in zip(reads, weights, scales, projected, strict=True):
-        b = read(pair.b).astype(dtype, copy=False)
+        b = read(layer.left).astype(dtype, copy=False)
         apart = ((weight * scale) * (values - mean)).astype(dtype)
         gap += b @ apart
         terms += weight * scale * float(np.linalg.norm(b)) * float(np.linalg.norm(values))
@@ -86,12 +85,12 @@ def _square(
     return square if math.sqrt(square) > ROUNDING * terms else 0.0
 
 
-def _directions(pair: Pair, dtype: type[np.floating[Any]]) -> NDArray[Any] | None:
+def _directions(layer: Layer, dtype: type[np.floating[Any]]) -> NDArray[Any] | None:
     """Z, (inputs, DIRECTIONS), scaled so that E Z Z^T = I; None for the identity."""
-    inputs = pair.a.shape[1]
+    inputs = layer.right.shape[1]
     if inputs <= DIRECTIONS:
         return None
-    generator = np.random.Philox(key=derive_seed("exactness", layer_of(pair.a.name)))
+    generator = np.random.Philox(key=derive_seed("exactness", layer.name))
     words = generator.random_raw(-(-inputs * DIRECTIONS // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: inputs * DIRECTIONS]
     signs = 2 * bits.reshape(inputs, DIRECTIONS).astype(np.float64) - 1

@@ -1,12 +1,11 @@
-"""How a run begins: the first adapter, drawn from the run's seed, and PEFT's config for it.
+"""How a run begins: the first adapter, drawn from the run's seed.
 
 The coordinator has no base model and no torch: from the participants' manifest it draws what PEFT
-would have drawn (A Kaiming-uniform, B zero, so that the first adapter changes nothing).
+would have drawn, so that the first adapter changes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.config import BaseSection, LoraSection
     from shared.protocol.manifest import Manifest, TensorSpec
 
 
@@ -35,31 +33,10 @@ def draw_adapter(manifest: Manifest, seed: int, target: Path) -> FileDigest:
     return write_tensors(target, layouts, values, ADAPTER_METADATA)
 
 
-def adapter_config(base: BaseSection, lora: LoraSection, manifest: Manifest) -> bytes:
-    """``adapter_config.json`` for the adapters of a run: what PEFT 0.21's LoraConfig reads."""
-    alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
-    config = {
-        "base_model_name_or_path": base.model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": lora.rank,
-        "target_modules": sorted(manifest.target_modules),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": lora.scaling == "rslora",
-    }
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-
-
 def _draw(spec: TensorSpec, seed: int) -> NDArray[np.float32]:
     """One tensor of ``spec.shape``. ``kaiming_uniform``: U(-b, b), b = 1 / sqrt(fan_in).
 
-    That is ``kaiming_uniform_(a=sqrt(5))`` of a weight (out, in, ...), as PEFT draws A: the gain
+    That is ``kaiming_uniform_(a=sqrt(5))`` of a weight (out, in, ...), as PEFT draws it: the gain
     sqrt(2 / (1 + a^2)) times sqrt(3 / fan_in) (He et al., arXiv:1502.01852). Made from Philox's raw
     words, whose stream numpy promises to keep, unlike ``Generator.uniform``'s.
     """

@@ -8,8 +8,8 @@ from coordinator.audit.chain import MOST_LOST_ROUNDS, Finding
 from coordinator.round.controls import steer
 from coordinator.round.members import unfit
 from shared import topology
+from shared.adapters import kind_of
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
-from shared.lora_factors import site_manifest
 from shared.methods.policies import get_policy, weighting
 from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.ledger import Ledger
@@ -80,7 +80,8 @@ def _check_members(chain: Chain, config: FederationConfig) -> None:
 
 
 def _fits(member: MemberRecord, genesis: GenesisRecord, config: FederationConfig) -> bool:
-    return site_manifest(genesis.manifest, config.lora, member.site) == member.manifest
+    begun = genesis.manifest
+    return kind_of(begun).manifest_for(begun, config.lora, member.site) == member.manifest
 
 
 def _check_controls(chain: Chain) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation.closing import Aggregated, Method, aggregate
 from coordinator.aggregation.exactness import ROUNDING
-from coordinator.aggregation.genesis import adapter_config, draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.audit.chain import Chain, Finding, accepted_records, read_chain
 from coordinator.audit.checks import check_origin, check_records, check_told
@@ -25,6 +25,7 @@ from coordinator.round.controls import steer
 from coordinator.round.machine import clips, shares
 from coordinator.round.selection import select
 from shared import topology
+from shared.adapters import kind_of
 from shared.config import FederationConfig, LoraSection
 from shared.errors import (
     DecodeError,
@@ -32,7 +33,6 @@ from shared.errors import (
     LedgerError,
     ObjectMissingError,
 )
-from shared.lora_factors import whole_manifest
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.methods.policies import get_policy
@@ -147,7 +147,7 @@ class _Verifier:
             one = self._chain.members[members[0]]
             self._genesis = GenesisRecord(
                 members=tuple(members),
-                manifest=whole_manifest(one.manifest, self._config.lora),
+                manifest=kind_of(one.manifest).manifest_for(one.manifest, self._config.lora),
                 fingerprint=one.fingerprint,
                 adapter_sha=sha,
                 adapter_size=1,
@@ -403,7 +403,7 @@ class _Verifier:
             return
         lora = self._lora_after(number)
         if self._genesis is not None and lora is not None:
-            made = adapter_config(self._config.base, lora, self._genesis.manifest)
+            made = kind_of(lora).peft_config(self._config.base, lora, self._genesis.manifest)
             if made != stored:
                 self._find(number, config_key, "is not the config that the run's record gives")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from shared.lora_factors import is_factors_only, rank_of, site_manifest, whole_manifest
+from shared.adapters import kind_of
 from shared.methods.averaging import get_averaging
 from shared.printing import cut
 from shared.protocol.bounds import prose
@@ -87,16 +87,17 @@ def _other_factors(members: Mapping[str, MemberRecord], config: FederationConfig
     """What a site trains against the config alone."""
     lora, mode = config.lora, config.aggregation.averaging
     found = {}
+    kind = kind_of(lora)
     for site, member in members.items():
-        if site_manifest(member.manifest, lora, site) != member.manifest:
+        if kind.manifest_for(member.manifest, lora, site) != member.manifest:
             found[site] = (
-                f"{site} trains factors of another rank than the {rank_of(lora, site)} that "
+                f"{site} trains factors of another rank than the {kind.rank(lora, site)} that "
                 f"lora.rank and lora.ranks give it; give it this run's settings {AGAIN}"
             )
-        elif get_averaging(mode).factors_only and not is_factors_only(member.manifest):
+        elif get_averaging(mode).factors_only and not kind.is_factors_only(member.manifest):
             found[site] = (
-                f'aggregation.averaging = "{mode}": {site} trains tensors that are no LoRA '
-                'factors; set it to "fedavg", or change lora.target_modules'
+                f'aggregation.averaging = "{mode}": {site} trains tensors that are no '
+                'factors of a layer; set it to "fedavg", or change lora.target_modules'
             )
     return found
 
@@ -108,7 +109,7 @@ def _other_tensors(
     excluded: Collection[str],
 ) -> dict[str, str]:
     values = {
-        site: whole_manifest(member.manifest, config.lora).digest
+        site: kind_of(member.manifest).manifest_for(member.manifest, config.lora).digest
         for site, member in members.items()
     }
     if origin is None:

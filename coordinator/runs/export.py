@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation.genesis import adapter_config
 from coordinator.runs.branching import CONFIG, TENSORS
 from coordinator.runs.model_card import model_card
 from shared import topology
+from shared.adapters import kind_of
 from shared.disk.files import digest_file
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.methods.averaging import get_averaging
@@ -71,7 +71,8 @@ def export_adapter(
     lora = get_averaging(averaging).lora_in(tensors, history.config.lora)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
-    (target / CONFIG).write_bytes(adapter_config(named, lora, _genesis(history).manifest))
+    made = kind_of(lora).peft_config(named, lora, _genesis(history).manifest)
+    (target / CONFIG).write_bytes(made)
     (target / CARD).write_text(
         model_card(history, number, record.adapter_sha, lora, named.model, merged=merged),
         encoding="utf-8",

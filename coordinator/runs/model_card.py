@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from coordinator.runs.inspection import perplexity
+from shared.adapters import kind_of
 from shared.base_model import hub_id
 from shared.methods.averaging import get_averaging
 from shared.methods.rules import get_rule
@@ -36,14 +37,14 @@ def model_card(
             "---",
             f"library_name: {'transformers' if merged else 'peft'}",
             *([f"base_model: {hub_id(base)}"] if hub_id(base) else []),
-            "tags: [lora, federated-learning, gradualdiff-fed]",
+            f"tags: [{kind_of(lora).name}, federated-learning, gradualdiff-fed]",
             "---",
             "",
             f"# {history.run}, round {number}",
             "",
             (
-                f"{'A model with a merged' if merged else 'A'} LoRA adapter (r={lora.rank}, "
-                f"alpha={lora.alpha:g}, scaling {lora.scaling}) trained by "
+                f"{'A model with a merged' if merged else 'A'} "
+                f"{kind_of(lora).describe(lora)} trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
                 f"No text left its site; {_joined(config)}."
             ),

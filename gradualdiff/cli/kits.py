@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from shared.adapters import kind_of
 from shared.errors import ConfigError
-from shared.lora_factors import rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,7 +177,7 @@ def _site_toml(office: Servers, name: str) -> str:
         store=f"[store]\nurl = {_quoted(store)}" if store else '# [store] with url = "https://..."',
         model=_quoted(config.base.model),
         run=_quoted(config.run.name),
-        rank=rank_of(config.lora, name),
+        rank=kind_of(config.lora).rank(config.lora, name),
         steps=1000 if steps is None else steps,
         rounds=config.run.rounds,
         participants=len(config.run.participants),

@@ -13,9 +13,9 @@ from coordinator.round.members import unfit
 from coordinator.runs.branching import misfit
 from gradualdiff.cli.output import megabytes
 from shared import topology
+from shared.adapters import kind_of
 from shared.errors import ConfigError, GradualDiffError, ModelError, StoreUnavailableError
 from shared.log import get_logger
-from shared.lora_factors import site_manifest, whole_manifest
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import MemberRecord
 from shared.tensors.codecs import get_codec
@@ -67,7 +67,8 @@ def check_start(
     odd = unfit(members, config, origin)
     if odd:
         raise ConfigError("; ".join(dict.fromkeys(odd.values())))
-    manifest = whole_manifest(next(iter(members.values())).manifest, config.lora)
+    one = next(iter(members.values())).manifest
+    manifest = kind_of(one).manifest_for(one, config.lora)
     closed = sum(name.startswith("rounds/") and name.endswith("/closed.json") for name in names)
     _check_room(config, manifest, store, max(closed - 1, 0))  # the first adapter is round 0's
 
@@ -103,7 +104,7 @@ def _check_room(
     deltas = sum(
         part.size_bytes
         for site in config.run.participants
-        for spec in site_manifest(manifest, config.lora, site).tensors
+        for spec in kind_of(manifest).manifest_for(manifest, config.lora, site).tensors
         for part in codec.layout(spec)
     )
     wanted = rounds * (sum(4 * spec.elements for spec in manifest.tensors) + deltas)

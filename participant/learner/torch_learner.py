@@ -26,10 +26,10 @@ from participant.learner.port import (
 )
 from participant.learner.resuming import Resumable
 from participant.learner.training import Beginning, RoundPlace, step_batches, train_round
+from shared.adapters import kind_of
 from shared.config import canonical_json
 from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
 from shared.log import get_logger
-from shared.lora_factors import beyond, leading
 from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import LocalMetrics
 from shared.seeds import derive_seed
@@ -228,7 +228,8 @@ class TorchLearner:
         with self._borrowed(run) as model, _adapter(source) as adapter:
             past: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if get_averaging(run.averaging).merges:
-                past = model.merged(lambda name: beyond(name, adapter.read(name), run.lora.rank))
+                kind, rank = kind_of(run.lora), kind_of(run.lora).rank(run.lora)
+                past = model.merged(lambda name: kind.beyond(name, adapter.read(name), rank))
             with past:
                 yield model, adapter
 
@@ -291,7 +292,8 @@ def _adapter(path: Path) -> Iterator[TensorFile]:
 
 def _reader(adapter: TensorFile, announced: RunAnnounced) -> Callable[[str], NDArray[Any]]:
     """The run's adapter, tensor by tensor, of this site's rank."""
-    return lambda name: leading(name, adapter.read(name), announced.lora.rank)
+    kind, rank = kind_of(announced.lora), kind_of(announced.lora).rank(announced.lora)
+    return lambda name: kind.leading(name, adapter.read(name), rank)
 
 
 def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from participant.model.libraries import peft, transformers
+from shared.adapters.lora import KIND
 from shared.errors import ModelError
-from shared.lora_factors import is_a, is_b, layer_of
-from shared.protocol.manifest import Manifest, TensorSpec
+from shared.protocol.manifest import Init, Manifest, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -63,7 +63,7 @@ def add_adapter(
         TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(name))
         for name, parameter in parameters.items()
     )
-    suffixes = {layer_of(name).rsplit(".", 1)[-1] for name in parameters}
+    suffixes = {KIND.layer_of(name).rsplit(".", 1)[-1] for name in parameters}
     manifest = Manifest(tensors=tensors, target_modules=tuple(sorted(suffixes)))
     return wrapped, manifest
 
@@ -93,7 +93,7 @@ def exposed_layers(wrapped: torch.nn.Module, names: Iterable[str]) -> tuple[str,
     weights = {id(weight) for end in ends if (weight := _weight(end)) is not None}
     vocabulary = network.config.get_text_config().vocab_size
     found = []
-    for layer in sorted({layer_of(name) for name in names}):
+    for layer in sorted({KIND.layer_of(name) for name in names}):
         inner = _inner(wrapped.get_submodule(layer))
         widths = (getattr(inner, side, None) for side in ("in_features", "out_features", "nf"))
         weight = _weight(inner)
@@ -147,9 +147,10 @@ def read_parameter(parameter: torch.nn.Parameter) -> NDArray[np.float32]:
     return values
 
 
-def _init(name: str) -> Literal["kaiming_uniform", "zeros"]:
-    if is_a(name):
-        return "kaiming_uniform"
-    if is_b(name):
-        return "zeros"
-    raise ModelError(f"{name}: expected only lora_A and lora_B of linear layers; drop this target")
+def _init(name: str) -> Init:
+    side = KIND.side(name)
+    if side is None:
+        raise ModelError(
+            f"{name}: expected only lora_A and lora_B of linear layers; drop this target"
+        )
+    return KIND.factors[side].init

@@ -81,7 +81,7 @@ class LocalModel:
 
     def check_merges(self) -> None:
         """Raises ModelError if directions cannot be merged into this base."""
-        adapted_layers(self._network, self.parameters)
+        adapted_layers(self._network, self._manifest)
 
     def merged(
         self, read: Callable[[str], NDArray[Any]]
@@ -91,7 +91,7 @@ class LocalModel:
         ``read``: float32 factors beside the adapter's own, of any rank. Afterwards the base has
         its own bytes again. Raises ModelError as ``check_merges`` does, and for what does not fit.
         """
-        return merged(adapted_layers(self._network, self.parameters), read)
+        return merged(adapted_layers(self._network, self._manifest), read)
 
     def read(self, name: str) -> NDArray[np.float32]:
         """One adapter tensor; on the CPU a view, valid until the next change."""

@@ -16,8 +16,8 @@ import torch
 from participant.model.fingerprint import fingerprint_of
 from participant.model.libraries import offline, peft, transformers
 from participant.model.loading import LOADING_ERRORS, find_folder, quantisation_facts
+from shared.adapters import kind_of
 from shared.errors import ModelError
-from shared.lora_factors import A, B, is_a, layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -26,23 +26,25 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shared.adapters import Layer
     from shared.config import BaseSection
+    from shared.protocol.manifest import Manifest
 
 
 class AdaptedLayer(NamedTuple):
-    """A layer of the base with an adapter. ``scale``: of the product BA.
+    """A layer of the base with an adapter. ``scale``: of the product of its ``factors``.
 
     ``is_transposed``: the weight is (inputs, outputs), as in GPT-2's Conv1D.
     """
 
-    name: str
+    factors: Layer
     weight: torch.nn.Parameter
     scale: float
     is_transposed: bool
 
 
-def adapted_layers(network: torch.nn.Module, factors: Iterable[str]) -> list[AdaptedLayer]:
-    """The layers that the named factors belong to, each with a weight that can be merged into.
+def adapted_layers(network: torch.nn.Module, manifest: Manifest) -> list[AdaptedLayer]:
+    """The layers of an adapter, each with a weight that can be merged into.
 
     ``network``: as PEFT wrapped it. Raises ModelError for a weight that is quantised, or that
     another layer uses too: merged there, the adapter would act in both.
@@ -51,7 +53,8 @@ def adapted_layers(network: torch.nn.Module, factors: Iterable[str]) -> list[Ada
     for _, parameter in network.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     layers = []
-    for name in map(layer_of, filter(is_a, factors)):
+    for factors in kind_of(manifest).layers(manifest):
+        name = factors.name
         module: Any = network.get_submodule(name)
         weight = module.base_layer.weight
         if not weight.is_floating_point():
@@ -65,7 +68,7 @@ def adapted_layers(network: torch.nn.Module, factors: Iterable[str]) -> list[Ada
                 "another layer shares; leave it out of lora.target_modules"
             )
         (scale,) = module.scaling.values()
-        layers.append(AdaptedLayer(name, weight, scale, module.fan_in_fan_out))
+        layers.append(AdaptedLayer(factors, weight, scale, module.fan_in_fan_out))
     return layers
 
 
@@ -80,7 +83,8 @@ def merged(layers: Iterable[AdaptedLayer], read: Callable[[str], NDArray[Any]]) 
     try:
         with torch.no_grad():
             for layer in layers:
-                product = _product(layer, read(layer.name + B), read(layer.name + A))
+                b, a = read(layer.factors.left.name), read(layer.factors.right.name)
+                product = _product(layer, b, a)
                 if product is None:
                     continue
                 kept.append((layer.weight, layer.weight.detach().to("cpu", copy=True)))
@@ -132,7 +136,8 @@ def _product(
         product = product.T
     if product.shape != layer.weight.shape:
         raise ModelError(
-            f"adapter: {layer.name}: expected factors of a weight {tuple(layer.weight.shape)}, got "
-            f"B A of {tuple(product.shape)}; is it an adapter of this base model?"
+            f"adapter: {layer.factors.name}: expected factors of a weight "
+            f"{tuple(layer.weight.shape)}, got B A of "
+            f"{tuple(product.shape)}; is it an adapter of this base model?"
         )
     return product

@@ -19,6 +19,8 @@ from shared.protocol.bounds import Amount, Count, Figure, Most, Nll, Word
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# How a tensor begins: PEFT's choices for LoRA.
+Init = Literal["kaiming_uniform", "zeros"]
 Shape = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1), Most(8)]
 
 
@@ -29,7 +31,7 @@ class Schema(BaseModel):
 
 
 class TensorSpec(Schema):
-    """One trainable tensor. ``init``: how round 1 begins (PEFT's choice for LoRA)."""
+    """One trainable tensor."""
 
     name: Annotated[str, Field(min_length=1, max_length=300), Most(300)]
     """Its name."""
@@ -37,7 +39,7 @@ class TensorSpec(Schema):
     """Its lengths."""
     dtype: Literal["float32"] = "float32"
     """Type of its values."""
-    init: Literal["kaiming_uniform", "zeros"]
+    init: Init
     """How round 1 begins."""
 
     @property

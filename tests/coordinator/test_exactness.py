@@ -9,8 +9,8 @@ import pytest
 
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.exactness import DIRECTIONS, squared_gap
+from shared.adapters import Layer
 from shared.config import AggregationSection
-from shared.lora_factors import Pair
 from shared.methods.averaging import get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
@@ -20,14 +20,15 @@ from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 
 def layer(outputs, inputs, rank, name="q"):
-    return Pair(
-        TensorSpec(name=f"{name}.lora_A.weight", shape=(rank, inputs), init="zeros"),
-        TensorSpec(name=f"{name}.lora_B.weight", shape=(outputs, rank), init="zeros"),
+    return Layer(
+        name,
+        left=TensorSpec(name=f"{name}.lora_B.weight", shape=(outputs, rank), init="zeros"),
+        right=TensorSpec(name=f"{name}.lora_A.weight", shape=(rank, inputs), init="zeros"),
     )
 
 
 def adapter_of(*layers):
-    tensors = tuple(sorted((s for pair in layers for s in pair), key=lambda s: s.name))
+    tensors = tuple(sorted((s for _, *factors in layers for s in factors), key=lambda s: s.name))
     return Manifest(tensors=tensors, target_modules=("q",))
 
 
@@ -62,10 +63,10 @@ def sourced(folder, manifest, values):
     return path
 
 
-def dense_gap(pairs, source, tensors, weights):
+def dense_gap(layers, source, tensors, weights):
     """Norm of mean(BA) - mean(B) mean(A), with every matrix made."""
     square = 0.0
-    for a, b in pairs:
+    for _, b, a in layers:
         sites = [{n: source[n] + np.float64(t[n]) for n in (a.name, b.name)} for t in tensors]
         both = list(zip(weights, sites, strict=True))
         product = sum(w * s[b.name] @ s[a.name] for w, s in both)
@@ -83,8 +84,8 @@ def test_the_gap_worked_out_by_hand(tmp_path):
     pair = layer(2, 2, 1)
     manifest = adapter_of(pair)
     deltas = [
-        {pair.a.name: np.float32([[1, 0]]), pair.b.name: np.float32([[1], [0]])},
-        {pair.a.name: np.float32([[0, 1]]), pair.b.name: np.float32([[0], [1]])},
+        {pair.right.name: np.float32([[1, 0]]), pair.left.name: np.float32([[1], [0]])},
+        {pair.right.name: np.float32([[0, 1]]), pair.left.name: np.float32([[0], [1]])},
     ]
     source = {s.name: np.zeros(s.shape) for s in manifest.tensors}
     result = aggregate(
@@ -95,8 +96,8 @@ def test_the_gap_worked_out_by_hand(tmp_path):
     )
     assert result.exactness_gap == 0.5
     with TensorFile(tmp_path / "target") as file:
-        assert file.read(pair.a.name).tolist() == [[0.5, 0.5]]
-        assert file.read(pair.b.name).tolist() == [[0.5], [0.5]]
+        assert file.read(pair.right.name).tolist() == [[0.5, 0.5]]
+        assert file.read(pair.left.name).tolist() == [[0.5], [0.5]]
 
 
 def test_the_gap_is_that_of_the_dense_matrices(tmp_path):
@@ -123,7 +124,7 @@ def test_a_wide_layer_is_estimated_within_the_error_that_is_stated():
     for index in range(20):
         pair = layer(40, 100, 3, f"layer-{index}")
         tensors = drawn(adapter_of(pair), 4, seed=index)
-        source = {s.name: np.zeros(s.shape) for s in pair}
+        source = {s.name: np.zeros(s.shape) for s in pair[1:]}
         square = squared_gap(pair, reads(tensors), weights, [1.0] * 4)
         assert square == squared_gap(pair, reads(tensors), weights, [1.0] * 4)
         dense = dense_gap((pair,), source, tensors, weights) ** 2
@@ -140,7 +141,7 @@ def test_where_the_factors_agree_the_gap_is_zero_and_no_rounding(inputs):
     one, two, three = drawn(adapter_of(pair), 3)
     third = [1 / 3] * 3
     assert squared_gap(pair, reads([one] * 3), third, [1.0] * 3) == 0
-    for name in (pair.a.name, pair.b.name):
+    for name in (pair.right.name, pair.left.name):
         same = [{**other, name: one[name]} for other in (one, two, three)]
         assert squared_gap(pair, reads(same), third, [1.0] * 3) == 0
     assert squared_gap(pair, reads([one, two, three]), third, [1.0] * 3) > 0

@@ -116,9 +116,9 @@ def test_a_delta_is_scaled_before_it_is_multiplied(tmp_path):
         path, written(tmp_path, manifest, [values], [1.0], [0.5]), manifest, tmp_path / "next",
         method=SVD,
     )  # fmt: skip
-    a, b = (np.float64(source[s.name]) + 0.5 * values[s.name] for s in pair)
+    b, a = (np.float64(source[s.name]) + 0.5 * values[s.name] for s in pair[1:])
     with TensorFile(tmp_path / "next") as file:
-        got = file.read(pair.b.name).astype(float) @ file.read(pair.a.name)
+        got = file.read(pair.left.name).astype(float) @ file.read(pair.right.name)
     assert np.abs(got - b @ a).max() < 1e-6
 
 

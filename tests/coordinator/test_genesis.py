@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from coordinator.aggregation.genesis import adapter_config, draw_adapter
+from coordinator.aggregation.genesis import draw_adapter
+from shared.adapters.lora import KIND
 from shared.config import BaseSection, LoraSection
 from shared.errors import ConfigError
 from shared.protocol.manifest import Manifest, TensorSpec
@@ -88,15 +89,15 @@ def test_a_vector_has_no_fan_in(tmp_path: Path) -> None:
 
 def test_the_config_has_the_runs_settings_in_one_byte_form() -> None:
     """Sorted keys and modules, an alpha without a fraction as a whole number, a last newline."""
-    data = adapter_config(BASE, LoraSection(), MANIFEST)
+    data = KIND.peft_config(BASE, LoraSection(), MANIFEST)
     config = json.loads(data)
     assert data == json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     assert config["target_modules"] == ["q_proj", "v_proj"]
     assert (config["r"], config["lora_dropout"], config["peft_type"]) == (64, 0.1, "LORA")
     assert b'"lora_alpha": 16,' in data
-    assert b'"lora_alpha": 16.5,' in adapter_config(BASE, LoraSection(alpha=16.5), MANIFEST)
+    assert b'"lora_alpha": 16.5,' in KIND.peft_config(BASE, LoraSection(alpha=16.5), MANIFEST)
     assert config["use_rslora"] is False
-    rslora = adapter_config(BASE, LoraSection(scaling="rslora"), MANIFEST)
+    rslora = KIND.peft_config(BASE, LoraSection(scaling="rslora"), MANIFEST)
     assert rslora == data.replace(b'"use_rslora": false', b'"use_rslora": true')
 
 
@@ -104,7 +105,7 @@ def test_the_config_has_the_runs_settings_in_one_byte_form() -> None:
 def test_peft_reads_the_config(tmp_path: Path) -> None:
     """LoraConfig.from_pretrained takes it as its own, without a warning."""
     peft = pytest.importorskip("peft")
-    data = adapter_config(BASE, LoraSection(rank=8), MANIFEST)
+    data = KIND.peft_config(BASE, LoraSection(rank=8), MANIFEST)
     (tmp_path / "adapter_config.json").write_bytes(data)
     config = peft.LoraConfig.from_pretrained(str(tmp_path))
     assert config.target_modules == {"q_proj", "v_proj"}

@@ -9,9 +9,9 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.closing import Method, aggregate
+from shared.adapters.lora import KIND
 from shared.config import AggregationSection
 from shared.errors import LedgerError
-from shared.lora_factors import of_rank, pairs
 from shared.methods.averaging import get_averaging
 from shared.methods.averaging.flora import MODE
 from shared.protocol.manifest import Manifest, TensorSpec
@@ -37,7 +37,7 @@ def begin(manifest, seed=0):
 
 def small(folder, name, manifest, rank, weight, seed):
     """One site's delta of a rank of its own, under its name."""
-    own = of_rank(manifest, rank)
+    own = KIND.of_rank(manifest, rank)
     values = drawn(own, 1, seed)
     folder = folder / f"{name}-{seed}"
     folder.mkdir()
@@ -95,14 +95,14 @@ def test_the_product_is_the_sum_of_all_rounds_products(tmp_path):
         {"a": (4, 0.6), "c": (1, 0.4)},
         {"a": (4, 0.1), "b": (2, 0.8), "c": (1, 0.1)},
     ]
-    total = {pair.b.name: 0.0 for pair in pairs(manifest)}
+    total = {layer.left.name: 0.0 for layer in KIND.layers(manifest)}
     rank = 4
     for number, sites in enumerate(present, start=1):
         deltas = []
         for name, (own, weight) in sites.items():
             delta, values = small(tmp_path, name, manifest, own, weight, seed=10 * number + own)
             deltas.append(delta)
-            for a, b in pairs(manifest):
+            for _, b, a in KIND.layers(manifest):
                 left = np.float64(values[b.name])
                 right = np.float64(source[a.name][:own]) + values[a.name]
                 total[b.name] = total[b.name] + weight * left @ right
@@ -110,7 +110,7 @@ def test_the_product_is_the_sum_of_all_rounds_products(tmp_path):
         result = aggregate(path, deltas, manifest, target, method=FLORA)
         assert result.exactness_gap == 0.0
         path, found, rank = target, read(target), rank + sum(own for own, _ in sites.values())
-        for a, b in pairs(manifest):
+        for _, b, a in KIND.layers(manifest):
             assert found[a.name].shape[0] == found[b.name].shape[1] == rank
             got = np.float64(found[b.name]) @ found[a.name]
             assert np.abs(got - total[b.name]).max() < 1e-5

@@ -16,8 +16,8 @@ from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
 from coordinator.runs.inspection import History
 from shared import topology
+from shared.adapters.lora import KIND
 from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
-from shared.lora_factors import pairs
 from shared.methods.averaging import delta_manifest, svd
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import (
@@ -155,7 +155,7 @@ def test_svd_is_the_best_fit_of_the_dense_mean(tmp_path, ranks):
         assert np.allclose(norms, np.linalg.norm(after[B], axis=0), rtol=1e-5)
     assert verify(tmp_path).findings == []
     genesis = records(tmp_path, GenesisRecord)[0]
-    assert [a.shape for a, _ in pairs(genesis.manifest)] == [(4, 8)]
+    assert [layer.right.shape for layer in KIND.layers(genesis.manifest)] == [(4, 8)]
 
 
 def test_genesis_has_the_full_rank_even_if_no_site_does(tmp_path):

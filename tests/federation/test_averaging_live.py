@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared import topology
-from shared.lora_factors import is_a, is_b, pairs
+from shared.adapters.lora import KIND
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, GenesisRecord
@@ -128,7 +128,7 @@ def test_svd_fits_the_mean_of_what_the_sites_sent(whole):
         store_of(folder).fetch_file(key, path)
         own = delta_manifest(manifest, config, item.site, 1)
         with DeltaFile(path, own) as file:
-            for a, b in pairs(own):
+            for _, b, a in KIND.layers(own):
                 rank = a.shape[0]
                 assert rank == {"a": 4, "b": 2}[item.site]
                 product = (before[b.name][:, :rank] + file.read(b).astype(float)) @ (
@@ -141,7 +141,7 @@ def test_svd_fits_the_mean_of_what_the_sites_sent(whole):
         wanted = (u[:, :4] * s[:4]) @ v[:4]
         assert np.abs(wanted).max() > 1e-4
         assert np.abs(after[b].astype(float) @ after[a] - wanted).max() < 1e-6
-    assert all(is_a(a) and is_b(b) for a, b in means)
+    assert all((KIND.side(a), KIND.side(b)) == ("right", "left") for a, b in means)
 
 
 @pytest.mark.filterwarnings("ignore")  # third-party loading code; ours runs in processes

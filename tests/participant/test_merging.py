@@ -9,15 +9,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from coordinator.aggregation.genesis import adapter_config, draw_adapter  # noqa: E402  # after the skip
+from coordinator.aggregation.genesis import draw_adapter  # noqa: E402  # after the skip
 from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.port import DELTA_FILE  # noqa: E402
 from participant.model.adapter import add_adapter, trainable  # noqa: E402
 from participant.model.libraries import offline, peft, transformers  # noqa: E402
 from participant.model.merging import adapted_layers, merged  # noqa: E402
+from shared.adapters.lora import KIND  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import ModelError  # noqa: E402
-from shared.lora_factors import beyond, is_b, leading, lora_of_rank, of_rank  # noqa: E402
 from shared.tensors.delta_file import DeltaFile  # noqa: E402
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
 from tests.participant.test_model import EXAMPLES, load  # noqa: E402
@@ -52,11 +52,11 @@ def logits(network):
 
 def grown(model, draw, rank, fresh):
     """An adapter of ``rank`` directions, the first ``fresh`` of them with B zero; its reader."""
-    read = draw(of_rank(model.manifest(), rank))
+    read = draw(KIND.of_rank(model.manifest(), rank))
 
     def value(name):
         values = read(name).copy()
-        if is_b(name):
+        if KIND.side(name) == "left":
             values[:, :fresh] = 0
         return values
 
@@ -76,17 +76,17 @@ def test_merged_it_is_the_same_model_as_the_whole_adapter_in_plain_peft(
     lora = LoraSection(rank=4, alpha=6.0, scaling=scaling)
     model = load(tiny_model, alpha=6.0, scaling=scaling)
     read = grown(model, draw, 11, 4)
-    whole = of_rank(model.manifest(), 11)
+    whole = KIND.of_rank(model.manifest(), 11)
     base = BaseSection(model=str(tiny_model), quantisation="none")
-    config = adapter_config(base, lora_of_rank(lora, 11), whole)
+    config = KIND.peft_config(base, KIND.at_rank(lora, 11), whole)
     (tmp_path / "adapter_config.json").write_bytes(config)
     write(tmp_path / "adapter_model.safetensors", whole, read)
     with offline():
         plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
         wanted = logits(peft.PeftModel.from_pretrained(plain, tmp_path).eval())
-    model.load_adapter(lambda name: leading(name, read(name), 4))
+    model.load_adapter(lambda name: KIND.leading(name, read(name), 4))
     untouched = logits(model._network)
-    with model.merged(lambda name: beyond(name, read(name), 4)):
+    with model.merged(lambda name: KIND.beyond(name, read(name), 4)):
         assert torch.allclose(logits(model._network), wanted, atol=1e-5)
     assert not torch.allclose(untouched, wanted, atol=1e-3)
     assert torch.equal(logits(model._network), untouched)
@@ -121,7 +121,7 @@ def test_nothing_is_merged_where_b_is_zero(tiny_model, draw):
     before = weights(model)
     read = grown(model, draw, 4, 4)
     for rank in (4, 2):
-        with model.merged(lambda name, rank=rank: beyond(name, read(name), rank)):
+        with model.merged(lambda name, rank=rank: KIND.beyond(name, read(name), rank)):
             assert weights(model) == before
 
 
@@ -151,7 +151,7 @@ def test_weights_that_lie_the_other_way_round_are_merged_too(draw):
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.zero_()
-    with merged(adapted_layers(network, parameters), read):
+    with merged(adapted_layers(network, manifest), read):
         assert torch.allclose(logits(network), wanted, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_weight_that_two_layers_share_is_refused():
     """GPT-2's head is its embedding: merged into one, the adapter would act in both."""
     network, manifest = add_adapter(gpt2(), LoraSection(rank=4, target_modules=("lm_head",)))
     with pytest.raises(ModelError, match=r"lm_head.*shares.*target_modules"):
-        adapted_layers(network, [spec.name for spec in manifest.tensors])
+        adapted_layers(network, manifest)
 
 
 # Through the port ----------------------------------------------------------------------------
@@ -181,11 +181,11 @@ def test_a_site_trains_and_measures_over_all_rounds_before(tiny_model, draw, tmp
     announced = flora(tiny_model, rank)
     manifest = learner.prepare(announced, ignore).manifest
     genesis = tmp_path / "genesis"
-    draw_adapter(of_rank(manifest, 4), 1, genesis)
+    draw_adapter(KIND.of_rank(manifest, 4), 1, genesis)
     stack = tmp_path / "stack"
     with pool.borrow(announced.base, announced.lora, 1) as model:
         before = weights(model)
-        write(stack, of_rank(manifest, 9), grown(model, draw, 9, 4))
+        write(stack, KIND.of_rank(manifest, 9), grown(model, draw, 9, 4))
     task = start_round().model_copy(update={"averaging": "flora"})
     losses, shas = [], []
     for path in (genesis, stack):

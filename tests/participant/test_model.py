@@ -14,7 +14,6 @@ import safetensors.torch
 
 torch = pytest.importorskip("torch")
 
-from coordinator.aggregation.genesis import adapter_config  # noqa: E402  # after the skip
 from participant.data import TokenisedExample  # noqa: E402
 from participant.model import LocalModel, pick_device, settle_threads  # noqa: E402
 from participant.model.fingerprint import fingerprint_of  # noqa: E402
@@ -26,6 +25,7 @@ from participant.model.libraries import (  # noqa: E402
     transformers,
 )
 from participant.model.numerics import pick_compute_dtype  # noqa: E402
+from shared.adapters.lora import KIND  # noqa: E402  # after the skip
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import ConfigError, ModelError  # noqa: E402
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
@@ -128,7 +128,7 @@ def test_a_stored_rslora_adapter_is_the_same_model_in_plain_peft(tiny_model, dra
         folder.mkdir()
         lora = LoraSection(rank=4, alpha=6.0, scaling=scaling)
         base = BaseSection(model=str(tiny_model))
-        (folder / "adapter_config.json").write_bytes(adapter_config(base, lora, manifest))
+        (folder / "adapter_config.json").write_bytes(KIND.peft_config(base, lora, manifest))
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         values = (read(spec.name) for spec in manifest.tensors)
         write_tensors(folder / "adapter_model.safetensors", layouts, values, ADAPTER_METADATA)

@@ -1,25 +1,18 @@
-"""LoRA's factors by name: what is trained when, and what a smaller rank is."""
+"""A kind of adapter: its factors by name, what is trained when, and what a smaller rank is."""
 
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import shared
+from shared.adapters.lora import KIND
 from shared.config import LoraSection
 from shared.errors import ConfigError
-from shared.lora_factors import (
-    beyond,
-    is_factors_only,
-    layer_of,
-    leading,
-    lora_for,
-    lora_of_rank,
-    pairs,
-    site_manifest,
-    whole_manifest,
-)
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.protocol.manifest import Manifest, TensorSpec
 from tests.federations import config
@@ -46,13 +39,13 @@ def names(manifest):
 
 def test_factors_are_paired_by_layer():
     """Each layer's A with its own B, and nothing else."""
-    assert [(a.name, b.name) for a, b in pairs(ONE)] == [
+    assert [(layer.right.name, layer.left.name) for layer in KIND.layers(ONE)] == [
         ("q.lora_A.weight", "q.lora_B.weight"),
         ("v.lora_A.weight", "v.lora_B.weight"),
     ]
-    assert layer_of("q.lora_A.weight") == layer_of("q.lora_B.weight") == "q"
+    assert KIND.layer_of("q.lora_A.weight") == KIND.layer_of("q.lora_B.weight") == "q"
     with pytest.raises(ValueError, match="lora_A"):
-        layer_of("q.weight")
+        KIND.layer_of("q.weight")
 
 
 @pytest.mark.parametrize(
@@ -68,9 +61,9 @@ def test_factors_are_paired_by_layer():
 def test_what_is_no_pair_is_not_taken_for_one(tensors):
     """No partner, another layer's, another rank, no factor at all."""
     manifest = Manifest(tensors=tensors, target_modules=())
-    assert pairs(manifest) == ()
-    assert not is_factors_only(manifest)
-    assert is_factors_only(ONE)
+    assert KIND.layers(manifest) == ()
+    assert not KIND.is_factors_only(manifest)
+    assert KIND.is_factors_only(ONE)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +95,7 @@ def test_an_adapter_without_the_factor_is_refused():
 def test_the_scale_is_the_same_at_every_rank(scaling, power):
     """By r, or by its root: equal for the site of rank 16 and the run of rank 64."""
     lora = LoraSection(rank=64, alpha=16.0, scaling=scaling, ranks={"west": 16})
-    west, east = lora_for(lora, "west"), lora_for(lora, "east")
+    west, east = KIND.for_site(lora, "west"), KIND.for_site(lora, "east")
     assert (west.rank, east.rank) == (16, 64)
     assert math.isclose(west.alpha / 16**power, 16.0 / 64**power)
     assert east.alpha == 16.0
@@ -113,18 +106,18 @@ def test_the_scale_is_the_same_at_every_rank(scaling, power):
 def test_without_ranks_of_their_own_sites_are_told_the_settings_as_they_are():
     """What was announced before there were ranks is announced still."""
     lora = LoraSection(rank=64, alpha=16.0)
-    assert lora_for(lora, "west") is lora
-    assert whole_manifest(ONE, lora) is ONE
-    assert site_manifest(ONE, lora, "west") is ONE
+    assert KIND.for_site(lora, "west") is lora
+    assert KIND.manifest_for(ONE, lora) is ONE
+    assert KIND.manifest_for(ONE, lora, "west") is ONE
 
 
 def test_manifests_follow_from_each_other():
     """From a small site's the run's, and from that every site's, to the digest."""
     lora = LoraSection(rank=4, alpha=4.0, ranks={"west": 2})
-    west = site_manifest(ONE, lora, "west")
+    west = KIND.manifest_for(ONE, lora, "west")
     assert [tensor.shape for tensor in west.tensors] == [(2, 6), (5, 2), (2, 6), (3, 2)]
-    assert whole_manifest(west, lora).digest == ONE.digest
-    assert site_manifest(west, lora, "east").digest == ONE.digest
+    assert KIND.manifest_for(west, lora).digest == ONE.digest
+    assert KIND.manifest_for(west, lora, "east").digest == ONE.digest
 
 
 def test_a_delta_is_of_its_sites_rank_and_its_rounds_factors():
@@ -134,7 +127,7 @@ def test_a_delta_is_of_its_sites_rank_and_its_rounds_factors():
         lora={"rank": 4, "ranks": {"west": 2}},
         aggregation={"averaging": "svd"},
     )
-    assert delta_manifest(ONE, svd, "west", 1) == site_manifest(ONE, svd.lora, "west")
+    assert delta_manifest(ONE, svd, "west", 1) == KIND.manifest_for(ONE, svd.lora, "west")
     rolora = config(aggregation={"averaging": "rolora"})
     assert delta_manifest(ONE, rolora, "a", 2) == get_averaging("rolora").trained_in(ONE, 2)
 
@@ -142,11 +135,11 @@ def test_a_delta_is_of_its_sites_rank_and_its_rounds_factors():
 def test_the_leading_block_is_rows_of_a_and_columns_of_b():
     """Their product is what the first directions of the whole one add up to."""
     a, b = np.arange(24.0).reshape(4, 6), np.arange(20.0).reshape(5, 4)
-    small_a, small_b = leading("q.lora_A.weight", a, 2), leading("q.lora_B.weight", b, 2)
+    small_a, small_b = KIND.leading("q.lora_A.weight", a, 2), KIND.leading("q.lora_B.weight", b, 2)
     assert small_a.tolist() == a[:2].tolist()
     assert small_b.tolist() == b[:, :2].tolist()
     other = np.ones(3)
-    assert leading("q.weight", other, 2) is other
+    assert KIND.leading("q.weight", other, 2) is other
 
 
 def test_what_is_beyond_the_leading_block_is_the_rest_of_the_product():
@@ -155,18 +148,30 @@ def test_what_is_beyond_the_leading_block_is_the_rest_of_the_product():
     for rank in (0, 1, 4):
         parts = [
             part("q.lora_B.weight", b, rank) @ part("q.lora_A.weight", a, rank)
-            for part in (leading, beyond)
+            for part in (KIND.leading, KIND.beyond)
         ]
         assert (parts[0] + parts[1] == b @ a).all()
     with pytest.raises(ValueError, match=r"q.weight: expected"):
-        beyond("q.weight", a, 2)
+        KIND.beyond("q.weight", a, 2)
 
 
 def test_a_larger_rank_keeps_the_scale_too():
     """What an adapter that grew needs for plain PEFT to give the same product."""
     for scaling, power in (("classic", 1.0), ("rslora", 0.5)):
         lora = LoraSection(rank=4, alpha=6.0, scaling=scaling, ranks={"west": 1})
-        grown = lora_of_rank(lora, 36)
+        grown = KIND.at_rank(lora, 36)
         assert grown.rank == 36
         assert math.isclose(grown.alpha / 36**power, 6.0 / 4**power)
         assert grown.ranks == {}
+
+
+def test_no_other_file_knows_the_kind():
+    """Its tensors' names and its file: in its own file and where the model makes the adapter."""
+    root = Path(shared.__file__).parents[1]
+    knowing = {
+        str(path.relative_to(root))
+        for package in ("shared", "coordinator", "participant", "gradualdiff")
+        for path in (root / package).rglob("*.py")
+        if re.search(r"lora_[AB]|adapters\.lora|adapters import lora", path.read_text("utf-8"))
+    }
+    assert knowing == {"shared/adapters/lora.py", "participant/model/adapter.py"}

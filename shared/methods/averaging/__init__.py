@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from shared import modes
-from shared.lora_factors import site_manifest
+from shared.adapters import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -35,7 +35,7 @@ class Averaging:
     """Whether values are joined one by one, so that robust rules and optimisers can take them."""
 
     factors_only: bool = False
-    """Whether every tensor of the adapter must be one of LoRA's two factors."""
+    """Whether every tensor of the adapter must be one of a layer's two factors."""
 
     takes_ranks: bool = False
     """Whether sites may have adapters of several ranks."""
@@ -115,5 +115,5 @@ def delta_manifest(
     manifest: Manifest, config: FederationConfig, site: str, number: int
 ) -> Manifest:
     """What a delta of ``site`` from round ``number`` is made of; ``manifest``: the run's."""
-    own = site_manifest(manifest, config.lora, site)
+    own = kind_of(manifest).manifest_for(manifest, config.lora, site)
     return get_averaging(config.aggregation.averaging).trained_in(own, number)

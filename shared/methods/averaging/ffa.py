@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.lora_factors import B, factors
+from shared.adapters import kind_of
 from shared.methods.averaging import Averaging
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class FrozenA(Averaging):
 
     def trained_in(self, manifest: Manifest, _number: int, /) -> Manifest:
         """B, in every round."""
-        return factors(manifest, B, "ffa")
+        return kind_of(manifest).only(manifest, "left", "ffa")
 
 
 MODE = FrozenA()

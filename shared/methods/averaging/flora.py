@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from shared.adapters import kind_of
 from shared.errors import LedgerError
-from shared.lora_factors import is_a, is_b, is_factors_only, lora_of_rank, of_rank, pairs, rank_of
 from shared.methods.averaging import Averaging
 from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
 from shared.tensors.tensor_file import TensorFile
@@ -25,10 +25,10 @@ from shared.tensors.tensor_file import TensorFile
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
     from pathlib import Path
-    from typing import Any
 
     from numpy.typing import NDArray
 
+    from shared.adapters import AdapterKind
     from shared.config import FederationConfig, LoraSection
     from shared.methods.inputs import Figures, WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
@@ -55,9 +55,10 @@ class Stacking:
         figures: Figures,
         manifest: Manifest,
     ) -> None:
-        if not is_factors_only(manifest):
+        self._kind = kind_of(manifest)
+        if not self._kind.is_factors_only(manifest):
             raise LedgerError(
-                'aggregation.averaging = "flora": the adapter does not consist of LoRA factors only'
+                'aggregation.averaging = "flora": not all tensors of the adapter are factors'
             )
         self._adapter = adapter
         self._deltas = deltas
@@ -65,10 +66,10 @@ class Stacking:
         self._figures = figures
         sent = [delta.manifest or manifest for delta in deltas]
         self._specs = [{spec.name: spec for spec in own.tensors} for own in sent]
-        self._fresh = _rank(manifest)
-        self._before = rank_in(adapter)
-        _check_source(adapter, of_rank(manifest, max(self._before, self._fresh)))
-        self.manifest = of_rank(manifest, self._before + sum(map(_rank, sent)))
+        self._fresh = self._rank(manifest)
+        self._before = rank_in(adapter, self._kind)
+        _check_source(adapter, self._kind.of_rank(manifest, max(self._before, self._fresh)))
+        self.manifest = self._kind.of_rank(manifest, self._before + sum(map(self._rank, sent)))
         self._trained = {spec.name: spec for spec in manifest.tensors}
 
     def tensors(self) -> Generator[NDArray[np.float32]]:
@@ -86,25 +87,27 @@ class Stacking:
 
     def _stacked(self, spec: TensorSpec) -> NDArray[np.float32]:
         """One tensor: what was there, and below (A) or beside it (B) each site's new factor."""
+        name, directions = spec.name, self._kind.directions
+        is_left = self._kind.side(name) == "left"
         result = np.empty(spec.shape, np.float32)
-        rows = _directions(spec.name, result)
-        source = _directions(spec.name, self._adapter.read(spec.name))
+        rows = directions(name, result)
+        source = directions(name, self._adapter.read(name))
         rows[: self._before] = source
         at = self._before
         for index, delta in enumerate(self._deltas):
-            factor = _directions(spec.name, self._read(index, spec.name)).astype(np.float64)
+            factor = directions(name, self._read(index, name)).astype(np.float64)
             factor *= delta.scale
             factor += source[: len(factor)]
-            if is_b(spec.name):
+            if is_left:
                 factor *= delta.weight
             with np.errstate(over="ignore"):
                 rows[at : at + len(factor)] = factor
             at += len(factor)
-        if is_b(spec.name):  # what was trained stands in the stack; the next round begins anew
+        if is_left:  # what was trained stands in the stack; the next round begins anew
             rows[: self._fresh] = 0
         if not is_finite(result):
             raise LedgerError(
-                f"tensor {spec.name!r}: expected finite values, got a factor beyond fp32; "
+                f"tensor {name!r}: expected finite values, got a factor beyond fp32; "
                 "a delta is too large: set aggregation.max_delta_norm"
             )
         return result
@@ -123,25 +126,19 @@ class Stacking:
             found = square_and_product(self._read(index, spec.name), parts[index])
             self._figures.note_delta(delta.site, *found)
 
+    def _rank(self, manifest: Manifest) -> int:
+        return self._kind.layers(manifest)[0].right.shape[0]
+
     def _read(self, index: int, name: str) -> NDArray[np.float32]:
         return self._files[index].read(self._specs[index][name])
 
 
-def rank_in(adapter: TensorFile) -> int:
+def rank_in(adapter: TensorFile, kind: AdapterKind) -> int:
     """The rank of an adapter file's first factor. Raises LedgerError if it holds none."""
     for name, layout in adapter.layouts.items():
-        if is_a(name):
+        if kind.side(name) == "right":
             return layout.shape[0]
-    raise LedgerError("adapter: expected a tensor *.lora_A.weight, found none")
-
-
-def _rank(manifest: Manifest) -> int:
-    return pairs(manifest)[0].a.shape[0]
-
-
-def _directions(name: str, factor: NDArray[Any]) -> NDArray[Any]:
-    """A factor as a view of (rank, n): a row for each direction."""
-    return factor if is_a(name) else factor.T
+    raise LedgerError(f"adapter: expected factors of the kind {kind.name}, found none")
 
 
 def _check_source(adapter: TensorFile, wanted: Manifest) -> None:
@@ -183,7 +180,7 @@ class Stacked(Averaging):
                 'quantisation = "none"'
             )
         lora, sites = config.lora, config.run.participants
-        each_round = sum(rank_of(lora, site) for site in sites)
+        each_round = sum(kind_of(lora).rank(lora, site) for site in sites)
         rank = lora.rank + config.run.rounds * each_round
         if rank > MAX_STACKED_RANK:
             yield (
@@ -213,18 +210,20 @@ class Stacked(Averaging):
         Raises LedgerError for a file without factors, DecodeError or OSError for one that is torn.
         """
         with TensorFile(adapter) as file:
-            return lora_of_rank(lora, rank_in(file))
+            kind = kind_of(lora)
+            return kind.at_rank(lora, rank_in(file, kind))
 
     def lora_after(
         self, closings: Iterable[ClosingRecord | None], lora: LoraSection, /
     ) -> LoraSection | None:
         """From what all rounds counted, without the file."""
-        rank = lora.rank
+        kind = kind_of(lora)
+        rank = kind.rank(lora)
         for closing in closings:
             if closing is None:
                 return None
-            rank += sum(rank_of(lora, item.site) for item in closing.inputs)
-        return lora_of_rank(lora, rank)
+            rank += sum(kind.rank(lora, item.site) for item in closing.inputs)
+        return kind.at_rank(lora, rank)
 
 
 MODE = Stacked()

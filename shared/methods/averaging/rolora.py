@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.lora_factors import A, B, factors
+from shared.adapters import kind_of
 from shared.methods.averaging import Averaging
 
 if TYPE_CHECKING:
+    from shared.adapters import Side
     from shared.protocol.manifest import Manifest
 
 
@@ -22,7 +23,8 @@ class Alternating(Averaging):
 
     def trained_in(self, manifest: Manifest, number: int, /) -> Manifest:
         """B in odd rounds, A in even ones."""
-        return factors(manifest, B if number % 2 == 1 else A, "rolora")
+        side: Side = "left" if number % 2 == 1 else "right"
+        return kind_of(manifest).only(manifest, side, "rolora")
 
 
 MODE = Alternating()

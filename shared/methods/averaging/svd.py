@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from shared.adapters import kind_of
 from shared.errors import LedgerError
-from shared.lora_factors import pairs
 from shared.methods.averaging import Averaging
 from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
 from shared.tensors.tensor_file import TensorFile
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.lora_factors import Pair
+    from shared.adapters import Layer
     from shared.methods.inputs import Figures, WeightedDelta
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.tensors.delta_file import DeltaFile
@@ -98,35 +98,36 @@ class FactorFit:
 
         Raises LedgerError for an adapter that is not made of factors, or a sum beyond fp32.
         """
-        layers = pairs(manifest)
-        if 2 * len(layers) != len(manifest.tensors):
+        kind = kind_of(manifest)
+        if not kind.is_factors_only(manifest):
             raise LedgerError(
-                'aggregation.averaging = "svd": the adapter does not consist of LoRA factors only'
+                'aggregation.averaging = "svd": not all tensors of the adapter are factors'
             )
         sent = ((delta.manifest or manifest).tensors for delta in self._deltas)
         self._specs = [{spec.name: spec for spec in specs} for specs in sent]
-        waiting = iter(layers)
+        waiting = iter(kind.layers(manifest))
         coming: deque[Future[dict[str, NDArray[np.float32]]]] = deque()
         ready: dict[str, NDArray[np.float32]] = {}
         with ThreadPoolExecutor(threads, "factor-fit") as pool:
             for spec in manifest.tensors:
                 while spec.name not in ready:
-                    for pair in islice(waiting, threads + 1 - len(coming)):
-                        coming.append(pool.submit(self._layer, pair))
+                    for layer in islice(waiting, threads + 1 - len(coming)):
+                        coming.append(pool.submit(self._layer, layer))
                     ready |= coming.popleft().result()
                 yield ready.pop(spec.name)
 
-    def _layer(self, pair: Pair) -> dict[str, NDArray[np.float32]]:
+    def _layer(self, layer: Layer) -> dict[str, NDArray[np.float32]]:
         watch = self._figures.watch
+        pair = layer.right, layer.left
         with watch.phase("measure"):
-            self._measure(pair.a)
-            self._measure(pair.b)
+            for spec in pair:
+                self._measure(spec)
         with watch.phase("read"):
             a, b = (self._adapter.read(spec.name).astype(np.float64) for spec in pair)
             lefts, rights = [], []
             for index, delta in enumerate(self._deltas):
                 root = math.sqrt(delta.weight)
-                change_a, change_b = self._values(index, pair.a), self._values(index, pair.b)
+                change_a, change_b = (self._values(index, spec) for spec in pair)
                 rights.append(root * (a[: len(change_a)] + change_a))
                 lefts.append(root * (b[:, : len(change_a)] + change_b))
                 for spec in pair:
@@ -135,11 +136,16 @@ class FactorFit:
             try:
                 found = fit(lefts, rights, a)
             except np.linalg.LinAlgError as error:
-                raise LedgerError(f"layer of {pair.b.name!r}: the fit failed: {error}") from None
+                raise LedgerError(
+                    f"layer of {layer.left.name!r}: the fit failed: {error}"
+                ) from None
         self._figures.note_gap(found.residual)
         for spec in pair:
             self._adapter.release(spec.name)
-        return {pair.a.name: _narrow(found.a, pair.a), pair.b.name: _narrow(found.b, pair.b)}
+        return {
+            spec.name: _narrow(values, spec)
+            for spec, values in zip(pair, (found.a, found.b), strict=True)
+        }
 
     def _measure(self, spec: TensorSpec) -> None:
         """Figures of the deltas as they were sent; a lower rank counts as zeros beyond it."""
@@ -168,7 +174,7 @@ def distance(one: Path, other: Path, manifest: Manifest) -> float:
     """
     apart, whole = [], []
     with TensorFile(one) as first, TensorFile(other) as second:
-        for a, b in pairs(manifest):
+        for _, b, a in kind_of(manifest).layers(manifest):
             mine, theirs = ([f.read(a.name), f.read(b.name)] for f in (first, second))
             wide = [values.astype(np.float64) for values in (*mine, *theirs)]
             whole.append(_product_square([wide[1]], [wide[0]]))
