@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from participant.learner.port import DELTA_FILE, Learned, Progress, Readiness
-from shared.adapters.lora import KIND
+from shared.adapters import kind_of
 from shared.config import AcceptSection, LoraSection
 from shared.errors import InterruptedRunError
 from shared.methods.averaging import get_averaging
@@ -72,13 +72,18 @@ class NumpyLearner:
     trained: list[int] = field(default_factory=list)
     prepared: set[str] = field(default_factory=set)
 
+    @property
+    def rank(self):
+        side_of = kind_of(self.manifest).side
+        return next(s.shape[0] for s in self.manifest.tensors if side_of(s.name) == "right")
+
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
         self.prepared.add(announced.run)
         rank = announced.lora.rank
         own = LoraSection(rank=rank, ranks={self.site: rank})
-        if rank < self.manifest.tensors[0].shape[0]:
-            self.manifest = KIND.manifest_for(self.manifest, own, self.site)
+        if rank < self.rank:
+            self.manifest = kind_of(own).manifest_for(self.manifest, own, self.site)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
     def learn(self, task, source, state, folder, should_stop, report, checkpoints):
@@ -99,7 +104,7 @@ class NumpyLearner:
         with TensorFile(source) as adapter:
 
             def read(name):
-                return KIND.leading(name, adapter.read(name), self.manifest.tensors[0].shape[0])
+                return kind_of(self.manifest).leading(name, adapter.read(name), self.rank)
 
             manifest = get_averaging(task.averaging).trained_in(self.manifest, task.round)
 

@@ -61,10 +61,6 @@ class AdapterKind:
         """The settings of an adapter of this rank, of which a layer's product counts as much."""
         raise NotImplementedError
 
-    def for_site(self, settings: AdapterSettings, site: str) -> AdapterSettings:
-        """The settings as one site is told them. It is not told the others' names."""
-        raise NotImplementedError
-
     def describe(self, settings: AdapterSettings) -> str:
         """The adapter in a sentence of the model card."""
         raise NotImplementedError
@@ -122,6 +118,10 @@ class AdapterKind:
         return manifest.model_copy(update={"tensors": tensors})
 
     # Ranks -------------------------------------------------------------------------------------
+
+    def for_site(self, settings: AdapterSettings, site: str) -> AdapterSettings:
+        """The settings as one site is told them. It is not told the others' names."""
+        return self.at_rank(settings, self.rank(settings, site)) if settings.ranks else settings
 
     def manifest_for(
         self, manifest: Manifest, settings: AdapterSettings, site: str = ""

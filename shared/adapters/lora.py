@@ -31,14 +31,10 @@ class Lora(AdapterKind):
         return settings.ranks.get(site, settings.rank)
 
     def at_rank(self, settings: LoraSection, rank: int) -> LoraSection:
-        """With the alpha that keeps the product's scale."""
+        """With the alpha that keeps the product's scale: sites' products add up to one adapter."""
         part = rank / settings.rank
         alpha = settings.alpha * (part if settings.scaling == "classic" else math.sqrt(part))
         return settings.model_copy(update={"rank": rank, "alpha": alpha, "ranks": {}})
-
-    def for_site(self, settings: LoraSection, site: str) -> LoraSection:
-        """At its rank. Were the scale another at each site, the sum would be of no one scale."""
-        return self.at_rank(settings, self.rank(settings, site)) if settings.ranks else settings
 
     def describe(self, settings: LoraSection) -> str:
         """Rank and scale."""

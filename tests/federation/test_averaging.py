@@ -15,8 +15,9 @@ import pytest
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
 from coordinator.runs.inspection import History
-from shared import topology
-from shared.adapters.lora import KIND
+from shared import modes, topology
+from shared.adapters import Factor, lora
+from shared.adapters.lora import KIND, Lora
 from shared.errors import ConfigError, DivergedError, RunFailedError, RunStuckError
 from shared.methods.averaging import delta_manifest, svd
 from shared.protocol.ledger import Ledger
@@ -415,3 +416,35 @@ def test_a_branch_takes_the_ranks_of_its_own_settings(tmp_path):
     genesis = records(tmp_path, GenesisRecord, "child")[0]
     assert genesis.adapter_sha == parent.adapter_sha
     assert verify(tmp_path, "child").findings == []
+
+
+class Toy(Lora):
+    """The left factor comes first in name order, unlike LoRA's."""
+
+    name = "toy"
+    factors = {"left": Factor(".one", "zeros"), "right": Factor(".two", "kaiming_uniform")}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("averaging", modes.names("averaging"))
+def test_no_mode_knows_the_names_of_the_factors(tmp_path, monkeypatch, averaging):
+    """An adapter kind with other names runs, is recomputed without a finding, and is exported."""
+    monkeypatch.setattr(lora, "KIND", Toy())
+    right, left = MANIFEST.tensors
+    tensors = (
+        left.model_copy(update={"name": "x.one"}),
+        right.model_copy(update={"name": "x.two"}),
+    )
+    chosen = settings(averaging)
+    sites = learners(chosen)
+    for learner in sites.values():
+        learner.manifest = MANIFEST.model_copy(update={"tensors": tensors})
+    assert run(chosen, tmp_path, sites).last_round == 3
+    assert verify(tmp_path).findings == []
+    gaps = [record.exactness_gap for record in records(tmp_path, ClosedRecord)]
+    assert all(gaps) if averaging in {"fedavg", "svd"} else not any(gaps)
+    store = store_of(tmp_path)
+    history = History(store, "test")
+    export_adapter(history, store, tmp_path / "out", None)
+    with TensorFile(tmp_path / "out" / "adapter_model.safetensors") as file:
+        assert set(file.layouts) == {"x.one", "x.two"}
+    assert "toy" in (tmp_path / "out" / "README.md").read_text()
