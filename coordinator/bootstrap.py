@@ -12,14 +12,13 @@ from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
 from shared import topology
-from shared.brokers.port import Message
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.protocol import wire
 from shared.protocol.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.protocol.events import CoordinatorTick, MessageRefused
 from shared.protocol.ledger import Ledger
+from shared.protocol.messages import to_coordinator, to_refused
 from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
@@ -78,10 +77,9 @@ def build_coordinator(
 
     def tick() -> bool:
         now = clock()
-        key = topology.event_key(run, topology.COORDINATOR, CoordinatorTick.word)
-        body = wire.encode(CoordinatorTick(run=run, writer=writer, now=now), now)
+        event = CoordinatorTick(run=run, writer=writer, now=now)
         try:
-            broker.publish([Message(topology.EVENTS_EXCHANGE, key, body, TICK_SECONDS)])
+            broker.publish([to_coordinator(topology.COORDINATOR, event, now, TICK_SECONDS)])
         except MessageRejectedError as error:
             if not broker.depth(topology.coordinator_queue(run)):
                 raise  # it is not full, it is broken
@@ -115,8 +113,7 @@ def build_coordinator(
             reason=reason,
             data=delivery.body[: topology.REFUSED_BYTES],
         )
-        body = wire.encode(event, clock())
-        broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
+        broker.publish([to_refused(event, clock())])
 
     consumer = broker.consume(topology.coordinator_queue(run))
     dispatcher = Dispatcher(

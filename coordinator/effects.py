@@ -24,13 +24,11 @@ from coordinator.round.state import (
 )
 from shared import topology
 from shared.adapters import kind_of
-from shared.brokers.port import Message
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
-from shared.protocol import wire
 from shared.protocol.events import (
     DeltaAnswered,
     Event,
@@ -44,6 +42,7 @@ from shared.protocol.events import (
     WireTraining,
 )
 from shared.protocol.manifest import pool_held_out
+from shared.protocol.messages import to_refused, to_site
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -223,16 +222,11 @@ class Effects:
     def tell(self, events: Mapping[str, Event]) -> None:
         """Publish one event to each site. Raises UnroutableError naming a site without a queue."""
         now = self._clock()
-        messages = [
-            Message(topology.SITES_EXCHANGE, site, wire.encode(event, now))
-            for site, event in events.items()
-        ]
-        self._broker.publish(messages)
+        self._broker.publish([to_site(site, event, now) for site, event in events.items()])
 
     def keep_refused(self, event: MessageRefused) -> None:
         """Put a site's refusal into the refused queue, beside the coordinator's own."""
-        body = wire.encode(event, self._clock())
-        self._broker.publish([Message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, body)])
+        self._broker.publish([to_refused(event, self._clock())])
 
     def _events(self, notification: Notification, state: RunState) -> dict[str, Event]:
         run = self._config.run.name

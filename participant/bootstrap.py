@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from participant.handlers import Participant, Site, sender_of
 from shared import topology
-from shared.brokers.port import Message
-from shared.protocol import wire
 from shared.protocol.dispatch import Dispatcher
 from shared.protocol.events import MessageRefused
+from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,7 +50,6 @@ def subscribe(
             reason=reason,
             data=delivery.body[: topology.REFUSED_BYTES],
         )
-        key = topology.event_key(topology.ANY_RUN, name, event.word)
-        broker.publish([Message(topology.EVENTS_EXCHANGE, key, wire.encode(event, clock()))])
+        broker.publish([to_coordinator(name, event, clock())])
 
     return Dispatcher(broker.consume(topology.site_queue(name)), handlers, sender_of, refuse)

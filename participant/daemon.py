@@ -19,7 +19,6 @@ from participant.outbox import Outbox
 from participant.reporting import Counted, Reporter
 from shared import topology
 from shared.backoff import Backoff
-from shared.brokers.port import Message
 from shared.errors import (
     GradualDiffError,
     InterruptedRunError,
@@ -29,15 +28,15 @@ from shared.errors import (
     UnroutableError,
 )
 from shared.log import get_logger
-from shared.protocol import wire
 from shared.protocol.events import SiteOnline
+from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from participant.learner.port import Learner
     from participant.workspace import Workspace
-    from shared.brokers.port import Broker
+    from shared.brokers.port import Broker, Message
     from shared.config import AcceptSection
     from shared.protocol.dispatch import Dispatcher
     from shared.protocol.events import Event
@@ -165,7 +164,7 @@ class Listener(threading.Thread):
             first=not self._said_online,
         )
         try:
-            broker.publish([self._message(topology.ANY_RUN, event, ONLINE_EXPIRES_SECONDS)])
+            broker.publish([self._message(event, ONLINE_EXPIRES_SECONDS)])
         except UnroutableError:
             get_logger().warning("coordinator.absent", reason="no run is open on this broker")
         except MessageRejectedError as error:  # it is said again in a minute
@@ -177,12 +176,10 @@ class Listener(threading.Thread):
         event = self._reporter.newest()
         if event is not None:
             with contextlib.suppress(UnroutableError, MessageRejectedError):
-                broker.publish([self._message(event.run, event, 6 * PROGRESS_SECONDS)])
+                broker.publish([self._message(event, 6 * PROGRESS_SECONDS)])
 
-    def _message(self, run: str, event: Event, expires_seconds: float | None = None) -> Message:
-        key = topology.event_key(run, self._station.name, event.word)
-        body = wire.encode(event, self._station.clock())
-        return Message(topology.EVENTS_EXCHANGE, key, body, expires_seconds)
+    def _message(self, event: Event, expires_seconds: float) -> Message:
+        return to_coordinator(self._station.name, event, self._station.clock(), expires_seconds)
 
 
 class Worker:

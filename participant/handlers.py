@@ -17,7 +17,6 @@ from participant.guard import Guard
 from participant.learner.port import DELTA_FILE, Progress
 from participant.workspace import Submission, Workspace
 from shared import topology
-from shared.brokers.port import Message
 from shared.config import AcceptSection
 from shared.disk.durable_files import file_errors
 from shared.disk.files import digest_file
@@ -30,7 +29,6 @@ from shared.errors import (
 )
 from shared.failpoints import failpoint
 from shared.log import get_logger
-from shared.protocol import wire
 from shared.protocol.events import (
     AdapterEvaluated,
     DeltaAnswered,
@@ -47,13 +45,14 @@ from shared.protocol.events import (
     UploadGranted,
     UploadRequested,
 )
+from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from participant.learner.port import Learned, Learner
-    from shared.brokers.port import Delivery
+    from shared.brokers.port import Delivery, Message
     from shared.protocol.dispatch import Handler
     from shared.stores.port import Transfer
 
@@ -498,14 +497,10 @@ class Participant:
         return path
 
     def _publish(self, event: Event) -> None:
-        # A site that comes online speaks to every run; all else is about one.
-        to_all = isinstance(event, SiteOnline)
-        run: str = topology.ANY_RUN if to_all else getattr(event, "run", topology.ANY_RUN)
-        key = topology.event_key(run, self._site.name, event.word)
-        body = wire.encode(event, self._site.clock())
         # Nobody needs an old one: it is said again every minute.
-        expires = ONLINE_EXPIRES_SECONDS if to_all else None
-        self._site.outbox.publish([Message(topology.EVENTS_EXCHANGE, key, body, expires)])
+        expires = ONLINE_EXPIRES_SECONDS if isinstance(event, SiteOnline) else None
+        message = to_coordinator(self._site.name, event, self._site.clock(), expires)
+        self._site.outbox.publish([message])
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)
