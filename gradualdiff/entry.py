@@ -20,7 +20,7 @@ def main() -> None:
     """Run the command, or end with one line on a package that is somebody else's."""
     found = foreign_package()
     if found is not None:
-        print(f"error: {found}", file=sys.stderr)  # noqa: T201 - this is the output
+        sys.stderr.write(f"error: {found}\n")
         sys.exit(FOREIGN_PACKAGE)
     from gradualdiff.cli.main import main as run  # not before its packages are known
 

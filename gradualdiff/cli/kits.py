@@ -134,7 +134,7 @@ def write_secret(path: Path, secret: str) -> None:
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(secret + "\n")
             file.flush()
             os.fsync(handle)

@@ -57,7 +57,7 @@ def temporary(directory: Path, prefix: str = "") -> Iterator[Path]:
 def write_new(path: Path, chunks: Iterable[bytes]) -> os.stat_result:
     """Write a new sealed file. Raises FileExistsError and other OSErrors."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(handle, "wb") as file:  # noqa: PTH123 - a descriptor: pathlib has no O_EXCL
+    with os.fdopen(handle, "wb") as file:
         file.writelines(chunks)
         file.flush()
         _seal(handle)

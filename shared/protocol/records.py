@@ -31,9 +31,9 @@ class Record(Schema):
 
     decides: ClassVar[bool] = False
 
-    def key(self, run: str) -> str:  # noqa: ARG002 - each record type has its own
+    def key(self, run: str) -> str:
         """Where it lies in the store."""
-        raise TypeError(f"{type(self).__name__} has no key")
+        raise NotImplementedError(f"{type(self).__name__} has no key")
 
 
 class StampedRecord(Record):

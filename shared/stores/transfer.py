@@ -270,7 +270,7 @@ class _Part:
         self._path = path
         self._hash = hashlib.sha256()
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._file: BinaryIO = open(handle, "r+b")  # noqa: SIM115, PTH123 - closed by __exit__
+        self._file: BinaryIO = os.fdopen(handle, "r+b")
         for chunk in read_chunks(self._file):
             self._count(chunk)
 

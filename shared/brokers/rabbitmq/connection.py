@@ -286,14 +286,7 @@ class RabbitConnection:
         with self._lock:
             self._check_open()
             self._pending.add(future)
-
-        def run() -> None:
-            try:
-                start(future)
-            except Exception as error:  # noqa: BLE001 - every error belongs to the one who asked
-                fail(future, translate(error, self._address))
-
-        self._hand_over(run)
+        self._hand_over(lambda: guarded(future, self._address, lambda: start(future)))
         try:
             return future.result(ANSWER_SECONDS)
         except TimeoutError:

@@ -12,6 +12,7 @@ message that has them has no properties here, and that is to say: no sender.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from typing import Any
 
@@ -37,14 +38,12 @@ def careful_decode_properties(
     properties: BasicProperties, encoded: bytes, offset: int = 0
 ) -> BasicProperties:
     """As pika's, and all empty where they can be read in two ways or in none."""
-    try:
+    with contextlib.suppress(Exception):  # whatever it was, it came from outside
         (flags,) = struct.unpack_from(">H", encoded, offset)
         if not flags & _NO_PROPERTY:
             _decode_properties(properties, encoded, offset)
             if isinstance(properties.user_id, str | None):
                 return properties
-    except Exception:  # noqa: BLE001, S110 - whatever it was, it came from outside
-        pass
     vars(properties).update(vars(BasicProperties()))
     return properties
 
