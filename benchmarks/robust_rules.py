@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,9 @@ class BadLearner:
             def values(spec: TensorSpec) -> NDArray[np.float32]:
                 return self._rewrite(np.array(delta.read(spec)), draw)
 
-            write_delta(path, self._manifest, task.codec, delta.header, values, task.seed)
+            found = write_delta(path, self._manifest, task.codec, delta.header, values, task.seed)
         honest.unlink()
-        return learned
+        return replace(learned, delta=found)
 
     def evaluate(
         self, run: str, source: Path, report: Callable[[Progress], None]

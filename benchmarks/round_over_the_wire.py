@@ -503,11 +503,11 @@ class IdleLearner:
             codec=task.codec, codec_version=get_codec(task.codec).version,
         )  # fmt: skip
         given = self.values
-        write_delta(
+        delta = write_delta(
             folder / DELTA_FILE, wire_manifest(), task.codec, header,
             lambda spec: given[spec.name], task.seed,
         )  # fmt: skip
-        return Learned(1, 1, LocalMetrics(steps=1), "fresh")
+        return Learned(delta, 1, 1, LocalMetrics(steps=1), "fresh")
 
     def evaluate(self, source: object, report: object) -> None:
         """Nothing to measure."""

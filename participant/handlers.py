@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from participant.checkpoints import settings_digest
 from participant.guard import Guard
-from participant.learner.port import DELTA_FILE, Progress
+from participant.learner.port import Progress
 from participant.workspace import Submission, Workspace
 from shared import topology
 from shared.config import AcceptSection
@@ -381,7 +381,7 @@ class Participant:
             )
             failpoint("learn.after")
             self._guard.check_delta(learned)
-            submission = _submission(task, learned, *digest_file(making / DELTA_FILE))
+            submission = _submission(task, learned)
             submission.metrics.seconds["fetch"] = round(fetched - started, 3)
             told = self._guard.told(submission.metrics)
             submission = submission.model_copy(update={"metrics": told})
@@ -506,13 +506,13 @@ class Participant:
         return lambda progress: self._site.report(self._site.name, round_number, progress)
 
 
-def _submission(task: RoundStarted, learned: Learned, sha: str, size: int) -> Submission:
+def _submission(task: RoundStarted, learned: Learned) -> Submission:
     return Submission(
         run=task.run,
         round=task.round,
         source_sha=task.source_sha,
-        sha=sha,
-        size=size,
+        sha=learned.delta.sha256,
+        size=learned.delta.size,
         examples=learned.examples,
         tokens=learned.tokens,
         metrics=learned.metrics,

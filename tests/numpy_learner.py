@@ -115,7 +115,9 @@ class NumpyLearner:
                 delta = (target - read(spec.name)) * np.float32(0.5) + noise / 64
                 return spoil(spec, delta) if spoil else delta
 
-            write_delta(folder / DELTA_FILE, manifest, task.codec, header, values, task.seed)
+            delta = write_delta(
+                folder / DELTA_FILE, manifest, task.codec, header, values, task.seed
+            )
         report(Progress("train", 1, 1, 1.0))
         self.trained.append(task.round)
         metrics = LocalMetrics(
@@ -127,7 +129,7 @@ class NumpyLearner:
             held_out=self.evaluate(task.run, source, report),
             seconds={"train": 0.0},
         )
-        return Learned(self.examples, self.examples * 7, metrics, "fresh")
+        return Learned(delta, self.examples, self.examples * 7, metrics, "fresh")
 
     def evaluate(self, run, source, report):
         assert run in self.prepared

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shared.config import TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
     from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics
+    from shared.tensors.tensor_file import FileDigest
 
 DELTA_FILE = "delta.safetensors"
 STATE_FILE = "optimizer.safetensors"
@@ -44,9 +45,11 @@ class Readiness:
 class Learned:
     """One local training. The files lie in the folder that was given to ``learn``.
 
-    ``distinct``: different examples that the steps saw, None for as many as there are.
+    ``delta``: what ``write_delta`` said of its file. ``distinct``: different examples that the
+    steps saw, None for as many as there are.
     """
 
+    delta: FileDigest
     examples: int
     tokens: int
     metrics: LocalMetrics

@@ -36,7 +36,7 @@ from shared.seeds import derive_seed
 from shared.tensors.arithmetic import difference
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
-from shared.tensors.tensor_file import TensorFile
+from shared.tensors.tensor_file import FileDigest, TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -136,12 +136,13 @@ class TorchLearner:
             )
             clock.lap("train")
             clock.seconds["train"] = round(course.seconds(), 3)
-            self._write_delta(task, trained, model, read, folder / DELTA_FILE)
+            delta = self._write_delta(task, trained, model, read, folder / DELTA_FILE)
             if task.training.optimizer_state == "keep":
                 kinds = {name: model.parameters[name] for name in only}
                 save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
             clock.lap("encode")
         return Learned(
+            delta=delta,
             examples=len(data.train),
             tokens=result.tokens,
             metrics=_metrics(result, data, course.held_out, clock.seconds),
@@ -248,7 +249,7 @@ class TorchLearner:
         model: LocalModel,
         source: Callable[[str], NDArray[Any]],
         path: Path,
-    ) -> None:
+    ) -> FileDigest:
         """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time."""
 
         def values(spec: TensorSpec) -> NDArray[np.float32]:
@@ -263,7 +264,7 @@ class TorchLearner:
             codec_version=get_codec(task.codec).version,
         )
         seed = derive_seed(task.seed, self._site, task.round, "codec")
-        write_delta(path, trained, task.codec, header, values, seed)
+        return write_delta(path, trained, task.codec, header, values, seed)
 
 
 class _Clock:

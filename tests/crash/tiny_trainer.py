@@ -85,7 +85,8 @@ class TinyTrainer:
         def change(spec):
             return (factors[spec.name].detach() - before[spec.name]).numpy()
 
-        write_delta(folder / DELTA_FILE, MANIFEST, task.codec, header, change, task.seed)
+        path = folder / DELTA_FILE
+        delta = write_delta(path, MANIFEST, task.codec, header, change, task.seed)
         save_optimizer(optimizer, factors, folder / STATE_FILE)
         metrics = LocalMetrics(
             steps=STEPS,
@@ -96,7 +97,8 @@ class TinyTrainer:
             held_out=self.evaluate(task.run, source, report),
             seconds={"train": 0.0},
         )
-        return Learned(EXAMPLES, EXAMPLES * 7, metrics, "fresh" if state is None else "kept")
+        known = "fresh" if state is None else "kept"
+        return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known)
 
     def _resumed(self, checkpoints, factors, optimizer, state):
         """Adapter and optimiser as the newest checkpoint has them; the losses up to there."""

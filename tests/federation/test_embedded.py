@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -18,6 +19,7 @@ from participant.learner.port import DELTA_FILE
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
 from shared.brokers.port import Message
+from shared.disk.files import digest_file
 from shared.errors import (
     ConfigError,
     DataError,
@@ -43,7 +45,7 @@ from shared.protocol.records import (
     RejoinedRecord,
 )
 from shared.stores.directory import DirectoryStore
-from shared.tensors.tensor_file import TensorFile
+from shared.tensors.tensor_file import FileDigest, TensorFile
 from tests import federations
 from tests.numpy_learner import NUMERICS, NumpyLearner
 
@@ -337,6 +339,7 @@ class Spoils(NumpyLearner):
             data = path.read_bytes()
             path.unlink()
             path.write_bytes(self.alter(data))
+            learned = replace(learned, delta=FileDigest(*digest_file(path)))
         return learned
 
 
@@ -385,8 +388,7 @@ def test_a_delta_of_the_wrong_shape_is_refused(tmp_path):
         def learn(self, *args):
             self.manifest = federations.learners(config)["a"].manifest
             learned = super().learn(*args)
-            _rename(args[3] / DELTA_FILE, other)
-            return learned
+            return replace(learned, delta=_rename(args[3] / DELTA_FILE, other))
 
     sites["c"] = Renames("c")
     federations.run(config, tmp_path, sites)
@@ -420,6 +422,30 @@ def test_a_truncated_delta_is_refused(tmp_path):
     (refused,) = records(tmp_path, RefusedRecord)
     assert refused.site == "a"
     assert "bytes" in refused.reason
+
+
+def test_a_delta_that_its_disk_damaged_at_once_is_trained_again(tmp_path):
+    """What is announced is the sha256 of what was written, not of what lies there afterwards."""
+    config = federations.config()
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    sites, damaged = federations.learners(config), []
+
+    class Damaged(NumpyLearner):
+        def learn(self, task, *args):
+            learned = super().learn(task, *args)
+            if task.round == 2 and not damaged:
+                path = args[2] / DELTA_FILE
+                data = path.read_bytes()
+                path.unlink()
+                path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+                damaged.append(path)
+            return learned
+
+    sites["b"] = Damaged("b")
+    assert federations.run(config, tmp_path / "damaged", sites).adapter_sha == wanted
+    assert damaged
+    assert sites["b"].trained == [1, 2, 2, 3]
+    assert records(tmp_path / "damaged", RefusedRecord) == []
 
 
 # Bad sites -----------------------------------------------------------------------------------
@@ -872,4 +898,4 @@ def _rename(path, manifest):
         metadata = dict(file.metadata)
     path.unlink()
     layouts = [TensorLayout(s.name, "F32", s.shape) for s in manifest.tensors]
-    write_tensors(path, layouts, values, metadata)
+    return write_tensors(path, layouts, values, metadata)

@@ -9,6 +9,7 @@ from participant.learner.port import Learned, Readiness
 from shared.config import AcceptSection
 from shared.protocol.events import RoundStarted, RunAnnounced, WireBase, WireLora, WireTraining
 from shared.protocol.manifest import LocalMetrics
+from shared.tensors.tensor_file import FileDigest
 from tests.numpy_learner import MANIFEST, NUMERICS
 
 
@@ -74,7 +75,7 @@ def test_copies_of_one_example_are_one_example():
     assert "min_examples: expected at least 16, got 15" in objections(epoch, accept, ready(21, 15))
     said = objections(epoch, accept, ready(21, 1))
     assert "min_batch: expected at least 4, got 1" in said
-    learned = Learned(21, 99, LocalMetrics(steps=4), "fresh", distinct=15)
+    learned = Learned(FileDigest("a" * 64, 1), 21, 99, LocalMetrics(steps=4), "fresh", distinct=15)
     assert "expected at least 16 different examples, got 15" in objection_to_delta(learned, accept)
 
 
