@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from shared.errors import ConfigError
 from shared.printing import cut, printable
@@ -69,11 +69,22 @@ def configure(stream: TextIO | None = None, json: bool | None = None, level: str
 
 
 def get_logger() -> FilteringBoundLogger:
-    """A logger under the current configuration."""
+    """A logger under the current configuration; without one it drops every line.
+
+    A script that imports this project has set up nothing, and its standard output is its own.
+    """
     import structlog  # noqa: PLC0415 - see the module's docstring
 
     logger: FilteringBoundLogger = structlog.get_logger()
+    if not structlog.is_configured():
+        logger = structlog.wrap_logger(None, processors=[_drop])
     return logger
+
+
+def _drop(_logger: object, _method: str, _event_dict: object) -> NoReturn:
+    import structlog  # noqa: PLC0415 - see the module's docstring
+
+    raise structlog.DropEvent
 
 
 def redact(

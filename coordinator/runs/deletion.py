@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 from coordinator.liveness import read_status
 from coordinator.runs.branching import ADAPTER_FILES
 from shared import topology
+from shared.disk.locks import held
 from shared.errors import FencedError, ObjectMissingError, RunNotFoundError
 from shared.protocol.records import ClosedRecord, ClosingRecord, DeletingRecord
+from shared.stores.directory import DirectoryStore
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shared.protocol.ledger import Ledger
     from shared.stores.port import ObjectInfo, ObjectStore
 
@@ -40,6 +44,21 @@ def objects_of(store: ObjectStore, run: str) -> list[ObjectInfo]:
 def has_closed_round(ledger: Ledger) -> bool:
     """Whether a round is decided: before that nothing of a run is worth more than its settings."""
     return any(place.kind in (ClosingRecord, ClosedRecord) for place in ledger.places())
+
+
+@contextlib.contextmanager
+def run_lock(store: ObjectStore, run: str) -> Iterator[None]:
+    """Hold a run in a directory store, from its folder's first moment on; elsewhere nothing.
+
+    Raises FencedError when another process of this machine uses it.
+    """
+    if not isinstance(store, DirectoryStore):
+        yield
+        return
+    folder = store.root / topology.run_prefix(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, f"run {run} in {store.root}"):
+        yield
 
 
 def refuse_if_active(store: ObjectStore, run: str, now: float) -> None:

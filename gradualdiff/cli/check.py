@@ -32,7 +32,7 @@ def check(
     What is wrong is told of all sites; the exit code is that of the first mistake.
     """
     from gradualdiff.cli.progress import make_display
-    from gradualdiff.cli.simulate import load_learners
+    from gradualdiff.embedded.sites import load_learners
     from shared.config import load_federation
     from shared.log import configure
 
@@ -97,7 +97,7 @@ def _fit_together(
     errors: list[GradualDiffError],
 ) -> None:
     """As the start of a run asks it, in a store that is thrown away on the same disk."""
-    from gradualdiff.cli.preflight import check_start
+    from gradualdiff.embedded.preflight import check_start
     from shared.stores.directory import DirectoryStore
 
     beside = next(path for path in (store, *store.parents) if path.is_dir())

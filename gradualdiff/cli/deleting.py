@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +19,6 @@ from gradualdiff.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from shared.stores.port import ObjectStore
 
 
@@ -35,7 +32,7 @@ def delete(
 
     Refused while a coordinator is active on it. The next one finishes a deletion that was cut off.
     """
-    from coordinator.runs.deletion import delete_run, objects_of, refuse_if_active
+    from coordinator.runs.deletion import delete_run, objects_of, refuse_if_active, run_lock
     from coordinator.runs.operating import operator, operator_ledger
     from gradualdiff.store import open_store
 
@@ -68,22 +65,3 @@ def _state(store: ObjectStore, run: str) -> str:
         return summarise_run(History(store, run)).state
     except LedgerError:  # cut off in the middle, or damaged: it may go all the same
         return DYING
-
-
-@contextlib.contextmanager
-def run_lock(store: ObjectStore, run: str) -> Iterator[None]:
-    """Hold a run in a directory store, from its folder's first moment on; elsewhere nothing.
-
-    Raises FencedError when another process of this machine uses it.
-    """
-    from shared import topology
-    from shared.disk.locks import held
-    from shared.stores.directory import DirectoryStore
-
-    if not isinstance(store, DirectoryStore):
-        yield
-        return
-    folder = store.root / topology.run_prefix(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, f"run {run} in {store.root}"):
-        yield

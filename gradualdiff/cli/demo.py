@@ -13,22 +13,18 @@ from gradualdiff.cli.output import (
     JsonOption,
     SetOption,
     at_least,
-    console,
-    fixed,
-    megabytes,
     positive,
     print_json,
-    print_table,
 )
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from coordinator.runs.inspection import History
     from gradualdiff.cli.progress import Display
     from gradualdiff.demo.data import SiteFile
     from gradualdiff.demo.start import Asked, Place
+    from gradualdiff.run import Run
     from participant.learner.model_pool import ModelPool
     from participant.learner.torch_learner import TorchLearner
     from shared.config import FederationConfig
@@ -42,55 +38,53 @@ PROMPTS = (
 REPLY_TOKENS = 40
 
 
+Dir = Annotated[Path, typer.Option("--dir", help="Where everything of the demo is kept.")]
+Model = Annotated[str | None, typer.Option(help="A base model of your own: a path or a hub id.")]
+Data = Annotated[Path | None, typer.Option(help="Text of your own: JSONL, CSV or Parquet.")]
+Group = Annotated[str | None, typer.Option(help="With --data: the column that tells sites apart.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="With --data: which columns hold the text: prompt=COLUMN,answer=COLUMN."),
+]
+Participants = Annotated[
+    int | None, typer.Option(callback=at_least(1), help="How many participants (K): 5.")
+]
+Rounds = Annotated[int | None, typer.Option(callback=at_least(1), help="How many rounds (T): 5.")]
+LocalSteps = Annotated[
+    int | None, typer.Option(callback=at_least(1), help="Optimiser steps a round and site: 4.")
+]
+LearningRate = Annotated[
+    float | None, typer.Option(callback=positive, help="AdamW's learning rate: 0.003.")
+]
+Seed = Annotated[int | None, typer.Option(callback=at_least(0), help="The run's one seed: 1.")]
+RunName = Annotated[str | None, typer.Option(help="The run's name, if not demo-1, demo-2, ....")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")
+]
+Prepare = Annotated[
+    bool, typer.Option("--prepare", help="Write model, text and settings, and train nothing.")
+]
+Servers = Annotated[
+    Path | None,
+    typer.Option(help="With --prepare: a TOML with the tables broker and store, to run over them."),
+]
+
+
 def demo(
-    folder: Annotated[
-        Path, typer.Option("--dir", help="Where everything of the demo is kept.")
-    ] = Path("gradualdiff-demo"),
-    model: Annotated[
-        str | None, typer.Option(help="A base model of your own: a path or a hub id.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Text of your own: JSONL, CSV or Parquet.")
-    ] = None,
-    group: Annotated[
-        str | None, typer.Option(help="With --data: the column that tells sites apart.")
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="With --data: which columns hold the text: prompt=COLUMN,answer=COLUMN."),
-    ] = None,
-    participants: Annotated[
-        int | None, typer.Option(callback=at_least(1), help="How many participants (K): 5.")
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(callback=at_least(1), help="How many rounds (T): 5.")
-    ] = None,
-    local_steps: Annotated[
-        int | None, typer.Option(callback=at_least(1), help="Optimiser steps a round and site: 4.")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(callback=positive, help="AdamW's learning rate: 0.003.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(callback=at_least(0), help="The run's one seed: 1.")
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="The run's name, if not demo-1, demo-2, ...."),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin a new run even if the last one is unfinished.")
-    ] = False,
-    prepare: Annotated[
-        bool,
-        typer.Option("--prepare", help="Write model, text and settings, and train nothing."),
-    ] = False,
-    servers: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --prepare: a TOML with the tables broker and store, to run over them."
-        ),
-    ] = None,
+    folder: Dir = Path("gradualdiff-demo"),
+    model: Model = None,
+    data: Data = None,
+    group: Group = None,
+    columns: Columns = None,
+    participants: Participants = None,
+    rounds: Rounds = None,
+    local_steps: LocalSteps = None,
+    learning_rate: LearningRate = None,
+    seed: Seed = None,
+    name: RunName = None,
+    fresh: Fresh = False,
+    prepare: Prepare = False,
+    servers: Servers = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,14 +93,8 @@ def demo(
     An interrupted demo resumes where it was when it is started again, and needs no option then but
     --dir: model, text and settings are those that it began with.
     """
-    from coordinator.runs.inspection import History
-    from gradualdiff.cli.progress import make_display
-    from gradualdiff.cli.simulate import load_learners, make_pool, run_here
-    from gradualdiff.demo.start import Asked, command, find_place, leaving_nothing
+    from gradualdiff.demo.start import Asked
     from shared.base_model import located
-    from shared.config import load_federation
-    from shared.disk.locks import held
-    from shared.stores.directory import DirectoryStore
 
     numbers = {
         "participants": participants,
@@ -124,6 +112,17 @@ def demo(
         split=_split(data, group, columns),
         sets=tuple(sets or ()),
     )
+    _carry_out(asked, servers, prepare=prepare, as_json=as_json)
+
+
+def _carry_out(asked: Asked, servers: Path | None, *, prepare: bool, as_json: bool) -> None:
+    from gradualdiff.cli.demo_report import show
+    from gradualdiff.cli.progress import make_display
+    from gradualdiff.demo.start import find_place, leaving_nothing
+    from shared.disk.locks import held
+    from shared.stores.directory import DirectoryStore
+
+    folder = asked.folder
     with contextlib.ExitStack() as stack:
         stack.enter_context(leaving_nothing(folder))
         _configure_log(folder)
@@ -134,22 +133,36 @@ def demo(
         if prepare:
             typer.echo(_prepare(asked, place, display, servers))
             return
-        pool = make_pool("auto", place.home)
-        if not place.resumes:
-            _begin(asked, place, store, pool, display)
-        config = load_federation(place.home / "federation.toml")
-        learners = load_learners(config, place.home.resolve(), pool)
-        again = command(asked)
-        run_here(config, store, place.home, learners, display, again, anew=place.anew)
-        history = History(store, place.run)
-        prompts = _prompts(config, place.home.resolve())
-        replies = _replies(history, store, folder, next(iter(learners.values())), prompts)
+        run, replies = _train(asked, place, store, display)
     if as_json:
-        from coordinator.runs.inspection import summarise_rounds, summarise_run
-
-        print_json({"run": summarise_run(history), "rounds": summarise_rounds(history)})
+        print_json({"run": run.summary, "rounds": run.rounds})
         return
-    _show(history, folder, place.home, replies)
+    show(run, folder, place.home, replies)
+
+
+def _train(
+    asked: Asked, place: Place, store: DirectoryStore, display: Display
+) -> tuple[Run, list[tuple[str, str, str]]]:
+    """Bring the run to its end; the run, and what the model replies before and after it."""
+    from gradualdiff.cli.progress import showing
+    from gradualdiff.cli.simulate import stopping
+    from gradualdiff.demo.start import command
+    from gradualdiff.embedded.running import run_here
+    from gradualdiff.embedded.sites import load_learners, make_pool
+    from gradualdiff.run import Run
+    from shared.config import load_federation
+
+    pool = make_pool("auto", place.home)
+    if not place.resumes:
+        _begin(asked, place, store, pool, display)
+    config = load_federation(place.home / "federation.toml")
+    learners = load_learners(config, place.home.resolve(), pool)
+    with stopping(config, command(asked)) as should_stop:
+        show = showing(display)
+        run_here(config, store, place.home, learners, show, should_stop, anew=place.anew)
+    run = Run(store, place.run, store.root)
+    prompts = _prompts(config, place.home.resolve())
+    return run, _replies(run, asked.folder, next(iter(learners.values())), prompts)
 
 
 def _prepare(asked: Asked, place: Place, display: Display, servers: Path | None) -> str:
@@ -167,9 +180,9 @@ def _begin(
     """Write a new run's files beside their place, try them, and move them in once they fit."""
     import shutil
 
-    from gradualdiff.cli.preflight import check_start
-    from gradualdiff.cli.simulate import load_learners
     from gradualdiff.demo.start import move_in
+    from gradualdiff.embedded.preflight import check_start
+    from gradualdiff.embedded.sites import load_learners
     from shared.config import load_federation
 
     base = asked.model or str(packaged_model(display))
@@ -276,7 +289,7 @@ def _prompts(config: FederationConfig, folder: Path) -> Sequence[str]:
 
     The packaged text was not looked through and is shown nowhere.
     """
-    from gradualdiff.cli.simulate import load_sites
+    from gradualdiff.embedded.sites import load_sites
     from participant.data import held_out_prompts
 
     site, base = load_sites(config, folder)[0]
@@ -286,108 +299,15 @@ def _prompts(config: FederationConfig, folder: Path) -> Sequence[str]:
 
 
 def _replies(
-    history: History,
-    store: DirectoryStore,
-    folder: Path,
-    learner: TorchLearner,
-    prompts: Sequence[str],
+    run: Run, folder: Path, learner: TorchLearner, prompts: Sequence[str]
 ) -> list[tuple[str, str, str]]:
     """Each prompt with the base's and the final model's reply."""
     from shared import topology
-    from shared.protocol.records import ClosedRecord, GenesisRecord
 
     answers: list[list[str]] = []
-    for number, kind in ((0, GenesisRecord), (history.last_closed, ClosedRecord)):
-        record = history.one(number, kind)
-        sha = getattr(record, "adapter_sha", "")
-        path = folder / f"round-{number}.safetensors"
-        store.fetch_file(topology.adapter_key(history.run, sha), path)
+    for adapter in (run.adapter(0), run.adapter()):
+        path = folder / f"round-{adapter.round}.safetensors"
+        run.objects.fetch_file(topology.adapter_key(run.name, adapter.sha), path)
         answers.append(learner.replies(path, prompts, REPLY_TOKENS))
         path.unlink()
     return list(zip(prompts, *answers, strict=True))
-
-
-def _show(
-    history: History,
-    folder: Path,
-    home: Path,
-    replies: Sequence[tuple[str, str, str]],
-) -> None:
-    from gradualdiff.demo.start import texts
-    from gradualdiff.figures.held_out import plot_held_out
-    from shared.config import load_federation
-
-    _show_rounds(history)
-    files = texts(load_federation(home / "federation.toml"), home)
-    _show_sites(
-        history, {name: len(path.read_bytes().splitlines()) for name, path in files.items()}
-    )
-    print_table(
-        "Replies to prompts that nobody trained on", ("prompt", "base", "after the run"), replies
-    )
-    plot = folder / f"{history.run}.png"
-    plot_held_out(history, plot)
-    store = f"--store {folder / 'store'}"
-    for line in (
-        f"plot      {plot}",
-        f"ledger    {folder / 'store' / 'runs' / history.run}",
-        f"settings  {home / 'federation.toml'} and {home / 'sites'}",
-        f"log       {folder / 'demo.log'}",
-        "",
-        "What to try next:",
-        f"  gradualdiff runs verify {history.run} {store}",
-        f"  gradualdiff rounds show {history.run} 1 {store}",
-        f"  gradualdiff runs export {history.run} --to my-adapter {store}",
-        f"  kill it in the middle and start it again: gradualdiff demo --dir {folder}",
-        "  gradualdiff demo --data FILE --model PATH_OR_HUB_ID   (your own text and model)",
-    ):
-        console().print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def _show_rounds(history: History) -> None:
-    from coordinator.runs.inspection import summarise_rounds
-
-    names = sorted(history.members)
-    rows, by_site = [], []
-    for s in summarise_rounds(history):
-        losses = history.held_out(s.round)
-        at_sites = [losses[name].nll if name in losses else None for name in names]
-        by_site.append((s.round, *at_sites))
-        seconds = None if s.seconds is None else round(s.seconds)
-        size = megabytes(s.bytes)
-        rows.append((s.round, s.held_out_nll, fixed(s.perplexity, 2), s.tokens, seconds, size))
-    print_table(
-        f"{history.run}: held-out loss of the global adapter by round (0 is the base model)",
-        ("round", "loss", "perplexity", "tokens", "seconds", "MB up"),
-        rows,
-    )
-    print_table("The same at each site", ("round", *names), by_site)
-    first, last = rows[0][1], rows[-1][1]
-    if isinstance(first, float) and isinstance(last, float):
-        console().print(
-            f"held-out loss {first:.4f} -> {last:.4f} (fell by {first - last:.4f} nats), "
-            "on conversations no participant trained on"
-        )
-
-
-def _show_sites(history: History, pairs: dict[str, int]) -> None:
-    from coordinator.runs.inspection import show_round
-
-    numbers = range(1, history.last_closed + 1)
-    rows = []
-    for name in sorted(history.members):
-        turns = [row for n in numbers for row in show_round(history, n) if row.site == name]
-        before, after = history.held_out(0).get(name), history.held_out(numbers[-1]).get(name)
-        rows.append(
-            (
-                name,
-                pairs.get(name),
-                before.nll if before else None,
-                after.nll if after else None,
-                sum(row.tokens or 0 for row in turns),
-                round(sum(row.seconds or 0.0 for row in turns)),
-                megabytes(sum(row.bytes or 0 for row in turns)),
-            )
-        )
-    columns = ("site", "pairs", "loss before", "loss after", "tokens", "seconds", "MB up")
-    print_table("By site, over the whole run", columns, rows)

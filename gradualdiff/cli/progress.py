@@ -16,11 +16,14 @@ from rich.progress import (
 
 from gradualdiff.cli.output import console as make_console
 from gradualdiff.cli.output import round_line
+from gradualdiff.events import RunMoved, Said, SiteMoved
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
-    from coordinator.round.state import RunState
+    from gradualdiff.events import Event
     from participant.learner.port import Progress as Step
 
 WORDS = {
@@ -39,8 +42,8 @@ class Display(Protocol):
     def report(self, site: str, round_number: int | None, step: Step) -> None:
         """A participant moved on in one piece of work."""
 
-    def moved(self, state: RunState) -> None:
-        """The coordinator may have learnt something."""
+    def moved(self, event: RunMoved) -> None:
+        """The coordinator learnt something."""
 
     def say(self, text: str) -> None:
         """Something larger begins."""
@@ -53,6 +56,21 @@ def make_display(*, quiet: bool = False) -> Display:
     """Bars when stderr is a terminal, else lines; nothing at all with ``quiet``."""
     console = make_console(stderr=True, quiet=quiet)
     return Bars(console) if console.is_terminal else Lines(console)
+
+
+def showing(display: Display) -> Callable[[Event], None]:
+    """What takes a federation's events and shows them."""
+
+    def show(event: Event) -> None:
+        match event:
+            case SiteMoved():
+                display.report(event.site, event.round, event.step)
+            case RunMoved():
+                display.moved(event)
+            case Said():
+                display.say(event.text)
+
+    return show
 
 
 class Bars:
@@ -82,16 +100,14 @@ class Bars:
         note = WORDS[step.activity] if step.loss is None else f"loss {step.loss:.3f}"
         self._set(site, f"  {site}", step.done, step.total, note)
 
-    def moved(self, state: RunState) -> None:
+    def moved(self, event: RunMoved) -> None:
         """Move the run's and the round's bar."""
-        closed = max(state.last_round, 0)
-        loss = state.held_out[-1] if state.held_out else None
+        closed, loss = max(event.closed, 0), event.held_out_nll
         note = "" if loss is None else f"held-out loss {loss:.3f} before this round"
-        self._set("run", "rounds", closed, state.total_rounds, note)
-        total = len(state.opened.selected) if state.opened else len(state.members)
-        done = total - len(state.waiting_for) if state.opened else total
-        number = state.opened.round if state.opened else closed
-        self._set("round", f" round {number}", done, max(total, 1), "deltas")
+        self._set("run", "rounds", closed, event.rounds, note)
+        done = event.selected - len(event.waiting_for)
+        number = closed if event.round is None else event.round
+        self._set("round", f" round {number}", done, max(event.selected, 1), "deltas")
 
     def converted(self, done: int, total: int) -> None:
         """Move the conversion's bar."""
@@ -133,15 +149,14 @@ class Lines:
         if step.loss is not None:
             self._trained[site] = step.loss
 
-    def moved(self, state: RunState) -> None:
+    def moved(self, event: RunMoved) -> None:
         """Say which round closed."""
-        if state.last_round > self._closed:
-            self._closed = state.last_round
-            held_out = state.held_out[-1] if state.held_out else None
+        if event.closed > self._closed:
+            self._closed = event.closed
             losses = self._trained.values()
             trained = sum(losses) / len(losses) if losses else None
-            line = round_line(self._closed, state.total_rounds, held_out, trained)
-            self._say(f"{line}: adapter {(state.adapter_sha or '')[:12]}")
+            line = round_line(self._closed, event.rounds, event.held_out_nll, trained)
+            self._say(f"{line}: adapter {(event.adapter_sha or '')[:12]}")
             self._trained.clear()
 
     def converted(self, done: int, total: int) -> None:

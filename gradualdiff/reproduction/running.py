@@ -13,6 +13,7 @@ from coordinator.runs.retention import carry_out, read_plan
 from gradualdiff.demo.files import write_tables
 from gradualdiff.embedded.federation import Embedding, run_embedded
 from gradualdiff.embedded.metering import Meter
+from gradualdiff.events import RunMoved
 from gradualdiff.reproduction.arms import config_of
 from gradualdiff.reproduction.figures import largest
 from gradualdiff.reproduction.kept import read_kept
@@ -82,7 +83,7 @@ class Laboratory:
                 store=self.store,
                 folder=home,
                 report=self.display.report,
-                moved=self.display.moved,
+                moved=lambda state: self.display.moved(RunMoved.of(state)),
                 should_stop=self.should_stop,
                 meter=meter,
             )

@@ -11,10 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from coordinator.liveness import RunStatus
-from coordinator.runs.deletion import delete_run
+from coordinator.runs.deletion import delete_run, run_lock
 from coordinator.runs.inspection import summarise_runs
 from coordinator.runs.operating import operator_ledger
-from gradualdiff.cli.deleting import run_lock
 from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json

@@ -8,8 +8,9 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from gradualdiff.cli import demo, simulate
+from gradualdiff.cli import demo
 from gradualdiff.cli.main import app
+from gradualdiff.embedded import sites as embedded_sites
 from shared.config import load_federation
 from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
 from shared.protocol.ledger import list_runs
@@ -32,13 +33,13 @@ class NoModel(NumpyLearner):
 @pytest.fixture
 def started(tmp_path, monkeypatch):
     """``gradualdiff demo --dir tmp/demo`` over numpy learners."""
-    monkeypatch.setattr(simulate, "make_pool", lambda *_: None)
+    monkeypatch.setattr(embedded_sites, "make_pool", lambda *_: None)
     monkeypatch.setattr(demo, "_replies", lambda *_: [])
     monkeypatch.setattr(demo, "_configure_log", lambda folder: folder.mkdir(exist_ok=True))
 
     def start(*arguments, sites=NumpyLearner):
         monkeypatch.setattr(
-            simulate,
+            embedded_sites,
             "load_learners",
             lambda config, *_: {site: sites(site) for site in config.run.participants},
         )

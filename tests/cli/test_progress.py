@@ -8,6 +8,7 @@ import re
 from rich.console import Console
 
 from gradualdiff.cli.progress import Lines
+from gradualdiff.events import RunMoved
 from tests import federations
 
 
@@ -16,7 +17,9 @@ def test_off_a_terminal_each_round_is_one_line_with_its_losses(tmp_path):
     out = io.StringIO()
     lines = Lines(Console(file=out, width=80))
     config = federations.config(rounds=2)
-    state = federations.run(config, tmp_path, moved=lines.moved, report=lines.report)
+    state = federations.run(
+        config, tmp_path, moved=lambda state: lines.moved(RunMoved.of(state)), report=lines.report
+    )
     told = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
     assert [line.partition(",")[0].partition(":")[0] for line in told] == [
         f"round {number} of 2 is closed" for number in range(3)

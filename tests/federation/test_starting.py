@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from coordinator.runs.branching import branch_run
 from coordinator.runs.deletion import delete_run
 from coordinator.runs.operating import operator_ledger
-from gradualdiff.cli import simulate
 from gradualdiff.cli.main import app
+from gradualdiff.embedded import sites as embedded_sites
 from shared.config import load_federation
 from shared.errors import InterruptedRunError, RunExistsError, StoreUnavailableError
 from shared.protocol.ledger import list_runs
@@ -48,7 +48,7 @@ def simulated(tmp_path, monkeypatch):
     def run(rounds, *arguments, sites=NumpyLearner, **settings):
         path = write_federation(tmp_path, tmp_path, rounds=rounds, **settings)
         learners = {site: sites(site) for site in "ab"}
-        monkeypatch.setattr(simulate, "load_learners", lambda *_: learners)
+        monkeypatch.setattr(embedded_sites, "load_learners", lambda *_: learners)
         return CliRunner().invoke(app, ["simulate", str(path), "--json", *arguments])
 
     return run
@@ -134,7 +134,7 @@ def test_no_room_for_all_rounds_is_said_before_the_first_record(simulated, tmp_p
 
 def test_what_room_there_is_and_should_be_is_told_apart_on_a_small_disk(simulated, monkeypatch):
     """In GB both would be 0.0."""
-    monkeypatch.setattr("gradualdiff.cli.preflight.shutil.disk_usage", lambda _: SMALL_DISK)
+    monkeypatch.setattr("gradualdiff.embedded.preflight.shutil.disk_usage", lambda _: SMALL_DISK)
     told = str(simulated(10**4).exception)
     assert "got 0.3 MB" in told
     assert "expected 0.0" not in told

@@ -178,3 +178,18 @@ def test_importing_the_log_module_does_not_import_structlog():
     """``--help`` does not pay for what it does not write."""
     code = "import sys, shared.log; sys.exit('structlog' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_a_configuration_nothing_is_printed():
+    """In a script that only imports; what it configures later is followed."""
+    program = (
+        "from shared.log import configure, get_logger\n"
+        "get_logger().error('site.lost', site='a')\n"
+        "configure()\n"
+        "get_logger().error('site.found', site='a')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["site.found"]

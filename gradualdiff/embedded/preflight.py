@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from coordinator.effects import announcement
 from coordinator.round.members import unfit
 from coordinator.runs.branching import misfit
-from gradualdiff.cli.output import megabytes
 from shared import topology
 from shared.adapters import kind_of
 from shared.errors import ConfigError, GradualDiffError, ModelError, StoreUnavailableError
@@ -111,7 +110,7 @@ def _check_room(
     free = shutil.disk_usage(store.root).free
     if wanted > free:
         raise StoreUnavailableError(
-            f"{store.root}: expected {megabytes(wanted)} MB free for {rounds} rounds of "
-            f"{len(config.run.participants)} sites, got {megabytes(free)} MB; make room, choose "
+            f"{store.root}: expected {wanted / 1e6:.1f} MB free for {rounds} rounds of "
+            f"{len(config.run.participants)} sites, got {free / 1e6:.1f} MB; make room, choose "
             "another place for the store, or run fewer rounds"
         )
