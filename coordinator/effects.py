@@ -22,7 +22,7 @@ from coordinator.round.state import (
     MakeGenesis,
     WriteRecord,
 )
-from shared import topology
+from shared import modes, topology
 from shared.adapters import kind_of
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
@@ -301,6 +301,7 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         rounds=config.run.rounds,
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
+        modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
     )
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
-from shared.config import FederationConfig
 from shared.errors import LedgerDamagedError
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import (
@@ -34,6 +33,7 @@ from shared.protocol.records import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from shared.config import FederationConfig
     from shared.protocol.ledger import Place
     from shared.protocol.manifest import HeldOut
     from shared.protocol.records import FederationRecord, Input, Record
@@ -221,15 +221,13 @@ class History:
 def read_history(store: ObjectStore, run: str, damaged: Damage | None = None) -> History:
     """Read every record of a run. ``damaged``: called with each that cannot be read.
 
-    Raises RunNotFoundError, and LedgerDamagedError and ConfigError for the first record; without
-    ``damaged`` also LedgerDamagedError for any other, or if the settings have not their digest.
+    Raises RunNotFoundError, and LedgerDamagedError, ConfigError and MissingPackageError for the
+    first record; without ``damaged`` also LedgerDamagedError for any other, or if the settings
+    have not their digest.
     """
     ledger = Ledger(store, run, "reader", lambda: 0.0)
     federation = ledger.federation()
-    if damaged is None:
-        config = ledger.config(federation)
-    else:
-        config = FederationConfig.from_record(federation.config, federation.key(run))
+    config = ledger.config(federation) if damaged is None else federation.settings(run)
     history = History(run, federation, config)
     for place in ledger.places():
         try:

@@ -1,10 +1,11 @@
-"""What a site takes part in: its own word against a run's settings. Pure."""
+"""What a site takes part in: its own word against a run's settings."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from participant.learner.port import steps_in_round
+from shared import modes
 from shared.adapters import kind_of
 from shared.base_model import HUB_ID
 from shared.methods.averaging import get_averaging
@@ -24,6 +25,7 @@ FAILURES_PER_ROUND = 10
 # A step of AdamW multiplies what was trained before by 1 minus this: near 1 only the last step of
 # a round would be left in its delta.
 MOST_DECAY = 0.1
+_UNANNOUNCED = "expected a built-in mode, or one that the run was announced with"
 _REMEDY = (
     "Change the run's settings (under another run.name), or ask the site to change [accept] in "
     "its site.toml"
@@ -36,7 +38,8 @@ def objections(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None
     ``ready``: what the loaded model and text turned out to be, once they are. Which layers hold an
     adapter, how many different examples there are and how many steps an epoch takes is known then.
     """
-    found = [*_unwanted(run, accept), *_too_large(run, accept, ready)]
+    found = [*_unwanted(run, accept), *(_foreign(run, accept) or _consent(run, accept))]
+    found += _too_large(run, accept, ready)
     found += _too_telling(run.training, accept, ready)
     if ready is not None:
         found += _layers(accept, ready)
@@ -54,8 +57,31 @@ def _unwanted(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
             f"accept.models: expected base.model to be a hub id, got {run.base.model}; a folder is "
             "used only where accept.models names it"
         )
+
+
+def _foreign(run: RunAnnounced, accept: AcceptSection) -> list[str]:
+    """Modes of other packages that this site does not run, or not in this version."""
+    found = []
+    for mode in run.modes:
+        name = f"{mode.kind}.{mode.name}"
+        if name not in accept.modes:
+            allowed = ", ".join(accept.modes) or "no mode of another package"
+            found.append(f"accept.modes: expected {allowed}, got {mode}")
+        else:
+            found += filter(None, [modes.lack(mode)])
+    if _is_unannounced("averaging", run.averaging, run):
+        found.append(f"aggregation.averaging: {_UNANNOUNCED}, got {run.averaging}")
+    return found
+
+
+def _is_unannounced(kind: str, name: str, run: RunAnnounced) -> bool:
+    announced = {(mode.kind, mode.name) for mode in run.modes}
+    return not modes.is_built_in(kind, name) and (kind, name) not in announced
+
+
+def _consent(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
     mode = get_averaging(run.averaging)
-    if mode.consent and not getattr(accept, mode.consent):
+    if mode.consent and not getattr(accept, mode.consent, False):
         yield (
             f"accept.{mode.consent}: expected true for a run with aggregation.averaging = "
             f'"{run.averaging}", which {mode.shows}, got false'
@@ -140,6 +166,8 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
             f"aggregation.averaging: expected {announced.averaging} as announced, "
             f"got {task.averaging}"
         )
+    if _is_unannounced("codecs", task.codec, announced):
+        found.append(f"codec.name: {_UNANNOUNCED}, got {task.codec}")
     # Beyond the end of a schedule the rate is 0: a round across it would be one of few steps.
     if not 0.0 <= task.progress_from < task.progress_to <= 1.0:
         found.append(

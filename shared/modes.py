@@ -25,21 +25,28 @@ if TYPE_CHECKING:
 
     from shared.config import FederationConfig
 
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}$")]
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._+!-]{1,100}$")]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of modes. ``contract``: the class in ``package`` whose parts a mode must have."""
+    """One sort of modes.
+
+    ``contract``: the class in ``package`` whose parts a mode must have. ``at_sites``: whether sites
+    run its code too.
+    """
 
     package: str
     contract: str
     setting: str
+    at_sites: bool = False
 
 
 KINDS: Final = {
-    "averaging": Kind("shared.methods.averaging", "Averaging", "aggregation.averaging"),
-    "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name"),
+    "averaging": Kind(
+        "shared.methods.averaging", "Averaging", "aggregation.averaging", at_sites=True
+    ),
+    "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name", at_sites=True),
     "policies": Kind("shared.methods.policies", "Policy", "policy.kind"),
     "rules": Kind("shared.methods.rules", "Rule", "aggregation.rule"),
     "server_optimizers": Kind(
@@ -103,6 +110,11 @@ def origin(kind: str, name: str) -> Origin | None:
     if point is None or point.dist is None:
         return None
     return Origin(kind=kind, name=name, version=point.dist.version, distribution=point.dist.name)
+
+
+def is_built_in(kind: str, name: str) -> bool:
+    """Whether this release brings the mode itself."""
+    return name in _built_in(kind)
 
 
 def origins(config: FederationConfig) -> tuple[Origin, ...]:

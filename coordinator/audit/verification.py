@@ -24,9 +24,8 @@ from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.round.controls import steer
 from coordinator.round.machine import clips, shares
 from coordinator.round.selection import select
-from shared import topology
+from shared import modes, topology
 from shared.adapters import kind_of
-from shared.config import FederationConfig, LoraSection
 from shared.errors import (
     DecodeError,
     DeltaRefusedError,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from shared.config import FederationConfig, LoraSection
     from shared.protocol.ledger import Ledger
 
 UNKNOWN = "unknown"
@@ -78,8 +78,8 @@ class Verification:
 def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> Verification:
     """Check the whole chain of a run. ``scratch``: an empty local folder; ``report(round)``.
 
-    Raises RunNotFoundError, and LedgerDamagedError when the run's first record cannot be read:
-    without its settings nothing can be recomputed.
+    Raises RunNotFoundError, LedgerDamagedError when the run's first record cannot be read (without
+    its settings nothing can be recomputed), and MissingPackageError where a mode of it is not here.
     """
     return _Verifier(ledger, scratch).verify(report)
 
@@ -102,7 +102,8 @@ class _Verifier:
 
     def _settings(self) -> FederationConfig:
         record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
-        config = FederationConfig.from_record(record.config, key)
+        modes.require(record.modes, f"run {self._ledger.run}")
+        config = record.settings(self._ledger.run)
         if config.digest != record.digest:
             self._expect(0, key, "digest", record.digest, config.digest)
         return config

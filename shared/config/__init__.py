@@ -32,7 +32,6 @@ from shared.config.training import BaseSection, LoraSection, TrainingSection
 from shared.config.values import (
     NAME_PATTERN,
     RESERVED_NAMES,
-    AveragingName,
     Name,
     Positive,
     Sha256,
@@ -45,7 +44,6 @@ __all__ = [
     "RESERVED_NAMES",
     "AcceptSection",
     "AggregationSection",
-    "AveragingName",
     "BaseSection",
     "BrokerSection",
     "DataSection",

@@ -122,6 +122,8 @@ class AcceptSection(Section):
     """Whether it takes part in a run with ``averaging = "flora"``, which gives each site's own
     factors to all others.
     """
+    modes: tuple[str, ...] = ()
+    """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
 
 
 class SiteConfig(Section):

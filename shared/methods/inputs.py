@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from shared.tensors.arithmetic import square_and_product, squared_norm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from shared.protocol.manifest import Manifest
+    from numpy.typing import NDArray
+
+    from shared.protocol.manifest import Manifest, TensorSpec
     from shared.tensors.tensor_file import Stopwatch
 
 
@@ -41,3 +48,25 @@ class Figures(Protocol):
 
     def note_gap(self, square: float) -> None:
         """Square of what one layer's new product lacks of the mean of the products."""
+
+
+def measure(
+    spec: TensorSpec,
+    sites: Sequence[str],
+    read: Callable[[int], NDArray[Any]],
+    shares: Sequence[float],
+    figures: Figures,
+) -> None:
+    """Figures of one tensor: of the mean of all deltas, and of each beside it.
+
+    ``read(index)``: a delta's values of it. One of a lower rank counts as zeros beyond it.
+    """
+    mean = np.zeros(spec.shape)
+    parts = []
+    for index, share in enumerate(shares):
+        values = read(index)
+        parts.append(mean[tuple(slice(length) for length in values.shape)])
+        parts[-1][:] += np.multiply(values, share, dtype=np.float64)
+    figures.note_mean(squared_norm(mean))
+    for index, site in enumerate(sites):
+        figures.note_delta(site, *square_and_product(read(index), parts[index]))

@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
-from shared.config import AveragingName, BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
 from shared.topology import REFUSED_BYTES
@@ -65,10 +66,12 @@ class RunAnnounced(Event):
     """T of the run."""
     participants: Count
     """How many sites the run lists."""
-    averaging: AveragingName = "fedavg"
+    averaging: Word = "fedavg"
     """{averaging}. With ``round``: which tensors are trained and sent. With ``flora`` a site merges
     what an adapter holds beyond the site's own rank into its base.
     """
+    modes: Annotated[tuple[Origin, ...], Strict(False), Most(20)] = ()
+    """What a site runs of other packages for it: kind, name, version and distribution."""
 
 
 class RoundStarted(Event):
@@ -97,7 +100,7 @@ class RoundStarted(Event):
     """Which try of this round, from 1."""
     last_counted: Sha256 | None = None
     """This site's delta that was counted last."""
-    averaging: AveragingName = "fedavg"
+    averaging: Word = "fedavg"
 
 
 class UploadGranted(Event):

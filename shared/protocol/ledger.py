@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
-from shared import topology
-from shared.config import FederationConfig, canonical_json
+from shared import modes, topology
+from shared.config import canonical_json
 from shared.errors import (
     FencedError,
     LedgerDamagedError,
@@ -47,6 +47,7 @@ from shared.protocol.records import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -95,11 +96,13 @@ class Ledger:
         """Record the config, or meet the equal one of an earlier start.
 
         Raises RunExistsError naming each setting that differs from what is on record, and for a
-        run that is being deleted.
+        run that is being deleted; MissingPackageError where it began with other modes.
         """
         if self.is_dying():
             raise RunExistsError(_dying(self.run))
-        mine = FederationRecord(config=config.recorded(), digest=config.digest)
+        mine = FederationRecord(
+            config=config.recorded(), digest=config.digest, modes=modes.origins(config)
+        )
         theirs = self.write(mine)
         if theirs.digest != mine.digest:
             changes = "; ".join(_differences(theirs.config, mine.config))
@@ -108,6 +111,7 @@ class Ledger:
                 "Restore these settings to resume it, choose another run.name, or delete the run: "
                 f"gradualdiff runs delete {self.run}"
             )
+        modes.require(theirs.modes, f"run {self.run}")
         return theirs
 
     def write(self, record: AnyRecord) -> AnyRecord:
@@ -167,10 +171,10 @@ class Ledger:
     def config(self, record: FederationRecord | None = None) -> FederationConfig:
         """The config on record, or in ``record``.
 
-        Raises RunNotFoundError, LedgerDamagedError, ConfigError.
+        Raises RunNotFoundError, LedgerDamagedError, ConfigError, MissingPackageError.
         """
         record = record or self.federation()
-        config = FederationConfig.from_record(record.config, topology.federation_key(self.run))
+        config = record.settings(self.run)
         if config.digest != record.digest:
             raise LedgerDamagedError(
                 f"{topology.federation_key(self.run)}: the config does not have its digest "

@@ -11,10 +11,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+    model_validator,
+)
 
 from shared import topology
-from shared.config import Name, Sha256
+from shared.config import FederationConfig, Name, Sha256
+from shared.errors import ConfigError
+from shared.modes import Origin, require
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
 
 # Numbers that are counted up to have an end: a record may say any, and somebody counts.
@@ -51,6 +59,25 @@ class FederationRecord(StampedRecord):
     """All settings but ``[store]`` and ``[simulation]``."""
     digest: Sha256
     """sha256 of the settings."""
+    modes: Annotated[tuple[Origin, ...], Strict(False)] = ()
+    """Modes of other packages that the settings name: kind, name, version and distribution. Not
+    there where they name none.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_were_any(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if not self.modes:
+            values.pop("modes", None)
+        return values
+
+    def settings(self, run: str) -> FederationConfig:
+        """The config. Raises ConfigError, or MissingPackageError if a mode of it is not here."""
+        try:
+            return FederationConfig.from_record(self.config, self.key(run))
+        except ConfigError:
+            require(self.modes, f"run {run}")
+            raise
 
     def key(self, run: str) -> str:
         """One per run."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.extension.installing import forget
@@ -17,4 +20,7 @@ def packages(tmp_path, monkeypatch):
     forget()
     yield folder
     monkeypatch.undo()
+    for name, module in [*sys.modules.items()]:
+        if folder in Path(getattr(module, "__file__", None) or "/").parents:
+            del sys.modules[name]
     forget()

@@ -1,0 +1,180 @@
+"""Each mode of docs/how-to/extend.md in whole federations: run, killed, verified, branched."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from coordinator.effects import announcement
+from coordinator.runs.branching import branch_run
+from coordinator.runs.export import export_adapter
+from coordinator.runs.inspection import History
+from coordinator.runs.operating import operator_ledger
+from participant.acceptance import objections
+from shared import modes
+from shared.errors import MissingPackageError, RunStuckError
+from shared.protocol import wire
+from shared.protocol.records import ClosedRecord, FederationRecord
+from tests import federations
+from tests.extension.installing import uninstall
+from tests.extension.page import PROJECT, SECTIONS, install_page, settings
+from tests.numpy_learner import ANYTHING
+from tests.steering import records, store_of, verify
+
+KILLED = textwrap.dedent(
+    """
+    import os, pathlib, signal, sys
+    from tests import federations
+    from tests.extension.page import settings
+    config = federations.config(**settings(sys.argv[2]))
+    sites = federations.learners(config)
+    def die(task):
+        if task.round == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sites["b"].fault = die
+    federations.run(config, pathlib.Path(sys.argv[1]), sites)
+    """
+)
+
+
+@pytest.fixture(params=SECTIONS)
+def title(request, packages):
+    """A section whose mode is installed."""
+    install_page(packages)
+    return request.param
+
+
+def named(config):
+    """Kind and name of each mode that is not built in."""
+    return [f"{one.kind}.{one.name}" for one in modes.origins(config)]
+
+
+def test_a_killed_run_resumes_to_the_same_adapter_and_verifies(title, tmp_path):
+    """The mode, its version and its package are on record. The process is really killed."""
+    config = federations.config(**settings(title))
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(folder), title]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(records(folder, ClosedRecord)) == 1
+    assert federations.run(config, folder).adapter_sha == wanted
+    (first,) = records(folder, FederationRecord)
+    (mode,) = first.modes
+    assert (mode.distribution, mode.version) == (PROJECT["name"], PROJECT["version"])
+    found = verify(folder)
+    assert (found.findings, found.rounds) == ([], 3)
+
+
+def test_a_run_is_exported_and_branched(title, tmp_path):
+    """The branch begins with its adapter and ends in a verified one of its own."""
+    federations.run(federations.config(**settings(title)), tmp_path)
+    store = store_of(tmp_path)
+    exported = export_adapter(History(store, "test"), store, tmp_path / "out", None, "base")
+    parent, child = (operator_ledger(store, run, lambda: 1.0) for run in ("test", "new"))
+    assert branch_run(parent, 3, child).adapter_sha == exported.sha
+    federations.run(federations.config(name="new", **settings(title)), tmp_path)
+    found = verify(tmp_path, "new")
+    assert (found.findings, found.rounds) == ([], 3)
+
+
+def test_a_mode_changes_what_it_is_for(packages, tmp_path):
+    """Another codec and another averaging end in other adapters."""
+    install_page(packages)
+    ends = [
+        federations.run(federations.config(**given), tmp_path / str(number)).adapter_sha
+        for number, given in enumerate(({}, settings("A codec"), settings("An averaging mode")))
+    ]
+    assert len(set(ends)) == 3
+
+
+def test_without_the_package_the_mode_is_told_by_name(title, packages, tmp_path):
+    """To whoever verifies, exports or resumes: not as damage, and not in a traceback."""
+    config = federations.config(**settings(title))
+    federations.run(config, tmp_path)
+    (name,) = named(config)
+    uninstall(packages)
+    said = rf"run test: {name} of toy-modes 1\.0 is not installed; install toy-modes==1\.0"
+    with pytest.raises(MissingPackageError, match=said):
+        verify(tmp_path)
+    store = ("--store", str(tmp_path / "store"))
+    done = run_command("runs", "verify", "test", *store)
+    assert done.returncode == MissingPackageError.exit_code
+    assert f"{name} of toy-modes 1.0 is not installed" in " ".join(done.stderr.split())
+
+
+def test_an_export_without_the_averaging_mode_says_its_name(packages, tmp_path):
+    """What an adapter of it looks like, only the mode knows."""
+    install_page(packages)
+    federations.run(federations.config(**settings("An averaging mode")), tmp_path)
+    uninstall(packages)
+    options = ("--to", str(tmp_path / "out"), "--store", str(tmp_path / "store"))
+    done = run_command("runs", "export", "test", *options)
+    assert done.returncode == MissingPackageError.exit_code
+    assert "averaging.elected of toy-modes 1.0 is not installed" in " ".join(done.stderr.split())
+
+
+def test_another_version_is_told(title, packages, tmp_path):
+    """Neither resumed nor verified by other code."""
+    config = federations.config(**settings(title))
+    federations.run(config, tmp_path)
+    install_page(packages, "2.0")
+    said = rf"expected {named(config)[0]} of toy-modes 1\.0, got .* 2\.0; install toy-modes==1\.0"
+    with pytest.raises(MissingPackageError, match=said):
+        verify(tmp_path)
+    with pytest.raises(MissingPackageError, match=said):
+        federations.run(config, tmp_path)
+
+
+def test_a_run_of_built_in_modes_has_no_word_of_them_on_record(tmp_path):
+    """Its records are what they were before there were others."""
+    federations.run(federations.config(), tmp_path)
+    assert b"modes" not in store_of(tmp_path).get("runs/test/federation.json")
+
+
+@pytest.mark.parametrize("kind", ["codecs", "averaging"])
+def test_a_site_takes_part_only_where_it_names_the_mode(kind, packages, tmp_path):
+    """Otherwise it declines, and says which it is."""
+    install_page(packages)
+    given = {"codecs": "A codec", "averaging": "An averaging mode"}[kind]
+    config = federations.config(**settings(given))
+    (name,) = named(config)
+    said = f"accept.modes: expected no mode of another package, got {name} of toy-modes 1.0"
+    with pytest.raises(RunStuckError, match=said):
+        federations.run(config, tmp_path / "declined", accept=ANYTHING)
+    willing = ANYTHING.model_copy(update={"modes": (name,)})
+    federations.run(config, tmp_path / "willing", accept=willing)
+    assert verify(tmp_path / "willing").findings == []
+
+
+def test_a_site_that_lacks_the_mode_declines_by_name(packages):
+    """Or has another version, or is asked in a round for one that was not announced."""
+    install_page(packages)
+    config = federations.config(**settings("An averaging mode"), **settings("A codec"))
+    announced = announcement(config, "a")
+    assert [str(mode) for mode in announced.modes] == [
+        "averaging.elected of toy-modes 1.0",
+        "codecs.fp16 of toy-modes 1.0",
+    ]
+    accept = ANYTHING.model_copy(update={"modes": ("averaging.elected", "codecs.fp16")})
+    assert objections(announced, accept) == ""
+    install_page(packages, "2.0")
+    said = objections(announced, accept)
+    assert "expected codecs.fp16 of toy-modes 1.0, got codecs.fp16 of toy-modes 2.0" in said
+    uninstall(packages)
+    there = wire.decode(wire.encode(announced, 1.0)).event
+    assert there == announced
+    said = objections(there, accept)
+    assert "averaging.elected of toy-modes 1.0 is not installed; install toy-modes==1.0" in said
+    hidden = announced.model_copy(update={"modes": ()})
+    said = objections(hidden, accept)
+    assert "aggregation.averaging: expected a built-in mode, or one that the run" in said
+
+
+def run_command(*arguments):
+    """``gradualdiff`` in a process of its own."""
+    command = [sys.executable, "-m", "gradualdiff", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
