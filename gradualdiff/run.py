@@ -30,7 +30,7 @@ from shared.protocol.ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from coordinator.audit.verification import Verification
+    from coordinator.audit.evidence import Verification
     from shared.config import FederationConfig
     from shared.errors import StoreError
     from shared.stores.port import ObjectStore

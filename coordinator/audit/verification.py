@@ -10,32 +10,19 @@ What was deleted on purpose is a note and no finding; all that does not need it 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation.closing import Aggregated, Method, aggregate
-from coordinator.aggregation.exactness import ROUNDING
 from coordinator.aggregation.genesis import draw_adapter
-from coordinator.aggregation.server_optimizer import StateFiles
-from coordinator.audit.chain import Chain, Finding, accepted_records, read_chain
+from coordinator.audit.chain import accepted_records, read_chain
 from coordinator.audit.checks import check_origin, check_records, check_told
+from coordinator.audit.evidence import UNKNOWN, Verification
+from coordinator.audit.recomputing import Recomputing
 from coordinator.round.controls import steer
 from coordinator.round.machine import clips, shares
 from coordinator.round.selection import select
-from shared import modes, topology
+from shared import topology
 from shared.adapters import kind_of
-from shared.errors import (
-    DecodeError,
-    DeltaRefusedError,
-    LedgerError,
-    ObjectMissingError,
-)
-from shared.methods.averaging import delta_manifest, get_averaging
-from shared.methods.inputs import WeightedDelta
 from shared.methods.policies import get_policy
-from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
     AcceptedRecord,
@@ -47,32 +34,13 @@ from shared.protocol.records import (
     Record,
 )
 from shared.seeds import derive_seed
-from shared.tensors.codecs import get_codec
-from shared.tensors.delta_file import DeltaHeader, check_delta
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from shared.config import FederationConfig, LoraSection
+    from coordinator.aggregation.closing import Aggregated
     from shared.protocol.ledger import Ledger
-
-UNKNOWN = "unknown"
-GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
-NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
-
-
-@dataclass
-class Verification:
-    """What was recomputed, and what was found. ``notes``: what can no longer be told, and why."""
-
-    run: str
-    rounds: int = 0
-    recomputed: int = 0
-    deltas: int = 0
-    adapter_sha: str | None = None
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[Finding] = field(default_factory=list)
 
 
 def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> Verification:
@@ -84,33 +52,8 @@ def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> 
     return _Verifier(ledger, scratch).verify(report)
 
 
-class _Verifier:
-    def __init__(self, ledger: Ledger, scratch: Path) -> None:
-        self._ledger = ledger
-        self._scratch = scratch
-        self.result = Verification(ledger.run)
-        self._config = self._settings()
-        self._chain = Chain(ledger.run)
-        self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
-        self._counted: set[tuple[str, int]] = set()
-        self._genesis: GenesisRecord | None = None
-        self._sources: dict[int, str] = {}  # as the chain says, whatever a record of the round does
-        self._selected: dict[int, tuple[str, ...]] = {}
-        # The server optimiser's state after the last round: None where a round begins without
-        # one, UNKNOWN where no record says which it is.
-        self._server_sha: str | None = None
-
-    def _settings(self) -> FederationConfig:
-        record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
-        modes.require(record.modes, f"run {self._ledger.run}")
-        config = record.settings(self._ledger.run)
-        if config.digest != record.digest:
-            self._expect(0, key, "digest", record.digest, config.digest)
-        return config
-
-    @property
-    def _keeps_state(self) -> bool:
-        return get_server_optimizer(self._config.server.optimizer).rows > 0
+class _Verifier(Recomputing):
+    """Round by round, from the start to the end."""
 
     def verify(self, report: Callable[[int], None]) -> Verification:
         self._chain = chain = read_chain(self._ledger)
@@ -252,71 +195,6 @@ class _Verifier:
             path.unlink()
         return again
 
-    def _recompute(
-        self,
-        closing: ClosingRecord,
-        closed: ClosedRecord,
-        source: Path,
-        deltas: list[WeightedDelta],
-        state: StateFiles,
-    ) -> Aggregated | None:
-        assert self._genesis is not None  # without it no delta was found whole
-        number, key = closed.round, closed.key(self._ledger.run)
-        try:
-            target = self._scratch / "again"
-            method = Method.of(self._config)
-            again = aggregate(
-                source, deltas, self._genesis.manifest, target, method=method, state=state
-            )
-        except LedgerError as error:  # the decision itself cannot be carried out
-            self._find(number, closing.key(self._ledger.run), str(error))
-            return None
-        self.result.recomputed += 1
-        sha = again.digest.sha256
-        if sha != closed.adapter_sha and self._is_as_good(closed, target):
-            sha = closed.adapter_sha
-        self._expect(number, key, "adapter_sha", sha, closed.adapter_sha)
-        self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
-        self._expect(number, key, "left_out", again.left_out, closed.left_out)
-        mine, theirs = _figures(again), _figures(closed)
-        if again.stepped is not None:
-            self._expect(number, key, "server_sha", again.stepped.state.sha256, closed.server_sha)
-            mine["norm of the step"] = again.stepped.norm
-        if closed.step_norm is not None:
-            theirs["norm of the step"] = closed.step_norm
-        self._compare(number, key, mine, theirs)
-        gap, known = again.exactness_gap, closed.exactness_gap
-        if known is not None:  # a record of before there was one says nothing
-            # What may be rounding here and recorded as 0 elsewhere: see exactness.py.
-            rounding = ROUNDING * max(again.delta_norms.values()) ** 2
-            same = math.isclose(gap or 0.0, known, rel_tol=GAP_TOLERANCE, abs_tol=rounding)
-            self._expect(number, key, "exactness_gap", known if same else gap, known)
-        return again
-
-    def _is_as_good(self, closed: ClosedRecord, again: Path) -> bool:
-        """Whether a fit that differs does so by rounding only; a note says by how much.
-
-        LAPACK's last digits, for instance, are another CPU's own.
-        """
-        mode = get_averaging(self._config.aggregation.averaging)
-        if not mode.tolerance or self._genesis is None:
-            return False
-        stored = self._scratch / "stored"
-        key = topology.adapter_key(self._ledger.run, closed.adapter_sha)
-        try:
-            if self._ledger.store.spool([key], stored).sha256 != closed.adapter_sha:
-                return False
-            apart = mode.distance(stored, again, self._genesis.manifest)
-        except (ObjectMissingError, KeyError, ValueError, DecodeError):
-            return False  # what is wrong with it is found where both its files are looked at
-        if not apart <= mode.tolerance:
-            return False
-        says = (
-            f"adapter: equal to within {apart:.1e}, not to the byte: another CPU's linear algebra"
-        )
-        self._note(closed.round, closed.key(self._ledger.run), says)
-        return True
-
     def _check_held_out(self, closing: ClosingRecord, closed: ClosedRecord) -> None:
         accepted = [self._accepted.get((i.site, i.from_round)) for i in closing.inputs]
         found = [record for record in accepted if record is not None]
@@ -354,94 +232,6 @@ class _Verifier:
         else:
             self._expect(number, key, "sha", item.sha, record.sha)
 
-    def _delta(self, closing: ClosingRecord, index: int) -> WeightedDelta | None:
-        item = closing.inputs[index]
-        key = topology.delta_key(self._ledger.run, item.from_round, item.site, item.sha)
-        path = self._fetch(closing.round, key, item.sha, f"delta-{index}")
-        if path is None or self._genesis is None:
-            return None
-        self.result.deltas += 1
-        manifest = delta_manifest(self._genesis.manifest, self._config, item.site, item.from_round)
-        try:
-            found = check_delta(path, manifest, self._header(closing, index), None)
-        except DeltaRefusedError as error:
-            self._find(closing.round, key, str(error))
-            return None
-        record = self._accepted.get((item.site, item.from_round))
-        if record is not None:
-            on_record = record.key(self._ledger.run)
-            self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
-            self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
-        return WeightedDelta(item.label(closing.round), path, item.weight, item.scale, manifest)
-
-    def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
-        item, codec = closing.inputs[index], get_codec(self._config.codec.name)
-        return DeltaHeader(
-            run=self._ledger.run,
-            round=item.from_round,
-            site=item.site,
-            source_sha=self._sources.get(item.from_round, closing.source_sha),
-            codec=codec.name,
-            codec_version=codec.version,
-        )
-
-    def _adapter_file(self, number: int, sha: str) -> Path | None:
-        return self._fetch(number, topology.adapter_key(self._ledger.run, sha), sha, "source")
-
-    def _check_adapter(self, number: int, sha: str) -> None:
-        """Both files of the PEFT directory that a round produced."""
-        run = self._ledger.run
-        key = topology.adapter_key(run, sha)
-        config_key = topology.adapter_key(run, sha, "adapter_config.json")
-        try:
-            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
-        except ObjectMissingError:
-            self._find_missing(number, key)
-        try:
-            stored = self._ledger.store.get(config_key)
-        except ObjectMissingError:
-            self._find_missing(number, config_key)
-            return
-        lora = self._lora_after(number)
-        if self._genesis is not None and lora is not None:
-            made = kind_of(lora).peft_config(self._config.base, lora, self._genesis.manifest)
-            if made != stored:
-                self._find(number, config_key, "is not the config that the run's record gives")
-
-    def _lora_after(self, number: int) -> LoraSection | None:
-        """As PEFT needs it; None where a rank that grows follows from a record that is missing."""
-        closings = (self._chain.one(n, ClosingRecord) for n in range(1, number + 1))
-        mode = get_averaging(self._config.aggregation.averaging)
-        return mode.lora_after(closings, self._config.lora)
-
-    def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
-        """The state the round went on from; None if it is not there whole."""
-        if not self._keeps_state or self._server_sha is None:
-            return StateFiles(None, self._scratch / "state-again")
-        if self._server_sha == UNKNOWN:
-            says = "the state of the server's optimiser before it is on no record"
-            key = closed.key(self._ledger.run)
-            self._note(closed.round, key, f"cannot be recomputed: {says}")
-            return None
-        path = self._scratch / "state"
-        key = topology.server_state_key(self._ledger.run, self._server_sha)
-        try:
-            whole = self._ledger.store.spool([key], path).sha256 == self._server_sha
-        except ObjectMissingError:
-            return None  # said of the round that it came from
-        return StateFiles(path, self._scratch / "state-again") if whole else None
-
-    def _check_state(self, number: int, sha: str | None) -> None:
-        """What the next round goes on from is there, and is what its name says."""
-        self._server_sha = sha or UNKNOWN
-        if sha is None:
-            return  # said of the record
-        key = topology.server_state_key(self._ledger.run, sha)
-        try:
-            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
-        except ObjectMissingError:
-            self._find_missing(number, key)
-
     def _check_end(self) -> None:
         key, finished = topology.finished_key(self._ledger.run), self._chain.finished
         if finished is None:
@@ -450,50 +240,3 @@ class _Verifier:
         self._expect(finished.round, key, "failed", failed, finished.failed)
         self._expect(finished.round, key, "sha", self.result.adapter_sha, finished.sha)
         self._expect(finished.round, key, "round", self.result.rounds, finished.round)
-
-    def _fetch(self, number: int, key: str, sha: str, name: str) -> Path | None:
-        path = self._scratch / name
-        try:
-            found = self._ledger.store.spool([key], path).sha256
-        except ObjectMissingError:
-            self._find_missing(number, key)
-            return None
-        self._expect(number, key, "sha256", sha, found)
-        return path if found == sha else None
-
-    def _find_missing(self, number: int, key: str) -> None:
-        pruned = self._chain.pruned_by(key)
-        if pruned is None:
-            self._find(number, key, "is missing")
-            return
-        day = datetime.fromtimestamp(pruned.time, UTC).strftime("%Y-%m-%d")
-        self._note(number, key, f"pruned on {day}: cannot be recomputed")
-
-    def _note(self, number: int, key: str, says: str) -> None:
-        note = Finding(number, key, says)
-        if note not in self.result.notes:
-            self.result.notes.append(note)
-
-    def _compare(
-        self, number: int, key: str, mine: dict[str, float], theirs: dict[str, float]
-    ) -> None:
-        """Figures for people: equal but for the last digits."""
-        for name in sorted({*mine, *theirs}):
-            one, other = mine.get(name, math.nan), theirs.get(name, math.nan)
-            # A cosine near 0 has no digits of its own; a norm has, however small.
-            room = NORM_TOLERANCE if name.startswith("cosine") else 0.0
-            if not math.isclose(one, other, rel_tol=NORM_TOLERANCE, abs_tol=room):
-                self._find(number, key, f"{name}: expected {one}, got {other}")
-
-    def _expect(self, number: int, key: str, name: str, expected: object, got: object) -> None:
-        if expected != got:
-            self._find(number, key, f"{name}: expected {expected}, got {got}")
-
-    def _find(self, number: int, key: str, problem: str) -> None:
-        self.result.findings.append(Finding(number, key, problem))
-
-
-def _figures(result: Aggregated | ClosedRecord) -> dict[str, float]:
-    named = {f"norm of {site}": value for site, value in result.delta_norms.items()}
-    named |= {f"cosine of {site}": value for site, value in result.cosines.items()}
-    return {"norm of the mean": result.mean_norm, **named}

@@ -1,0 +1,189 @@
+"""A closed round's numbers computed again from its objects, and compared with those on record."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation.closing import Aggregated, Method, aggregate
+from coordinator.aggregation.exactness import ROUNDING
+from coordinator.aggregation.server_optimizer import StateFiles
+from coordinator.audit.evidence import UNKNOWN, Evidence
+from shared import topology
+from shared.adapters import kind_of
+from shared.errors import DecodeError, DeltaRefusedError, LedgerError, ObjectMissingError
+from shared.methods.averaging import delta_manifest, get_averaging
+from shared.methods.inputs import WeightedDelta
+from shared.protocol.records import ClosedRecord, ClosingRecord
+from shared.tensors.codecs import get_codec
+from shared.tensors.delta_file import DeltaHeader, check_delta
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shared.config import LoraSection
+
+GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
+
+
+class Recomputing(Evidence):
+    """The arithmetic of a round, with the objects that it begins with and those that it leaves."""
+
+    def _recompute(
+        self,
+        closing: ClosingRecord,
+        closed: ClosedRecord,
+        source: Path,
+        deltas: list[WeightedDelta],
+        state: StateFiles,
+    ) -> Aggregated | None:
+        assert self._genesis is not None  # without it no delta was found whole
+        number, key = closed.round, closed.key(self._ledger.run)
+        try:
+            target = self._scratch / "again"
+            method = Method.of(self._config)
+            again = aggregate(
+                source, deltas, self._genesis.manifest, target, method=method, state=state
+            )
+        except LedgerError as error:  # the decision itself cannot be carried out
+            self._find(number, closing.key(self._ledger.run), str(error))
+            return None
+        self.result.recomputed += 1
+        sha = again.digest.sha256
+        if sha != closed.adapter_sha and self._is_as_good(closed, target):
+            sha = closed.adapter_sha
+        self._expect(number, key, "adapter_sha", sha, closed.adapter_sha)
+        self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
+        self._expect(number, key, "left_out", again.left_out, closed.left_out)
+        mine, theirs = _figures(again), _figures(closed)
+        if again.stepped is not None:
+            self._expect(number, key, "server_sha", again.stepped.state.sha256, closed.server_sha)
+            mine["norm of the step"] = again.stepped.norm
+        if closed.step_norm is not None:
+            theirs["norm of the step"] = closed.step_norm
+        self._compare(number, key, mine, theirs)
+        gap, known = again.exactness_gap, closed.exactness_gap
+        if known is not None:  # a record of before there was one says nothing
+            # What may be rounding here and recorded as 0 elsewhere: see exactness.py.
+            rounding = ROUNDING * max(again.delta_norms.values()) ** 2
+            same = math.isclose(gap or 0.0, known, rel_tol=GAP_TOLERANCE, abs_tol=rounding)
+            self._expect(number, key, "exactness_gap", known if same else gap, known)
+        return again
+
+    def _is_as_good(self, closed: ClosedRecord, again: Path) -> bool:
+        """Whether a fit that differs does so by rounding only; a note says by how much.
+
+        LAPACK's last digits, for instance, are another CPU's own.
+        """
+        mode = get_averaging(self._config.aggregation.averaging)
+        if not mode.tolerance or self._genesis is None:
+            return False
+        stored = self._scratch / "stored"
+        key = topology.adapter_key(self._ledger.run, closed.adapter_sha)
+        try:
+            if self._ledger.store.spool([key], stored).sha256 != closed.adapter_sha:
+                return False
+            apart = mode.distance(stored, again, self._genesis.manifest)
+        except (ObjectMissingError, KeyError, ValueError, DecodeError):
+            return False  # what is wrong with it is found where both its files are looked at
+        if not apart <= mode.tolerance:
+            return False
+        says = (
+            f"adapter: equal to within {apart:.1e}, not to the byte: another CPU's linear algebra"
+        )
+        self._note(closed.round, closed.key(self._ledger.run), says)
+        return True
+
+    def _delta(self, closing: ClosingRecord, index: int) -> WeightedDelta | None:
+        item = closing.inputs[index]
+        key = topology.delta_key(self._ledger.run, item.from_round, item.site, item.sha)
+        path = self._fetch(closing.round, key, item.sha, f"delta-{index}")
+        if path is None or self._genesis is None:
+            return None
+        self.result.deltas += 1
+        manifest = delta_manifest(self._genesis.manifest, self._config, item.site, item.from_round)
+        try:
+            found = check_delta(path, manifest, self._header(closing, index), None)
+        except DeltaRefusedError as error:
+            self._find(closing.round, key, str(error))
+            return None
+        record = self._accepted.get((item.site, item.from_round))
+        if record is not None:
+            on_record = record.key(self._ledger.run)
+            self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
+            self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
+        return WeightedDelta(item.label(closing.round), path, item.weight, item.scale, manifest)
+
+    def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
+        item, codec = closing.inputs[index], get_codec(self._config.codec.name)
+        return DeltaHeader(
+            run=self._ledger.run,
+            round=item.from_round,
+            site=item.site,
+            source_sha=self._sources.get(item.from_round, closing.source_sha),
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+
+    def _adapter_file(self, number: int, sha: str) -> Path | None:
+        return self._fetch(number, topology.adapter_key(self._ledger.run, sha), sha, "source")
+
+    def _check_adapter(self, number: int, sha: str) -> None:
+        """Both files of the PEFT directory that a round produced."""
+        run = self._ledger.run
+        key = topology.adapter_key(run, sha)
+        config_key = topology.adapter_key(run, sha, "adapter_config.json")
+        try:
+            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
+        except ObjectMissingError:
+            self._find_missing(number, key)
+        try:
+            stored = self._ledger.store.get(config_key)
+        except ObjectMissingError:
+            self._find_missing(number, config_key)
+            return
+        lora = self._lora_after(number)
+        if self._genesis is not None and lora is not None:
+            made = kind_of(lora).peft_config(self._config.base, lora, self._genesis.manifest)
+            if made != stored:
+                self._find(number, config_key, "is not the config that the run's record gives")
+
+    def _lora_after(self, number: int) -> LoraSection | None:
+        """As PEFT needs it; None where a rank that grows follows from a record that is missing."""
+        closings = (self._chain.one(n, ClosingRecord) for n in range(1, number + 1))
+        mode = get_averaging(self._config.aggregation.averaging)
+        return mode.lora_after(closings, self._config.lora)
+
+    def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
+        """The state the round went on from; None if it is not there whole."""
+        if not self._keeps_state or self._server_sha is None:
+            return StateFiles(None, self._scratch / "state-again")
+        if self._server_sha == UNKNOWN:
+            says = "the state of the server's optimiser before it is on no record"
+            key = closed.key(self._ledger.run)
+            self._note(closed.round, key, f"cannot be recomputed: {says}")
+            return None
+        path = self._scratch / "state"
+        key = topology.server_state_key(self._ledger.run, self._server_sha)
+        try:
+            whole = self._ledger.store.spool([key], path).sha256 == self._server_sha
+        except ObjectMissingError:
+            return None  # said of the round that it came from
+        return StateFiles(path, self._scratch / "state-again") if whole else None
+
+    def _check_state(self, number: int, sha: str | None) -> None:
+        """What the next round goes on from is there, and is what its name says."""
+        self._server_sha = sha or UNKNOWN
+        if sha is None:
+            return  # said of the record
+        key = topology.server_state_key(self._ledger.run, sha)
+        try:
+            self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
+        except ObjectMissingError:
+            self._find_missing(number, key)
+
+
+def _figures(result: Aggregated | ClosedRecord) -> dict[str, float]:
+    named = {f"norm of {site}": value for site, value in result.delta_norms.items()}
+    named |= {f"cosine of {site}": value for site, value in result.cosines.items()}
+    return {"norm of the mean": result.mean_norm, **named}
