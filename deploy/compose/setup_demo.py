@@ -8,13 +8,14 @@ was lost with a server is made again, so it runs before every start.
 # ruff: noqa: T201 - a script of the image; it runs our own command and says so
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 OPERATOR = Path("/operator")  # seen by this setup only
 PREPARED = OPERATOR / "prepared"
@@ -64,7 +65,7 @@ def prepare(wanted: dict[str, int]) -> None:
     gradualdiff("demo", "--prepare", "--dir", PREPARED, *options, XDG_CACHE_HOME=str(MODEL))
     tables = tomllib.loads((PREPARED / "federation.toml").read_text())
     tables.pop("simulation", None)
-    write(FEDERATION, toml({**tables, "broker": BROKER, "store": STORE}))
+    write(FEDERATION, tomli_w.dumps({**tables, "broker": BROKER, "store": STORE}).encode())
 
 
 def say_what_holds(tables: Tables, wanted: dict[str, int]) -> None:
@@ -99,7 +100,7 @@ def hand_over(name: str) -> None:
     tables |= {table: kit[table] for table in ("broker", "store", "accept") if table in kit}
     write(folder / text.name, text.read_bytes())
     write(folder / password, (KITS / name / password).read_bytes())
-    write(folder / "site.toml", toml(tables))
+    write(folder / "site.toml", tomli_w.dumps(tables).encode())
 
 
 def gradualdiff(*arguments: object, **environment: str) -> None:
@@ -109,16 +110,6 @@ def gradualdiff(*arguments: object, **environment: str) -> None:
     done = subprocess.run(command, env={**os.environ, **environment}, check=False)
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def toml(tables: Tables) -> bytes:
-    """Strings, numbers, booleans and lists of strings: their JSON form is TOML too."""
-    lines: list[str] = []
-    for table, values in tables.items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-        lines.append("")
-    return "\n".join(lines).encode()
 
 
 def write(path: Path, content: bytes) -> None:

@@ -26,6 +26,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import tomli_w
+
 BUCKET = "gradualdiff"
 PORTS = ("amqp", "dist", "management", "s3", "filer", "master", "volume", "admin")
 START_SECONDS = 90.0
@@ -209,17 +211,20 @@ def _wait(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
 
 
 def _write_toml(folder: Path, settings: dict[str, object]) -> None:
-    (folder / "servers.toml").write_text(
-        "[broker]\n"
-        f'url = "amqp://coordinator@127.0.0.1:{settings["amqp"]}/"\n'
-        f"password_file = {json.dumps(str(folder / 'broker-password'))}\n"
-        f'management_url = "http://127.0.0.1:{settings["management"]}"\n\n'
-        "[store]\n"
-        f'url = "http://127.0.0.1:{settings["s3"]}"\n'
-        f'bucket = "{BUCKET}"\n'
-        f"access_key_file = {json.dumps(str(folder / 'store-access-key'))}\n"
-        f"secret_key_file = {json.dumps(str(folder / 'store-secret-key'))}\n"
-    )
+    tables = {
+        "broker": {
+            "url": f"amqp://coordinator@127.0.0.1:{settings['amqp']}/",
+            "password_file": str(folder / "broker-password"),
+            "management_url": f"http://127.0.0.1:{settings['management']}",
+        },
+        "store": {
+            "url": f"http://127.0.0.1:{settings['s3']}",
+            "bucket": BUCKET,
+            "access_key_file": str(folder / "store-access-key"),
+            "secret_key_file": str(folder / "store-secret-key"),
+        },
+    }
+    (folder / "servers.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.output import toml_value
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from shared.config import FederationConfig, SiteConfig
 
+# Written from a template, not by tomli-w: the comments are what the file is for.
 _FEDERATION = """\
 # Every setting: gradualdiff's docs/reference/config.md. Those behind a # show their default.
 
@@ -112,31 +114,27 @@ def _relative(path: Path, folder: Path, given: str) -> str:
 
 def _federation(config: FederationConfig) -> str:
     return _FEDERATION.format(
-        name=_toml(config.run.name),
+        name=toml_value(config.run.name),
         rounds=config.run.rounds,
-        sites=_toml(list(config.run.participants)),
-        model=_toml(config.base.model),
+        sites=toml_value(list(config.run.participants)),
+        model=toml_value(config.base.model),
         quantisation=config.base.quantisation,
         batch_size=config.training.batch_size,
         learning_rate=config.training.learning_rate,
         directory=config.store.directory,
-        files=_toml(list(config.simulation.sites)),
+        files=toml_value(list(config.simulation.sites)),
     )
 
 
 def _site(config: SiteConfig, mapping: Mapping[str, str]) -> str:
     return _SITE.format(
-        name=_toml(config.site.name),
-        path=_toml(config.data.path),
-        columns="\n".join(f"{setting} = {_toml(column)}" for setting, column in mapping.items()),
+        name=toml_value(config.site.name),
+        path=toml_value(config.data.path),
+        columns="\n".join(
+            f"{setting} = {toml_value(column)}" for setting, column in mapping.items()
+        ),
         held_out_fraction=config.data.held_out_fraction,
     )
-
-
-def _toml(value: object) -> str:
-    from shared.config import canonical_json
-
-    return canonical_json(value).decode()
 
 
 def _write(texts: Mapping[Path, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from gradualdiff.cli.output import toml_value
 from shared.adapters import kind_of
 from shared.errors import ConfigError
 
@@ -164,19 +164,21 @@ def _site_toml(office: Servers, name: str) -> str:
     from shared.config import AcceptSection
 
     config = office.config
-    broker = [f"url = {_quoted(site_url(office.broker, name))}"]
-    broker.append(f"password_file = {_quoted(PASSWORD_FILE)}")
+    broker = [f"url = {toml_value(site_url(office.broker, name))}"]
+    broker.append(f"password_file = {toml_value(PASSWORD_FILE)}")
     if office.broker.ca_file is not None:
-        broker.append(f"ca_file = {_quoted(CA_FILE)}")
-    broker.append(f"transport = {_quoted(office.broker.transport)}")
+        broker.append(f"ca_file = {toml_value(CA_FILE)}")
+    broker.append(f"transport = {toml_value(office.broker.transport)}")
     store = config.store.site_url or config.store.url
     steps = config.training.local_steps
     return _SITE_TOML.format(
-        name=_quoted(name),
+        name=toml_value(name),
         broker="\n".join(broker),
-        store=f"[store]\nurl = {_quoted(store)}" if store else '# [store] with url = "https://..."',
-        model=_quoted(config.base.model),
-        run=_quoted(config.run.name),
+        store=f"[store]\nurl = {toml_value(store)}"
+        if store
+        else '# [store] with url = "https://..."',
+        model=toml_value(config.base.model),
+        run=toml_value(config.run.name),
         rank=kind_of(config.lora).rank(config.lora, name),
         steps=1000 if steps is None else steps,
         rounds=config.run.rounds,
@@ -197,11 +199,7 @@ def _readme(name: str) -> str:
     )
 
 
-def _quoted(text: str) -> str:
-    """A TOML string: JSON's escapes are among TOML's."""
-    return json.dumps(text, ensure_ascii=False)
-
-
+# Written from a template, not by tomli-w: a site has to read the comments and fill in the rest.
 _SITE_TOML = """\
 # Site {name}. Files are relative to this one. Fill in [data]; look through [accept].
 

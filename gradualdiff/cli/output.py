@@ -52,6 +52,18 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def toml_value(value: object) -> str:
+    """One value on one line, for what is made to be read: tomli-w writes no comments beside it."""
+    import tomli_w
+
+    if isinstance(value, dict):
+        inner = ", ".join(f"{name} = {toml_value(entry)}" for name, entry in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").rstrip("\n")
+
+
 def set_words(sets: Sequence[str] | None) -> list[str]:
     """The words of a command that give these settings again."""
     return [word for setting in sets or () for word in ("--set", setting)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.config import FederationConfig, canonical_json, parse
+import tomli_w
+
+from shared.config import FederationConfig, parse
 from shared.config.overrides import overridden
 
 if TYPE_CHECKING:
@@ -97,10 +99,5 @@ def _site_broker(name: str, broker: Mapping[str, object]) -> dict[str, object]:
 
 
 def write_tables(path: Path, tables: Mapping[str, Mapping[str, object]]) -> None:
-    """TOML of strings, numbers, booleans and lists of them: their JSON form is the same."""
-    lines: list[str] = []
-    for table, values in tables.items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {canonical_json(value).decode()}" for key, value in values.items()]
-        lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8")
+    """Write a TOML file."""
+    path.write_text(tomli_w.dumps(tables), encoding="utf-8")
