@@ -9,6 +9,7 @@ import typer
 
 from gradualdiff.cli import (
     check,
+    config,
     demo,
     doctor,
     init,
@@ -39,6 +40,7 @@ app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
 app.command("doctor")(doctor.doctor)
+app.add_typer(config.app, name="config")
 app.add_typer(sites.app, name="sites")
 app.add_typer(runs.app, name="runs")
 app.add_typer(rounds.app, name="rounds")
