@@ -13,6 +13,8 @@ from shared.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.axes import Axes
+
     from gradualdiff.run import Run
 
 
@@ -22,6 +24,15 @@ class Comparison:
 
     runs: tuple[ComparedRun, ...]
     warnings: list[str]
+
+    def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes, Axes, Axes]:
+        """Draw loss by round, loss against bytes, drift and seconds; the four axes.
+
+        ``axes``: four to draw on. Raises MissingPackageError without matplotlib.
+        """
+        from gradualdiff.figures.comparison import plot_comparison
+
+        return plot_comparison(self.runs, axes)
 
 
 def compare(runs: Sequence[Run]) -> Comparison:

@@ -30,6 +30,8 @@ from shared.protocol.ledger import Ledger
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from matplotlib.axes import Axes
+
     from coordinator.audit.evidence import Verification
     from shared.config import FederationConfig
     from shared.errors import StoreError
@@ -120,6 +122,15 @@ class Run:
     def compare(self, *others: Run) -> Comparison:
         """Set this run beside others. Raises ConfigError for a run that is there twice."""
         return compare([self, *others])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw held-out loss by round on ``ax``, or on a new figure; the axes, to be restyled.
+
+        Raises MissingPackageError without matplotlib.
+        """
+        from gradualdiff.figures.held_out import plot_held_out
+
+        return plot_held_out(self.history, ax)
 
     def follow(
         self, number: int | None = None, *, away: Callable[[StoreError], None] = lambda _: None

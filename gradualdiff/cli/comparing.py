@@ -45,9 +45,9 @@ def compare(
     """Runs side by side: held-out loss, bytes, drift and seconds by round."""
     found = gather_all(runs, store)
     if to is not None:
-        from gradualdiff.figures.comparison import plot_comparison
+        from gradualdiff.figures.comparison import write_comparison
 
-        plot_comparison(found.runs, to)
+        write_comparison(found.runs, to)
     if as_json:
         print_json(found)
         return

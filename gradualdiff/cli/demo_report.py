@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def show(run: Run, folder: Path, home: Path, replies: Sequence[tuple[str, str, str]]) -> None:
     """Print the rounds, the sites, the replies, and what to try next; write the plot."""
     from gradualdiff.demo.start import texts
-    from gradualdiff.figures.held_out import plot_held_out
+    from gradualdiff.figures.held_out import write_held_out
     from shared.config import load_federation
 
     _show_rounds(run)
@@ -26,7 +26,7 @@ def show(run: Run, folder: Path, home: Path, replies: Sequence[tuple[str, str, s
         "Replies to prompts that nobody trained on", ("prompt", "base", "after the run"), replies
     )
     plot = folder / f"{run.name}.png"
-    plot_held_out(run.history, plot)
+    write_held_out(run.history, plot)
     store = f"--store {folder / 'store'}"
     for line in (
         f"plot      {plot}",

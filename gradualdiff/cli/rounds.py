@@ -73,9 +73,9 @@ def show(
         return
     opened = open_store(store).run(run)
     if plot is not None:
-        from gradualdiff.figures.held_out import plot_held_out
+        from gradualdiff.figures.held_out import write_held_out
 
-        plot_held_out(opened.history, plot)
+        write_held_out(opened.history, plot)
         if not as_json:
             console().print(f"Wrote {plot}")
     if round_number is None:

@@ -12,16 +12,46 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from coordinator.runs.comparison import ComparedRound, ComparedRun
 
 # Where exp(loss) still says something on an axis.
 _READABLE_NATS = 20.0
 
 
-def plot_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
+SIZE = (12, 8.4)
+
+
+def write_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
     """Write the picture. Raises MissingPackageError without matplotlib, ConfigError on the path."""
-    figure = new_figure((12, 8.4))
-    (loss, cost), (drift, time) = figure.subplots(2, 2)
+    figure = new_figure(SIZE)
+    axes = figure.subplots(2, 2).flat
+    _draw(runs, *axes)
+    add_legend(figure, axes[0])
+    save_figure(figure, path, "--to")
+
+
+def plot_comparison(
+    runs: Sequence[ComparedRun], axes: Sequence[Axes] | None = None
+) -> tuple[Axes, Axes, Axes, Axes]:
+    """Draw on four axes, or on those of a new figure of pyplot's; the axes.
+
+    They are: loss by round, loss against bytes, drift, seconds by phase.
+    """
+    if axes is not None:
+        loss, cost, drift, time = axes
+        _draw(runs, loss, cost, drift, time)
+        loss.legend(fontsize="small")
+    else:
+        figure = new_figure(SIZE, shown=True)
+        loss, cost, drift, time = figure.subplots(2, 2).flat
+        _draw(runs, loss, cost, drift, time)
+        add_legend(figure, loss)
+    return loss, cost, drift, time
+
+
+def _draw(runs: Sequence[ComparedRun], loss: Axes, cost: Axes, drift: Axes, time: Axes) -> None:
     for run, look in zip(runs, looks(), strict=False):
         faint = {"linewidth": 0.7, "alpha": 0.5, "color": look["color"]}
         bold = {"linewidth": 2, "markersize": 5, "label": run.label, **look}
@@ -46,8 +76,6 @@ def plot_comparison(runs: Sequence[ComparedRun], path: Path) -> None:
         axes.locator_params(axis="x", integer=True)
     for axes in (loss, cost, drift):
         axes.grid(alpha=0.3)
-    add_legend(figure, loss)
-    save_figure(figure, path, "--to")
 
 
 def _at(site: str) -> Callable[[ComparedRound], float | None]:

@@ -21,12 +21,34 @@ SUFFIXES = (".png", ".pdf", ".svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def plot_held_out(history: History, path: Path) -> None:
+SIZE = (7, 4.2)
+
+
+def write_held_out(history: History, path: Path) -> None:
     """Write the picture. Raises MissingPackageError without matplotlib, ConfigError on the path."""
-    figure = new_figure((7, 4.2))
+    figure = new_figure(SIZE)
+    axes = figure.add_subplot()
+    _draw(history, axes)
+    add_legend(figure, axes)
+    save_figure(figure, path, "--plot")
+
+
+def plot_held_out(history: History, axes: Axes | None = None) -> Axes:
+    """Draw it on ``axes``, or on those of a new figure of pyplot's; the axes."""
+    if axes is not None:
+        _draw(history, axes)
+        axes.legend(fontsize="small")
+        return axes
+    figure = new_figure(SIZE, shown=True)
+    own = figure.add_subplot()
+    _draw(history, own)
+    add_legend(figure, own)
+    return own
+
+
+def _draw(history: History, axes: Axes) -> None:
     losses = {n: history.held_out(n) for n in range(history.last_closed + 1)}
     losses = {n: by_site for n, by_site in losses.items() if by_site}
-    axes = figure.add_subplot()
     sites = sorted({site for by_site in losses.values() for site in by_site})
     for look, site in zip(looks(), sites, strict=False):
         points = [(n, by_site[site].nll) for n, by_site in losses.items() if site in by_site]
@@ -42,8 +64,6 @@ def plot_held_out(history: History, path: Path) -> None:
     )
     axes.set_xticks(sorted(losses))
     axes.grid(alpha=0.3)
-    add_legend(figure, axes)
-    save_figure(figure, path, "--plot")
 
 
 def looks() -> Iterator[dict[str, Any]]:
@@ -67,9 +87,16 @@ def add_legend(figure: Figure, axes: Axes) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
 
 
-def new_figure(inches: tuple[float, float]) -> Figure:
-    """An empty picture, drawn without a display. Raises MissingPackageError without matplotlib."""
+def new_figure(inches: tuple[float, float], *, shown: bool = False) -> Figure:
+    """An empty picture, drawn without a display. Raises MissingPackageError without matplotlib.
+
+    ``shown``: one of pyplot's, as a notebook or a window shows it.
+    """
     try:
+        if shown:
+            from matplotlib import pyplot as plt
+
+            return plt.figure(figsize=inches, layout="constrained")
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
