@@ -30,6 +30,7 @@ from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
 from shared.errors import ConfigError, LedgerError
 from shared.methods.averaging import get_averaging
+from shared.methods.inputs import Inputs
 from shared.methods.rules import get_rule, too_few
 from shared.methods.votes import Votes
 from shared.tensors.arithmetic import (
@@ -172,7 +173,8 @@ def aggregate(
             closing.judge(threads)
             ahead = closing.tensors(manifest, threads)
         else:
-            manifest, ahead = mode.join(adapter, ordered, files, closing, manifest, threads)
+            inputs = Inputs(adapter, ordered, files, closing, manifest)
+            manifest, ahead = mode.join(inputs, threads)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))

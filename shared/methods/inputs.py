@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.protocol.manifest import Manifest, TensorSpec
-    from shared.tensors.tensor_file import Stopwatch
+    from shared.tensors.delta_file import DeltaFile
+    from shared.tensors.tensor_file import Stopwatch, TensorFile
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,60 @@ class Figures(Protocol):
         """Square of what one layer's new product lacks of the mean of the products."""
 
 
-def measure(
-    spec: TensorSpec,
-    sites: Sequence[str],
-    read: Callable[[int], NDArray[Any]],
-    shares: Sequence[float],
-    figures: Figures,
-) -> None:
-    """Figures of one tensor: of the mean of all deltas, and of each beside it.
+class Inputs:
+    """What one round joins. ``deltas`` and ``files`` are in one order, by site.
 
-    ``read(index)``: a delta's values of it. One of a lower rank counts as zeros beyond it.
+    ``manifest``: of the part of the adapter that is trained. A delta of a lower rank is a change of
+    the adapter's first directions.
     """
-    mean = np.zeros(spec.shape)
-    parts = []
-    for index, share in enumerate(shares):
-        values = read(index)
-        parts.append(mean[tuple(slice(length) for length in values.shape)])
-        parts[-1][:] += np.multiply(values, share, dtype=np.float64)
-    figures.note_mean(squared_norm(mean))
-    for index, site in enumerate(sites):
-        figures.note_delta(site, *square_and_product(read(index), parts[index]))
+
+    def __init__(
+        self,
+        adapter: TensorFile,
+        deltas: Sequence[WeightedDelta],
+        files: Sequence[DeltaFile],
+        figures: Figures,
+        manifest: Manifest,
+    ) -> None:
+        self.adapter = adapter
+        self.deltas = deltas
+        self.figures = figures
+        self.manifest = manifest
+        self.sent = [delta.manifest or manifest for delta in deltas]
+        self._files = files
+        self._specs = [{spec.name: spec for spec in own.tensors} for own in self.sent]
+
+    def read(self, index: int, name: str) -> NDArray[np.float32]:
+        """A delta's values of one tensor as they were sent, of its own rank."""
+        return self._files[index].read(self._specs[index][name])
+
+    def scaled(self, index: int, name: str) -> NDArray[np.float64]:
+        """The same as they count: those of a delta that was too long are scaled down."""
+        return np.multiply(self.read(index, name), self.deltas[index].scale, dtype=np.float64)
+
+    def release(self, name: str) -> None:
+        """Give back the memory of one tensor of the adapter and of all deltas."""
+        self.adapter.release(name)
+        for file, specs in zip(self._files, self._specs, strict=True):
+            file.release(specs[name])
+
+    def measure(
+        self,
+        spec: TensorSpec,
+        read: Callable[[int, str], NDArray[Any]],
+        shares: Sequence[float],
+    ) -> None:
+        """Figures of one tensor: of the mean of all deltas by ``shares``, and of each beside it.
+
+        A delta of a lower rank counts as zeros beyond it.
+        """
+        mean = np.zeros(spec.shape)
+        parts = []
+        for index, share in enumerate(shares):
+            values = read(index, spec.name)
+            parts.append(mean[tuple(slice(length) for length in values.shape)])
+            parts[-1][:] += np.multiply(values, share, dtype=np.float64)
+        self.figures.note_mean(squared_norm(mean))
+        for index, delta in enumerate(self.deltas):
+            found = square_and_product(read(index, spec.name), parts[index])
+            self.figures.note_delta(delta.site, *found)

@@ -14,18 +14,16 @@ from shared import modes
 from shared.adapters import kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from shared.config import FederationConfig, LoraSection
-    from shared.methods.inputs import Figures, WeightedDelta
+    from shared.methods.inputs import Inputs
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import ClosingRecord
-    from shared.tensors.delta_file import DeltaFile
-    from shared.tensors.tensor_file import TensorFile
 
 
 class Averaging:
@@ -76,16 +74,12 @@ class Averaging:
         return manifest
 
     def join(
-        self,
-        _adapter: TensorFile,
-        _deltas: Sequence[WeightedDelta],
-        _files: Sequence[DeltaFile],
-        _figures: Figures,
-        _manifest: Manifest,
-        _threads: int,
-        /,
+        self, _inputs: Inputs, _threads: int, /
     ) -> tuple[Manifest, Generator[NDArray[np.float32]]]:
-        """The next adapter's manifest and its tensors in order, where not joined by value."""
+        """The next adapter's manifest and its tensors in order, where not joined by value.
+
+        ``_threads``: how many may work.
+        """
         raise NotImplementedError
 
     def distance(self, _one: Path, _other: Path, _manifest: Manifest, /) -> float:

@@ -19,118 +19,68 @@ import numpy as np
 from shared.adapters import kind_of
 from shared.errors import LedgerError
 from shared.methods.averaging import Averaging
-from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
+from shared.tensors.arithmetic import is_finite
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shared.adapters import AdapterKind
     from shared.config import FederationConfig, LoraSection
-    from shared.methods.inputs import Figures, WeightedDelta
+    from shared.methods.inputs import Inputs
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.protocol.records import ClosingRecord
-    from shared.tensors.delta_file import DeltaFile
 
 # Of a run's last adapter. LLaMA-2-7B's layers are 4096 wide: far below this the plain matrices
 # would be smaller.
 MAX_STACKED_RANK: Final = 8192
 
 
-class Stacking:
-    """One round's layers. ``manifest``: of the part that is trained, rank r.
+def stack(inputs: Inputs, whole: Manifest) -> Generator[NDArray[np.float32]]:
+    """The tensors of ``whole`` in order. Raises LedgerError for a value beyond fp32."""
+    watch, trained = inputs.figures.watch, {spec.name: spec for spec in inputs.manifest.tensors}
+    shares = [delta.weight * delta.scale for delta in inputs.deltas]
+    for spec in whole.tensors:
+        with watch.phase("measure"):
+            inputs.measure(trained[spec.name], inputs.read, shares)
+        with watch.phase("accumulate"):
+            values = _stacked(inputs, spec)
+        inputs.release(spec.name)
+        yield values
 
-    A delta of a lower rank is a change of the adapter's first directions. Raises LedgerError for
-    an adapter that is not made of factors, or of fewer directions than r.
-    """
 
-    def __init__(
-        self,
-        adapter: TensorFile,
-        deltas: Sequence[WeightedDelta],
-        files: Sequence[DeltaFile],
-        figures: Figures,
-        manifest: Manifest,
-    ) -> None:
-        self._kind = kind_of(manifest)
-        if not self._kind.is_factors_only(manifest):
-            raise LedgerError(
-                'aggregation.averaging = "flora": not all tensors of the adapter are factors'
-            )
-        self._adapter = adapter
-        self._deltas = deltas
-        self._files = files
-        self._figures = figures
-        sent = [delta.manifest or manifest for delta in deltas]
-        self._specs = [{spec.name: spec for spec in own.tensors} for own in sent]
-        self._fresh = self._rank(manifest)
-        self._before = rank_in(adapter, self._kind)
-        _check_source(adapter, self._kind.of_rank(manifest, max(self._before, self._fresh)))
-        self.manifest = self._kind.of_rank(manifest, self._before + sum(map(self._rank, sent)))
-        self._trained = {spec.name: spec for spec in manifest.tensors}
+def _stacked(inputs: Inputs, spec: TensorSpec) -> NDArray[np.float32]:
+    """One tensor: what was there, and below (A) or beside it (B) each site's new factor."""
+    name, kind = spec.name, kind_of(inputs.manifest)
+    is_left = kind.side(name) == "left"
+    result = np.empty(spec.shape, np.float32)
+    rows = kind.directions(name, result)
+    source = kind.directions(name, inputs.adapter.read(name))
+    at = len(source)
+    rows[:at] = source
+    for index, delta in enumerate(inputs.deltas):
+        factor = kind.directions(name, inputs.scaled(index, name))
+        factor += source[: len(factor)]
+        if is_left:
+            factor *= delta.weight
+        with np.errstate(over="ignore"):
+            rows[at : at + len(factor)] = factor
+        at += len(factor)
+    if is_left:  # what was trained stands in the stack; the next round begins anew
+        rows[: _rank(inputs.manifest)] = 0
+    if not is_finite(result):
+        raise LedgerError(
+            f"tensor {name!r}: expected finite values, got a factor beyond fp32; "
+            "a delta is too large: set aggregation.max_delta_norm"
+        )
+    return result
 
-    def tensors(self) -> Generator[NDArray[np.float32]]:
-        """The next adapter's tensors in order. Raises LedgerError for a value beyond fp32."""
-        watch = self._figures.watch
-        for spec in self.manifest.tensors:
-            with watch.phase("measure"):
-                self._measure(self._trained[spec.name])
-            with watch.phase("accumulate"):
-                values = self._stacked(spec)
-            self._adapter.release(spec.name)
-            for file, specs in zip(self._files, self._specs, strict=True):
-                file.release(specs[spec.name])
-            yield values
 
-    def _stacked(self, spec: TensorSpec) -> NDArray[np.float32]:
-        """One tensor: what was there, and below (A) or beside it (B) each site's new factor."""
-        name, directions = spec.name, self._kind.directions
-        is_left = self._kind.side(name) == "left"
-        result = np.empty(spec.shape, np.float32)
-        rows = directions(name, result)
-        source = directions(name, self._adapter.read(name))
-        rows[: self._before] = source
-        at = self._before
-        for index, delta in enumerate(self._deltas):
-            factor = directions(name, self._read(index, name)).astype(np.float64)
-            factor *= delta.scale
-            factor += source[: len(factor)]
-            if is_left:
-                factor *= delta.weight
-            with np.errstate(over="ignore"):
-                rows[at : at + len(factor)] = factor
-            at += len(factor)
-        if is_left:  # what was trained stands in the stack; the next round begins anew
-            rows[: self._fresh] = 0
-        if not is_finite(result):
-            raise LedgerError(
-                f"tensor {name!r}: expected finite values, got a factor beyond fp32; "
-                "a delta is too large: set aggregation.max_delta_norm"
-            )
-        return result
-
-    def _measure(self, spec: TensorSpec) -> None:
-        """Figures of the deltas as they were sent; a lower rank counts as zeros beyond it."""
-        mean = np.zeros(spec.shape)
-        parts = []
-        for index, delta in enumerate(self._deltas):
-            own = self._specs[index][spec.name]
-            parts.append(mean[tuple(slice(length) for length in own.shape)])
-            share = delta.weight * delta.scale
-            parts[-1][:] += np.multiply(self._read(index, spec.name), share, dtype=np.float64)
-        self._figures.note_mean(squared_norm(mean))
-        for index, delta in enumerate(self._deltas):
-            found = square_and_product(self._read(index, spec.name), parts[index])
-            self._figures.note_delta(delta.site, *found)
-
-    def _rank(self, manifest: Manifest) -> int:
-        return self._kind.layers(manifest)[0].right.shape[0]
-
-    def _read(self, index: int, name: str) -> NDArray[np.float32]:
-        return self._files[index].read(self._specs[index][name])
+def _rank(manifest: Manifest) -> int:
+    return kind_of(manifest).layers(manifest)[0].right.shape[0]
 
 
 def rank_in(adapter: TensorFile, kind: AdapterKind) -> int:
@@ -191,18 +141,22 @@ class Stacked(Averaging):
             )
 
     def join(
-        self,
-        adapter: TensorFile,
-        deltas: Sequence[WeightedDelta],
-        files: Sequence[DeltaFile],
-        figures: Figures,
-        manifest: Manifest,
-        _threads: int,
-        /,
+        self, inputs: Inputs, _threads: int, /
     ) -> tuple[Manifest, Generator[NDArray[np.float32]]]:
-        """The stack, one tensor after another."""
-        stacking = Stacking(adapter, deltas, files, figures, manifest)
-        return stacking.manifest, stacking.tensors()
+        """The stack, one tensor after another.
+
+        Raises LedgerError for an adapter that is not made of factors, or of fewer directions than
+        the trained part has.
+        """
+        manifest, kind = inputs.manifest, kind_of(inputs.manifest)
+        if not kind.is_factors_only(manifest):
+            raise LedgerError(
+                'aggregation.averaging = "flora": not all tensors of the adapter are factors'
+            )
+        before = rank_in(inputs.adapter, kind)
+        _check_source(inputs.adapter, kind.of_rank(manifest, max(before, _rank(manifest))))
+        whole = kind.of_rank(manifest, before + sum(map(_rank, inputs.sent)))
+        return whole, stack(inputs, whole)
 
     def lora_in(self, adapter: Path, lora: LoraSection, /) -> LoraSection:
         """At the file's own rank.

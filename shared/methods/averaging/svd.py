@@ -24,7 +24,7 @@ import numpy as np
 from shared.adapters import kind_of
 from shared.errors import LedgerError
 from shared.methods.averaging import Averaging
-from shared.tensors.arithmetic import is_finite, square_and_product, squared_norm
+from shared.tensors.arithmetic import is_finite, squared_norm
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.adapters import Layer
-    from shared.methods.inputs import Figures, WeightedDelta
+    from shared.methods.inputs import Inputs
     from shared.protocol.manifest import Manifest, TensorSpec
-    from shared.tensors.delta_file import DeltaFile
 
     Wide = NDArray[np.float64]
 
@@ -77,93 +76,50 @@ def fit(lefts: Sequence[Wide], rights: Sequence[Wide], spare: Wide) -> Fit:
     return Fit(b, a, float(np.sum(np.square(beyond))))
 
 
-class FactorFit:
-    """One round's layers. A delta of a lower rank is a change of the adapter's first directions."""
+def layers(inputs: Inputs, threads: int) -> Generator[NDArray[np.float32]]:
+    """The next adapter's tensors in order; ``threads`` layers are under way meanwhile.
 
-    def __init__(
-        self,
-        adapter: TensorFile,
-        deltas: Sequence[WeightedDelta],
-        files: Sequence[DeltaFile],
-        figures: Figures,
-    ) -> None:
-        self._adapter = adapter
-        self._deltas = deltas
-        self._files = files
-        self._figures = figures
-        self._specs: list[dict[str, TensorSpec]] = []
+    Raises LedgerError for a sum beyond fp32.
+    """
+    manifest = inputs.manifest
+    waiting = iter(kind_of(manifest).layers(manifest))
+    coming: deque[Future[dict[str, NDArray[np.float32]]]] = deque()
+    ready: dict[str, NDArray[np.float32]] = {}
+    with ThreadPoolExecutor(threads, "svd") as pool:
+        for spec in manifest.tensors:
+            while spec.name not in ready:
+                for layer in islice(waiting, threads + 1 - len(coming)):
+                    coming.append(pool.submit(_fitted, inputs, layer))
+                ready |= coming.popleft().result()
+            yield ready.pop(spec.name)
 
-    def tensors(self, manifest: Manifest, threads: int) -> Generator[NDArray[np.float32]]:
-        """The next adapter's tensors in order; ``threads`` layers are under way meanwhile.
 
-        Raises LedgerError for an adapter that is not made of factors, or a sum beyond fp32.
-        """
-        kind = kind_of(manifest)
-        if not kind.is_factors_only(manifest):
-            raise LedgerError(
-                'aggregation.averaging = "svd": not all tensors of the adapter are factors'
-            )
-        sent = ((delta.manifest or manifest).tensors for delta in self._deltas)
-        self._specs = [{spec.name: spec for spec in specs} for specs in sent]
-        waiting = iter(kind.layers(manifest))
-        coming: deque[Future[dict[str, NDArray[np.float32]]]] = deque()
-        ready: dict[str, NDArray[np.float32]] = {}
-        with ThreadPoolExecutor(threads, "factor-fit") as pool:
-            for spec in manifest.tensors:
-                while spec.name not in ready:
-                    for layer in islice(waiting, threads + 1 - len(coming)):
-                        coming.append(pool.submit(self._layer, layer))
-                    ready |= coming.popleft().result()
-                yield ready.pop(spec.name)
-
-    def _layer(self, layer: Layer) -> dict[str, NDArray[np.float32]]:
-        watch = self._figures.watch
-        pair = layer.right, layer.left
-        with watch.phase("measure"):
-            for spec in pair:
-                self._measure(spec)
-        with watch.phase("read"):
-            a, b = (self._adapter.read(spec.name).astype(np.float64) for spec in pair)
-            lefts, rights = [], []
-            for index, delta in enumerate(self._deltas):
-                root = math.sqrt(delta.weight)
-                change_a, change_b = (self._values(index, spec) for spec in pair)
-                rights.append(root * (a[: len(change_a)] + change_a))
-                lefts.append(root * (b[:, : len(change_a)] + change_b))
-                for spec in pair:
-                    self._files[index].release(self._specs[index][spec.name])
-        with watch.phase("fit"):
-            try:
-                found = fit(lefts, rights, a)
-            except np.linalg.LinAlgError as error:
-                raise LedgerError(
-                    f"layer of {layer.left.name!r}: the fit failed: {error}"
-                ) from None
-        self._figures.note_gap(found.residual)
+def _fitted(inputs: Inputs, layer: Layer) -> dict[str, NDArray[np.float32]]:
+    watch = inputs.figures.watch
+    pair = layer.right, layer.left
+    with watch.phase("measure"):
         for spec in pair:
-            self._adapter.release(spec.name)
-        return {
-            spec.name: _narrow(values, spec)
-            for spec, values in zip(pair, (found.a, found.b), strict=True)
-        }
-
-    def _measure(self, spec: TensorSpec) -> None:
-        """Figures of the deltas as they were sent; a lower rank counts as zeros beyond it."""
-        mean = np.zeros(spec.shape)
-        parts = []
-        for index, delta in enumerate(self._deltas):
-            own = self._specs[index][spec.name]
-            parts.append(mean[tuple(slice(length) for length in own.shape)])
-            parts[-1][:] += delta.weight * self._values(index, spec)
-        self._figures.note_mean(squared_norm(mean))
-        for index, delta in enumerate(self._deltas):
-            values = self._values(index, spec)
-            self._figures.note_delta(delta.site, *square_and_product(values, parts[index]))
-
-    def _values(self, index: int, spec: TensorSpec) -> Wide:
-        """A delta's own factor, of its own rank, scaled."""
-        read = self._files[index].read(self._specs[index][spec.name])
-        return np.multiply(read, self._deltas[index].scale, dtype=np.float64)
+            inputs.measure(spec, inputs.scaled, [delta.weight for delta in inputs.deltas])
+    with watch.phase("read"):
+        a, b = (inputs.adapter.read(spec.name).astype(np.float64) for spec in pair)
+        lefts, rights = [], []
+        for index, delta in enumerate(inputs.deltas):
+            root = math.sqrt(delta.weight)
+            change_a, change_b = (inputs.scaled(index, spec.name) for spec in pair)
+            rights.append(root * (a[: len(change_a)] + change_a))
+            lefts.append(root * (b[:, : len(change_a)] + change_b))
+        for spec in pair:
+            inputs.release(spec.name)
+    with watch.phase("fit"):
+        try:
+            found = fit(lefts, rights, a)
+        except np.linalg.LinAlgError as error:
+            raise LedgerError(f"layer of {layer.left.name!r}: the fit failed: {error}") from None
+    inputs.figures.note_gap(found.residual)
+    return {
+        spec.name: _narrow(values, spec)
+        for spec, values in zip(pair, (found.a, found.b), strict=True)
+    }
 
 
 def distance(one: Path, other: Path, manifest: Manifest) -> float:
@@ -216,17 +172,14 @@ class BestFit(Averaging):
     tolerance = FIT_TOLERANCE
 
     def join(
-        self,
-        adapter: TensorFile,
-        deltas: Sequence[WeightedDelta],
-        files: Sequence[DeltaFile],
-        figures: Figures,
-        manifest: Manifest,
-        threads: int,
-        /,
+        self, inputs: Inputs, threads: int, /
     ) -> tuple[Manifest, Generator[NDArray[np.float32]]]:
-        """Layer by layer; ``threads`` of them are under way."""
-        return manifest, FactorFit(adapter, deltas, files, figures).tensors(manifest, threads)
+        """Layer by layer. Raises LedgerError for an adapter that is not made of factors."""
+        if not kind_of(inputs.manifest).is_factors_only(inputs.manifest):
+            raise LedgerError(
+                'aggregation.averaging = "svd": not all tensors of the adapter are factors'
+            )
+        return inputs.manifest, layers(inputs, threads)
 
     def distance(self, one: Path, other: Path, manifest: Manifest, /) -> float:
         """Of the products, as a part of the first."""
