@@ -204,7 +204,7 @@ def run_one(
 ) -> tuple[float, float]:
     """The final and the first adapter's loss over the good sites' text."""
     from coordinator.audit.verification import verify_run
-    from coordinator.runs.inspection import History
+    from coordinator.history import read_history
     from gradualdiff.embedded.federation import Embedding, run_embedded
     from participant.learner.torch_learner import TorchLearner
     from shared.config import DataSection
@@ -226,7 +226,7 @@ def run_one(
     found = verify_run(Ledger(store, run, "benchmark", time.time), scratch, lambda _: None)
     if found.findings:
         raise SystemExit(f"{run}: {found.findings}")
-    history = History(store, run)
+    history = read_history(store, run)
     losses = []
     for number in (config.run.rounds, 0):
         known = history.held_out(number)

@@ -47,15 +47,15 @@ class RoundHistory:
     """One round. What is not on record is None or not there.
 
     Round 0 has a ``genesis`` and no decision. ``accepted``, ``evaluated``: by site. ``refused``,
-    ``failed``: each site's, in key order.
+    ``failed``: any number of each site's.
     """
 
     number: int
     genesis: GenesisRecord | None = None
     opened: OpenedRecord | None = None
     accepted: dict[str, AcceptedRecord] = field(default_factory=dict)
-    refused: dict[str, list[RefusedRecord]] = field(default_factory=dict)
-    failed: dict[str, list[FailedRecord]] = field(default_factory=dict)
+    refused: list[RefusedRecord] = field(default_factory=list)
+    failed: list[FailedRecord] = field(default_factory=list)
     closing: ClosingRecord | None = None
     closed: ClosedRecord | None = None
     evaluated: dict[str, EvaluatedRecord] = field(default_factory=dict)
@@ -76,8 +76,8 @@ class RoundHistory:
         found: list[Record | None] = [
             self.opened,
             *self.accepted.values(),
-            *(record for records in self.refused.values() for record in records),
-            *(record for records in self.failed.values() for record in records),
+            *self.refused,
+            *self.failed,
             self.closing,
             self.genesis,
             self.closed,
@@ -95,9 +95,9 @@ class RoundHistory:
             case AcceptedRecord():
                 self.accepted[record.site] = record
             case RefusedRecord():
-                self.refused.setdefault(record.site, []).append(record)
+                self.refused.append(record)
             case FailedRecord():
-                self.failed.setdefault(record.site, []).append(record)
+                self.failed.append(record)
             case ClosingRecord():
                 self.closing = record
             case ClosedRecord():

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coordinator.history import read_history
 from coordinator.liveness import read_status
 from coordinator.runs.following import View, views
 from coordinator.runs.inspection import (
-    History,
     RoundSummary,
     RunSummary,
     SiteRow,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from coordinator.audit.evidence import Verification
+    from coordinator.history import History
     from shared.config import FederationConfig
     from shared.errors import StoreError
     from shared.stores.port import ObjectStore
@@ -65,7 +66,7 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The records. Raises LedgerDamagedError, which ``verify`` does not."""
-        return History(self.objects, self.name)
+        return read_history(self.objects, self.name)
 
     def __repr__(self) -> str:
         return f"<Run {self.name} in {self.path}: {self.summary.state}>"

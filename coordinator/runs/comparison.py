@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Any
 from coordinator.runs.differing import flat_settings
 from coordinator.runs.inspection import perplexity
 from shared.protocol.manifest import pool_held_out
-from shared.protocol.records import (
-    ClosedRecord,
-    ClosingRecord,
-    GenesisRecord,
-    OpenedRecord,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
 
 # In the order in which they happen; a site may name others, which come after its own.
 SITE_PHASES = ("fetch", "load", "evaluate", "train", "encode")
@@ -86,12 +80,11 @@ class ComparedRun:
 
 def gather(history: History, label: str) -> ComparedRun:
     """All facts of one run."""
-    genesis = history.one(0, GenesisRecord)
     uploaded = 0
     rounds: list[ComparedRound] = []
     held_out: dict[str, tuple[int, int]] = {}
     for number in range(history.last_closed + 1):
-        uploaded += sum(record.size for record in history.accepted(number).values())
+        uploaded += sum(record.size for record in history.round(number).accepted.values())
         for site, loss in history.held_out(number).items():
             held_out.setdefault(site, (loss.examples, loss.tokens))
         rounds.append(_round(history, number, uploaded / max(len(history.members), 1)))
@@ -99,7 +92,7 @@ def gather(history: History, label: str) -> ComparedRun:
         label=label,
         run=history.run,
         model=history.config.base.model,
-        base=genesis.fingerprint if isinstance(genesis, GenesisRecord) else None,
+        base=history.genesis.fingerprint if history.genesis else None,
         members=tuple(sorted(history.members)),
         held_out=dict(sorted(held_out.items())),
         rounds=tuple(rounds),
@@ -142,23 +135,22 @@ def closing_seconds(history: History, number: int) -> float | None:
     None while that is not there, and where an operator let the run wait in between. A coordinator
     that was dead in between is counted: no record says that it was.
     """
-    closing = history.one(number, ClosingRecord)
-    following = history.one(number + 1, OpenedRecord) or history.finished
-    ends = getattr(following, "time", None)
-    if not isinstance(closing, ClosingRecord) or ends is None:
+    closing = history.round(number).closing
+    following = history.round(number + 1).opened or history.finished
+    if closing is None or following is None:
         return None
-    if _was_paused(history, closing.time, ends):
+    if _was_paused(history, closing.time, following.time):
         return None
-    return max(float(ends) - closing.time, 0.0)
+    return max(following.time - closing.time, 0.0)
 
 
 def _round(history: History, number: int, uploaded: float) -> ComparedRound:
     by_site = history.held_out(number)
     pooled = pool_held_out(by_site.values())
-    closed = history.one(number, ClosedRecord)
-    cosines = list(closed.cosines.values()) if isinstance(closed, ClosedRecord) else []
+    there = history.round(number)
+    cosines = list(there.closed.cosines.values()) if there.closed else []
     in_turn: Counter[str] = Counter()
-    spent = [_positive(r.metrics.seconds) for r in history.accepted(number).values()]
+    spent = [_positive(r.metrics.seconds) for r in there.accepted.values()]
     for seconds in spent:
         in_turn.update(seconds)
     return ComparedRound(
@@ -179,8 +171,8 @@ def _wall_clock(
 ) -> dict[str, float]:
     longest = max(spent, key=_total, default=None)
     slowest = dict(longest or {})
-    opened, closing = history.one(number, OpenedRecord), history.one(number, ClosingRecord)
-    if not isinstance(opened, OpenedRecord) or not isinstance(closing, ClosingRecord):
+    opened, closing = history.round(number).opened, history.round(number).closing
+    if opened is None or closing is None:
         return slowest
     # In a buffered run the slowest site may have begun before this round opened.
     rest = closing.time - opened.time - _total(slowest)

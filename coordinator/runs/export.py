@@ -12,14 +12,12 @@ from shared.adapters import kind_of
 from shared.disk.files import digest_file
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.methods.averaging import get_averaging
-from shared.protocol.ledger import Ledger
 from shared.protocol.manifest import pool_held_out
-from shared.protocol.records import ClosedRecord, GenesisRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from shared.stores.port import ObjectStore
 
 CARD = "README.md"
@@ -53,8 +51,8 @@ def export_adapter(
     LedgerDamagedError when the stored adapter is missing or altered.
     """
     number = history.last_closed if round_number is None else round_number
-    record = history.one(number, ClosedRecord) or history.one(number, GenesisRecord)
-    if not isinstance(record, ClosedRecord | GenesisRecord):
+    genesis, record = history.genesis, history.round(number).result
+    if genesis is None or record is None:
         raise RunNotFoundError(f"run {history.run} has no result of round {number} to export")
     new_folder(target)
     tensors = target / TENSORS
@@ -62,8 +60,7 @@ def export_adapter(
     try:
         store.fetch_file(key, tensors)
     except ObjectMissingError:
-        why = _why_missing(history.run, store, key)
-        raise LedgerDamagedError(f"{key}: {why}") from None
+        raise LedgerDamagedError(f"{key}: {_why_missing(history, key)}") from None
     if digest_file(tensors)[0] != record.adapter_sha:
         tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
@@ -71,7 +68,7 @@ def export_adapter(
     lora = get_averaging(averaging).lora_in(tensors, history.config.lora)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
-    made = kind_of(lora).peft_config(named, lora, _genesis(history).manifest)
+    made = kind_of(lora).peft_config(named, lora, genesis.manifest)
     (target / CONFIG).write_bytes(made)
     (target / CARD).write_text(
         model_card(history, number, record.adapter_sha, lora, named.model, merged=merged),
@@ -109,14 +106,9 @@ def best_round(history: History) -> int:
     return min(known, key=lambda number: (known[number], number))
 
 
-def _genesis(history: History) -> GenesisRecord:
-    record = history.one(0, GenesisRecord)
-    assert isinstance(record, GenesisRecord)  # no result comes before it
-    return record
-
-
-def _why_missing(run: str, store: ObjectStore, key: str) -> str:
-    for record in Ledger(store, run, "reader", float).pruned():
+def _why_missing(history: History, key: str) -> str:
+    for record in history.pruned:
         if key in record.keys:
-            return f"was pruned ({record.key(run)}: {record.reason}); name a round that was kept"
+            where = record.key(history.run)
+            return f"was pruned ({where}: {record.reason}); name a round that was kept"
     return "is missing; see: gradualdiff runs verify"

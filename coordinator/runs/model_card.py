@@ -14,7 +14,7 @@ from shared.methods.server_optimizers import get_server_optimizer
 from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from shared.config import FederationConfig, LoraSection
 
 

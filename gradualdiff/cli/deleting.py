@@ -58,10 +58,11 @@ def delete(
 
 
 def _state(store: ObjectStore, run: str) -> str:
-    from coordinator.runs.inspection import DYING, History, summarise_run
+    from coordinator.history import read_history
+    from coordinator.runs.inspection import DYING, summarise_run
     from shared.errors import LedgerError
 
     try:
-        return summarise_run(History(store, run)).state
+        return summarise_run(read_history(store, run)).state
     except LedgerError:  # cut off in the middle, or damaged: it may go all the same
         return DYING

@@ -43,7 +43,7 @@ def begins_anew(store: DirectoryStore, config: FederationConfig, *, resume: bool
         return known[run] and not resume
     ledger = Ledger(store, run, "reader", lambda: 0.0)
     if not has_closed_round(ledger):
-        ended = any(isinstance(record, FinishedRecord) for record in ledger.history())
+        ended = any(place.kind is FinishedRecord for place in ledger.places())
         if ended or ledger.federation().digest != config.digest:
             return True
     if resume is None:

@@ -15,13 +15,12 @@ from gradualdiff.reproduction.fedavg import average_weights
 from gradualdiff.reproduction.figures import ArmFigures, largest, mean_of, round_figures, traffic
 from gradualdiff.reproduction.measuring import SETS, Measured, Measurements
 from shared.errors import ConfigError, DivergedError
-from shared.protocol.records import ClosedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from gradualdiff.reproduction.running import Laboratory
     from participant.learner.quality import ReplyScores
 
@@ -149,8 +148,8 @@ class Experiment:
         return [(plan, laboratory.run(plan, data)) for plan in chosen]
 
     def _adapter(self, plan: RunPlan, history: History, number: int) -> Measured:
-        closed = history.one(number, ClosedRecord)
-        assert isinstance(closed, ClosedRecord)  # a finished run has every round
+        closed = history.round(number).closed
+        assert closed is not None  # a finished run has every round
         config = self._laboratory.config(plan)
         return self._measurements.of_run(plan.name, closed.adapter_sha, config)
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared import topology
-from shared.protocol.records import ClosedRecord, ClosingRecord, GenesisRecord
 from shared.tensors.delta_file import DeltaFile
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from shared.stores.port import ObjectStore
 
 
@@ -32,16 +31,16 @@ def average_weights(history: History, store: ObjectStore, target: Path, scratch:
     Round by round: theta_i = fp32(A + D_i), then fp32 of the fp64 mean of the theta_i, each round
     from the adapter that its participants were given. The difference is over all rounds.
     """
-    genesis = history.one(0, GenesisRecord)
-    assert isinstance(genesis, GenesisRecord)
+    genesis = history.genesis
+    assert genesis is not None
     manifest = genesis.manifest
     layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
     largest = 0.0
     source = _adapter(history.run, genesis.adapter_sha, store, scratch / "source")
     for number in range(1, history.last_closed + 1):
-        closing, closed = history.one(number, ClosingRecord), history.one(number, ClosedRecord)
-        assert isinstance(closing, ClosingRecord)
-        assert isinstance(closed, ClosedRecord)
+        closing, closed = history.round(number).closing, history.round(number).closed
+        assert closing is not None
+        assert closed is not None
         files = []
         for item in closing.inputs:
             path = scratch / f"delta-{item.site}"

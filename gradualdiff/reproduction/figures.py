@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coordinator.runs.comparison import closing_seconds
-from shared.protocol.records import ClosedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from gradualdiff.embedded.metering import Meter
     from shared.protocol.records import AcceptedRecord
 
@@ -76,13 +75,13 @@ def round_figures(
     seconds: list[dict[str, float]] = []
     cosines: list[float] = []
     for history, meter in zip(histories, meters, strict=True):
-        for site, record in history.accepted(number).items():
+        there = history.round(number)
+        for site, record in there.accepted.items():
             accepted.append(record)
             moving = meter.of(site).transfer_seconds / history.last_closed
             seconds.append({**record.metrics.seconds, "transfer": moving})
-        closed = history.one(number, ClosedRecord)
-        if isinstance(closed, ClosedRecord):
-            cosines += closed.cosines.values()
+        if there.closed is not None:
+            cosines += there.closed.cosines.values()
     closing = [closing_seconds(history, number) or 0.0 for history in histories]
     parallel, in_turn = slowest_and_sum(seconds, closing)
     known = [(r.metrics.train_nll, r.tokens) for r in accepted if r.metrics.train_nll is not None]

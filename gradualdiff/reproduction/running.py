@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coordinator.runs.inspection import History
+from coordinator.history import read_history
 from coordinator.runs.retention import carry_out, read_plan
 from gradualdiff.demo.files import write_tables
 from gradualdiff.embedded.federation import Embedding, run_embedded
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from coordinator.history import History
     from gradualdiff.cli.progress import Display
     from gradualdiff.reproduction.arms import RunPlan
     from gradualdiff.reproduction.presets import Preset
@@ -99,7 +100,7 @@ class Laboratory:
             self._save(plan, meter)
         for folder in ("sites", "spool"):  # of use to nobody once the run is finished
             shutil.rmtree(home / folder, ignore_errors=True)
-        return History(self.store, plan.name)
+        return read_history(self.store, plan.name)
 
     def make_room(self, plan: RunPlan) -> None:
         """Keep of a run that was measured its last round, which can be recomputed; note what goes.
@@ -127,7 +128,7 @@ class Laboratory:
 
     def is_finished(self, run: str) -> bool:
         """Whether a run is in the store and has ended."""
-        return run in list_runs(self.store) and History(self.store, run).finished is not None
+        return run in list_runs(self.store) and read_history(self.store, run).finished is not None
 
     def _learners(self, plan: RunPlan, data: Path) -> dict[str, _Learner]:
         return {site: _Learner(site, site_data(site), data, self.pool) for site in plan.sites}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from coordinator.history import read_history
 from coordinator.runs.comparison import CLOSING, WAITING, gather, phases, warnings
-from coordinator.runs.inspection import History
 from gradualdiff.cli.comparing import gather_all
 from shared import errors
 from shared.protocol.ledger import Ledger
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 def facts_of(folder, run="three"):
-    return gather(History(DirectoryStore(folder / "store"), run), run)
+    return gather(read_history(DirectoryStore(folder / "store"), run), run)
 
 
 def records(folder, run, kind):
@@ -78,18 +78,16 @@ def test_seconds_stack_up_to_the_time_from_opening_to_opening(folder):
 def test_the_slowest_site_is_one_site(tmp_path):
     """Not the longest of each phase, which no site took; less than no time counts as none."""
     federations.run(federations.config(rounds=1), tmp_path)
-    history = History(DirectoryStore(tmp_path / "store"), "test")
+    history = read_history(DirectoryStore(tmp_path / "store"), "test")
     said = {
         "a": {"load": 5.0, "train": 1.0},
         "b": {"load": 1.0, "train": 6.0, "odd": -3.0},
         "c": {},
     }
-    history.by_round[1] = [
-        r.model_copy(update={"metrics": r.metrics.model_copy(update={"seconds": said[r.site]})})
-        if isinstance(r, AcceptedRecord)
-        else r
-        for r in history.by_round[1]
-    ]
+    history.rounds[1].accepted = {
+        site: r.model_copy(update={"metrics": r.metrics.model_copy(update={"seconds": said[site]})})
+        for site, r in history.rounds[1].accepted.items()
+    }
     at = gather(history, "x").rounds[1]
     assert {k: at.slowest[k] for k in ("load", "train", "odd")} == {"load": 1, "train": 6, "odd": 0}
     assert at.in_turn == {"load": 6, "train": 7, "odd": 0}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from coordinator.history import read_history
 from coordinator.runs.export import best_round, export_adapter
-from coordinator.runs.inspection import History
 from shared import topology
 from shared.disk.files import digest_file
 from shared.errors import LedgerDamagedError
@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
 
 def export(folder, to):
     """The last adapter, written to ``to``."""
-    return export_adapter(History(store_of(folder), "test"), store_of(folder), to, None)
+    return export_adapter(read_history(store_of(folder), "test"), store_of(folder), to, None)
 
 
 def test_what_is_done_to_an_export_does_not_reach_the_ledger(finished, tmp_path):
@@ -92,7 +92,7 @@ def test_the_best_round_has_the_lowest_loss_of_all_held_out_text(tmp_path, at_a,
     sites = {"a": Measures("a", examples=90), "b": Measures("b", examples=10)}
     sites["a"].losses, sites["b"].losses = list(at_a), list(at_b)
     federations.run(federations.config(sites), tmp_path, sites)
-    assert best_round(History(store_of(tmp_path), "test")) == best
+    assert best_round(read_history(store_of(tmp_path), "test")) == best
     to = tmp_path / "out"
     done = gradualdiff(
         "runs", "export", "test", "--best", "--to", to, "--store", tmp_path / "store"

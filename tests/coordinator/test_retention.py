@@ -290,10 +290,10 @@ def test_a_stopped_run_can_be_pruned_like_any_finished_one(tmp_path):
 
 def test_export_of_a_pruned_round_says_so(finished, tmp_path):
     """The error names the record, not damage."""
+    from coordinator.history import read_history
     from coordinator.runs.export import export_adapter
-    from coordinator.runs.inspection import History
 
     prune(finished, "last:1")
     store = store_of(finished)
     with pytest.raises(LedgerDamagedError, match=r"pruned.*pruned/00001\.json"):
-        export_adapter(History(store, "test"), store, tmp_path / "out", 1)
+        export_adapter(read_history(store, "test"), store, tmp_path / "out", 1)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from coordinator.aggregation.server_optimizer import wants_more_than_zeros
+from coordinator.history import read_history
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
-from coordinator.runs.inspection import History, summarise_round
+from coordinator.runs.inspection import summarise_round
 from coordinator.runs.operating import operator_ledger
 from coordinator.runs.retention import carry_out, read_plan
 from shared import topology
@@ -93,7 +94,7 @@ def test_plain_keeps_no_state(tmp_path):
 def test_the_state_is_shown_and_not_exported(finished, tmp_path):
     """By rounds show, for people and for programs."""
     last = closed(finished)[4]
-    history = History(store_of(finished), "test")
+    history = read_history(store_of(finished), "test")
     summary = summarise_round(history, 4)
     assert (summary.server_sha, summary.step_norm) == (last.server_sha, last.step_norm)
     store = ["--store", str(finished / "store")]

@@ -12,9 +12,9 @@ import re
 import numpy as np
 import pytest
 
+from coordinator.history import read_history
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
-from coordinator.runs.inspection import History
 from shared import modes, topology
 from shared.adapters import Factor, lora
 from shared.adapters.lora import KIND, Lora
@@ -214,7 +214,7 @@ def test_floras_adapters_say_their_rank_to_peft_and_in_the_model_card(tmp_path):
     keys = [topology.adapter_key("test", r.adapter_sha, "adapter_config.json") for r in results]
     made = [json.loads(store.get(key)) for key in keys]
     assert [(one["r"], one["lora_alpha"]) for one in made] == [(4, 8), (11, 22), (18, 36)]
-    history = History(store, "test")
+    history = read_history(store, "test")
     export_adapter(history, store, tmp_path / "out", 1)
     assert "(r=11, alpha=22, scaling classic)" in (tmp_path / "out" / "README.md").read_text()
     store.put(keys[1], store.get(keys[2]))
@@ -443,7 +443,7 @@ def test_no_mode_knows_the_names_of_the_factors(tmp_path, monkeypatch, averaging
     gaps = [record.exactness_gap for record in records(tmp_path, ClosedRecord)]
     assert all(gaps) if averaging in {"fedavg", "svd"} else not any(gaps)
     store = store_of(tmp_path)
-    history = History(store, "test")
+    history = read_history(store, "test")
     export_adapter(history, store, tmp_path / "out", None)
     with TensorFile(tmp_path / "out" / "adapter_model.safetensors") as file:
         assert set(file.layouts) == {"x.one", "x.two"}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from coordinator.history import read_history
 from coordinator.runs.export import export_adapter
-from coordinator.runs.inspection import History, show_round, summarise_round
+from coordinator.runs.inspection import show_round, summarise_round
 from gradualdiff.cli import follow
 from gradualdiff.cli.main import app
 from shared import topology
@@ -116,7 +117,7 @@ def _attacked(folder, attack, **aggregation):
 )
 def test_the_model_card_says_what_was_added(tmp_path, rule, says):
     _attacked(tmp_path, "noise", rule=rule)
-    history = History(store_of(tmp_path), "test")
+    history = read_history(store_of(tmp_path), "test")
     exported = export_adapter(history, store_of(tmp_path), tmp_path / "out", None)
     assert says in (exported.path / "README.md").read_text()
 
@@ -131,7 +132,7 @@ def test_multi_krum_names_the_bad_site_on_record_and_on_screen(tmp_path, attack)
     closed = records(tmp_path, ClosedRecord)[0]
     if attack == "flipped":
         assert closed.cosines["c"] < -0.9  # with what was really added
-    history = History(store_of(tmp_path), "test")
+    history = read_history(store_of(tmp_path), "test")
     rows = {row.site: row for row in show_round(history, 1)}
     assert (rows["c"].state, rows["c"].reason) == ("left out", closed.left_out["c"])
     assert {rows[site].state for site in "abde"} == {"counted"}
@@ -180,7 +181,7 @@ def test_by_default_a_large_delta_is_clipped_to_three_medians(tmp_path, clean):
         assert math.isclose(scales.pop("c") * norms["c"], bound, rel_tol=1e-12)
         assert set(scales.values()) == {1.0}
     assert verify(folder).findings == []
-    summary = summarise_round(History(store_of(folder), "test"), 1)
+    summary = summarise_round(read_history(store_of(folder), "test"), 1)
     assert list(summary.clipped) == ["c"]
     scale = summary.clipped["c"]
     assert f"c: clipped, its delta was multiplied by {scale:.3g}" in _shown(folder, "1")

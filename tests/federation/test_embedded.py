@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from coordinator.audit.verification import verify_run
-from coordinator.runs.inspection import History, summarise_run
+from coordinator.history import read_history
+from coordinator.runs.inspection import summarise_run
 from participant.learner.port import DELTA_FILE
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
@@ -474,7 +475,7 @@ def test_a_run_that_ended_over_unlike_bases_in_an_earlier_release_is_shown_as_it
         federations.run(config, tmp_path, sites)
     reason = "the sites loaded different base models"
     ledger(tmp_path).write(FinishedRecord(round=0, sha=None, reason=reason, failed=True))
-    summary = summarise_run(History(DirectoryStore(tmp_path / "store"), "test"))
+    summary = summarise_run(read_history(DirectoryStore(tmp_path / "store"), "test"))
     assert (summary.state, summary.reason, summary.waits_for) == ("failed", reason, {})
     with pytest.raises(RunFailedError, match=reason):
         federations.run(config, tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from coordinator.bootstrap import build_coordinator
-from coordinator.runs.inspection import History
+from coordinator.history import read_history
 from participant.bootstrap import subscribe
 from participant.handlers import Participant, Site
 from participant.workspace import Workspace
@@ -176,7 +176,7 @@ def test_a_run_that_was_attacked_before_is_gone_on_with(tmp_path):
     What it says of the sites until then is short.
     """
     config = old_run_with_a_megabyte_of_versions(tmp_path, finished=False)
-    (waits_for,) = {*History(store_of(tmp_path), RUN).waits_for.values()}
+    (waits_for,) = {*read_history(store_of(tmp_path), RUN).waits_for.values()}
     assert "the sites run different versions" in waits_for
     assert waits_for.endswith("(results are then no longer the same on every site)")
     assert len(waits_for) < 2_000

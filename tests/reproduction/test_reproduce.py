@@ -132,15 +132,14 @@ def test_the_json_has_what_the_tables_have(home, results):
 
 
 def test_arms_of_a_seed_begin_with_one_adapter(home, results):
-    from coordinator.runs.inspection import History
+    from coordinator.history import read_history
     from shared.protocol.ledger import list_runs
-    from shared.protocol.records import GenesisRecord
     from shared.stores.directory import DirectoryStore
 
     store = DirectoryStore(home / "whole" / "store")
     found = {}
     for run in list_runs(store):
-        genesis = History(store, run).one(0, GenesisRecord)
+        genesis = read_history(store, run).genesis
         found.setdefault(run.split("-")[0], set()).add(genesis.adapter_sha)
     assert sorted(found) == ["s1", "s2"]
     assert all(len(adapters) == 1 for adapters in found.values())
