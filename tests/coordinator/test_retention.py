@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 
+from coordinator.history import read_history
 from coordinator.runs.operating import operator_ledger
 from coordinator.runs.retention import carry_out, plan, read_plan
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, RunStuckError
 from shared.protocol.records import (
-    AcceptedRecord,
     ClosedRecord,
-    ClosingRecord,
     GenesisRecord,
     PrunedRecord,
 )
@@ -177,23 +176,17 @@ def test_a_delta_that_no_record_speaks_of_stays_until_the_end(unfinished):
 
 def test_a_late_delta_that_a_newer_round_counted_goes_with_that_round(whole):
     """What is kept of the last rounds is all they were made of, from whatever round it came."""
-    ledger = operator_ledger(store_of(whole), "test", lambda: 0.0)
-    sha = {"sha": "d" * 64}
-
-    def altered(record):
-        if isinstance(record, ClosingRecord) and record.round == 4:
-            late = record.inputs[0].model_copy(update={"from_round": 2, **sha})
-            return record.model_copy(update={"inputs": (*record.inputs, late)})
-        if isinstance(record, ClosingRecord) and record.round == 2:
-            return record.model_copy(update={"inputs": record.inputs[1:]})
-        if isinstance(record, AcceptedRecord) and (record.site, record.round) == ("a", 2):
-            return record.model_copy(update=sha)
-        return record
-
-    history = [altered(record) for record in ledger.history()]
+    history = read_history(store_of(whole), "test")
+    second, fourth = history.rounds[2], history.rounds[4]
+    inputs, sha = fourth.closing.inputs, {"sha": "d" * 64}
+    more = (*inputs, inputs[0].model_copy(update={"from_round": 2, **sha}))
+    fourth.closing = fourth.closing.model_copy(update={"inputs": more})
+    fewer = second.closing.inputs[1:]
+    second.closing = second.closing.model_copy(update={"inputs": fewer})
+    second.accepted["a"] = second.accepted["a"].model_copy(update=sha)
     late = topology.delta_key("test", 2, "a", "d" * 64)
     other = topology.delta_key("test", 2, "b", "e" * 64)
-    found = plan("test", history, {late: 1, other: 1}, "last:1")
+    found = plan(history, {late: 1, other: 1}, "last:1")
     assert [item.key for item in found.objects] == [other]
 
 
@@ -290,7 +283,6 @@ def test_a_stopped_run_can_be_pruned_like_any_finished_one(tmp_path):
 
 def test_export_of_a_pruned_round_says_so(finished, tmp_path):
     """The error names the record, not damage."""
-    from coordinator.history import read_history
     from coordinator.runs.export import export_adapter
 
     prune(finished, "last:1")
