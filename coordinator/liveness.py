@@ -7,6 +7,7 @@ look; the ledger knows nothing of it.
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, ValidationError
@@ -143,3 +144,31 @@ def read_status(store: ObjectStore, run: str) -> RunStatus | None:
         return RunStatus.model_validate_json(store.get(topology.status_key(run)))
     except (ObjectMissingError, ValidationError, json.JSONDecodeError):
         return None
+
+
+def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:
+    """Whether a site is gone: nobody reads its queue, or it was silent, by the coordinator's clock.
+
+    None: it was never heard, or no coordinator wrote for so long that nobody can say. ``now`` is
+    this machine's time.
+    """
+    if status is None or now - status.at > ONLINE_SECONDS:
+        return None
+    if site in status.absent:
+        return True
+    told = status.sites.get(site)
+    return None if told is None else status.at - told.seen > ONLINE_SECONDS
+
+
+def away_since(site: str, status: RunStatus) -> tuple[float, str]:
+    """Since when a site that is away is known to be, in seconds since the epoch, and why."""
+    if site in status.absent:
+        return status.absent[site], "no process reads its queue, says the broker"
+    return status.sites[site].seen, "not heard since then"
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since the epoch as date and time in UTC; None stays None."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -19,8 +19,8 @@ from coordinator.runs.inspection import (
     summarise_round,
     summarise_rounds,
     summarise_run,
+    with_absence,
 )
-from coordinator.runs.standing import with_absence
 from gradualdiff.adapter import Adapter
 from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows

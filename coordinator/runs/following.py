@@ -1,18 +1,17 @@
-"""A run followed while it happens: who is where in the round at hand, looked at every second.
+"""A run followed while it happens: from its newest round and the status object.
 
-Reads the store only, and little of it: the status object each second, the ledger every few seconds
-or when the status says that something moved; records that were read are not read again.
+Whoever follows reads the store only, and little of it: the status object each second, the ledger
+every few seconds or when the status says that something moved.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from coordinator.liveness import read_status
-from coordinator.runs.standing import Standing, awaited, away_since
-from coordinator.runs.standing import is_away as is_gone
+from coordinator.liveness import away_since, is_away, read_status
+from coordinator.runs.newest_round import Follower, awaited
 from shared.errors import RunNotFoundError, StoreError
 from shared.methods.rules import too_few
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coordinator.liveness import RunStatus, SiteStatus
-    from coordinator.runs.standing import RoundLoss, RoundNow
+    from coordinator.runs.newest_round import RoundLoss, RoundNow
     from shared.stores.port import ObjectStore
 
 REFRESH_SECONDS = 1.0
@@ -83,118 +82,102 @@ def views(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.time,
 ) -> Iterator[View]:
-    """Each view that differs from the one before: of the newest round until the run ends.
+    """Each view that differs from the one before, until the run is finished, or the round closed.
 
-    ``number``: of this round, until it is closed. ``away`` is told once each time that the store
-    cannot be read; it is tried again. Raises RunNotFoundError for a round that has not begun.
+    ``away``: told once when the store is away; it is waited for. Raises RunNotFoundError for a
+    round that is not there yet.
     """
-    standing = Standing(store, run)
+    follower = Follower(store, run)
+    now: RoundNow | None = None
     shown: View | None = None
     told_by: object = None
     read_at = -LEDGER_SECONDS
-    is_away = False
+    is_there = True
     while True:
         try:
             status = read_status(store, run)
             moved = status and (status.round, status.state, status.waiting_for)
-            if moved != told_by or time.monotonic() - read_at >= LEDGER_SECONDS:
-                standing.refresh(number)
+            if now is None or moved != told_by or time.monotonic() - read_at >= LEDGER_SECONDS:
+                now = follower.look(number)
                 told_by, read_at = moved, time.monotonic()
-                if number is not None and number != standing.round.number:
+                if number is not None and number != now.number:
                     raise _no_round(run, number)
-            view = look(standing, status, clock())
+            view = look(now, status, clock())
         except StoreError as error:
             if not error.retryable:
                 raise
-            if not is_away:
+            if is_there:
                 away(error)
-            is_away = True
+            is_there = False
         else:
-            is_away = False
-            if shown is None or _lasting(view) != _lasting(shown):
-                yield view
+            is_there = True
+            if shown is None or view != replace(shown, seen=view.seen):
+                yield view  # the coordinator's clock alone makes no other view
                 shown = view
-            if _is_last(view, number):
+            if view.state in ("finished", "failed") or (
+                number is not None and view.state in ("closed", "paused")
+            ):
                 return
         sleep(REFRESH_SECONDS)
 
 
-def _is_last(view: View, number: int | None) -> bool:
-    if view.state in ("finished", "failed"):
-        return True
-    return number is not None and view.state in ("closed", "paused")
-
-
-def look(standing: Standing, status: RunStatus | None, now: float) -> View:
-    """The view that follows from what was read. ``now``: this machine's time."""
-    current, finished = standing.round, standing.finished
-    state = current.state
+def look(now: RoundNow, status: RunStatus | None, clock: float) -> View:
+    """The view that follows from what was read. ``clock``: this machine's time."""
+    history, finished, state = now.history, now.history.finished, now.state
+    paused = history.steering.paused
     if finished is not None:
         state = "failed" if finished.failed else "finished"
-    paused = standing.steering.paused
-    is_last = state == "closed" and current.number == standing.newest
-    if finished is None and paused is not None and is_last:
+    elif paused is not None and state == "closed" and now.number == max(history.rounds):
         state = "paused"
-    silent = status is not None and finished is None and now - status.at > SILENT_SECONDS
+    silent = status is not None and finished is None and clock - status.at > SILENT_SECONDS
     return View(
-        run=standing.run,
-        round=current.number,
-        rounds=standing.config.run.rounds + standing.steering.more_rounds,
+        run=history.run,
+        round=now.number,
+        rounds=history.total_rounds,
         state=state,
-        since=current.since,
+        since=now.since,
         seen=status.at if status else None,
         coordinator_silent=silent,
-        reason=finished.reason if finished else paused or _in_the_way(standing, status),
+        reason=finished.reason if finished else paused or _in_the_way(now, status),
         adapter_sha=finished.sha if finished else None,
-        sites=[
-            _site(standing, status, site, now) for site in sorted(standing.config.run.participants)
-        ],
-        losses=list(standing.losses.values()),
+        sites=[_site(now, status, s, clock) for s in sorted(history.config.run.participants)],
+        losses=now.losses,
     )
 
 
-def _in_the_way(standing: Standing, status: RunStatus | None) -> str:
+def _in_the_way(now: RoundNow, status: RunStatus | None) -> str:
     """Why nothing moves although nobody asked for that."""
-    return (status.problem if status else "") or _odd(standing) or _too_few(standing)
-
-
-def _odd(standing: Standing) -> str:
-    """Who has to be fixed before the run can begin, if anybody has."""
-    odd = sorted(standing.unfit)
-    return f"waits until {', '.join(odd)} is fixed and started again" if odd else ""
-
-
-def _too_few(standing: Standing) -> str:
-    """Why the round stays open although nobody is at work any more, if its rule says so."""
-    current = standing.round
-    settled = {*current.accepted, *current.excluded, *current.troubles}
-    if current.number < 1 or current.state != "open" or not settled.issuperset(current.selected):
+    if status is not None and status.problem:
+        return status.problem
+    if now.unfit:  # the run cannot begin before somebody is fixed
+        return f"waits until {', '.join(sorted(now.unfit))} is fixed and started again"
+    settled = {*now.accepted, *now.excluded, *now.troubles}
+    if now.number < 1 or now.state != "open" or not settled.issuperset(now.selected):
         return ""
-    there = current.accepted.keys() - current.excluded.keys()
-    return too_few(standing.config.aggregation, len(there)) or ""
+    there = now.accepted.keys() - now.excluded.keys()  # nobody is at work any more
+    return too_few(now.history.config.aggregation, len(there)) or ""
 
 
-def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -> SiteNow:
-    current = standing.round
+def _site(now: RoundNow, status: RunStatus | None, site: str, clock: float) -> SiteNow:
     told = status.sites.get(site) if status else None
-    pending = not awaited(standing, site).startswith("nothing")
-    done, reason = _settled(standing, site)
+    pending = not awaited(now, site).startswith("nothing")
+    done, reason = _settled(now, site)
     base = SiteNow(
         site=site,
         state=done or "waiting",
         bytes_down=told.bytes_down if told else None,
         bytes_up=told.bytes_up if told else None,
-        pending_since=current.since if pending else None,
+        pending_since=now.since if pending else None,
         reason=reason,
     )
     if done is not None:
         return base
-    if status is not None and is_gone(site, status, now):
+    if status is not None and is_away(site, status, clock):
         since, why = away_since(site, status)
-        return _changed(base, state="away", away_since=since, reason=reason or why)
-    if told is None or not _is_of(told, current):
+        return replace(base, state="away", away_since=since, reason=reason or why)
+    if told is None or not _is_of(told, now):
         return base
-    return _changed(
+    return replace(
         base,
         state=DOING.get(told.activity or "", told.activity or "waiting"),
         step=told.step,
@@ -204,34 +187,32 @@ def _site(standing: Standing, status: RunStatus | None, site: str, now: float) -
     )
 
 
-def _settled(standing: Standing, site: str) -> tuple[str | None, str]:
+def _settled(now: RoundNow, site: str) -> tuple[str | None, str]:
     """What the ledger says of it: a state that needs no word of progress, and the reason."""
-    current = standing.round
     apart = {
-        "declined": standing.declined,
-        "excluded": current.excluded,
-        "left out": current.left_out,
-        "does not fit": standing.unfit,
+        "declined": now.history.declined,
+        "excluded": now.excluded,
+        "left out": now.left_out,
+        "does not fit": now.unfit,
     }
     for state, reasons in apart.items():
         if site in reasons:
             return state, reasons[site]
-    if site in current.accepted:
-        counted = current.state in ("closing", "closed")
-        return ("counted" if counted else "accepted"), ""
-    if current.number < 1:
-        return ("joined" if site in standing.members else None), ""
-    if site not in current.selected:
+    if site in now.accepted:
+        return ("counted" if now.state in ("closing", "closed") else "accepted"), ""
+    if now.number < 1:
+        return ("joined" if site in now.history.members else None), ""
+    if site not in now.selected:
         return "idle", ""
-    return None, current.troubles.get(site, "")
+    return None, now.troubles.get(site, "")
 
 
-def _is_of(told: SiteStatus, current: RoundNow) -> bool:
+def _is_of(told: SiteStatus, now: RoundNow) -> bool:
     """Whether its last word of progress is about this round; both times are the coordinator's."""
     return (
         told.progress_at is not None
-        and told.progress_at >= current.since
-        and told.round in (max(current.number, 0), 0)
+        and told.progress_at >= now.since
+        and told.round in (max(now.number, 0), 0)
     )
 
 
@@ -239,15 +220,6 @@ def _eta(told: SiteStatus) -> float | None:
     if not told.step or told.of is None or told.seconds is None:
         return None
     return round(told.seconds / told.step * max(told.of - told.step, 0), 1)
-
-
-def _changed(site: SiteNow, **values: object) -> SiteNow:
-    return SiteNow(**{**asdict(site), **values})
-
-
-def _lasting(view: View) -> dict[str, object]:
-    """What makes a view another one: the coordinator's clock alone does not."""
-    return {**asdict(view), "seen": None}
 
 
 def _no_round(run: str, number: int) -> RunNotFoundError:

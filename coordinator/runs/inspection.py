@@ -7,10 +7,12 @@ token-weighted means. Seconds are wall-clock at the sites, bytes are what the st
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.history import read_history
+from coordinator.liveness import away_since, is_away, moment
 from shared.errors import RunNotFoundError
 from shared.methods.rules import too_few
 from shared.protocol.ledger import list_runs
@@ -18,6 +20,7 @@ from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
     from coordinator.history import History, RoundHistory
+    from coordinator.liveness import RunStatus
     from shared.protocol.manifest import HeldOut
     from shared.protocol.records import Input
     from shared.stores.port import ObjectStore
@@ -191,6 +194,19 @@ def show_round(history: History, number: int) -> list[SiteRow]:
     opened, counted = history.round(number).opened, history.counted
     sites = opened.selected if opened else tuple(history.members)
     return [_row(history, number, site, counted.get((site, number))) for site in sorted(sites)]
+
+
+def with_absence(rows: list[SiteRow], status: RunStatus | None) -> list[SiteRow]:
+    """The rows of one round; a site that is awaited and away says so as its reason."""
+    now = time.time()
+
+    def told(row: SiteRow) -> SiteRow:
+        if row.state != "pending" or status is None or not is_away(row.site, status, now):
+            return row
+        since, why = away_since(row.site, status)
+        return replace(row, reason=f"away since {moment(since)}: {why}")
+
+    return [told(row) for row in rows]
 
 
 def perplexity(held_out: HeldOut | None) -> float | None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from coordinator.runs.standing import moment
+from coordinator.liveness import moment
 from gradualdiff.cli.output import (
     console,
     fixed,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from coordinator.runs.following import SiteNow, View
-    from coordinator.runs.standing import RoundLoss
+    from coordinator.runs.newest_round import RoundLoss
 
 
 class Screen(Protocol):

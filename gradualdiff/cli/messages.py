@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coordinator.runs.standing import moment
+from coordinator.liveness import moment
 from shared.errors import DecodeError
 from shared.log import redact
 from shared.protocol import wire

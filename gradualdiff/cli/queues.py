@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coordinator.liveness import RunStatus
-    from coordinator.runs.standing import Standing
+    from coordinator.runs.newest_round import RoundNow
     from shared.brokers.rabbitmq import RabbitConnection
 
 app = typer.Typer(help="Queues on the broker: list, peek, redrive, purge.", no_args_is_help=True)
@@ -231,7 +231,7 @@ def _list(office: Servers) -> QueueList:
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
     run = office.config.run.name
-    standing, status = _standing(office), read_status(office.store, run)
+    now, status = _newest_round(office), read_status(office.store, run)
     unacked = _unacked(office)
     with _connect(office) as broker:
 
@@ -246,18 +246,19 @@ def _list(office: Servers) -> QueueList:
         ]
         letters = rows[-1].ready
         rows += [
-            _with_site(row(site_queue(site), "site"), site, standing, status)
+            _with_site(row(site_queue(site), "site"), site, now, status)
             for site in office.config.run.participants
         ]
     return QueueList(run, letters, rows)
 
 
 def _with_site(
-    row: QueueRow, site: str, standing: Standing | None, status: RunStatus | None
+    row: QueueRow, site: str, now: RoundNow | None, status: RunStatus | None
 ) -> QueueRow:
     from dataclasses import replace
 
-    from coordinator.runs.standing import awaited, is_away, moment
+    from coordinator.liveness import is_away, moment
+    from coordinator.runs.newest_round import awaited
 
     told = status.sites.get(site) if status else None
     away = is_away(site, status, time.time())
@@ -266,20 +267,18 @@ def _with_site(
         site=site,
         online=None if away is None else not away,
         last_seen=moment(told.seen) if told else None,
-        waits_for="nothing: the run has not begun" if not standing else awaited(standing, site),
+        waits_for="nothing: the run has not begun" if now is None else awaited(now, site),
     )
 
 
-def _standing(office: Servers) -> Standing | None:
+def _newest_round(office: Servers) -> RoundNow | None:
     """None before the coordinator's first start."""
-    from coordinator.runs.standing import Standing
+    from coordinator.runs.newest_round import Follower
 
     try:
-        standing = Standing(office.store, office.config.run.name)
+        return Follower(office.store, office.config.run.name).look()
     except RunNotFoundError:
         return None
-    standing.refresh()
-    return standing
 
 
 def _count(broker: RabbitConnection, queue: str) -> tuple[int | None, int | None]:

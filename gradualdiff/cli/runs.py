@@ -54,8 +54,8 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
 @app.command()
 def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """One run: its state, dates, members, and the settings that differ from the defaults."""
+    from coordinator.liveness import moment
     from coordinator.runs.differing import changed_settings, told
-    from coordinator.runs.standing import moment
     from gradualdiff.store import open_store
 
     opened = open_store(store).run(run)

@@ -226,8 +226,7 @@ def _coordinator(
     stores: list[ObjectStore],
 ) -> Iterator[CheckResult]:
     """Whether one listens. Before the run's first start there need be none."""
-    from coordinator.liveness import read_status
-    from coordinator.runs.standing import moment
+    from coordinator.liveness import moment, read_status
     from shared.protocol.ledger import list_runs
     from shared.topology import coordinator_queue, finished_key
 

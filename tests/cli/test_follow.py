@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.liveness import ONLINE_SECONDS, RunStatus, SiteStatus
+from coordinator.liveness import ONLINE_SECONDS, RunStatus, SiteStatus, read_status
 from coordinator.runs import following
+from coordinator.runs.newest_round import Follower
 from coordinator.runs.operating import operator_ledger, order
 from gradualdiff.cli import follow, follow_screens
 from gradualdiff.cli.main import app
@@ -230,10 +231,8 @@ def test_each_participants_state_is_told(run):
         b={},
         c={"seen": run.now - ONLINE_SECONDS - 1},
     )
-    standing = following.Standing(run.store, "test")
-    standing.refresh()
-    status = following.read_status(run.store, "test")
-    view = following.look(standing, status, run.now)
+    now, status = Follower(run.store, "test").look(), read_status(run.store, "test")
+    view = following.look(now, status, run.now)
     assert (view.round, view.rounds, view.state, view.since) == (1, 3, "open", START + 10)
     found = sites(view)
     a, b, c = found["a"], found["b"], found["c"]
@@ -245,7 +244,7 @@ def test_each_participants_state_is_told(run):
     assert follow_screens.sentence(a) == "training"
     assert "away since 20" in follow_screens.sentence(c)
     assert not view.coordinator_silent
-    assert following.look(standing, status, run.now + 31).coordinator_silent
+    assert following.look(now, status, run.now + 31).coordinator_silent
 
 
 def test_a_site_that_does_not_listen_is_away_whatever_it_said_last(run):
@@ -256,9 +255,8 @@ def test_a_site_that_does_not_listen_is_away_whatever_it_said_last(run):
     run.accept("c")
     training = {"progress_at": run.now, "round": 1, "activity": "train", "step": 2, "of": 4}
     run.status(waiting=("a", "b"), absent={"a": START + 11, "b": START + 12}, a=training)
-    standing = following.Standing(run.store, "test")
-    standing.refresh()
-    view = following.look(standing, following.read_status(run.store, "test"), run.now)
+    now = Follower(run.store, "test").look()
+    view = following.look(now, read_status(run.store, "test"), run.now)
     states = {name: (site.state, site.away_since) for name, site in sites(view).items()}
     assert states == {
         "a": ("away", START + 11),
@@ -323,9 +321,8 @@ def test_a_word_about_an_earlier_round_is_not_shown(run):
     run.open(1)
     old = {"progress_at": START + 5, "round": 1, "activity": "train", "step": 3, "of": 3}
     run.status(waiting=("a", "b", "c"), a=old)
-    standing = following.Standing(run.store, "test")
-    standing.refresh()
-    view = following.look(standing, following.read_status(run.store, "test"), run.now)
+    now = Follower(run.store, "test").look()
+    view = following.look(now, read_status(run.store, "test"), run.now)
     assert sites(view)["a"].state == "waiting"
     assert sites(view)["b"].state == "waiting"  # never heard
 
@@ -558,7 +555,7 @@ def test_a_killed_site_is_shown_as_away_long_before_its_silence_tells(
         deployment.kill("a")
         deployment.wait_for('"state": "away"', "follow")
         print("seen after", round(time.time() - killed, 1), "s")  # noqa: T201 - a report quotes it
-        status = following.read_status(
+        status = read_status(
             open_s3(load_federation(deployment.federation).store, tmp_path), "tiny"
         )
         assert status.at - status.sites["a"].seen < ONLINE_SECONDS

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from coordinator.history import read_history
 from coordinator.runs.export import export_adapter
+from coordinator.runs.following import look
 from coordinator.runs.inspection import show_round, summarise_round
-from gradualdiff.cli import follow
+from coordinator.runs.newest_round import Follower
 from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json
@@ -192,9 +193,7 @@ def test_by_default_a_large_delta_is_clipped_to_three_medians(tmp_path, clean):
 
 def _followed(folder):
     """Round 1 as rounds show --follow sees it."""
-    standing = follow.Standing(store_of(folder), "test")
-    standing.refresh(1)
-    return follow.look(standing, None, 0.0)
+    return look(Follower(store_of(folder), "test").look(1), None, 0.0)
 
 
 def _shown(folder, *arguments):

@@ -15,6 +15,7 @@ from coordinator import effects
 from coordinator.bootstrap import build_coordinator
 from coordinator.liveness import read_status
 from coordinator.runs import following
+from coordinator.runs.newest_round import Follower
 from gradualdiff.cli.main import app
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
@@ -168,9 +169,8 @@ def test_a_round_that_cannot_be_closed_says_so_and_blames_no_message(tmp_path, m
     store = ["--store", str(tmp_path / "store")]
     told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
     assert status.problem in told.output
-    standing = following.Standing(store_of(tmp_path), "test")
-    standing.refresh(1)
-    assert following.look(standing, status, 0.0).reason == status.problem
+    now = Follower(store_of(tmp_path), "test").look(1)
+    assert following.look(now, status, 0.0).reason == status.problem
     broken.clear()
     assert federations.run(config, tmp_path).adapter_sha == honest
     told = CliRunner().invoke(app, ["rounds", "show", "test", "1", *store])
