@@ -16,12 +16,9 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.records import (
     ClosedRecord,
     ClosingRecord,
-    EvaluatedRecord,
-    FailedRecord,
     FinishedRecord,
     GenesisRecord,
     OpenedRecord,
-    RefusedRecord,
 )
 
 if TYPE_CHECKING:
@@ -29,15 +26,15 @@ if TYPE_CHECKING:
 
     from coordinator.audit.chain import Chain
     from shared.config import FederationConfig, LoraSection
-    from shared.protocol.records import MemberRecord
+    from shared.protocol.records import FailedRecord, MemberRecord, RefusedRecord
 
 
 def check_records(chain: Chain, config: FederationConfig) -> None:
     """Note every contradiction and every gap between the records."""
     _check_members(chain, config)
     _check_controls(chain)
-    for number in sorted(chain.rounds.keys() - set(chain.numbers)):
-        for record in chain.rounds[number]:
+    for number in sorted(chain.history.rounds.keys() - set(chain.numbers)):
+        for record in chain.history.round(number).records:
             last = len(chain.numbers) - 1
             chain.find(number, record.key(chain.run), f"the last round on record is {last}")
     for number in chain.numbers:
@@ -50,16 +47,16 @@ def check_records(chain: Chain, config: FederationConfig) -> None:
 
 
 def _check_members(chain: Chain, config: FederationConfig) -> None:
-    genesis = chain.one(0, GenesisRecord)
+    genesis = chain.history.genesis
     if genesis is None:
         return
     for site in genesis.members:
-        if site not in chain.members:
+        if site not in chain.history.members:
             chain.miss(0, topology.member_key(chain.run, site), "the run began with this site")
     # Who did not fit at the start and was not waited for is in the run no more than who declined.
     joined = {
         site: member
-        for site, member in chain.members.items()
+        for site, member in chain.history.members.items()
         if site in genesis.members or member.from_round > 0
     }
     for member in joined.values():
@@ -85,7 +82,7 @@ def _fits(member: MemberRecord, genesis: GenesisRecord, config: FederationConfig
 
 
 def _check_controls(chain: Chain) -> None:
-    known = {control.number for control in chain.controls}
+    known = {control.number for control in chain.history.controls}
     # Of those that are missing the first hundred say enough; a record may claim any number.
     most = len(known) + MOST_LOST_ROUNDS
     before = range(1, min(max(known, default=0), most + 1))
@@ -101,36 +98,38 @@ def _check_controls(chain: Chain) -> None:
 def _decisions(
     chain: Chain,
 ) -> Iterator[tuple[int, OpenedRecord | ClosingRecord | FinishedRecord]]:
-    if chain.finished is not None:
-        yield chain.finished.round, chain.finished
+    if chain.history.finished is not None:
+        yield chain.history.finished.round, chain.history.finished
     for number in reversed(chain.numbers):
-        for record in chain.rounds.get(number, ()):
-            if isinstance(record, OpenedRecord | ClosingRecord):
+        there = chain.history.round(number)
+        for record in (there.opened, there.closing):
+            if record is not None:
                 yield number, record
 
 
 def _check_places(chain: Chain, number: int) -> None:
     """The records of a round that must be there because of what came after."""
     result = chain.needs_result(number) or chain.has_result(number)
+    there = chain.history.round(number)
     key = topology.round_key(chain.run, number, "closed")
     if chain.needs_result(number) and not chain.has_result(number):
         chain.miss(number, key, "the run went on from this round's result")
     if number == 0:
         return
-    decided = result or chain.one(number, ClosingRecord) is not None
-    if decided and chain.one(number, OpenedRecord) is None:
+    decided = result or there.closing is not None
+    if decided and there.opened is None:
         key = topology.round_key(chain.run, number, "opened")
         chain.miss(number, key, "the round has a result")
-    if result and chain.one(number, ClosingRecord) is None:
+    if result and there.closing is None:
         key = topology.round_key(chain.run, number, "closing")
         chain.miss(number, key, "the round has a result")
 
 
 def _check_opened(chain: Chain, config: FederationConfig, number: int) -> None:
-    opened = chain.one(number, OpenedRecord)
+    opened = chain.history.round(number).opened
     if opened is None or opened.rounds is None or not chain.knows(opened.controls):
         return
-    steering = steer(chain.controls, opened.controls)
+    steering = steer(chain.history.controls, opened.controls)
     key = opened.key(chain.run)
     total = config.run.rounds + steering.more_rounds
     if opened.rounds != total:
@@ -143,11 +142,11 @@ def _check_opened(chain: Chain, config: FederationConfig, number: int) -> None:
 
 
 def _check_decision(chain: Chain, config: FederationConfig, number: int) -> None:
-    closing, opened = chain.one(number, ClosingRecord), chain.one(number, OpenedRecord)
+    closing, opened = chain.history.round(number).closing, chain.history.round(number).opened
     if closing is None or not chain.knows(closing.controls):
         return
     key = closing.key(chain.run)
-    steering = steer(chain.controls, closing.controls)
+    steering = steer(chain.history.controls, closing.controls)
     counted = {item.site for item in closing.inputs if item.from_round == number}
     for site in sorted(counted & closing.excluded.keys()):
         chain.find(number, key, f"both counts {site} and leaves it out")
@@ -179,7 +178,7 @@ def _check_inputs(
 
 def _check_server(chain: Chain, config: FederationConfig, number: int) -> None:
     """A state of the server's optimiser, and its step, where the run has one and nowhere else."""
-    closed = chain.one(number, ClosedRecord)
+    closed = chain.history.round(number).closed
     if closed is None:
         return
     optimizer = config.server.optimizer
@@ -222,11 +221,9 @@ def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) 
 
 def _check_reason(chain: Chain, number: int, site: str, why: str) -> None:
     """The site failed, or its delta was refused: with that reason."""
-    told = [
-        record
-        for record in chain.rounds.get(number, ())
-        if isinstance(record, FailedRecord | RefusedRecord) and record.site == site
-    ]
+    there = chain.history.round(number)
+    words: list[RefusedRecord | FailedRecord] = [*there.refused, *there.failed]
+    told = [record for record in words if record.site == site]
     if any(record.reason == why for record in told):
         return
     if told:
@@ -244,14 +241,12 @@ def _check_reason(chain: Chain, number: int, site: str, why: str) -> None:
 
 def _check_evaluated(chain: Chain, number: int) -> None:
     """Sites evaluate the last adapter when they are told of the end, and no other."""
-    result = chain.one(number, ClosedRecord) or chain.one(number, GenesisRecord)
-    for record in chain.rounds.get(number, ()):
-        if not isinstance(record, EvaluatedRecord):
-            continue
-        if chain.finished is None:
+    result = chain.history.round(number).result
+    for record in chain.history.round(number).evaluated.values():
+        if chain.history.finished is None:
             why = "sites evaluated the last adapter"
             chain.miss(number, topology.finished_key(chain.run), why)
-        words = {chain.finished.sha} if chain.finished else set()
+        words = {chain.history.finished.sha} if chain.history.finished else set()
         # Where the two words for the last adapter differ, that is found; it is not the site's.
         if result is not None and record.sha not in {result.adapter_sha, *words}:
             key = record.key(chain.run)
@@ -259,10 +254,10 @@ def _check_evaluated(chain: Chain, number: int) -> None:
 
 
 def _check_end(chain: Chain, config: FederationConfig) -> None:
-    done = chain.finished
+    done = chain.history.finished
     if done is None or not chain.knows(done.controls):
         return
-    steering = steer(chain.controls, done.controls)
+    steering = steer(chain.history.controls, done.controls)
     total = config.run.rounds + steering.more_rounds
     expected = None
     if steering.stopped is not None:
@@ -284,7 +279,7 @@ def check_origin(
 
     Findings go into the chain; the notes say what could not be compared.
     """
-    origin = chain.origin
+    origin = chain.history.origin
     assert origin is not None  # the caller looked
     key, mine = origin.key(chain.run), genesis.key(chain.run)
     claims: list[tuple[str, str, object, object]] = [

@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from coordinator.audit.chain import Chain, Finding
-from shared import modes, topology
+from coordinator.audit.chain import Finding, read_chain
+from shared import modes
 from shared.errors import ObjectMissingError
 from shared.methods.server_optimizers import get_server_optimizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
-    from shared.protocol.records import AcceptedRecord, GenesisRecord
+    from shared.protocol.records import GenesisRecord
 
 UNKNOWN = "unknown"
 NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are the result
@@ -46,10 +45,12 @@ class Evidence:
     def __init__(self, ledger: Ledger, scratch: Path) -> None:
         self._ledger = ledger
         self._scratch = scratch
-        self.result = Verification(ledger.run)
-        self._config = self._settings()
-        self._chain = Chain(ledger.run)
-        self._accepted: dict[tuple[str, int], AcceptedRecord] = {}
+        self._chain = read_chain(ledger)
+        self._history = self._chain.history
+        self._config = self._history.config
+        modes.require(self._history.federation.modes, f"run {ledger.run}")
+        self.result = Verification(ledger.run, findings=self._chain.findings)
+        self._accepted = self._history.accepted
         self._counted: set[tuple[str, int]] = set()
         self._genesis: GenesisRecord | None = None
         self._sources: dict[int, str] = {}  # as the chain says, whatever a record of the round does
@@ -57,14 +58,6 @@ class Evidence:
         # The server optimiser's state after the last round: None where a round begins without
         # one, UNKNOWN where no record says which it is.
         self._server_sha: str | None = None
-
-    def _settings(self) -> FederationConfig:
-        record, key = self._ledger.federation(), topology.federation_key(self._ledger.run)
-        modes.require(record.modes, f"run {self._ledger.run}")
-        config = record.settings(self._ledger.run)
-        if config.digest != record.digest:
-            self._expect(0, key, "digest", record.digest, config.digest)
-        return config
 
     @property
     def _keeps_state(self) -> bool:

@@ -14,7 +14,6 @@ from shared.adapters import kind_of
 from shared.errors import DecodeError, DeltaRefusedError, LedgerError, ObjectMissingError
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
-from shared.protocol.records import ClosedRecord, ClosingRecord
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, check_delta
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shared.config import LoraSection
+    from shared.protocol.records import ClosedRecord, ClosingRecord
 
 GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
 
@@ -150,7 +150,7 @@ class Recomputing(Evidence):
 
     def _lora_after(self, number: int) -> LoraSection | None:
         """As PEFT needs it; None where a rank that grows follows from a record that is missing."""
-        closings = (self._chain.one(n, ClosingRecord) for n in range(1, number + 1))
+        closings = (self._history.round(n).closing for n in range(1, number + 1))
         mode = get_averaging(self._config.aggregation.averaging)
         return mode.lora_after(closings, self._config.lora)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.genesis import draw_adapter
-from coordinator.audit.chain import accepted_records, read_chain
 from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.audit.evidence import UNKNOWN, Verification
 from coordinator.audit.recomputing import Recomputing
@@ -31,7 +30,6 @@ from shared.protocol.records import (
     GenesisRecord,
     Input,
     OpenedRecord,
-    Record,
 )
 from shared.seeds import derive_seed
 
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.aggregation.closing import Aggregated
+    from coordinator.history import RoundHistory
     from shared.protocol.ledger import Ledger
 
 
@@ -56,46 +55,40 @@ class _Verifier(Recomputing):
     """Round by round, from the start to the end."""
 
     def verify(self, report: Callable[[int], None]) -> Verification:
-        self._chain = chain = read_chain(self._ledger)
-        chain.findings[:0] = self.result.findings
-        self.result.findings = chain.findings
+        chain = self._chain
         check_records(chain, self._config)
-        self._accepted = accepted_records(chain)
         for number in chain.numbers:
             report(number)
-            for record in chain.rounds.get(number, ()):
-                self._check(number, record)
+            self._check(self._history.round(number))
             if chain.needs_result(number) and not chain.has_result(number):
                 self._go_on_without(number)
         self._check_end()
         return self.result
 
-    def _check(self, number: int, record: Record) -> None:
-        match record:
-            case GenesisRecord():
-                self._check_genesis(record)
-            case OpenedRecord():
-                self._check_opened(record)
-            case ClosedRecord():
-                self.result.rounds += 1
-                closing = self._chain.one(number, ClosingRecord)
-                again = self._check_closed(closing, record) if closing is not None else None
-                self._settle(record, again)
+    def _check(self, there: RoundHistory) -> None:
+        if there.opened is not None:
+            self._check_opened(there.opened)
+        if there.genesis is not None:
+            self._check_genesis(there.genesis)
+        if there.closed is not None:
+            self.result.rounds += 1
+            again = self._check_closed(there.closing, there.closed) if there.closing else None
+            self._settle(there.closed, again)
 
     def _go_on_without(self, number: int) -> None:
         """A result that is missing is a finding already; what was made of it says which it was."""
         self.result.rounds += number > 0
         sha = self._chain.result_after(number)
-        members = sorted(self._chain.members)
+        members = sorted(self._history.members)
         if number == 0 and sha is not None and members:
-            one = self._chain.members[members[0]]
+            one = self._history.members[members[0]]
             self._genesis = GenesisRecord(
                 members=tuple(members),
                 manifest=kind_of(one.manifest).manifest_for(one.manifest, self._config.lora),
                 fingerprint=one.fingerprint,
                 adapter_sha=sha,
                 adapter_size=1,
-                origin=self._chain.origin.label if self._chain.origin else None,
+                origin=self._history.origin.label if self._history.origin else None,
             )
         if sha is not None:
             self._check_adapter(number, sha)
@@ -121,7 +114,7 @@ class _Verifier(Recomputing):
 
     def _check_genesis(self, record: GenesisRecord) -> None:
         self._genesis = record
-        key, origin = record.key(self._ledger.run), self._chain.origin
+        key, origin = record.key(self._ledger.run), self._history.origin
         sha = record.adapter_sha
         if origin is not None:
             notes = check_origin(self._ledger, self._chain, record, self._config.lora)
@@ -145,8 +138,8 @@ class _Verifier(Recomputing):
         """Who was there at the start and who joined since; nobody if the start is not on record."""
         if self._genesis is None:
             return ()
-        opened = self._chain.one(number, OpenedRecord)
-        joined = {s for s, m in self._chain.members.items() if 1 <= m.from_round <= number}
+        opened = self._history.round(number).opened
+        joined = {s for s, m in self._history.members.items() if 1 <= m.from_round <= number}
         if opened is not None and opened.rounds is not None:
             # A coordinator that was replaced may record a site too late for a round that is open.
             joined &= set(opened.members)
@@ -158,7 +151,7 @@ class _Verifier(Recomputing):
         members = self._members_in(number) or record.members
         total = record.rounds or run.rounds
         if self._chain.knows(record.controls):
-            members = steer(self._chain.controls, record.controls).in_force(members)
+            members = steer(self._history.controls, record.controls).in_force(members)
         if record.rounds is not None:  # a record of before there were any controls names nobody
             self._expect(number, key, "members", members, record.members)
         if self.result.adapter_sha is not None:
@@ -233,7 +226,7 @@ class _Verifier(Recomputing):
             self._expect(number, key, "sha", item.sha, record.sha)
 
     def _check_end(self) -> None:
-        key, finished = topology.finished_key(self._ledger.run), self._chain.finished
+        key, finished = topology.finished_key(self._ledger.run), self._history.finished
         if finished is None:
             return
         failed = self.result.adapter_sha is None
