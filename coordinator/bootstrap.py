@@ -19,7 +19,6 @@ from shared.protocol.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.protocol.events import CoordinatorTick, MessageRefused
 from shared.protocol.ledger import Ledger
 from shared.protocol.messages import to_coordinator, to_refused
-from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +62,6 @@ def build_coordinator(
     The role starts with its first delivery; with a single active consumer that is when the
     coordinator before it is gone. Raises RunExistsError, ConfigError.
     """
-    get_codec(config.codec.name)  # a misspelt codec ends here, not at the first delta
     run = config.run.name
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
     ledger = Ledger(store, run, writer, clock)

@@ -6,11 +6,18 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from shared import modes
 from shared.config.section import Section
-from shared.config.values import AveragingName, PolicyName, Positive, RuleName, ServerOptimizerName
+from shared.config.values import (
+    AveragingName,
+    CodecName,
+    PolicyName,
+    Positive,
+    RuleName,
+    ServerOptimizerName,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,7 +156,7 @@ class ServerSection(Section):
 class CodecSection(Section):
     """How a delta travels."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,20}$")] = "fp32"
+    name: CodecName = "fp32"
     """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, or rounded at random to 256, 16 or 4
     levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
     """

@@ -100,25 +100,25 @@ def _enough_deltas(config: FederationTables) -> Iterator[str]:
     least, why = rule.least(section), ""
     if rule.assumes_bad:
         why = f" with aggregation.assumed_bad = {section.assumed_bad}"
-    # The smallest round that these settings allow; a selection takes ceil(fraction x members).
-    members = run.min_participants or len(run.participants)
-    counts = {
-        f"run.participants lists {len(run.participants)}": len(run.participants),
-        f"run.min_participants is {members}": members,
-        f"selection.fraction takes {config.selection.fraction:g} of {members}": max(
-            1, math.ceil(config.selection.fraction * members)
-        ),
-    }
-    if fewest:
-        counts[f"policy.{fewest} is {getattr(policy, fewest)}"] = getattr(policy, fewest) or members
-    for what, count in counts.items():
-        if count < least:
-            yield (
-                f'aggregation.rule = "{section.rule}"{why} needs at least {least} deltas in every '
-                f"round ({rule.least_in_words(section)}), but {what}; raise that, lower "
-                "assumed_bad or take another rule"
-            )
-            return
+    # The smallest round that these settings allow, by each that says something of it; a selection
+    # takes ceil(fraction x members).
+    listed, fraction = len(run.participants), config.selection.fraction
+    members = run.min_participants or listed
+    counts = {f"run.participants lists {listed}": listed}
+    if run.min_participants is not None:
+        counts[f"run.min_participants is {members}"] = members
+    if fraction < 1:
+        drawn = max(1, math.ceil(fraction * members))
+        counts[f"selection.fraction takes {fraction:g} of {members}"] = drawn
+    if fewest and (asked := getattr(policy, fewest)) is not None:
+        counts[f"policy.{fewest} is {asked}"] = asked
+    few = [what for what, count in counts.items() if count < least]
+    if few:
+        yield (
+            f'aggregation.rule = "{section.rule}"{why} needs at least {least} deltas in every '
+            f"round ({rule.least_in_words(section)}), but {' and '.join(few)}; raise that, lower "
+            "assumed_bad or take another rule"
+        )
 
 
 def _server_needs_no_more(config: FederationTables) -> Iterator[str]:

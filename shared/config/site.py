@@ -67,8 +67,9 @@ class DataSection(Section):
     def _one_mapping(self) -> Iterator[str]:
         if (self.prompt is None) != (self.answer is None):
             yield "prompt and answer go together; give both column names"
-            return
-        kinds = [k for k in ("messages", "prompt", "text") if getattr(self, k) is not None]
+        asked = self.answer if self.prompt is None else self.prompt
+        columns = {"messages": self.messages, "prompt": asked, "text": self.text}
+        kinds = [kind for kind, column in columns.items() if column is not None]
         if len(kinds) != 1:
             yield (
                 "give exactly one of: messages; prompt and answer; text "

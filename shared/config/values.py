@@ -34,6 +34,7 @@ def _known(kind: str, name: str) -> str:
 
 Word = Annotated[str, StringConstraints(max_length=64)]
 AveragingName = Annotated[Word, AfterValidator(partial(_known, "averaging"))]
+CodecName = Annotated[Word, AfterValidator(partial(_known, "codecs"))]
 PolicyName = Annotated[Word, AfterValidator(partial(_known, "policies"))]
 RuleName = Annotated[Word, AfterValidator(partial(_known, "rules"))]
 ServerOptimizerName = Annotated[Word, AfterValidator(partial(_known, "server_optimizers"))]

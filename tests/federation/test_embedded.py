@@ -22,7 +22,6 @@ from shared.brokers.embedded import EmbeddedBroker
 from shared.brokers.port import Message
 from shared.disk.files import digest_file
 from shared.errors import (
-    ConfigError,
     DataError,
     InterruptedRunError,
     LedgerDamagedError,
@@ -610,14 +609,6 @@ def test_a_full_store_stops_the_run_with_the_cause_and_nothing_is_lost(tmp_path)
     with pytest.raises(StoreUnavailableError, match="the disk is full"):
         federations.run(config, tmp_path / "full", store=Full(tmp_path / "full" / "store"))
     assert federations.run(config, tmp_path / "full").adapter_sha == wanted
-
-
-def test_an_unknown_codec_ends_before_the_run_begins(tmp_path):
-    """A misspelt codec is named with those there are."""
-    config = federations.config(codec={"name": "fp23"})
-    with pytest.raises(ConfigError, match="fp32"):
-        federations.run(config, tmp_path)
-    assert list(DirectoryStore(tmp_path / "store").list("runs/")) == []
 
 
 # Bad messages --------------------------------------------------------------------------------

@@ -496,3 +496,38 @@ def test_what_is_no_setting_is_told(tmp_path, given):
     (tmp_path / "federation.toml").write_text(FEDERATION)
     with pytest.raises(ConfigError, match=r"--set: expected SECTION\.KEY=VALUE, got "):
         load_federation(tmp_path / "federation.toml", [given])
+
+
+def test_every_setting_that_leaves_a_rule_too_few_deltas_is_named():
+    """Whoever raises one of them is not told of the next one then."""
+    with pytest.raises(ConfigError) as caught:
+        federation(
+            run={"participants": ["a", "b", "c", "d", "e", "f"], "min_participants": 4},
+            aggregation={"rule": "multi-krum"},
+            policy={"kind": "quorum", "quorum": 3, "deadline_seconds": 60},
+        )
+    assert "but run.min_participants is 4 and policy.quorum is 3; raise" in str(caught.value)
+    assert "run.participants lists" not in str(caught.value)
+
+
+def test_half_a_mapping_hides_no_second_one():
+    """A prompt without an answer, beside a text: both are told."""
+    with pytest.raises(ConfigError) as caught:
+        site(prompt="question", text="body")
+    assert "prompt and answer go together" in str(caught.value)
+    assert "give exactly one of: messages; prompt and answer; text (got prompt, text)" in str(
+        caught.value
+    )
+    with pytest.raises(ConfigError, match=r"^test: 1 mistake\n.*go together"):
+        site(answer="reply")
+
+
+def test_an_unknown_codec_is_told_with_the_other_mistakes():
+    """A misspelt codec is named with those there are, before a run can begin."""
+    with pytest.raises(ConfigError) as caught:
+        federation(run={"min_participants": 3}, codec={"name": "fp23"})
+    first, codec, participants = str(caught.value).splitlines()
+    assert first == "test: 2 mistakes"
+    assert codec.strip().startswith("codec.name: expected 'bf16', 'fp32'")
+    assert codec.endswith("got 'fp23'; did you mean fp32?")
+    assert "run.min_participants is 3" in participants
