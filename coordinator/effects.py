@@ -109,23 +109,23 @@ class Effects:
             path = self._intake.scratch("genesis.safetensors")
             digest = draw_adapter(manifest, self._config.run.seed, path)
             failpoint("genesis.drawn")
-            sha, size = digest.sha256, digest.size
-            self._store_adapter(sha, path, state)
+            adapter_sha, size = digest.sha256, digest.size
+            self._store_adapter(adapter_sha, path, state)
             path.unlink()
         else:  # the branch brought the tensors; what stands beside them is this run's own
-            sha, size = origin.adapter_sha, origin.adapter_size
-            self._intake.local_adapter(self._config.run.name, sha)
-            self._store_adapter_config(sha, state, self._config.lora)
+            adapter_sha, size = origin.adapter_sha, origin.adapter_size
+            self._intake.local_adapter(self._config.run.name, adapter_sha)
+            self._store_adapter_config(adapter_sha, state, self._config.lora)
         record = GenesisRecord(
             members=step.members,
             manifest=manifest,
             fingerprint=first.fingerprint,
-            adapter_sha=sha,
+            adapter_sha=adapter_sha,
             adapter_size=size,
             origin=origin.label if origin else None,
         )
         get_logger().info(
-            "run.began", members=list(step.members), adapter=sha, origin=record.origin
+            "run.began", members=list(step.members), adapter=adapter_sha, origin=record.origin
         )
         return self._ledger.write(record)
 
@@ -195,20 +195,22 @@ class Effects:
         failpoint("server_state.after")
         self._intake.adopt_state(sha, path)
 
-    def _store_adapter(self, sha: str, path: Path, state: RunState) -> None:
+    def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
         mode = get_averaging(self._config.aggregation.averaging)
-        self._store_adapter_config(sha, state, mode.lora_in(path, self._config.lora))
+        self._store_adapter_config(adapter_sha, state, mode.lora_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
-        self._ledger.store.put_file(topology.adapter_key(self._config.run.name, sha), path)
+        self._ledger.store.put_file(topology.adapter_key(self._config.run.name, adapter_sha), path)
         failpoint("adapter.after", "tensors")
 
-    def _store_adapter_config(self, sha: str, state: RunState, lora: LoraSection) -> None:
+    def _store_adapter_config(self, adapter_sha: str, state: RunState, lora: LoraSection) -> None:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all name the same layers
         config = kind_of(lora).peft_config(self._config.base, lora, manifest)
         failpoint("adapter.before", "config")
-        self._ledger.store.put(topology.adapter_key(run, sha, "adapter_config.json"), config)
+        self._ledger.store.put(
+            topology.adapter_key(run, adapter_sha, "adapter_config.json"), config
+        )
         failpoint("adapter.after", "config")
 
     # Notifications ----------------------------------------------------------------------------
@@ -284,9 +286,9 @@ class Effects:
             expires_at=expires_at,
         )
 
-    def _sign_adapter(self, sha: str) -> tuple[str, float]:
+    def _sign_adapter(self, adapter_sha: str) -> tuple[str, float]:
         expires_at = self._clock() + URL_SECONDS
-        key = topology.adapter_key(self._config.run.name, sha)
+        key = topology.adapter_key(self._config.run.name, adapter_sha)
         return self._ledger.store.sign_get(key, expires_at), expires_at
 
 

@@ -129,9 +129,10 @@ class Intake:
         key = topology.delta_key(run, round_number, site, sha)
         return self._local(key, self._path(round_number, site, sha), sha)
 
-    def local_adapter(self, run: str, sha: str) -> Path:
+    def local_adapter(self, run: str, adapter_sha: str) -> Path:
         """A local copy of a global adapter's tensors. Raises LedgerDamagedError."""
-        return self._local(topology.adapter_key(run, sha), self.spool / f"adapter-{sha}", sha)
+        key = topology.adapter_key(run, adapter_sha)
+        return self._local(key, self.spool / f"adapter-{adapter_sha}", adapter_sha)
 
     def local_state(self, run: str, sha: str) -> Path:
         """A local copy of a server optimiser's state. Raises LedgerDamagedError."""

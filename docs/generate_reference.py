@@ -271,6 +271,7 @@ def _key_functions() -> list[tuple[Any, tuple[object, ...]]]:
         "run": "RUN",
         "site": "SITE",
         "sha256": "SHA",
+        "adapter_sha": "SHA",
         "round_number": 1,
         "attempt": 1,
         "chunk": 0,

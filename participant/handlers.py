@@ -364,7 +364,7 @@ class Participant:
         site, workspace = self._site, self._site.workspace
         self._guard.check_round(task)
         started = time.monotonic()
-        source = self._fetch(task.run, task.source_sha, task.get_url)
+        source = self._fetch(task.run, task.source_sha, task.get_url, task.fetched_sha)
         fetched = time.monotonic()
         making = workspace.new_round(task.run)
         state = workspace.state_path(task.run, task.last_counted)
@@ -429,14 +429,14 @@ class Participant:
                 report(Progress("upload", count, len(task.urls)))
 
     def _evaluate(self, task: RunFinished) -> None:
-        if task.sha is None or task.get_url is None:
+        if task.sha is None or task.fetched_sha is None or task.get_url is None:
             return
         try:
             told = self._guard.evaluated(task)
             if told is not None:
                 self._publish(told)
                 return
-            source = self._fetch(task.run, task.sha, task.get_url)
+            source = self._fetch(task.run, task.sha, task.get_url, task.fetched_sha)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return
@@ -487,12 +487,12 @@ class Participant:
             )
         )
 
-    def _fetch(self, run: str, sha: str, url: str) -> Path:
-        path = self._site.workspace.adapter_path(run, sha)
+    def _fetch(self, run: str, adapter_sha: str, url: str, fetched_sha: str) -> Path:
+        path = self._site.workspace.adapter_path(run, adapter_sha)
         # What lies there from before is trusted no more than what comes over the wire.
-        if not path.is_file() or digest_file(path)[0] != sha:
+        if not path.is_file() or digest_file(path)[0] != adapter_sha:
             failpoint("download.before")
-            self._site.transfer.download(url, path, sha)
+            self._site.transfer.download(url, path, fetched_sha)
             failpoint("download.after")
         return path
 

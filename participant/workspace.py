@@ -110,9 +110,9 @@ class Workspace:
             unfinished.write_text(config_digest, encoding="ascii")
             unfinished.replace(mark)
 
-    def adapter_path(self, run: str, sha: str) -> Path:
+    def adapter_path(self, run: str, adapter_sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
-        return self._folder(run, "adapters") / f"{sha}.safetensors"
+        return self._folder(run, "adapters") / f"{adapter_sha}.safetensors"
 
     def taken_part(self, run: str) -> TakenPart:
         """What this site gave to a run so far. Raises StoreError where that cannot be read."""

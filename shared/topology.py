@@ -209,9 +209,9 @@ def declined_key(run: str, site: str) -> str:
     return f"runs/{run}/declined/{site}.json"
 
 
-def adapter_key(run: str, sha256: str, file: str = "adapter_model.safetensors") -> str:
-    """A file of a PEFT adapter directory named by its tensors' sha256."""
-    return f"runs/{run}/adapters/{sha256}/{file}"
+def adapter_key(run: str, adapter_sha: str, file: str = "adapter_model.safetensors") -> str:
+    """The storage key of a global adapter: a file of the PEFT directory named by its identity."""
+    return f"runs/{run}/adapters/{adapter_sha}/{file}"
 
 
 def server_state_prefix(run: str) -> str:

@@ -82,7 +82,7 @@ class RoundStarted(Event):
     round: Amount
     """The round."""
     source_sha: Sha256
-    """The adapter the round begins with."""
+    """The training source: the adapter that the round begins with and deltas are measured from."""
     get_url: Url
     """Where to fetch the adapter."""
     expires_at: Time
@@ -101,6 +101,11 @@ class RoundStarted(Event):
     last_counted: Sha256 | None = None
     """This site's delta that was counted last."""
     averaging: Word = "fedavg"
+
+    @property
+    def fetched_sha(self) -> str:
+        """The transfer check: sha256 of what ``get_url`` gives, today the source itself."""
+        return self.source_sha
 
 
 class UploadGranted(Event):
@@ -138,7 +143,7 @@ class RoundClosed(Event):
     run: Name
     round: Amount
     result_sha: Sha256
-    """The adapter that came out."""
+    """Identity of the adapter that came out."""
     late_counts: bool = False
     """Whether a delta of a closed round is still taken, so that a site that trains it continues."""
 
@@ -150,9 +155,15 @@ class RunFinished(Event):
     run: Name
     round: Amount
     sha: Sha256 | None
+    """Identity of the final adapter; none if the run failed before there was one."""
     reason: Prose
     get_url: Url | None = None
     expires_at: Time | None = None
+
+    @property
+    def fetched_sha(self) -> str | None:
+        """The transfer check: sha256 of what ``get_url`` gives, today the adapter itself."""
+        return self.sha
 
 
 # site -> coordinator -------------------------------------------------------------------------
@@ -266,6 +277,7 @@ class AdapterEvaluated(Event):
     run: Name
     round: Amount
     sha: Sha256
+    """Identity of the adapter that was measured."""
     held_out: HeldOut
     """Loss on text that no participant trained on."""
 

@@ -143,7 +143,7 @@ class OriginRecord(StampedRecord):
     parent_round: RoundNumber
     """The round whose adapter it is."""
     adapter_sha: Sha256
-    """The adapter that came out."""
+    """Identity of the adapter that came out."""
     adapter_size: Size
     """Its bytes."""
     manifest: Manifest
@@ -391,6 +391,7 @@ class EvaluatedRecord(StampedRecord):
     round: RoundNumber
     site: Name
     sha: Sha256
+    """Identity of the adapter that was measured."""
     held_out: HeldOut
 
     def key(self, run: str) -> str:
@@ -399,11 +400,12 @@ class EvaluatedRecord(StampedRecord):
 
 
 class FinishedRecord(StampedRecord):
-    """The end. ``sha`` is the run's result; None when it failed before there was one."""
+    """The end."""
 
     decides = True
     round: RoundNumber
     sha: Sha256 | None
+    """Identity of the run's final adapter; none if it failed before there was one."""
     reason: str
     failed: bool = False
     """Whether the run ended without a result."""
