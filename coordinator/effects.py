@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 
     from coordinator.intake import Intake
     from coordinator.round.state import Notification, RunState, Step
+    from shared.adapters import AdapterSettings
     from shared.brokers.port import Broker
-    from shared.config import FederationConfig, LoraSection
+    from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
     from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
 
@@ -198,15 +199,17 @@ class Effects:
     def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
         mode = get_averaging(self._config.aggregation.averaging)
-        self._store_adapter_config(adapter_sha, state, mode.lora_in(path, self._config.lora))
+        self._store_adapter_config(adapter_sha, state, mode.settings_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, adapter_sha), path)
         failpoint("adapter.after", "tensors")
 
-    def _store_adapter_config(self, adapter_sha: str, state: RunState, lora: LoraSection) -> None:
+    def _store_adapter_config(
+        self, adapter_sha: str, state: RunState, settings: AdapterSettings
+    ) -> None:
         run = self._config.run.name
         manifest = next(iter(state.members.values())).manifest  # all name the same layers
-        config = kind_of(lora).peft_config(self._config.base, lora, manifest)
+        config = kind_of(settings).peft_config(self._config.base, settings, manifest)
         failpoint("adapter.before", "config")
         self._ledger.store.put(
             topology.adapter_key(run, adapter_sha, "adapter_config.json"), config

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from coordinator.audit.chain import Chain
-    from shared.config import FederationConfig, LoraSection
+    from shared.adapters import AdapterSettings
+    from shared.config import FederationConfig
     from shared.protocol.records import FailedRecord, MemberRecord, RefusedRecord
 
 
@@ -273,7 +274,7 @@ def _check_end(chain: Chain, config: FederationConfig) -> None:
 
 
 def check_origin(
-    ledger: Ledger, chain: Chain, genesis: GenesisRecord, lora: LoraSection
+    ledger: Ledger, chain: Chain, genesis: GenesisRecord, settings: AdapterSettings
 ) -> list[Finding]:
     """Origin and genesis against each other, and against the parent as far as it is in this store.
 
@@ -285,9 +286,9 @@ def check_origin(
     claims: list[tuple[str, str, object, object]] = [
         (key, "fingerprint", genesis.fingerprint, origin.fingerprint),
         (key, "manifest", genesis.manifest.digest, origin.manifest.digest),
-        (key, "lora_alpha", lora.alpha, origin.lora_alpha),
-        (key, "lora_scaling", lora.scaling, origin.lora_scaling),
     ]
+    scale = kind_of(settings).scale(settings)
+    claims += [(key, name, value, getattr(origin, name)) for name, value in scale.items()]
     notes: list[Finding] = []
     result: GenesisRecord | ClosedRecord | None = None
     try:

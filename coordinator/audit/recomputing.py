@@ -20,7 +20,7 @@ from shared.tensors.delta_file import DeltaHeader, check_delta
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shared.config import LoraSection
+    from shared.adapters import AdapterSettings
     from shared.protocol.records import ClosedRecord, ClosingRecord
 
 GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
@@ -142,17 +142,19 @@ class Recomputing(Evidence):
         except ObjectMissingError:
             self._find_missing(number, config_key)
             return
-        lora = self._lora_after(number)
-        if self._genesis is not None and lora is not None:
-            made = kind_of(lora).peft_config(self._config.base, lora, self._genesis.manifest)
+        settings = self._settings_after(number)
+        if self._genesis is not None and settings is not None:
+            made = kind_of(settings).peft_config(
+                self._config.base, settings, self._genesis.manifest
+            )
             if made != stored:
                 self._find(number, config_key, "is not the config that the run's record gives")
 
-    def _lora_after(self, number: int) -> LoraSection | None:
+    def _settings_after(self, number: int) -> AdapterSettings | None:
         """As PEFT needs it; None where a rank that grows follows from a record that is missing."""
         closings = (self._history.round(n).closing for n in range(1, number + 1))
         mode = get_averaging(self._config.aggregation.averaging)
-        return mode.lora_after(closings, self._config.lora)
+        return mode.settings_after(closings, self._config.lora)
 
     def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
         """The state the round went on from; None if it is not there whole."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import topology
+from shared.adapters import kind_of
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
@@ -40,17 +41,18 @@ def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
             f'aggregation.averaging = "{averaging}" {why}, but the run branches from '
             f"{origin.label}; use another averaging, or begin a run that is no branch"
         )
-    if config.lora.alpha != origin.lora_alpha:
-        return (
-            f"lora.alpha is {config.lora.alpha:g}, but the adapter of {origin.label} was "
-            f"trained with {origin.lora_alpha:g}: with another scale it is another model"
-        )
-    if config.lora.scaling != origin.lora_scaling:
-        return (
-            f'lora.scaling is "{config.lora.scaling}", but the adapter of {origin.label} was '
-            f'trained with "{origin.lora_scaling}": with another scale it is another model'
-        )
+    for name, mine in kind_of(config.lora).scale(config.lora).items():
+        theirs = getattr(origin, name)
+        if mine != theirs:
+            return (
+                f"{name.replace('_', '.', 1)} is {_shown(mine)}, but the adapter of {origin.label} "
+                f"was trained with {_shown(theirs)}: with another scale it is another model"
+            )
     return None
+
+
+def _shown(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else f'"{value}"'
 
 
 def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
@@ -84,8 +86,7 @@ def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:
         adapter_size=result.adapter_size,
         manifest=genesis.manifest,
         fingerprint=genesis.fingerprint,
-        lora_alpha=config.lora.alpha,
-        lora_scaling=config.lora.scaling,
+        **kind_of(config.lora).scale(config.lora),
     )
     written = child.write(record)
     if written.writer != child.writer:

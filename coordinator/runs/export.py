@@ -65,13 +65,13 @@ def export_adapter(
         tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
     averaging = history.config.aggregation.averaging
-    lora = get_averaging(averaging).lora_in(tensors, history.config.lora)
+    settings = get_averaging(averaging).settings_in(tensors, history.config.lora)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
-    made = kind_of(lora).peft_config(named, lora, genesis.manifest)
+    made = kind_of(settings).peft_config(named, settings, genesis.manifest)
     (target / CONFIG).write_bytes(made)
     (target / CARD).write_text(
-        model_card(history, number, record.adapter_sha, lora, named.model, merged=merged),
+        model_card(history, number, record.adapter_sha, settings, named.model, merged=merged),
         encoding="utf-8",
     )
     return Exported(number, record.adapter_sha, target)

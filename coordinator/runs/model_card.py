@@ -15,11 +15,18 @@ from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
     from coordinator.history import History
-    from shared.config import FederationConfig, LoraSection
+    from shared.adapters import AdapterSettings
+    from shared.config import FederationConfig
 
 
 def model_card(
-    history: History, number: int, sha: str, lora: LoraSection, base: str, *, merged: bool = False
+    history: History,
+    number: int,
+    sha: str,
+    settings: AdapterSettings,
+    base: str,
+    *,
+    merged: bool = False,
 ) -> str:
     """The README.md of round ``number``'s adapter. ``base``: by what name one loads its base model.
 
@@ -37,14 +44,14 @@ def model_card(
             "---",
             f"library_name: {'transformers' if merged else 'peft'}",
             *([f"base_model: {hub_id(base)}"] if hub_id(base) else []),
-            f"tags: [{kind_of(lora).name}, federated-learning, gradualdiff-fed]",
+            f"tags: [{kind_of(settings).name}, federated-learning, gradualdiff-fed]",
             "---",
             "",
             f"# {history.run}, round {number}",
             "",
             (
                 f"{'A model with a merged' if merged else 'A'} "
-                f"{kind_of(lora).describe(lora)} trained by "
+                f"{kind_of(settings).describe(settings)} trained by "
                 f"{len(history.members)} participants with GradualDiff-Fed (arXiv:2506.19164). "
                 f"No text left its site; {_joined(config)}."
             ),

@@ -17,7 +17,8 @@ from shared.base_model import located
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shared.config import BaseSection, LoraSection
+    from shared.adapters import AdapterSettings
+    from shared.config import BaseSection
 
 # Of the process and not of a pool: torch's generators and thread count are the process's as well.
 _DEVICE_LOCK = threading.RLock()
@@ -38,7 +39,9 @@ class ModelPool:
         self._held: tuple[tuple[str, str, int], LocalModel] | None = None
 
     @contextlib.contextmanager
-    def borrow(self, base: BaseSection, lora: LoraSection, threads: int) -> Iterator[LocalModel]:
+    def borrow(
+        self, base: BaseSection, adapter: AdapterSettings, threads: int
+    ) -> Iterator[LocalModel]:
         """The model for these settings, loaded if it is not the one that is held.
 
         Waits while somebody else of this process computes; then ``threads`` are settled. The
@@ -47,19 +50,19 @@ class ModelPool:
         """
         with _DEVICE_LOCK:
             settle_threads(threads)
-            model = self._load(base, lora, threads)
+            model = self._load(base, adapter, threads)
             try:
                 yield model
             finally:
                 model.clear()
 
-    def _load(self, base: BaseSection, lora: LoraSection, threads: int) -> LocalModel:
+    def _load(self, base: BaseSection, adapter: AdapterSettings, threads: int) -> LocalModel:
         # What is on record and announced stays as it was written: only here is it opened.
         if self._folder is not None:
             base = base.model_copy(update={"model": located(base.model, self._folder)})
-        key = (base.model_dump_json(exclude={"fingerprint"}), lora.model_dump_json(), threads)
+        key = (base.model_dump_json(exclude={"fingerprint"}), adapter.model_dump_json(), threads)
         if self._held is None or self._held[0] != key:
             # Let go first: two base models may not fit.
             self._held = None
-            self._held = (key, LocalModel(base, lora, pick_device(self._device)))
+            self._held = (key, LocalModel(base, adapter, pick_device(self._device)))
         return self._held[1]

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from participant.data import TokenisedExample
-    from shared.config import BaseSection, LoraSection
+    from shared.adapters import AdapterSettings
+    from shared.config import BaseSection
     from shared.protocol.manifest import Manifest, Numerics
 
 
@@ -50,7 +51,7 @@ class LocalModel:
     base cannot be loaded.
     """
 
-    def __init__(self, base: BaseSection, lora: LoraSection, device: torch.device) -> None:
+    def __init__(self, base: BaseSection, adapter: AdapterSettings, device: torch.device) -> None:
         self.device = device
         self.compute_dtype = pick_compute_dtype(base.compute_dtype, device)
         loaded = load_base(base, device, self.compute_dtype)
@@ -58,7 +59,7 @@ class LocalModel:
         self.tokenizer = loaded.tokenizer
         self.base_elements: int = _elements(loaded.network)
         with offline():
-            network, self._manifest = add_adapter(loaded.network, lora)
+            network, self._manifest = add_adapter(loaded.network, adapter)
         self._network: Any = network
         self.parameters = trainable(network)
         self.exposed = exposed_layers(network, self.parameters)

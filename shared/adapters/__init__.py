@@ -7,7 +7,7 @@ tensor is named elsewhere. Only the model itself makes one: participant/model/ad
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 from shared.errors import ConfigError
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.config import BaseSection
-    from shared.config import LoraSection as AdapterSettings
+    from shared.config import BaseSection, LoraSection
     from shared.protocol.manifest import Init, Manifest, TensorSpec
 
+AdapterSettings: TypeAlias = "LoraSection"  # of whatever kind: today there is one
 Side = Literal["left", "right"]
 
 
@@ -59,6 +59,10 @@ class AdapterKind:
 
     def at_rank(self, settings: AdapterSettings, rank: int) -> AdapterSettings:
         """The settings of an adapter of this rank, of which a layer's product counts as much."""
+        raise NotImplementedError
+
+    def scale(self, settings: AdapterSettings) -> dict[str, Any]:
+        """What makes equal tensors another model, by its field of ``origin.json``."""
         raise NotImplementedError
 
     def describe(self, settings: AdapterSettings) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from shared.adapters import AdapterKind, Factor
 
@@ -35,6 +35,10 @@ class Lora(AdapterKind):
         part = rank / settings.rank
         alpha = settings.alpha * (part if settings.scaling == "classic" else math.sqrt(part))
         return settings.model_copy(update={"rank": rank, "alpha": alpha, "ranks": {}})
+
+    def scale(self, settings: LoraSection) -> dict[str, Any]:
+        """Alpha, and what it is divided by."""
+        return {"lora_alpha": settings.alpha, "lora_scaling": settings.scaling}
 
     def describe(self, settings: LoraSection) -> str:
         """Rank and scale."""

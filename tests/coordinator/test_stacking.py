@@ -162,12 +162,12 @@ def test_what_peft_needs_follows_from_the_file_and_from_the_records(tmp_path):
     closing = ClosingRecord(round=1, source_sha="0" * 64, inputs=inputs)
     manifest = adapter_of(layer(2, 3, 13))
     path = sourced(tmp_path, manifest, begin(manifest))
-    found = MODE.lora_in(path, flora.lora)
+    found = MODE.settings_in(path, flora.lora)
     assert (found.rank, found.alpha) == (13, 26.0)
-    assert MODE.lora_after([closing], flora.lora) == found
-    assert MODE.lora_after([], flora.lora).rank == 4
+    assert MODE.settings_after([closing], flora.lora) == found
+    assert MODE.settings_after([], flora.lora).rank == 4
     plain = config(aggregation={"averaging": "svd"})
-    assert get_averaging("fedavg").lora_in(path, plain.lora) is plain.lora
+    assert get_averaging("fedavg").settings_in(path, plain.lora) is plain.lora
 
 
 def test_an_adapter_of_other_tensors_is_refused(tmp_path):

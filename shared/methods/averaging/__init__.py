@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from shared.config import FederationConfig, LoraSection
+    from shared.adapters import AdapterSettings
+    from shared.config import FederationConfig
     from shared.methods.inputs import Inputs
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import ClosingRecord
@@ -86,18 +87,18 @@ class Averaging:
         """How far two adapters are apart, where ``tolerance`` is not 0."""
         raise NotImplementedError
 
-    def lora_in(self, _adapter: Path, lora: LoraSection, /) -> LoraSection:
+    def settings_in(self, _adapter: Path, settings: AdapterSettings, /) -> AdapterSettings:
         """The run's settings as PEFT needs them for this adapter file."""
-        return lora
+        return settings
 
-    def lora_after(
+    def settings_after(
         self,
         _closings: Iterable[ClosingRecord | None],
-        lora: LoraSection,
+        settings: AdapterSettings,
         /,
-    ) -> LoraSection | None:
+    ) -> AdapterSettings | None:
         """The same from all decisions so far; None where one that it follows from is missing."""
-        return lora
+        return settings
 
 
 def get_averaging(name: str) -> Averaging:

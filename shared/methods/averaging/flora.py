@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shared.adapters import AdapterKind
-    from shared.config import FederationConfig, LoraSection
+    from shared.adapters import AdapterKind, AdapterSettings
+    from shared.config import FederationConfig
     from shared.methods.inputs import Inputs
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.protocol.records import ClosingRecord
@@ -158,26 +158,26 @@ class Stacked(Averaging):
         whole = kind.of_rank(manifest, before + sum(map(_rank, inputs.sent)))
         return whole, stack(inputs, whole)
 
-    def lora_in(self, adapter: Path, lora: LoraSection, /) -> LoraSection:
+    def settings_in(self, adapter: Path, settings: AdapterSettings, /) -> AdapterSettings:
         """At the file's own rank.
 
         Raises LedgerError for a file without factors, DecodeError or OSError for one that is torn.
         """
         with TensorFile(adapter) as file:
-            kind = kind_of(lora)
-            return kind.at_rank(lora, rank_in(file, kind))
+            kind = kind_of(settings)
+            return kind.at_rank(settings, rank_in(file, kind))
 
-    def lora_after(
-        self, closings: Iterable[ClosingRecord | None], lora: LoraSection, /
-    ) -> LoraSection | None:
+    def settings_after(
+        self, closings: Iterable[ClosingRecord | None], settings: AdapterSettings, /
+    ) -> AdapterSettings | None:
         """From what all rounds counted, without the file."""
-        kind = kind_of(lora)
-        rank = kind.rank(lora)
+        kind = kind_of(settings)
+        rank = kind.rank(settings)
         for closing in closings:
             if closing is None:
                 return None
-            rank += sum(kind.rank(lora, item.site) for item in closing.inputs)
-        return kind.at_rank(lora, rank)
+            rank += sum(kind.rank(settings, item.site) for item in closing.inputs)
+        return kind.at_rank(settings, rank)
 
 
 MODE = Stacked()
