@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from meanings import by_name, meanings
 from pydantic_core import PydanticUndefined
+from python_page import python_page
 
 from coordinator import liveness
 from coordinator.accounts import site_accounts
@@ -235,6 +236,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "ledger.md": ledger_page(),
         REFERENCE / "errors.md": errors_page(),
         REFERENCE / "queues.md": queues_page(),
+        REFERENCE / "python.md": python_page(NOTE),
     }
 
 

@@ -1,1 +1,1 @@
-"""GradualDiff-Fed: the command line, one file per noun. It alone imports both roles, and lazily."""
+"""GradualDiff-Fed: the command line, one file per noun. It parses, calls the API and prints."""
