@@ -305,7 +305,7 @@ def test_a_server_that_is_killed_keeps_what_it_confirmed(own_server):
 @pytest.mark.slow
 def test_an_alarm_is_named_and_over_when_it_is_over(own_server, monkeypatch):
     """A server out of memory takes no messages: an error that says so, and no hanging."""
-    monkeypatch.setattr("shared.brokers.rabbitmq.connection.ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr("shared.brokers.rabbitmq.io_thread.ANSWER_SECONDS", 3.0)
     address = BrokerAddress(
         "127.0.0.1", own_server.port, "/", ADMIN, own_server.password, tls=False
     )
@@ -329,7 +329,7 @@ def test_an_alarm_is_named_and_over_when_it_is_over(own_server, monkeypatch):
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_a_connection_that_is_given_up_leaves_no_socket(monkeypatch, tls):
     """Nobody answers the greeting: the socket is closed with the attempt, not by the collector."""
-    monkeypatch.setattr("shared.brokers.rabbitmq.connection.CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("shared.brokers.rabbitmq.io_thread.CONNECT_SECONDS", 0.5)
     before = set(threading.enumerate())
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

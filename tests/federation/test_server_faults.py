@@ -233,7 +233,7 @@ def test_a_queue_without_a_leader_is_made_anew(deploy, servers, queue, how):
     """Whoever owns it: seen with RabbitMQ 3.10.8 killed just after a queue was declared."""
     rabbit, _ = servers
     short = (
-        "shared.brokers.rabbitmq.connection:ANSWER_SECONDS=6 "
+        "shared.brokers.rabbitmq.io_thread:ANSWER_SECONDS=6 "
         "shared.brokers.rabbitmq.reviving:PROBE_SECONDS=4"
     )
     deployment = deploy(rounds=2, settings=short)

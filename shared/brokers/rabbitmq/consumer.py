@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pika.channel import Channel
 
-    from shared.brokers.rabbitmq.connection import RabbitConnection
+    from shared.brokers.rabbitmq.io_thread import IoThread
 
 _MOST_DELIVERIES = 2**31
 _COUNTS = ("x-delivery-count", "x-acquired-count")
@@ -28,8 +28,8 @@ _COUNTS = ("x-delivery-count", "x-acquired-count")
 class RabbitConsumer:
     """A subscription: the ``Consumer`` port. Made by :meth:`RabbitConnection.consume`."""
 
-    def __init__(self, connection: RabbitConnection, queue: str) -> None:
-        self._connection = connection
+    def __init__(self, io: IoThread, queue: str) -> None:
+        self._io = io
         self._queue = queue
         self._arrived: arrivals.Queue[RabbitDelivery | None] = arrivals.Queue()
         self._channel: Channel | None = None
@@ -49,17 +49,17 @@ class RabbitConsumer:
             channel.add_on_cancel_callback(lambda _: self._end("its queue was deleted"))
             guarded(
                 future,
-                self._connection.address,
+                self._io.address,
                 lambda: channel.basic_consume(
                     self._queue, self._on_message, callback=lambda _: answer(future, None)
                 ),
             )
 
         def on_close(_channel: object, reason: BaseException) -> None:
-            fail(future, translate(reason, self._connection.address))
-            self._end(str(translate(reason, self._connection.address)))
+            fail(future, translate(reason, self._io.address))
+            self._end(str(translate(reason, self._io.address)))
 
-        self._channel = self._connection.new_channel(on_open)
+        self._channel = self._io.new_channel(on_open)
         self._channel.add_on_close_callback(on_close)
 
     def receive(self, timeout_seconds: float = 0.0) -> RabbitDelivery | None:
@@ -85,7 +85,7 @@ class RabbitConsumer:
         channel = self._channel
         with contextlib.suppress(BrokerUnavailableError):
             if channel is not None:
-                self._connection.ask(functools.partial(_close_channel, channel))
+                self._io.ask(functools.partial(_close_channel, channel))
 
     def settle(self, delivery: RabbitDelivery, *, requeue: bool) -> None:
         """Take the unacknowledged delivery off, or give it back. Raises StaleDeliveryError."""
@@ -107,7 +107,7 @@ class RabbitConsumer:
                     channel.basic_ack(tag)
 
         try:
-            self._connection.hand_over(call)
+            self._io.hand_over(call)
         except BrokerUnavailableError as error:
             raise StaleDeliveryError(f"{self._queue}: {error}") from None
 

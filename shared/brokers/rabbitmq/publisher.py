@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pika.channel import Channel
 
     from shared.brokers.port import Message
-    from shared.brokers.rabbitmq.connection import RabbitConnection
+    from shared.brokers.rabbitmq.io_thread import IoThread
 
 
 class Publisher:
     """The publishing channel of one connection; all of it runs in the I/O thread."""
 
-    def __init__(self, connection: RabbitConnection) -> None:
-        self._connection = connection
+    def __init__(self, io: IoThread) -> None:
+        self._io = io
         self._channel: Channel | None = None
         self._batch: _Batch | None = None
         self._last_tag = 0
@@ -46,7 +46,7 @@ class Publisher:
             channel.confirm_delivery(self._on_confirm, callback=lambda _: self._send_on(channel))
 
         # An error of a message closes the channel: the next batch has a new one.
-        self._channel = self._connection.new_channel(on_open)
+        self._channel = self._io.new_channel(on_open)
         self._channel.add_on_close_callback(self._on_closed)
 
     def _send_on(self, channel: Channel) -> None:
@@ -63,7 +63,7 @@ class Publisher:
                 bytes(message.body),
                 pika.BasicProperties(
                     delivery_mode=2,
-                    user_id=self._connection.identity,
+                    user_id=self._io.address.account,
                     expiration=None if expires is None else str(max(1, round(expires * 1000))),
                 ),
                 mandatory=True,
@@ -92,7 +92,7 @@ class Publisher:
     def _on_closed(self, _channel: object, reason: BaseException) -> None:
         batch, self._batch = self._batch, None
         if batch is not None:
-            fail(batch.future, translate(reason, self._connection.address))
+            fail(batch.future, translate(reason, self._io.address))
 
 
 def spoken(messages: Sequence[Message]) -> str:

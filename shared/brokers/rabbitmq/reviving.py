@@ -20,47 +20,28 @@ from shared.brokers.rabbitmq.consumer import skip_cancel
 from shared.brokers.rabbitmq.futures import answer, fail
 from shared.brokers.rabbitmq.translation import translate
 from shared.errors import BrokerSilentError, BrokerUnavailableError
-from shared.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pika.channel import Channel
 
-    from shared.brokers.rabbitmq.connection import RabbitConnection
-    from shared.topology import Topology
+    from shared.brokers.rabbitmq.io_thread import IoThread
 
 PROBE_SECONDS = 10.0  # a healthy queue answers in milliseconds, an election takes a few seconds
 PROBES_AT_ONCE = 500  # of the 2,047 channels that a connection may have
 CONNECTIONS_AT_ONCE = 16
 
 
-def revive(connection: RabbitConnection, topology: Topology) -> tuple[str, ...]:
-    """Make anew those of the topology's queues that answer nobody; their names.
-
-    Raises BrokerUnavailableError when the broker as a whole does not answer: then nothing is made.
-    """
-    suspects = [queue.name for queue in topology.queues if queue.delivery_limit is not None]
+def dead_queues(connect: Callable[[], IoThread], queues: list[str]) -> list[str]:
+    """Those that answer nobody. Raises BrokerUnavailableError when the broker as a whole does."""
     dead: list[str] = []
-    for start in range(0, len(suspects), PROBES_AT_ONCE):
-        some = suspects[start : start + PROBES_AT_ONCE]
-        dead += silent(connection.again, some, PROBE_SECONDS)
-    if not dead:
-        return ()
-    connection.depth(dead[0])  # answered from the broker's own table: is the line still there?
-    for queue in dead:
-        get_logger().warning(
-            "queue.revived",
-            queue=queue,
-            reason=f"it gave no answer within {PROBE_SECONDS:.0f} s or broke the connection, as "
-            "after a kill of the broker just when it was declared; made anew",
-        )
-        connection.delete(queue)
-    connection.declare(topology)
-    return tuple(dead)
+    for start in range(0, len(queues), PROBES_AT_ONCE):
+        dead += silent(connect, queues[start : start + PROBES_AT_ONCE], PROBE_SECONDS)
+    return dead
 
 
-def silent(connect: Callable[[], RabbitConnection], queues: list[str], seconds: float) -> list[str]:
+def silent(connect: Callable[[], IoThread], queues: list[str], seconds: float) -> list[str]:
     """Those that let nobody consume in that time. What a probe is handed goes back to its place.
 
     One that breaks the connection takes the answers of all others with it: then each of them is
@@ -80,14 +61,14 @@ def silent(connect: Callable[[], RabbitConnection], queues: list[str], seconds: 
 
 
 def _asked(
-    connect: Callable[[], RabbitConnection], queues: list[str], seconds: float
+    connect: Callable[[], IoThread], queues: list[str], seconds: float
 ) -> tuple[list[str], dict[str, BaseException]]:
     """Those that did not answer in time, and those whose connection was lost, with the reason."""
     answers: dict[str, Future[None]] = {queue: Future() for queue in queues}
-    with connect() as connection:
+    with connect() as io:
         for queue, future in answers.items():
             try:
-                connection.hand_over(_probe(connection, queue, future))
+                io.hand_over(_probe(io, queue, future))
             except BrokerUnavailableError as error:
                 fail(future, error)
         in_time = wait(answers.values(), seconds).done  # what is open fails when this is closed
@@ -96,7 +77,7 @@ def _asked(
     return silent_ones, {queue: error for queue, error in lost.items() if error is not None}
 
 
-def _probe(connection: RabbitConnection, queue: str, future: Future[None]) -> Callable[[], None]:
+def _probe(io: IoThread, queue: str, future: Future[None]) -> Callable[[], None]:
     def on_open(channel: Channel) -> None:
         channel.basic_qos(prefetch_count=1, callback=lambda _: consume(channel))
 
@@ -114,10 +95,10 @@ def _probe(connection: RabbitConnection, queue: str, future: Future[None]) -> Ca
         if isinstance(reason, pika.exceptions.ChannelClosed):
             answer(future, None)
         else:
-            fail(future, translate(reason, connection.address))
+            fail(future, translate(reason, io.address))
 
     def start() -> None:
-        connection.new_channel(on_open).add_on_close_callback(on_close)
+        io.new_channel(on_open).add_on_close_callback(on_close)
 
     return start
 

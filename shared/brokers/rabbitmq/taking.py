@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pika.channel import Channel
 
     from shared.brokers.port import Message
-    from shared.brokers.rabbitmq.connection import RabbitConnection
+    from shared.brokers.rabbitmq.io_thread import IoThread
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,23 @@ class Taker:
     A taken message is not taken again by the same taker, so it sees each one once.
     """
 
-    def __init__(self, connection: RabbitConnection, queue: str) -> None:
-        self._connection = connection
+    def __init__(self, io: IoThread, queue: str) -> None:
+        self._io = io
         self._queue = queue
         self._asked: Future[Any] | None = None
         self._channel: Channel | None = None
-        connection.ask(self._open)
+        io.ask(self._open)
 
     def take(self) -> Taken | None:
         """The next message, None when there is no more. Raises AccessRefusedError, BrokerError."""
-        taken: Taken | None = self._connection.ask(self._get)
+        taken: Taken | None = self._io.ask(self._get)
         return taken
 
     def settle(self, taken: Taken) -> None:
         """Take it off the queue for good."""
         channel = self._channel
         assert channel is not None  # it took this
-        self._connection.hand_over(
-            lambda: channel.basic_ack(taken.tag) if channel.is_open else None
-        )
+        self._io.hand_over(lambda: channel.basic_ack(taken.tag) if channel.is_open else None)
 
     def close(self) -> None:
         """Give back what was not settled. What was settled before is off the queue by then."""
@@ -78,7 +76,7 @@ class Taker:
             channel.add_on_close_callback(lambda *_: answer(future, None))
             channel.close()
 
-        self._connection.ask(end)
+        self._io.ask(end)
 
     def __enter__(self) -> Self:
         return self
@@ -94,12 +92,12 @@ class Taker:
             answer(future, None)
 
         def on_close(_channel: object, reason: BaseException) -> None:
-            error = translate(reason, self._connection.address)
+            error = translate(reason, self._io.address)
             for waiting in (future, self._asked):
                 if waiting is not None:
                     fail(waiting, error)
 
-        self._channel = self._connection.new_channel(on_open)
+        self._channel = self._io.new_channel(on_open)
         self._channel.add_on_close_callback(on_close)
 
     def _get(self, future: Future[Taken | None]) -> None:
