@@ -123,10 +123,11 @@ def feed(data: bytes, file: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with (
-            mock.patch("shared.stores.transfer.WHOLE_BYTES", WHOLE_BYTES),
+            mock.patch("shared.stores.http.WHOLE_BYTES", WHOLE_BYTES),
             mock.patch("shared.stores.s3.WHOLE_BYTES", WHOLE_BYTES),
             mock.patch("shared.stores.transfer.pause"),
             mock.patch("shared.stores.s3.pause"),
+            mock.patch("shared.stores.s3_reading.pause"),
             mock.patch("urllib3.Retry.sleep"),
         ):
             ask(question, chain(islice(cycle(answers), MOST_REQUESTS), repeat(b"")), file)

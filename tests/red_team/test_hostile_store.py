@@ -129,7 +129,7 @@ class _Handler(socketserver.StreamRequestHandler):
 def soon(monkeypatch):
     """Trouble is tried again without a pause; what is read at once is small."""
     monkeypatch.setattr(transfer, "pause", lambda _failed: None)
-    monkeypatch.setattr("shared.stores.s3.pause", lambda _failed: None)
+    monkeypatch.setattr("shared.stores.s3_reading.pause", lambda _failed: None)
     monkeypatch.setattr("urllib3.Retry.sleep", lambda *_: None)
 
 
