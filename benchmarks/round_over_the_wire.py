@@ -515,7 +515,7 @@ class IdleLearner:
 
 def run_site(federation: Path, site: str) -> None:
     """A participant's process with a learner that learns nothing, timed from round 2 on."""
-    import participant.handlers
+    import participant.local_round
     import participant.workspace
     from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
     from participant.daemon import Station, serve
@@ -531,7 +531,7 @@ def run_site(federation: Path, site: str) -> None:
     for owner, name, phase in (
         (HttpTransfer, "download", "fetch"),
         (IdleLearner, "learn", "encode"),
-        (participant.handlers, "digest_file", "hash"),
+        (participant.local_round, "digest_file", "hash"),
         (participant.workspace, "digest_file", "hash"),
         (Workspace, "commit", "commit"),
         (HttpTransfer, "upload", "upload"),

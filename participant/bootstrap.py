@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from participant.handlers import Participant, Site, sender_of
+from participant.handlers import Participant, sender_of
 from shared import topology
 from shared.protocol.dispatch import Dispatcher
 from shared.protocol.events import MessageRefused
@@ -14,6 +14,7 @@ from shared.protocol.messages import to_coordinator
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from participant.site import Site
     from shared.brokers.port import Broker, Delivery
     from shared.protocol.dispatch import Handler
     from shared.protocol.events import Event

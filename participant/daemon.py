@@ -13,10 +13,12 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from participant.agenda import Agenda
 from participant.bootstrap import subscribe
-from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant, Site, is_overtaken
+from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant
 from participant.outbox import Outbox
 from participant.reporting import Counted, Reporter
+from participant.site import Site
 from shared import topology
 from shared.backoff import Backoff
 from shared.errors import (
@@ -60,35 +62,11 @@ class ParticipantContext:
     clock: Callable[[], float] = time.time
 
 
-class Inbox:
-    """Messages between the two threads: of each kind and run only the newest matters."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._events: dict[tuple[type[Event], str], Event] = {}
-
-    def put(self, event: Event, sender: str) -> None:
-        """A handler for every kind: note it and return."""
-        del sender
-        key = (type(event), getattr(event, "run", ""))
-        with self._changed:
-            if not is_overtaken(event, self._events.get(key)):
-                self._events[key] = event
-            self._changed.notify()
-
-    def take(self, timeout_seconds: float) -> Event | None:
-        """The oldest noted, or None when none comes in time."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._events, timeout_seconds)
-            key = next(iter(self._events), None)
-            return None if key is None else self._events.pop(key)
-
-
 class Listener(threading.Thread):
     """Connects for ever, notes what comes, says that the site is there."""
 
     def __init__(
-        self, station: ParticipantContext, outbox: Outbox, inbox: Inbox, reporter: Reporter
+        self, station: ParticipantContext, outbox: Outbox, inbox: Agenda, reporter: Reporter
     ) -> None:
         super().__init__(name="listener", daemon=True)
         self._station = station
@@ -139,9 +117,10 @@ class Listener(threading.Thread):
                 self._outbox.connected(None)
 
     def _note(self, event: Event, sender: str) -> None:
+        del sender
         assert self.participant is not None  # set before the thread starts
         self.participant.hear(event)
-        self._inbox.put(event, sender)
+        self._inbox.note(event)
 
     def _serve(self, broker: Broker, dispatcher: Dispatcher, pauses: Backoff) -> None:
         next_online = next_progress = 0.0
@@ -187,7 +166,7 @@ class Worker:
 
     def __init__(self, station: ParticipantContext, patience_seconds: float | None = None) -> None:
         self._station = station
-        self._inbox = Inbox()
+        self._inbox = Agenda()
         self._reporter = Reporter()
         self.is_idle = False  # whether the last turn had nothing to do
         self.failed: GradualDiffError | None = None  # why the last work did not work

@@ -8,18 +8,13 @@ online. Done work is committed to the workspace first and announced after, and a
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from participant.checkpoints import settings_digest
+from participant.agenda import Agenda, is_overtaken
 from participant.guard import Guard
-from participant.learner.port import Progress
-from participant.workspace import Submission, Workspace
+from participant.local_round import fetch_adapter, train_round
+from participant.uploads import Uploads
 from shared import topology
-from shared.config import AcceptSection
-from shared.disk.durable_files import file_errors
-from shared.disk.files import digest_file
 from shared.errors import (
     GradualDiffError,
     GrantError,
@@ -27,7 +22,6 @@ from shared.errors import (
     NotAcceptedError,
     ProtocolError,
 )
-from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.protocol.events import (
     AdapterEvaluated,
@@ -43,72 +37,23 @@ from shared.protocol.events import (
     SiteOnline,
     TrainingFailed,
     UploadGranted,
-    UploadRequested,
 )
 from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping
 
-    from participant.learner.port import Learned, Learner
-    from shared.brokers.port import Delivery, Message
+    from participant.learner.port import Progress
+    from participant.site import Site
+    from participant.workspace import Submission
+    from shared.brokers.port import Delivery
     from shared.protocol.dispatch import Handler
-    from shared.stores.port import Transfer
 
 ONLINE_EXPIRES_SECONDS = 150.0
-LONGEST_DEFER_SECONDS = 60.0
 ASK_SECONDS = 60.0
 ASKS = 3  # in that time
-UPLOADS = 3  # chunks under way at once
 
 Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
-
-
-def is_overtaken(event: Event, other: Event | Submission | None) -> bool:
-    """Whether ``event`` is about an earlier round than ``other``, and was said before it.
-
-    A broker may give out a message again or late; a word on an old round must not displace the
-    word on the round that is open. Every signed URL expires later than those signed before it, by
-    the coordinator's clock: so a run that begins anew under its old name is no old word.
-    """
-    if other is None:
-        return False
-    is_earlier = getattr(event, "round", 0) < getattr(other, "round", 0)
-    return is_earlier and _expires(event) <= _expires(other)
-
-
-def _expires(event: Event | Submission) -> float:
-    return getattr(event, "expires_at", None) or 0.0
-
-
-def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
-    """The default for ``report``: nobody watches."""
-
-
-class Publishing(Protocol):
-    """The part of a broker's connection that work needs; the listening side has the rest."""
-
-    def publish(self, messages: Sequence[Message]) -> None:
-        """See ``Broker.publish``."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Who this is and what it works with. ``report(site, round, progress)`` feeds a display.
-
-    ``accept``: what this site takes part in; None where coordinator and site are one owner's.
-    """
-
-    name: str
-    outbox: Publishing
-    transfer: Transfer
-    workspace: Workspace
-    learner: Learner
-    clock: Callable[[], float]
-    accept: AcceptSection | None = field(default_factory=AcceptSection)
-    should_stop: Callable[[], bool] = lambda: False
-    report: Callable[[str, int | None, Progress], None] = _ignore
 
 
 class Participant:
@@ -117,18 +62,12 @@ class Participant:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._guard = Guard(site.accept, site.workspace)
-        # What is to be done, newest word per kind of work; volatile on purpose.
-        self._agenda: dict[tuple[type[Event], str], Task] = {}
+        self._agenda = Agenda()
+        self._uploads = Uploads(site, self._publish)
         # Runs whose base model is loaded; work for another run waits for its announcement.
         self._prepared: set[str] = set()
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
-        # Uploads asked for, by sha: the same round is announced again while one is under way.
-        self._requested: dict[str, float] = {}
-        # The grant in hand and its chunks that arrived: after an outage only the rest is sent.
-        self._arrived: tuple[UploadGranted | None, set[int]] = (None, set())
-        # Work that failed for now: not before this moment, after so many tries.
-        self._deferred: dict[tuple[type[Event], str], tuple[float, int]] = {}
         # The training that nobody takes any more, once there is one; written by the listener.
         self._called_off: RoundStarted | None = None
         self.trained: Submission | None = None
@@ -158,7 +97,7 @@ class Participant:
     def on_run_announced(self, event: RunAnnounced, sender: str) -> None:
         """Note to get ready. Idempotent: preparing twice is cheap and answers the same."""
         del sender
-        self._note(event)
+        self._agenda.note(event)
 
     def on_round_started(self, event: RoundStarted, sender: str) -> None:
         """Note to train, unless it is trained already. Idempotent: the same bytes are announced.
@@ -175,22 +114,22 @@ class Participant:
             return
         done = self._site.workspace.submission(event)
         if done is not None:
-            self._request_once(done)
+            self._uploads.request_once(done)
             return
-        self._note(event)
+        self._agenda.note(event)
 
     def on_upload_granted(self, event: UploadGranted, sender: str) -> None:
         """Note to upload. Idempotent: chunks are named by content, the last word wins."""
         del sender
-        self._note(event)
+        self._agenda.note(event)
 
     def on_delta_answered(self, event: DeltaAnswered, sender: str) -> None:
         """Drop a refused delta. Idempotent: dropping twice is dropping once."""
         del sender
-        granted = self._agenda.get((UploadGranted, event.run))
-        if isinstance(granted, UploadGranted) and granted.sha == event.sha:
-            del self._agenda[UploadGranted, event.run]
-        self._requested.pop(event.sha, None)
+        granted = self._agenda.find(UploadGranted, event.run)
+        if granted is not None and granted.sha == event.sha:
+            self._agenda.drop(granted)
+        self._uploads.forget(event.sha)
         if event.verdict == "accepted":
             self._site.workspace.mark_accepted(event.run, event.round, event.sha)
             get_logger().debug("delta.answered", verdict=event.verdict, sha=event.sha)
@@ -202,9 +141,9 @@ class Participant:
         """Sweep what the closed round made needless. Idempotent: sweeping repeats."""
         del sender
         self._guard.closed(event)
-        waiting = self._agenda.get((RoundStarted, event.run))
-        if isinstance(waiting, RoundStarted) and waiting.round <= event.round:
-            del self._agenda[RoundStarted, event.run]
+        waiting = self._agenda.find(RoundStarted, event.run)
+        if waiting is not None and waiting.round <= event.round:
+            self._agenda.drop(waiting)
         lost = self._site.workspace.sweep(
             event.run, event.round, event.result_sha, keep_unanswered=event.late_counts
         )
@@ -215,9 +154,11 @@ class Participant:
         """Note to evaluate the result. Idempotent: the same loss is told again."""
         del sender
         self.finished = event
-        self._agenda.pop((RoundStarted, event.run), None)
+        waiting = self._agenda.find(RoundStarted, event.run)
+        if waiting is not None:
+            self._agenda.drop(waiting)
         if event.get_url is not None:
-            self._note(event)
+            self._agenda.note(event)
 
     def hear(self, event: Event) -> None:
         """Take note at once, in whatever thread, of what may call off the work in hand.
@@ -252,31 +193,18 @@ class Participant:
                 self._upload(task)
             case RunFinished():
                 self._evaluate(task)
-        self._deferred.pop((type(task), task.run), None)
-        if self._agenda.get((type(task), task.run)) is task:
-            del self._agenda[type(task), task.run]
+        self._agenda.done(task)
 
     def defer(self) -> float:
         """The work in hand failed for now: other work comes first; seconds until it is due."""
-        if self.in_hand is None:
-            return 0.0
-        key = (type(self.in_hand), self.in_hand.run)
-        _, tries = self._deferred.get(key, (0.0, 0))
-        pause = min(2.0**tries, LONGEST_DEFER_SECONDS)
-        self._deferred[key] = (time.monotonic() + pause, tries + 1)
-        return pause
+        return 0.0 if self.in_hand is None else self._agenda.defer(self.in_hand)
 
     def _next_task(self) -> Task | None:
         """Getting ready comes first: the queue may announce a round from before a restart.
 
         Then uploads: a delta that waits behind another training would be late.
         """
-        now = time.monotonic()
-        tasks = [
-            task
-            for key, task in self._agenda.items()
-            if key not in self._deferred or self._deferred[key][0] <= now
-        ]
+        tasks = [word for word in self._agenda.due() if isinstance(word, Task)]
         ready = (t for t in tasks if isinstance(t, RunAnnounced))
         later = (t for t in tasks if t.run in self._prepared)
         ordered = sorted(later, key=lambda task: not isinstance(task, UploadGranted))
@@ -317,7 +245,7 @@ class Participant:
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.
         for submission in self._site.workspace.unanswered(task.run):
-            self._request_once(submission)
+            self._uploads.request_once(submission)
 
     def _decline(self, task: RunAnnounced, reason: str) -> None:
         self._publish(RunDeclined(run=task.run, reason=reason))
@@ -326,7 +254,13 @@ class Participant:
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task)
-            self.trained = submission = done or self._trained(task)
+            self.trained = submission = done or train_round(
+                self._site,
+                self._guard,
+                task,
+                lambda: self._site.should_stop() or self._is_over(task),
+                self._reporter(task.round),
+            )
         except GrantError as error:
             # The URL is stale; a fresh one comes with the next RoundStarted.
             self._ask_again(task.run, str(error))
@@ -348,7 +282,7 @@ class Participant:
             self._guard.failed(task)
             self._fail(task, f"{type(error).__name__}; see the site's log", retryable=True)
             return
-        self._request_upload(submission)
+        self._uploads.request(submission)
 
     def _fail(self, task: RoundStarted, reason: str, *, retryable: bool) -> None:
         failure = TrainingFailed(
@@ -360,35 +294,6 @@ class Participant:
         )
         self._publish(failure)
 
-    def _trained(self, task: RoundStarted) -> Submission:
-        site, workspace = self._site, self._site.workspace
-        self._guard.check_round(task)
-        started = time.monotonic()
-        source = self._fetch(task.run, task.source_sha, task.get_url, task.fetched_sha)
-        fetched = time.monotonic()
-        making = workspace.new_round(task.run)
-        state = workspace.state_path(task.run, task.last_counted)
-        failpoint("learn.before")
-        with file_errors(making):
-            learned = site.learner.learn(
-                task,
-                source,
-                state,
-                making,
-                lambda: site.should_stop() or self._is_over(task),
-                self._reporter(task.round),
-                workspace.checkpoints(task, site.name),
-            )
-            failpoint("learn.after")
-            self._guard.check_delta(learned)
-            submission = _submission(task, learned)
-            submission.metrics.seconds["fetch"] = round(fetched - started, 3)
-            told = self._guard.told(submission.metrics)
-            submission = submission.model_copy(update={"metrics": told})
-            workspace.commit(making, submission)
-        get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
-        return submission
-
     def _upload(self, task: UploadGranted) -> None:
         submission = self._site.workspace.committed(task.run, task.round, task.sha)
         if submission is None:
@@ -396,37 +301,14 @@ class Participant:
             self.start(task.run)
             return
         try:
-            self._send_chunks(task, submission)
+            self._uploads.send(task, submission, self._reporter(task.round))
         except GrantError as error:
             # The chunks still missing are granted anew: the answer names the round, we the delta.
-            self._requested.clear()
+            self._uploads.forget()
             self._ask_again(task.run, str(error))
             return
         self._publish(DeltaSubmitted(**submission.model_dump(exclude={"expires_at", "settings"})))
         self.handed_over = True
-
-    def _send_chunks(self, task: UploadGranted, submission: Submission) -> None:
-        path = self._site.workspace.delta_path(submission)
-        report = self._reporter(task.round)
-        if self._arrived[0] is not task:
-            self._arrived = (task, set())
-        arrived = self._arrived[1]
-
-        def send(item: tuple[int, str]) -> None:
-            number, url = item
-            if number in arrived:
-                return
-            start = number * task.chunk_size
-            length = min(task.chunk_size, submission.size - start)
-            failpoint("upload.before")
-            self._site.transfer.upload(url, path, start, length)
-            arrived.add(number)
-            failpoint("upload.after")
-
-        report(Progress("upload", 0, len(task.urls)))
-        with ThreadPoolExecutor(UPLOADS) as pool:
-            for count, _ in enumerate(pool.map(send, sorted(task.urls.items())), start=1):
-                report(Progress("upload", count, len(task.urls)))
 
     def _evaluate(self, task: RunFinished) -> None:
         if task.sha is None or task.fetched_sha is None or task.get_url is None:
@@ -436,7 +318,7 @@ class Participant:
             if told is not None:
                 self._publish(told)
                 return
-            source = self._fetch(task.run, task.sha, task.get_url, task.fetched_sha)
+            source = fetch_adapter(self._site, task.run, task.sha, task.get_url, task.fetched_sha)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return
@@ -452,11 +334,6 @@ class Participant:
 
     # Parts -------------------------------------------------------------------------------------
 
-    def _note(self, task: Task) -> None:
-        key = (type(task), task.run)
-        if not is_overtaken(task, self._agenda.get(key)):
-            self._agenda[key] = task
-
     def _ask_again(self, run: str, reason: str) -> None:
         """Ask what is owed, but not on and on: a store that refuses every URL would make us spin.
 
@@ -470,32 +347,6 @@ class Participant:
             return
         get_logger().warning("grant.refused", run=run, reason=reason)
 
-    def _request_once(self, submission: Submission) -> None:
-        """Request the upload unless that was done a moment ago: notifications are repeated."""
-        asked = self._requested.get(submission.sha)
-        if asked is None or time.monotonic() - asked > ASK_SECONDS / 2:
-            self._request_upload(submission)
-
-    def _request_upload(self, submission: Submission) -> None:
-        self._requested[submission.sha] = time.monotonic()
-        self._publish(
-            UploadRequested(
-                run=submission.run,
-                round=submission.round,
-                sha=submission.sha,
-                size=submission.size,
-            )
-        )
-
-    def _fetch(self, run: str, adapter_sha: str, url: str, fetched_sha: str) -> Path:
-        path = self._site.workspace.adapter_path(run, adapter_sha)
-        # What lies there from before is trusted no more than what comes over the wire.
-        if not path.is_file() or digest_file(path)[0] != adapter_sha:
-            failpoint("download.before")
-            self._site.transfer.download(url, path, fetched_sha)
-            failpoint("download.after")
-        return path
-
     def _publish(self, event: Event) -> None:
         # Nobody needs an old one: it is said again every minute.
         expires = ONLINE_EXPIRES_SECONDS if isinstance(event, SiteOnline) else None
@@ -504,22 +355,6 @@ class Participant:
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)
-
-
-def _submission(task: RoundStarted, learned: Learned) -> Submission:
-    return Submission(
-        run=task.run,
-        round=task.round,
-        source_sha=task.source_sha,
-        sha=learned.delta.sha256,
-        size=learned.delta.size,
-        examples=learned.examples,
-        tokens=learned.tokens,
-        metrics=learned.metrics,
-        state=learned.state,
-        expires_at=task.expires_at,
-        settings=settings_digest(task),
-    )
 
 
 def sender_of(delivery: Delivery, event: Event) -> str:

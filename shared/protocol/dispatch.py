@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from structlog.contextvars import bound_contextvars
 
+from shared.backoff import Backoff
 from shared.errors import (
     BrokerError,
     DecodeError,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 ABOUT_THE_MESSAGE = (DecodeError, ProtocolError, DeltaRefusedError)
 MAX_ATTEMPTS = 10
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
 
 Handler = Any  # a function of (event, sender); each takes its own event type
 
@@ -147,18 +146,19 @@ class Dispatcher:
         return handler
 
     def _patiently(self, handler: Handler, event: Event, sender: str) -> None:
-        pause, waited = FIRST_PAUSE_SECONDS, 0.0
+        pauses, waited = Backoff(), 0.0
         while True:
             try:
                 handler(event, sender)
             except GradualDiffError as error:
                 # A connection that is lost is never found again by waiting: only the store is.
                 waits = error.retryable and not isinstance(error, BrokerError)
-                if not waits or waited + pause > self.patience_seconds:
+                pause = pauses.next()
+                waited += pause
+                if not waits or waited > self.patience_seconds:
                     raise
-                get_logger().warning("handler.waits", reason=str(error), seconds=pause)
+                get_logger().warning("handler.waits", reason=str(error), seconds=round(pause, 1))
                 self.pause(pause)
-                waited, pause = waited + pause, min(pause * 2, LONGEST_PAUSE_SECONDS)
             else:
                 return
 

@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import io
-import random
 import re
 import ssl
 import time
@@ -27,6 +26,7 @@ from urllib3.exceptions import (
 )
 from urllib3.exceptions import SSLError as HTTPSError
 
+from shared.backoff import pause_after
 from shared.errors import ConfigError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ def http_pool(ca_file: Path | None, setting: str, retries: urllib3.Retry) -> url
 
 
 def pause(failed: int) -> None:
-    """Wait before another try: up to 0.3 s after the first failure, then twice as long each."""
-    time.sleep(random.uniform(0.5, 1) * 0.3 * 2 ** (failed - 1))  # noqa: S311 - only spreads load
+    """Wait before another try."""
+    time.sleep(pause_after(failed, first=0.2))
 
 
 def content_length(response: BaseHTTPResponse) -> int | None:

@@ -8,7 +8,7 @@ import pytest
 
 from coordinator.bootstrap import build_coordinator
 from participant.bootstrap import build_participant
-from participant.handlers import Site
+from participant.site import Site
 from participant.workspace import Workspace
 from shared.brokers.embedded import EmbeddedBroker
 from shared.errors import StoreUnavailableError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coordinator.aggregation.genesis import draw_adapter
-from participant.handlers import ASKS, Participant, Site
+from participant.handlers import ASKS, Participant
+from participant.site import Site
 from participant.workspace import Workspace
 from shared.errors import GrantError
 from shared.protocol import wire

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from coordinator.aggregation.genesis import draw_adapter
-from participant.daemon import Inbox
-from participant.handlers import Participant, Site
+from participant.agenda import Agenda
+from participant.handlers import Participant
+from participant.site import Site
 from participant.workspace import Workspace
 from shared.protocol.events import (
     DeltaAnswered,
@@ -125,9 +126,9 @@ def test_an_old_round_does_not_displace_the_open_one(participant, site, started)
     while participant.has_work:
         participant.work()
     assert site.learner.trained == [1, 3]
-    inbox = Inbox()
+    inbox = Agenda()
     for number in (3, 2):
-        inbox.put(started(number), "coordinator")
+        inbox.note(started(number))
     assert inbox.take(0.0).round == 3
     assert inbox.take(0.0) is None
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coordinator.aggregation.genesis import draw_adapter
-from participant.handlers import Participant, Site
+from participant.handlers import Participant
+from participant.site import Site
 from participant.workspace import Workspace
 from shared.config import AcceptSection
 from shared.protocol import wire

@@ -17,7 +17,8 @@ import structlog
 from coordinator.bootstrap import build_coordinator
 from coordinator.history import read_history
 from participant.bootstrap import subscribe
-from participant.handlers import Participant, Site
+from participant.handlers import Participant
+from participant.site import Site
 from participant.workspace import Workspace
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker

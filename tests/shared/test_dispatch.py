@@ -94,8 +94,9 @@ def test_an_event_for_somebody_else_is_refused():
     assert "RoundClosed" in stage.refusals[0][1]
 
 
-def test_a_retryable_error_is_waited_out_with_growing_pauses():
+def test_a_retryable_error_is_waited_out_with_growing_pauses(monkeypatch):
     """The store was away for a moment: the same delivery succeeds, nothing is requeued."""
+    monkeypatch.setattr("random.uniform", lambda *_: 1.0)
     errors = [StoreUnavailableError("full"), StoreUnavailableError("full")]
 
     def handler(event, sender):
