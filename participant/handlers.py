@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from participant.agenda import Agenda, is_overtaken
 from participant.guard import Guard
-from participant.local_round import fetch_adapter, train_round
+from participant.local_round import fetch_adapter, train_and_commit
 from participant.uploads import Uploads
 from shared import topology
 from shared.errors import (
@@ -254,7 +254,7 @@ class Participant:
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task)
-            self.trained = submission = done or train_round(
+            self.trained = submission = done or train_and_commit(
                 self._site,
                 self._guard,
                 task,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from shared.protocol.events import RoundStarted
 
 
-def train_round(
+def train_and_commit(
     site: Site,
     guard: Guard,
     task: RoundStarted,

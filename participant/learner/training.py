@@ -45,6 +45,10 @@ class RoundPlace:
     progress_from: float
     progress_to: float
 
+    def progress_at(self, done: int, steps: int) -> float:
+        """On the run's schedule, once ``done`` of this round's steps are done."""
+        return self.progress_from + (self.progress_to - self.progress_from) * (done / steps)
+
 
 @dataclass
 class StepsDone:
@@ -125,11 +129,7 @@ def train_round(
     only = model.parameters.keys() if begin.only is None else begin.only
     factors = {name: p for name, p in model.parameters.items() if name in only}
     parameters = list(factors.values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    if begin.state is not None:
-        load_optimizer(optimizer, factors, begin.state)
+    optimizer = _optimizer(factors, settings, begin.state)
     proximal = _proximal(model, factors, settings, begin)
     steps = steps_in_round(len(examples), settings)
     done = StepsDone([*begin.done.losses], [*begin.done.norms], begin.done.seconds)
@@ -149,9 +149,7 @@ def train_round(
                 proximal.add_gradient()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
             _check_sane(nll / tokens, norm, step, place)
-            progress = place.progress_from + (place.progress_to - place.progress_from) * (
-                (step + 1) / steps
-            )
+            progress = place.progress_at(step + 1, steps)
             optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -162,6 +160,20 @@ def train_round(
             report(Progress("train", step + 1, steps, nll / tokens, trained, done.seconds))
             keep(done, optimizer, False)
     return _result(done, optimizer)
+
+
+def _optimizer(
+    factors: Mapping[str, torch.nn.Parameter], settings: TrainingSection, state: Path | None
+) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(
+        list(factors.values()),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    if state is not None:
+        load_optimizer(optimizer, factors, state)
+    return optimizer
 
 
 def step_batches(count: int, settings: TrainingSection, place: RoundPlace) -> Iterator[list[int]]:
