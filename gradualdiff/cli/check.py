@@ -14,7 +14,7 @@ from gradualdiff.doctor.checks import CheckResult, check_folder
 from shared.errors import GradualDiffError, StoreUnavailableError
 
 if TYPE_CHECKING:
-    from gradualdiff.cli.progress import Display
+    from gradualdiff.embedded.display import Display
     from participant.learner.port import Rehearsal
     from participant.learner.torch_learner import TorchLearner
     from shared.config import FederationConfig

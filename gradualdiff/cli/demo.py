@@ -21,9 +21,9 @@ from shared.errors import ConfigError, MissingPackageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from gradualdiff.cli.progress import Display
     from gradualdiff.demo.data import SiteFile
     from gradualdiff.demo.start import Asked, Place
+    from gradualdiff.embedded.display import Display
     from gradualdiff.run import Run
     from participant.learner.model_pool import ModelPool
     from participant.learner.torch_learner import TorchLearner

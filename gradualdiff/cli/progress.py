@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import (
     BarColumn,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from gradualdiff.embedded.display import Display
     from gradualdiff.events import Event
     from participant.learner.port import Progress as Step
 
@@ -32,24 +33,6 @@ WORDS = {
     "train": "training",
     "upload": "sending the delta",
 }
-
-
-class Display(Protocol):
-    """Watches an embedded federation."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc: object) -> None: ...
-    def report(self, site: str, round_number: int | None, step: Step) -> None:
-        """A participant moved on in one piece of work."""
-
-    def moved(self, event: RunMoved) -> None:
-        """The coordinator learnt something."""
-
-    def say(self, text: str) -> None:
-        """Something larger begins."""
-
-    def converted(self, done: int, total: int) -> None:
-        """The base model's conversion moved on."""
 
 
 def make_display(*, quiet: bool = False) -> Display:

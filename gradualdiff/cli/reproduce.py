@@ -30,7 +30,7 @@ from shared.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from gradualdiff.cli.progress import Display
+    from gradualdiff.embedded.display import Display
     from gradualdiff.reproduction.experiment import Findings
     from gradualdiff.reproduction.presets import Preset
     from gradualdiff.reproduction.running import Laboratory

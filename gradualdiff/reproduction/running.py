@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.history import History
-    from gradualdiff.cli.progress import Display
+    from gradualdiff.embedded.display import Display
     from gradualdiff.reproduction.arms import RunPlan
     from gradualdiff.reproduction.presets import Preset
     from participant.learner.model_pool import ModelPool
