@@ -13,7 +13,7 @@ from shared.base_model import TOKENIZER_FILES, hub_id, located
 from shared.errors import MissingPackageError
 
 if TYPE_CHECKING:
-    from gradualdiff.run import Run
+    from gradualdiff.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Saved:
 class Adapter:
     """The global adapter after a round, by its sha256."""
 
-    run: Run
+    run: Recorded
     round: int
     sha: str
 

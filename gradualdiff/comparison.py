@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from gradualdiff.run import Run
+    from gradualdiff.recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Comparison:
         return plot_comparison(self.runs, axes)
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
+def compare(runs: Sequence[Recorded]) -> Comparison:
     """Compare runs, in the order given. Raises ConfigError for a run that is there twice."""
     places = [(run.path.resolve(), run.name) for run in runs]
     twice = [place for place, n in Counter(places).items() if n > 1]

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from importlib.metadata import EntryPoint
 
-    from shared.config import FederationConfig
 
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._+!-]{1,100}$")]
 
@@ -117,7 +116,7 @@ def is_built_in(kind: str, name: str) -> bool:
     return name in _built_in(kind)
 
 
-def origins(config: FederationConfig) -> tuple[Origin, ...]:
+def origins(config: BaseModel) -> tuple[Origin, ...]:
     """Where the modes that these settings name come from, without the built-in ones."""
     found = []
     for kind, about in KINDS.items():
