@@ -33,12 +33,6 @@ def model_card(
     ``merged``: the adapter is part of a model's weights, which lie beside the card.
     """
     config = history.config
-    losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
-    lines = [
-        f"| {n} | {loss.nll:.4f} | {perplexity(loss):.2f} | {loss.tokens} |"
-        for n, loss in losses.items()
-        if loss is not None
-    ]
     return "\n".join(
         [
             "---",
@@ -80,16 +74,7 @@ def model_card(
             *_usage(base, merged=merged),
             "```",
             "",
-            "## Held-out loss",
-            "",
-            (
-                "Held-out loss of the global adapter, nats per answer token over all "
-                "participants' held-out text (round 0 is the base model):"
-            ),
-            "",
-            "| round | loss | perplexity | tokens |",
-            "|---:|---:|---:|---:|",
-            *lines,
+            *_losses(history, number),
             "",
         ]
     )
@@ -103,6 +88,26 @@ def _joined(config: FederationConfig) -> str:
     steps = get_server_optimizer(optimizer).rows > 0
     step = taken if not steps else f"the step that {optimizer} makes of {taken}"
     return f"each round's global adapter is the one before plus {step}"
+
+
+def _losses(history: History, number: int) -> list[str]:
+    losses = {n: pool_held_out(history.held_out(n).values()) for n in range(number + 1)}
+    return [
+        "## Held-out loss",
+        "",
+        (
+            "Held-out loss of the global adapter, nats per answer token over all "
+            "participants' held-out text (round 0 is the base model):"
+        ),
+        "",
+        "| round | loss | perplexity | tokens |",
+        "|---:|---:|---:|---:|",
+        *(
+            f"| {n} | {loss.nll:.4f} | {perplexity(loss):.2f} | {loss.tokens} |"
+            for n, loss in losses.items()
+            if loss is not None
+        ),
+    ]
 
 
 def _usage(base: str, *, merged: bool) -> list[str]:
