@@ -27,12 +27,16 @@ MAX_MESSAGE_BYTES = 1_048_576
 
 @dataclass(frozen=True)
 class Message:
-    """One message to publish. ``expires_seconds``: dropped from its queues after that time."""
+    """One message to publish. ``expires_seconds``: dropped from its queues after that time.
+
+    ``event``: what its body is called, for failpoints; it does not travel.
+    """
 
     exchange: str
     routing_key: str
     body: bytes
     expires_seconds: float | None = None
+    event: str = "unknown"
 
 
 class Delivery(Protocol):

@@ -13,7 +13,7 @@ from shared.brokers.rabbitmq import decoding
 from shared.brokers.rabbitmq.consumer import RabbitConsumer
 from shared.brokers.rabbitmq.declaring import declare
 from shared.brokers.rabbitmq.io_thread import IoThread
-from shared.brokers.rabbitmq.publisher import Publisher, spoken
+from shared.brokers.rabbitmq.publisher import Publisher
 from shared.brokers.rabbitmq.reviving import PROBE_SECONDS, dead_queues
 from shared.brokers.rabbitmq.taking import Taker, check_sent, not_in_that_name, send_as
 from shared.errors import BrokerError
@@ -119,11 +119,10 @@ class RabbitConnection:
                     f"got {len(message.body)}; put large data into the store"
                 )
         if messages:
-            subject = functools.partial(spoken, messages)
-            failpoint("publish.before", subject)
+            failpoint("publish.before", messages[0].event)
             with self._publishing:
                 self._io.ask(lambda future: self._publisher.send(messages, future))
-            failpoint("publish.confirmed", subject)
+            failpoint("publish.confirmed", messages[0].event)
 
     def consume(self, queue: str) -> RabbitConsumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""
