@@ -73,58 +73,68 @@ def build_coordinator(
     failpoint("queues.after")
     coordinator.begin()
 
-    def tick() -> bool:
-        now = clock()
-        event = CoordinatorTick(run=run, writer=writer, now=now)
-        try:
-            broker.publish([to_coordinator(topology.COORDINATOR, event, now, TICK_SECONDS)])
-        except MessageRejectedError as error:
-            if not broker.depth(topology.coordinator_queue(run)):
-                raise  # it is not full, it is broken
-            get_logger().warning("tick.rejected", reason=str(error))
-            return False
-        return True
-
-    def look() -> None:
-        own = topology.coordinator_queue(run)
-        queues = {site: topology.site_queue(site) for site in coordinator.state.waiting_for}
-        try:
-            consumers = broker.consumers([own, *queues.values()])
-        except BrokerUnavailableError:
-            raise
-        except BrokerError as error:  # somebody deleted a queue: then nobody can say
-            get_logger().debug("consumers.unknown", reason=str(error))
-            consumers = {}
-        if not consumers.get(own):
-            consumers = {}  # RabbitMQ says 0 as well when a queue's leader gives it no answer
-        now = clock()
-        told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
-        coordinator.liveness.counted(told, now)
-        coordinator.liveness.write(coordinator.state, now)
-
-    def refuse(delivery: Delivery, reason: str) -> None:
-        event = MessageRefused(
-            run=run,
-            queue=delivery.queue,
-            routing_key=delivery.routing_key,
-            sender=delivery.sender,
-            reason=reason,
-            data=delivery.body[: topology.REFUSED_BYTES],
-        )
-        broker.publish([to_refused(event, clock())])
-
     consumer = broker.consume(topology.coordinator_queue(run))
     dispatcher = Dispatcher(
         consumer,
         coordinator.handlers,
         partial(admit, config),
-        refuse,
+        partial(_refuse, broker, run, clock),
         patience.seconds,
         patience.pause,
         partial(_admits, coordinator, timer),
     )
-    leave = partial(_leave, broker, intake, run)
-    return CoordinatorRole(coordinator, dispatcher, tick, look, leave)
+    return CoordinatorRole(
+        coordinator,
+        dispatcher,
+        tick=partial(_tick, broker, run, writer, clock),
+        look=partial(_look, broker, coordinator, clock),
+        leave=partial(_leave, broker, intake, run),
+    )
+
+
+def _tick(broker: Broker, run: str, writer: str, clock: Callable[[], float]) -> bool:
+    now = clock()
+    event = CoordinatorTick(run=run, writer=writer, now=now)
+    try:
+        broker.publish([to_coordinator(topology.COORDINATOR, event, now, TICK_SECONDS)])
+    except MessageRejectedError as error:
+        if not broker.depth(topology.coordinator_queue(run)):
+            raise  # it is not full, it is broken
+        get_logger().warning("tick.rejected", reason=str(error))
+        return False
+    return True
+
+
+def _look(broker: Broker, coordinator: Coordinator, clock: Callable[[], float]) -> None:
+    own = topology.coordinator_queue(coordinator.state.config.run.name)
+    queues = {site: topology.site_queue(site) for site in coordinator.state.waiting_for}
+    try:
+        consumers = broker.consumers([own, *queues.values()])
+    except BrokerUnavailableError:
+        raise
+    except BrokerError as error:  # somebody deleted a queue: then nobody can say
+        get_logger().debug("consumers.unknown", reason=str(error))
+        consumers = {}
+    if not consumers.get(own):
+        consumers = {}  # RabbitMQ says 0 as well when a queue's leader gives it no answer
+    now = clock()
+    told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
+    coordinator.liveness.counted(told, now)
+    coordinator.liveness.write(coordinator.state, now)
+
+
+def _refuse(
+    broker: Broker, run: str, clock: Callable[[], float], delivery: Delivery, reason: str
+) -> None:
+    event = MessageRefused(
+        run=run,
+        queue=delivery.queue,
+        routing_key=delivery.routing_key,
+        sender=delivery.sender,
+        reason=reason,
+        data=delivery.body[: topology.REFUSED_BYTES],
+    )
+    broker.publish([to_refused(event, clock())])
 
 
 def _leave(broker: Broker, intake: Intake, run: str) -> None:
