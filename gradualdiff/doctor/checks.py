@@ -151,7 +151,7 @@ def check_clock(url: str, ca_file: Path | None, setting: str) -> Iterator[CheckR
     """The clock of this machine against the HTTP date of the server at ``url``."""
     import urllib3
 
-    from shared.stores.transfer import http_pool, network_error
+    from shared.stores.http import http_pool, network_error
 
     try:
         pool = http_pool(ca_file, setting, urllib3.Retry(1, raise_on_status=False))

@@ -15,7 +15,7 @@ from coordinator.bootstrap import build_coordinator
 from gradualdiff.embedded.metering import Meter, MeteredBroker, MeteredTransfer
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
-from participant.handlers import Site
+from participant.site import Site
 from participant.workspace import Workspace
 from shared.brokers.embedded import EmbeddedBroker
 from shared.errors import (
