@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coordinator.runs.inspection import History
+    from coordinator.history import History
     from shared.stores.port import ObjectStore
 
 
