@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from coordinator.runs.inspection import History
 from coordinator.runs.operating import operator_ledger
 from participant.acceptance import objections
 from shared import modes
-from shared.errors import MissingPackageError, RunStuckError
+from shared.errors import ConfigError, MissingPackageError, RunStuckError
 from shared.protocol import wire
-from shared.protocol.records import ClosedRecord, FederationRecord
+from shared.protocol.records import ClosedRecord, ClosingRecord, FederationRecord
 from tests import federations
 from tests.extension.installing import uninstall
 from tests.extension.page import PROJECT, SECTIONS, install_page, settings
@@ -82,13 +83,53 @@ def test_a_run_is_exported_and_branched(title, tmp_path):
 
 
 def test_a_mode_changes_what_it_is_for(packages, tmp_path):
-    """Another codec and another averaging end in other adapters."""
+    """Each ends in another adapter."""
     install_page(packages)
     ends = [
         federations.run(federations.config(**given), tmp_path / str(number)).adapter_sha
-        for number, given in enumerate(({}, settings("A codec"), settings("An averaging mode")))
+        for number, given in enumerate(({}, *map(settings, SECTIONS)))
     ]
-    assert len(set(ends)) == 3
+    assert len(set(ends)) == 5
+
+
+def test_a_rule_takes_part_in_what_settings_refuse(packages):
+    """Its own number of deltas, in its own words."""
+    install_page(packages)
+    given = {"rule": "winsorized-mean", "assumed_bad": 2}
+    said = r"assumed_bad = 2 needs at least 5 deltas in every round \(2 x 2 \+ 1\), .* lists 3"
+    with pytest.raises(ConfigError, match=said):
+        federations.config(aggregation=given)
+    with pytest.raises(ConfigError, match=r'expected "equal" with .*winsorized-mean'):
+        federations.config(("a", "b", "c"), aggregation={**given, "weights": "examples"})
+
+
+def test_a_policy_takes_part_in_what_settings_refuse(packages):
+    """What it needs, and what it has no use for."""
+    install_page(packages)
+    with pytest.raises(ConfigError, match='kind = "first" needs quorum; add it'):
+        federations.config(policy={"kind": "first"})
+    given = {"kind": "first", "quorum": 4, "late": "carry"}
+    with pytest.raises(ConfigError, match='late goes with kind = "quorum", got kind = "first"'):
+        federations.config(policy=given)
+    with pytest.raises(ConfigError, match=r"policy.quorum is 4, but run.participants lists 3"):
+        federations.config(policy={**given, "late": "drop"})
+    with pytest.raises(ConfigError, match='quorum goes with kind = "first" or "quorum", got'):
+        federations.config(policy={"quorum": 2})
+
+
+def test_a_policy_decides_and_its_decisions_are_audited(packages, tmp_path):
+    """Two of three count; a decision that counts fewer than the policy asks for is found."""
+    install_page(packages)
+    federations.run(federations.config(**settings("A round policy")), tmp_path)
+    closings = records(tmp_path, ClosingRecord)
+    assert [len(closing.inputs) for closing in closings] == [2, 2, 2]
+    assert {why for c in closings for why in c.excluded.values()} == {"not among the first 2"}
+    store, key = store_of(tmp_path), closings[0].key("test")
+    altered = json.loads(store.get(key))
+    altered["inputs"] = altered["inputs"][:1]
+    store.put(key, json.dumps(altered).encode())
+    found = [finding.problem for finding in verify(tmp_path).findings if finding.key == key]
+    assert "inputs: expected the first 2, got 1" in found
 
 
 def test_without_the_package_the_mode_is_told_by_name(title, packages, tmp_path):
