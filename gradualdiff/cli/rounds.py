@@ -51,7 +51,7 @@ def show(
     follow: Annotated[
         bool,
         typer.Option(
-            "--follow", help="Liveness the newest round (or ROUND) until the run is finished."
+            "--follow", help="Watch the newest round (or ROUND) until the run is finished."
         ),
     ] = False,
     store: StoreOption = DEFAULT_STORE,
@@ -82,17 +82,22 @@ def show(
         _list(opened, as_json=as_json)
         return
     shown = opened.round(round_number)
-    summary, rows = shown.summary, shown.sites
     if as_json:
-        print_json({"round": summary, "sites": rows})
+        print_json({"round": shown.summary, "sites": shown.sites})
         return
+    _print(run, shown)
+
+
+def _print(run: str, shown: Round) -> None:
+    """Site by site, and what is to be remarked."""
+    summary = shown.summary
     console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
     if summary.server_sha is not None:
         norms = f"mean delta {fixed(summary.mean_norm, 4)}, step {fixed(summary.step_norm, 4)}"
         console().print(f"server state {summary.server_sha}; norms: {norms}", soft_wrap=True)
     columns = ("site", "state", "held-out", "first", "last", "tokens", "MB", "s")
     print_table(
-        f"Round {round_number} of {run} ({summary.state}); losses before it, first and last step",
+        f"Round {summary.round} of {run} ({summary.state}); losses before it, first and last step",
         (*columns, "norm", "cosine", "weight"),
         [
             (
@@ -108,7 +113,7 @@ def show(
                 fixed(row.cosine, 2),
                 fixed(row.weight, 3),
             )
-            for row in rows
+            for row in shown.sites
         ],
     )
     for remark in _remarks(shown):
