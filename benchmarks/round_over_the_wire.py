@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import tomli_w
 
 from shared.protocol.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
@@ -270,7 +271,7 @@ class Federation:
             ("secret-key", self.servers.secret_key),
         ):
             (self.folder / file).write_text(secret, encoding="utf-8")
-        self.file.write_text(self._toml(), encoding="utf-8")
+        self.file.write_text(tomli_w.dumps(self._tables()), encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -336,32 +337,27 @@ class Federation:
         values: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
         return values
 
-    def _toml(self) -> str:
-        broker, sites = self.servers, json.dumps(list(self.sites))
-        return f"""
-[run]
-name = "{self.name}"
-rounds = {self.rounds}
-participants = {sites}
-[base]
-model = "none"
-quantisation = "none"
-[training]
-local_steps = 1
-[codec]
-name = "{self.codec}"
-[broker]
-url = "amqp://coordinator@{broker.host}:{broker.port}/{self.name}"
-password_file = "broker-password"
-management_url = "{broker.management_url}"
-transport = "plaintext"
-[store]
-url = "{broker.s3_url}"
-bucket = "{self.name}"
-access_key_file = "access-key"
-secret_key_file = "secret-key"
-transport = "plaintext"
-"""
+    def _tables(self) -> dict[str, dict[str, object]]:
+        broker, sites = self.servers, list(self.sites)
+        return {
+            "run": {"name": self.name, "rounds": self.rounds, "participants": sites},
+            "base": {"model": "none", "quantisation": "none"},
+            "training": {"local_steps": 1},
+            "codec": {"name": self.codec},
+            "broker": {
+                "url": f"amqp://coordinator@{broker.host}:{broker.port}/{self.name}",
+                "password_file": "broker-password",
+                "management_url": broker.management_url,
+                "transport": "plaintext",
+            },
+            "store": {
+                "url": broker.s3_url,
+                "bucket": self.name,
+                "access_key_file": "access-key",
+                "secret_key_file": "secret-key",
+                "transport": "plaintext",
+            },
+        }
 
 
 class Phases:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradualdiff.cli.output import JsonOption, SetOption, print_json, say, toml_value
+from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -46,11 +47,10 @@ def show(
     """
     from shared.config import FederationConfig, SiteConfig
     from shared.config.overrides import overridden
-    from shared.config.reading import load, read_tables
+    from shared.config.reading import load
 
-    told = read_tables(file)
-    is_site = "run" not in told and not told.keys().isdisjoint(("site", "data"))
-    kind = SiteConfig if is_site else FederationConfig
+    word, told = read_either(file)
+    kind = SiteConfig if word == "site" else FederationConfig
     _, given = overridden(kind, told, sets or ())
     settings = list(_settings(load(file, kind, sets or ()), told, given))
     if as_json:
@@ -59,6 +59,20 @@ def show(
     for table in dict.fromkeys(setting.table for setting in settings):
         say(f"[{table}]")
         say("\n".join(_line(setting) for setting in settings if setting.table == table) + "\n")
+
+
+def read_either(file: Path) -> tuple[str, dict[str, Any]]:
+    """``site`` or ``federation``, by its tables, and those. Raises ConfigError if it is neither."""
+    from shared.config.reading import read_tables
+
+    tables = read_tables(file)
+    for word, table in (("site", "site"), ("federation", "run")):
+        if table in tables:
+            return word, tables
+    raise ConfigError(
+        f"{file}: expected a federation.toml with a [run] table or a site.toml with a [site] "
+        "table, got neither; give another file"
+    )
 
 
 def _settings(

@@ -5,15 +5,15 @@ Looks, and leaves things as they are: what it writes, it removes.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.config import read_either
 from gradualdiff.cli.output import JsonOption, console, print_json
-from shared.errors import ConfigError, GradualDiffError
+from shared.errors import GradualDiffError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +52,7 @@ def doctor(
     SKIP: cannot be tried from here. The exit code is 1 if anything failed. Of a site's text only
     counts are told. A message that waits for the site is delivered to this look once, and stays.
     """
-    kind = _kind(file)
+    kind, _ = read_either(file)
     found: list[CheckResult] = []
     for finding in _findings(kind, file, spool, store_url):
         found.append(finding)
@@ -66,26 +66,6 @@ def doctor(
             f"{file}: {len(failed)} of {len(found)} checks failed: {', '.join(failed)}; fix what "
             "each of them says, then run gradualdiff doctor again"
         )
-
-
-def _kind(file: Path) -> str:
-    """By its tables. Raises ConfigError for a file that is neither."""
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read: {error}; give the path of a federation.toml or a site.toml"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: is not TOML: {error}; fix that line") from None
-    if "site" in tables:
-        return "site"
-    if "run" in tables:
-        return "federation"
-    raise ConfigError(
-        f"{file}: expected a federation.toml with a [run] table or a site.toml with a [site] "
-        "table, got neither; give another file"
-    )
 
 
 def _findings(

@@ -97,3 +97,15 @@ def test_a_file_with_mistakes_is_not_shown(show):
         show(FEDERATION.replace("svd", "fedavg"), "--set", "lora.rnak=8")
     assert "--set lora.rnak" in str(caught.value)
     assert "lora.ranks: expected one rank for all sites" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["simulate", "setup", "coordinator"])
+def test_each_command_that_takes_settings_tells_a_wrong_one(tmp_path, command):
+    """By the option, before it does anything; the file is well."""
+    (tmp_path / "federation.toml").write_text(FEDERATION)
+    arguments = [command, str(tmp_path / "federation.toml"), "--set", "lora.rnak=8"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ConfigError)
+    assert "--set lora.rnak: expected a known setting" in str(done.exception)
+    assert "did you mean rank?" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["federation.toml"]
