@@ -76,3 +76,14 @@ def test_settings_load_no_kind_of_modes():
     script = "import sys, shared.config; print([n for n in sys.modules if 'methods' in n])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     assert done.stdout.strip() == b"[]"
+
+
+def test_policies_load_no_numpy():
+    """A coordinator folds its ledger with them: they know records, and nothing of tensors."""
+    script = (
+        "import sys; from shared import modes; "
+        "[modes.get('policies', name) for name in modes.names('policies')]; "
+        "print('numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout.strip() == b"False"
