@@ -13,7 +13,7 @@ import pytest
 from coordinator.effects import announcement
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
-from coordinator.runs.inspection import History
+from coordinator.history import History
 from coordinator.runs.operating import operator_ledger
 from participant.acceptance import objections
 from shared import modes
