@@ -7,6 +7,7 @@ that is known changes nothing, an answer may be given twice.
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ from shared.tensors.delta_file import DeltaHeader
 from shared.topology import accepted_key, site_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
@@ -102,6 +103,7 @@ class Coordinator:
         self.active = False
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self._lost: dict[Upload, tuple[float, str]] = {}
+        self._cleared: Mapping[str, str] = {}  # the excluded sites whose uploads are deleted
         handlers: Mapping[type[Event], Handler] = {
             SiteOnline: self.on_site_online,
             ParticipantReady: self.on_participant_ready,
@@ -137,7 +139,6 @@ class Coordinator:
         self.reload()
         failpoint("start.reloaded")
         self._carry_out(resume(self.state))
-        self._clear_excluded()  # whoever noticed it may have died before it did
         self._say_unfit()
         self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
@@ -159,7 +160,7 @@ class Coordinator:
     def reload(self) -> None:
         """Rebuild the state from the ledger."""
         self.state = replay(self._config, self._ledger.history())
-        self._lost = {}
+        self._lost, self._cleared = {}, {}  # whoever noticed an exclusion may have died at it
 
     # Handlers --------------------------------------------------------------------------------
 
@@ -379,9 +380,14 @@ class Coordinator:
 
     def notice_controls(self) -> bool:
         """Fold in what operators asked since the last look and carry it out; whether it was any."""
-        known, out = self.state.steering.number, self.state.steering.excluded
-        effects: tuple[Effect, ...] = ()
-        for control in self._ledger.controls(after=known):
+        asked = self._fold_controls()
+        self._carry_out(asked or ())
+        return asked is not None
+
+    def _fold_controls(self) -> tuple[Effect, ...] | None:
+        """Fold in what operators asked since the last look; what follows, or None without any."""
+        effects = None
+        for control in self._ledger.controls(after=self.state.steering.number):
             get_logger().info(
                 "control.noticed",
                 number=control.number,
@@ -391,27 +397,31 @@ class Coordinator:
                 reason=control.reason,
             )
             self.state, effects = apply(self.state, control)  # nothing follows before the last
-        self._carry_out(effects)
-        if self.state.steering.excluded != out:
-            self._clear_excluded()
-        return self.state.steering.number > known
+        return effects
 
     def _clear_excluded(self) -> None:
         """Nothing of a site that is out is taken any more, but for what a decision lacks."""
         out = self.state.steering.excluded
-        if out:
+        if out != self._cleared:
             self._intake.clear_sites(self._config.run.name, out, self._lost)
+            self._cleared = out
 
-    def _carry_out(self, effects: tuple[Effect, ...]) -> None:
-        for effect in effects:
-            if isinstance(effect, WriteRecord) and self.notice_controls():
-                continue  # another step may follow from what was asked; it was taken
-            if isinstance(effect, Aggregate) and not self._holds_all(effect.closing):
-                continue  # it is asked for again, and this again with every tick
-            if isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
-                self.feed(self._perform(effect))
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        """Carry out effects in their order; what follows from one comes before the next."""
+        queue = deque(effects)
+        while queue:
+            effect = queue.popleft()
+            following: tuple[Effect, ...] = ()
+            if isinstance(effect, WriteRecord) and (asked := self._fold_controls()) is not None:
+                following = asked  # another step may follow from what was asked
+            elif isinstance(effect, Aggregate) and not self._holds_all(effect.closing):
+                pass  # it is asked for again, and this again with every tick
+            elif isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
+                self.state, following = apply(self.state, self._perform(effect))
             else:
                 self._effects.notify(effect, self.state)
+            queue.extendleft(reversed(following))
+        self._clear_excluded()
 
     def _perform(self, step: Step) -> Record:
         """Take a durable step. What goes wrong there is never the fault of the message at hand.
