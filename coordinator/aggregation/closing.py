@@ -19,7 +19,7 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -28,7 +28,7 @@ from coordinator.aggregation.exactness import DIGITS, squared_gap
 from coordinator.aggregation.server_optimizer import open_step
 from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
-from shared.errors import ConfigError, LedgerError
+from shared.errors import LedgerError
 from shared.methods.averaging import get_averaging
 from shared.methods.inputs import Inputs
 from shared.methods.rules import get_rule, too_few
@@ -52,7 +52,7 @@ from shared.tensors.tensor_file import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -64,13 +64,6 @@ if TYPE_CHECKING:
 
 WEIGHT_TOLERANCE: Final = 1e-9
 MAX_THREADS: Final = 4
-
-
-class Counts(NamedTuple):
-    """What a site trained on in a round."""
-
-    examples: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -104,33 +97,6 @@ class Aggregated:
     left_out: dict[str, str] = field(default_factory=dict)
     exactness_gap: float | None = None
     stepped: Stepped | None = None
-
-
-def weights(
-    mode: Literal["equal", "examples", "tokens"],
-    counts: Mapping[str, Counts],
-    staleness: Mapping[str, int] | None = None,
-) -> dict[str, float]:
-    """Each delta's share, in name order. ``equal``: 1/K, else in proportion to what it trained on.
-
-    A delta that is s rounds old weighs 1 / sqrt(1 + s) of that (FedBuff, arXiv:2106.06639,
-    section 5); unlike there, the shares of a round still sum to 1. Raises ConfigError where there
-    is nothing to share by.
-    """
-    sites = sorted(counts)
-    parts: dict[str, float] = {}
-    for site in sites:
-        parts[site] = 1 if mode == "equal" else getattr(counts[site], mode)
-        age = (staleness or {}).get(site, 0)
-        if age:
-            parts[site] /= math.sqrt(1 + age)
-    total = sum(parts.values())
-    if total <= 0 or min(parts.values()) < 0:
-        raise ConfigError(
-            f'aggregation.weights = "{mode}": expected {mode} from at least one site, '
-            f'got {total} from {len(sites)} sites; set it to "equal"'
-        )
-    return {site: part / total for site, part in parts.items()}
 
 
 def aggregate(

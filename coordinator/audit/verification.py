@@ -17,8 +17,8 @@ from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.audit.evidence import UNKNOWN, Verification
 from coordinator.audit.recomputing import Recomputing
 from coordinator.round.controls import steer
-from coordinator.round.machine import clips, shares
 from coordinator.round.selection import select
+from coordinator.round.weighting import clips, shares
 from shared import topology
 from shared.adapters import kind_of
 from shared.methods.policies import get_policy

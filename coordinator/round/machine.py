@@ -11,11 +11,10 @@ What must happen next is at most one durable step and is derived from the state 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from coordinator.aggregation.closing import Counts, weights
-from coordinator.round.clipping import scales
 from coordinator.round.controls import added
+from coordinator.round.members import misfit
 from coordinator.round.selection import select
 from coordinator.round.state import (
     Aggregate,
@@ -33,7 +32,7 @@ from coordinator.round.state import (
     Ticked,
     WriteRecord,
 )
-from coordinator.runs.branching import misfit
+from coordinator.round.weighting import clips, shares
 from shared.methods.policies import Trouble, get_policy, given_up, weighting
 from shared.methods.rules import too_few
 from shared.protocol.records import (
@@ -60,7 +59,7 @@ from shared.seeds import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from shared.config import AggregationSection, FederationConfig
+    from shared.config import FederationConfig
 
 REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
 
@@ -360,25 +359,6 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             controls=steering.number,
         )
     )
-
-
-def shares(
-    mode: Literal["equal", "examples", "tokens"], counted: Iterable[AcceptedRecord], number: int
-) -> dict[str, float]:
-    """Each delta's share in round ``number``, by its label there; they sum to 1."""
-    labelled = {delta_label(record.site, record.round, number): record for record in counted}
-    counts = {label: Counts(r.examples, r.tokens) for label, r in labelled.items()}
-    return weights(mode, counts, {label: number - r.round for label, r in labelled.items()})
-
-
-def clips(
-    section: AggregationSection, counted: Iterable[AcceptedRecord], number: int
-) -> dict[str, float]:
-    """What each delta is scaled down by in round ``number``, by its label there; 1 if it is not."""
-    labelled = {delta_label(record.site, record.round, number): record for record in counted}
-    norms = {label: record.norm for label, record in labelled.items()}
-    sites = {label: record.site for label, record in labelled.items()}
-    return scales(section.clip_to_median, norms, sites)
 
 
 def _finish(state: RunState, reason: str, *, failed: bool = False) -> Step:

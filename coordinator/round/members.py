@@ -1,4 +1,7 @@
-"""Which of the sites that joined cannot be averaged with the others, and why. Pure."""
+"""Which of the sites that joined cannot be averaged with the others, and why. Pure.
+
+And why a branch cannot continue from its origin.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,31 @@ def unfit(
             "then no longer the same on every site)",
         )
     return {site: prose(why) for site, why in found.items()}  # it holds what sites said
+
+
+def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
+    """Why a run with these settings cannot continue from its origin; None when it can."""
+    if origin is None:
+        return None
+    averaging = config.aggregation.averaging
+    why = get_averaging(averaging).no_branch_to
+    if why:
+        return (
+            f'aggregation.averaging = "{averaging}" {why}, but the run branches from '
+            f"{origin.label}; use another averaging, or begin a run that is no branch"
+        )
+    for name, mine in kind_of(config.lora).scale(config.lora).items():
+        theirs = getattr(origin, name)
+        if mine != theirs:
+            return (
+                f"{name.replace('_', '.', 1)} is {_shown(mine)}, but the adapter of {origin.label} "
+                f"was trained with {_shown(theirs)}: with another scale it is another model"
+            )
+    return None
+
+
+def _shown(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else f'"{value}"'
 
 
 def _other_base(

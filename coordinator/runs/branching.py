@@ -24,35 +24,9 @@ from shared.protocol.records import ClosedRecord, GenesisRecord, OriginRecord
 from shared.stores.port import read_again
 
 if TYPE_CHECKING:
-    from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
 
 ADAPTER_FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:
-    """Why a run with these settings cannot continue from its origin; None when it can."""
-    if origin is None:
-        return None
-    averaging = config.aggregation.averaging
-    why = get_averaging(averaging).no_branch_to
-    if why:
-        return (
-            f'aggregation.averaging = "{averaging}" {why}, but the run branches from '
-            f"{origin.label}; use another averaging, or begin a run that is no branch"
-        )
-    for name, mine in kind_of(config.lora).scale(config.lora).items():
-        theirs = getattr(origin, name)
-        if mine != theirs:
-            return (
-                f"{name.replace('_', '.', 1)} is {_shown(mine)}, but the adapter of {origin.label} "
-                f"was trained with {_shown(theirs)}: with another scale it is another model"
-            )
-    return None
-
-
-def _shown(value: float | str) -> str:
-    return f"{value:g}" if isinstance(value, float) else f'"{value}"'
 
 
 def branch_run(parent: Ledger, number: int, child: Ledger) -> OriginRecord:

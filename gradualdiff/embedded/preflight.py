@@ -9,8 +9,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from coordinator.effects import announcement
-from coordinator.round.members import unfit
-from coordinator.runs.branching import misfit
+from coordinator.round.members import misfit, unfit
 from shared import topology
 from shared.adapters import kind_of
 from shared.errors import ConfigError, GradualDiffError, ModelError, StoreUnavailableError

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from coordinator.aggregation.closing import Counts, aggregate, weights
+from coordinator.aggregation.closing import aggregate
+from coordinator.round.weighting import Counts, weights
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError, LedgerError
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from coordinator.round.machine import clips, shares
+from coordinator.round.weighting import clips, shares
 from shared.config import AggregationSection, PolicySection
 from shared.errors import ConfigError
 from shared.methods.policies import Trouble, get_policy
