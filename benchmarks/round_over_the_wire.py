@@ -419,7 +419,7 @@ def run_coordinator(federation: Path) -> None:
     """The real command in this process, timed from the second round on."""
     import coordinator.effects
     import coordinator.intake
-    from coordinator.handlers import Coordinator
+    from coordinator.deltas import Deltas
     from gradualdiff.cli.serve import coordinator as command
     from shared.brokers.rabbitmq.connection import RabbitConnection
     from shared.brokers.rabbitmq.consumer import RabbitConsumer
@@ -431,8 +431,8 @@ def run_coordinator(federation: Path) -> None:
     for owner, name, phase in (
         (RabbitConsumer, "receive", "idle"),
         (RabbitConnection, "publish", "publish"),
-        (Coordinator, "on_upload_requested", "grant"),
-        (Coordinator, "on_delta_submitted", "take"),
+        (Deltas, "on_upload_requested", "grant"),
+        (Deltas, "on_delta_submitted", "take"),
         (coordinator.intake.Intake, "_spooled", "fetch"),
         (S3Store, "stat", "stat"),
         (S3Store, "delete", "clear"),

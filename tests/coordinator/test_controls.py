@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
+from coordinator.deltas import Deltas
 from coordinator.effects import Effects
-from coordinator.handlers import Coordinator
 from coordinator.round.controls import steer
 from coordinator.runs.operating import order
 from shared import topology
@@ -251,13 +251,13 @@ def test_what_an_excluded_site_still_has_is_not_taken(tmp_path, monkeypatch):
     """It trained when it was taken out: the answer to its request is late, and says why."""
     config = federations.config()
     told = []
-    tell, asked = Effects.tell, Coordinator.on_upload_requested
+    tell, asked = Effects.tell, Deltas.on_upload_requested
 
     def noticed_before(self, event, sender):
-        self.notice_controls()  # as a tick would that came before the request
+        self._run.notice_controls()  # as a tick would that came before the request
         asked(self, event, sender)
 
-    monkeypatch.setattr(Coordinator, "on_upload_requested", noticed_before)
+    monkeypatch.setattr(Deltas, "on_upload_requested", noticed_before)
     monkeypatch.setattr(
         Effects, "tell", lambda self, events: (told.extend(events.items()), tell(self, events))
     )

@@ -6,6 +6,7 @@ import ast
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.deltas import Deltas
 from coordinator.handlers import Coordinator
 from participant.handlers import Participant
 from shared.protocol import records
@@ -60,7 +61,7 @@ def subjects() -> set[tuple[str, str]]:
     """(role, whole point) for every kind of record, and every event that a role says or hears."""
     kinds = [kind for kind in _subclasses(records.Record) if kind is not records.StampedRecord]
     words = [kind.__name__.removesuffix("Record").lower() for kind in kinds]
-    heard = {"coordinator": _heard(Coordinator), "participant": _heard(Participant)}
+    heard = {"coordinator": _heard(Coordinator, Deltas), "participant": _heard(Participant)}
     # A refusal is published by whoever could not use a message; a tick is the coordinator's own.
     said = {
         "coordinator": heard["participant"] | {CoordinatorTick, MessageRefused},
@@ -77,10 +78,11 @@ def subjects() -> set[tuple[str, str]]:
     return found
 
 
-def _heard(role: type) -> set[type[Event]]:
+def _heard(*classes: type) -> set[type[Event]]:
     """The events that a role has a handler for, from its ``on_`` methods' annotations."""
     by_name = {kind.__name__: kind for kind in _subclasses(Event)}
-    methods = [method for name, method in vars(role).items() if name.startswith("on_")]
+    named = (item for one in classes for item in vars(one).items())
+    methods = [method for name, method in named if name.startswith("on_")]
     return {by_name[method.__annotations__["event"]] for method in methods}
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from coordinator.handlers import Coordinator
+from coordinator.deltas import Deltas
 from coordinator.runs.branching import branch_run
 from coordinator.runs.operating import operator_ledger
 from shared import topology
@@ -68,14 +68,14 @@ def test_what_an_excluded_site_sends_again_is_not_swept(halted, wanted, monkeypa
     """It was counted before it was taken out: the decided round needs it."""
     config, folder = halted
     key, data = lose(folder, "a", "removed")
-    restore = Coordinator._restore
+    restore = Deltas._restore
 
     def excluded_before(self, upload):
         ask(folder, "exclude", site="a")
-        assert self.notice_controls()
+        assert self._run.notice_controls()
         restore(self, upload)
 
-    monkeypatch.setattr(Coordinator, "_restore", excluded_before)
+    monkeypatch.setattr(Deltas, "_restore", excluded_before)
     assert federations.run(config, folder).adapter_sha != wanted
     assert store_of(folder).get(key) == data
     decided = [[item.site for item in closing.inputs] for closing in records(folder, ClosingRecord)]
