@@ -311,7 +311,10 @@ ON_RECORD = {"declined": "declined/", "unfit": "members/a.json"}
 def _mend(drill: Drill, row: Row) -> None:
     sick = next(life for life in drill.lives if life.name == "a")
     said = MENDED_BY_RESTART.get(row.fault, "")
-    drill.wait(f"{row.name}: {said}", lambda: said in sick.log.read_text(errors="replace"))
+    drill.wait(
+        f"{row.name}: {said}",
+        lambda: sick.log.exists() and said in sick.log.read_text(errors="replace"),
+    )
     if row.fault == "spoilt":
         # The word of a refusal comes before the forgetting. Killed between them, the site sends
         # the same delta again, whole this time, and trains once less.
