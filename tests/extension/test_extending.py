@@ -11,9 +11,9 @@ import textwrap
 import pytest
 
 from coordinator.effects import announcement
+from coordinator.history import History
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
-from coordinator.history import History
 from coordinator.runs.operating import operator_ledger
 from participant.acceptance import objections
 from shared import modes
