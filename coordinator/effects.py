@@ -45,12 +45,7 @@ from shared.protocol.events import (
 )
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.messages import to_refused, to_site
-from shared.protocol.records import (
-    AcceptedRecord,
-    ClosedRecord,
-    GenesisRecord,
-    RefusedRecord,
-)
+from shared.protocol.records import AcceptedRecord, ClosedRecord, GenesisRecord, RefusedRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +57,8 @@ if TYPE_CHECKING:
     from shared.brokers.port import Broker
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
-    from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord, Record
+    from shared.protocol.record import Record
+    from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord
 
 URL_SECONDS = 6 * 3600.0
 # A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.protocol.ledger import Place
     from shared.protocol.manifest import HeldOut
-    from shared.protocol.records import FederationRecord, Input, Record
+    from shared.protocol.record import Record
+    from shared.protocol.records import FederationRecord, Input
     from shared.stores.port import ObjectStore
 
     Damage = Callable[[Place, LedgerDamagedError], None]

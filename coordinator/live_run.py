@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from coordinator.round.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
-    from shared.protocol.records import ClosingRecord, GenesisRecord, Record
+    from shared.protocol.record import Record
+    from shared.protocol.records import ClosingRecord, GenesisRecord
 
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more
 

@@ -35,6 +35,7 @@ from coordinator.round.state import (
 from coordinator.round.weighting import clips, shares
 from shared.methods.policies import Trouble, get_policy, given_up, weighting
 from shared.methods.rules import too_few
+from shared.protocol.record import delta_label
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -50,9 +51,7 @@ from shared.protocol.records import (
     MemberRecord,
     OpenedRecord,
     OriginRecord,
-    Record,
     RefusedRecord,
-    delta_label,
 )
 from shared.seeds import derive_seed
 
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from shared.config import FederationConfig
+    from shared.protocol.record import Record
 
 REMEMBERED_ROUNDS = 5  # an adaptive deadline looks at the deltas of so many
 

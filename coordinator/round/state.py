@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
-from shared.protocol.records import (
-    AcceptedRecord,
-    ClosedRecord,
-    ClosingRecord,
-    FinishedRecord,
-    GenesisRecord,
-    OpenedRecord,
-    Record,
-    RefusedRecord,
-)
+from shared.protocol.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from shared.config import FederationConfig
     from shared.methods.policies import Trouble
-    from shared.protocol.records import ControlRecord, MemberRecord, OriginRecord
+    from shared.protocol.records import (
+        AcceptedRecord,
+        ClosedRecord,
+        ClosingRecord,
+        ControlRecord,
+        FinishedRecord,
+        GenesisRecord,
+        MemberRecord,
+        OpenedRecord,
+        OriginRecord,
+        RefusedRecord,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from coordinator.round.clipping import scales
 from shared.errors import ConfigError
-from shared.protocol.records import delta_label
+from shared.protocol.record import delta_label
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -23,6 +23,7 @@ from shared.errors import (
     RunNotFoundError,
 )
 from shared.failpoints import failpoint
+from shared.protocol.record import Record, StampedRecord
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -38,10 +39,8 @@ from shared.protocol.records import (
     OpenedRecord,
     OriginRecord,
     PrunedRecord,
-    Record,
     RefusedRecord,
     RejoinedRecord,
-    StampedRecord,
 )
 
 if TYPE_CHECKING:

@@ -3,13 +3,11 @@
 ``writer`` and ``time`` are stamped when a record is written; nothing that changes a result may
 depend on them. ``GenesisRecord`` and ``ClosedRecord`` carry neither: they are pure functions of the
 records before them, so whoever computes them writes the same bytes.
-
-``decides``: only one coordinator may write it; meeting another writer's means to be fenced.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -24,32 +22,17 @@ from shared.config import FederationConfig, Name, Sha256
 from shared.errors import ConfigError
 from shared.modes import Origin, require
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
-
-# Numbers that are counted up to have an end: a record may say any, and somebody counts.
-MOST = 1_000_000
-RoundNumber = Annotated[int, Field(ge=0, le=MOST)]
-ControlNumber = Annotated[int, Field(ge=0, le=MOST)]
-Number = Annotated[int, Field(ge=1, le=MOST)]
-Size = Annotated[int, Field(ge=1, le=2**64)]
-Names = Annotated[tuple[Name, ...], Strict(False)]
-
-
-class Record(Schema):
-    """Base of all records."""
-
-    decides: ClassVar[bool] = False
-
-    def key(self, run: str) -> str:
-        """Where it lies in the store."""
-        raise NotImplementedError(f"{type(self).__name__} has no key")
-
-
-class StampedRecord(Record):
-    """A record that says who wrote it and when (seconds since the epoch)."""
-
-    writer: str = ""
-    time: float = 0.0
-    """When it was written, seconds since the epoch."""
+from shared.protocol.record import (
+    MOST,
+    ControlNumber,
+    Names,
+    Number,
+    Record,
+    RoundNumber,
+    Size,
+    StampedRecord,
+    delta_label,
+)
 
 
 class FederationRecord(StampedRecord):
@@ -414,8 +397,3 @@ class FinishedRecord(StampedRecord):
     def key(self, run: str) -> str:
         """One per run."""
         return topology.finished_key(run)
-
-
-def delta_label(site: str, from_round: int, round_number: int) -> str:
-    """A delta's name among those that a round counts; no site's name holds an ``@``."""
-    return site if from_round == round_number else f"{site}@{from_round}"
