@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import shared
+from shared.adapters import AdapterKind
 from shared.adapters.lora import KIND
 from shared.config import LoraSection
 from shared.errors import ConfigError
@@ -175,3 +176,20 @@ def test_no_other_file_knows_the_kind():
         if re.search(r"lora_[AB]|adapters\.lora|adapters import lora", path.read_text("utf-8"))
     }
     assert knowing == {"shared/adapters/lora.py", "participant/model/adapter.py"}
+
+
+def test_a_kind_without_factors_is_refused_by_modes_that_need_them(monkeypatch):
+    """It has no layers to multiply and no directions to take; fedavg takes it whole."""
+
+    class Plain(AdapterKind):
+        name = "plain"
+        factors = {}  # noqa: RUF012
+
+    monkeypatch.setattr("shared.adapters.lora.KIND", Plain())
+    assert not Plain().is_factors_only(ONE)
+    values = np.ones((4, 6))
+    assert Plain().leading("q.lora_A.weight", values, 2) is values
+    for averaging in ("ffa", "rolora"):
+        with pytest.raises(ConfigError, match=r"averaging.*two factors.*fedavg"):
+            get_averaging(averaging).trained_in(ONE, 1)
+    assert get_averaging("fedavg").trained_in(ONE, 1) is ONE
