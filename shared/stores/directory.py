@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from shared.disk.durable_files import (
@@ -42,7 +43,6 @@ from shared.stores.port import ObjectInfo, Spooled, read_again
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from pathlib import Path
 
 STALE_SECONDS = 3600.0
 TEMPORARY = ".tmp"
@@ -220,25 +220,24 @@ class DirectoryStore:
         directory = self._root / stem
         try:
             with file_errors(directory), os.scandir(directory) as entries:
-                names = sorted(
-                    f"{entry.name}/" if entry.is_dir() else entry.name
+                found = {
+                    f"{entry.name}/" if entry.is_dir() else entry.name: entry.path
                     for entry in entries
                     if KEY_PART.fullmatch(entry.name)
-                )
+                }
         except StoreError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return
             raise
-        for name in names:
+        for name, path in sorted(found.items()):
             key = stem + name
             if key == f"{TEMPORARY}/":
                 continue
             if name.endswith("/"):
                 if key.startswith(prefix) or prefix.startswith(key):
                     yield from self._walk(key, prefix)
-            elif key.startswith(prefix):
-                with contextlib.suppress(ObjectMissingError):
-                    yield self.stat(key)
+            elif key.startswith(prefix) and (info := _look(key, path)) is not None:
+                yield info
 
     def _sweep(self) -> None:
         """Remove the old temporary files of dead processes.
@@ -252,6 +251,21 @@ class DirectoryStore:
                 age = self._clock() - path.stat().st_ctime
                 if age > STALE_SECONDS and not (process.isdigit() and _is_running(int(process))):
                     path.unlink()
+
+
+def _look(key: str, path: str) -> ObjectInfo | None:
+    """What ``stat`` says of an object whose path is known; a listing has thousands."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        with file_errors(Path(path)):
+            raise
+    try:
+        return _info(key, os.fstat(file))
+    finally:
+        os.close(file)
 
 
 class DirectoryTransfer:
