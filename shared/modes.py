@@ -117,12 +117,20 @@ def is_built_in(kind: str, name: str) -> bool:
 
 
 def origins(config: BaseModel) -> tuple[Origin, ...]:
-    """Where the modes that these settings name come from, without the built-in ones."""
+    """Where the modes that these settings name come from, without the built-in ones.
+
+    Each is imported: one that does not work is told before a run begins with it. Raises as
+    :func:`get` does.
+    """
     found = []
     for kind, about in KINDS.items():
         table, field = about.setting.split(".")
-        found.append(origin(kind, getattr(getattr(config, table), field)))
-    return tuple(one for one in found if one is not None)
+        name = getattr(getattr(config, table), field)
+        where = origin(kind, name)
+        if where is not None:
+            get(kind, name)
+            found.append(where)
+    return tuple(found)
 
 
 def lack(wanted: Origin) -> str:

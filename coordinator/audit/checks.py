@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from coordinator.audit.chain import MOST_LOST_ROUNDS, Finding
 from coordinator.round.controls import steer
 from coordinator.round.members import unfit
-from shared import topology
+from shared import modes, topology
 from shared.adapters import kind_of
 from shared.errors import LedgerError, ObjectMissingError, RunNotFoundError
 from shared.methods.policies import get_policy, weighting
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 def check_records(chain: Chain, config: FederationConfig) -> None:
     """Note every contradiction and every gap between the records."""
+    _check_modes(chain, config)
     _check_members(chain, config)
     _check_controls(chain)
     for number in sorted(chain.history.rounds.keys() - set(chain.numbers)):
@@ -45,6 +46,13 @@ def check_records(chain: Chain, config: FederationConfig) -> None:
         _check_server(chain, config, number)
         _check_evaluated(chain, number)
     _check_end(chain, config)
+
+
+def _check_modes(chain: Chain, config: FederationConfig) -> None:
+    first, here = chain.history.federation, modes.origins(config)
+    if first.modes != here:
+        wanted, got = (", ".join(map(str, found)) or "none" for found in (here, first.modes))
+        chain.find(0, first.key(chain.run), f"modes: expected {wanted}, got {got}")
 
 
 def _check_members(chain: Chain, config: FederationConfig) -> None:

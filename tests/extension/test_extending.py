@@ -11,7 +11,7 @@ import textwrap
 import pytest
 
 from coordinator.effects import announcement
-from coordinator.history import History
+from coordinator.history import read_history
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
 from coordinator.runs.operating import operator_ledger
@@ -74,7 +74,7 @@ def test_a_run_is_exported_and_branched(title, tmp_path):
     """The branch begins with its adapter and ends in a verified one of its own."""
     federations.run(federations.config(**settings(title)), tmp_path)
     store = store_of(tmp_path)
-    exported = export_adapter(History(store, "test"), store, tmp_path / "out", None, "base")
+    exported = export_adapter(read_history(store, "test"), store, tmp_path / "out", None, "base")
     parent, child = (operator_ledger(store, run, lambda: 1.0) for run in ("test", "new"))
     assert branch_run(parent, 3, child).adapter_sha == exported.sha
     federations.run(federations.config(name="new", **settings(title)), tmp_path)
@@ -168,6 +168,21 @@ def test_another_version_is_told(title, packages, tmp_path):
         verify(tmp_path)
     with pytest.raises(MissingPackageError, match=said):
         federations.run(config, tmp_path)
+
+
+def test_a_mode_that_was_struck_from_the_record_is_found(title, tmp_path):
+    """Whatever the settings name and this project does not bring is to be on record."""
+    config = federations.config(**settings(title))
+    federations.run(config, tmp_path)
+    store, key = store_of(tmp_path), "runs/test/federation.json"
+    values = json.loads(store.get(key))
+    del values["modes"]
+    store.put(key, json.dumps(values).encode())
+    (found,) = verify(tmp_path).findings
+    assert (found.key, found.problem) == (
+        key,
+        f"modes: expected {modes.origins(config)[0]}, got none",
+    )
 
 
 def test_a_run_of_built_in_modes_has_no_word_of_them_on_record(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from shared import modes
 from shared.config import FederationConfig, parse
 from shared.errors import ConfigError, ForeignPackageError, MissingPackageError
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.extension.installing import install
 
@@ -58,6 +59,16 @@ def test_one_that_does_not_work_is_told_by_package_and_entry_point(packages, cod
     with pytest.raises(ForeignPackageError, match=named + said):
         modes.get("codecs", "toy")
     assert modes.get("codecs", "fp32").name == "fp32"
+
+
+def test_no_run_begins_with_one_that_does_not_work(packages, tmp_path):
+    """Not even with a codec, which nobody needs before the first delta."""
+    (packages / "broken_mode.py").write_text("MODE = 1")
+    install(packages, {"codecs": {"toy": "broken_mode:MODE"}})
+    config = federations.config(codec={"name": "toy"})
+    with pytest.raises(ForeignPackageError, match=r"toy-modes 1\.0"):
+        federations.run(config, tmp_path)
+    assert list(DirectoryStore(tmp_path / "store").list("runs/")) == []
 
 
 def test_a_name_that_is_taken_is_told(packages):
