@@ -21,7 +21,7 @@ THREE_CHUNKS = 2_600_000  # wide: 16 MiB, 16 MiB and a rest
 DELTA_BYTES = 16 * THREE_CHUNKS
 QUICK = (
     "gradualdiff.cli.serve:SITE_HEARTBEAT=2 gradualdiff.cli.serve:COORDINATOR_HEARTBEAT=2 "
-    "shared.stores.transfer:READ_SECONDS=2"
+    "shared.stores.http:READ_SECONDS=2"
 )
 
 
