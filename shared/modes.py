@@ -8,6 +8,7 @@ before. Nothing here imports a mode or a kind, so that settings may ask without 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -17,10 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
-from shared.errors import ConfigError, ForeignPackageError, MissingPackageError, did_you_mean
+from shared.errors import (
+    ConfigError,
+    ForeignPackageError,
+    GradualDiffError,
+    MissingPackageError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from importlib.metadata import EntryPoint
 
 
@@ -90,6 +97,11 @@ def get(kind: str, name: str) -> Any:
             f"{_label(kind, point)}: expected {point.value} to be imported, got "
             f"{type(error).__name__}: {error}; install a version that works, or uninstall it"
         ) from error
+    if isinstance(mode, type):
+        raise ForeignPackageError(
+            f"{_label(kind, point)}: expected a value, got the class {mode.__name__}; offer an "
+            f"instance of it: MODE = {mode.__name__}()"
+        )
     lacking = sorted(part for part in _parts(kind) if not hasattr(mode, part))
     if lacking:
         raise ForeignPackageError(
@@ -98,6 +110,27 @@ def get(kind: str, name: str) -> Any:
             "version made for this release"
         )
     return mode
+
+
+@contextlib.contextmanager
+def at_work(kind: str, name: str) -> Iterator[None]:
+    """Around a mode's code: what another package's mode raises is told with its name.
+
+    Errors of the tree and the machine's (a full disk, no memory) pass as they are. Raises
+    ForeignPackageError.
+    """
+    try:
+        yield
+    except (GradualDiffError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        point = _foreign(kind, name)
+        if point is None:
+            raise
+        raise ForeignPackageError(
+            f"{_label(kind, point)}: expected {point.value} to work, got {type(error).__name__}: "
+            f"{error}; report it to its makers, or mend it and go on: nothing recorded is lost"
+        ) from error
 
 
 def origin(kind: str, name: str) -> Origin | None:

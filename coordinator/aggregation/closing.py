@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from coordinator.aggregation.exactness import DIGITS, squared_gap
 from coordinator.aggregation.server_optimizer import open_step
+from shared import modes
 from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
 from shared.errors import LedgerError
@@ -125,6 +126,9 @@ def aggregate(
     method = method or Method()
     _check_inputs(ordered, method.aggregation)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(modes.at_work("averaging", method.aggregation.averaging))
+        stack.enter_context(modes.at_work("server_optimizers", method.server.optimizer))
+        stack.enter_context(modes.at_work("rules", method.aggregation.rule))
         # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
         stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
@@ -140,13 +144,25 @@ def aggregate(
             ahead = closing.tensors(manifest, threads)
         else:
             inputs = Inputs(adapter, ordered, files, closing, manifest)
-            manifest, ahead = mode.join(inputs, threads)
+            manifest, joined = mode.join(inputs, threads)
+            ahead = _finite(joined, manifest)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
         digest = write_tensors(target, layouts, values, ADAPTER_METADATA, closing.watch)
         closing.stepped = server.finish() if server else None
     return closing.aggregated(digest)
+
+
+def _finite(
+    values: Generator[NDArray[np.float32]], manifest: Manifest
+) -> Generator[NDArray[np.float32]]:
+    """What a mode joined itself. Raises ValueError for a value that is not finite."""
+    with contextlib.closing(values):
+        for at, value in enumerate(values):
+            if not is_finite(value):
+                raise ValueError(f"{manifest.tensors[at].name}: expected finite values, got others")
+            yield value
 
 
 class _Buffers:

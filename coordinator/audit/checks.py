@@ -211,8 +211,9 @@ def _check_policy(
     rule = weighting(policy, config.aggregation.weights)
     if closing.weighting not in {"", rule}:
         chain.find(number, key, f"weighting: expected {rule}, got {closing.weighting}")
-    for problem in get_policy(policy.kind).audit(policy, opened, closing, others):
-        chain.find(number, key, problem)
+    with modes.at_work("policies", policy.kind):
+        for problem in get_policy(policy.kind).audit(policy, opened, closing, others):
+            chain.find(number, key, problem)
 
 
 def check_told(chain: Chain, closing: ClosingRecord, selected: tuple[str, ...]) -> None:

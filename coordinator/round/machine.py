@@ -33,6 +33,7 @@ from coordinator.round.state import (
     WriteRecord,
 )
 from coordinator.round.weighting import clips, shares
+from shared import modes
 from shared.methods.policies import Trouble, get_policy, given_up, weighting
 from shared.methods.rules import too_few
 from shared.protocol.record import delta_label
@@ -332,10 +333,12 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
     policy, steering = state.config.policy, state.steering
     uncounted = steering.reachable(state.uncounted)
     here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
-    decision = get_policy(policy.kind).decide(policy, here, uncounted, state.troubles, state.now)
     section = state.config.aggregation
-    if decision is None or too_few(section, len(decision.counted)) is not None:
-        return None
+    with modes.at_work("policies", policy.kind):
+        decide = get_policy(policy.kind).decide
+        decision = decide(policy, here, uncounted, state.troubles, state.now)
+        if decision is None or too_few(section, len(decision.counted)) is not None:
+            return None
     mode = section.weights
     share = shares(mode, decision.counted, opened.round)
     clipped = clips(section, decision.counted, opened.round)

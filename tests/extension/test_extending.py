@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from coordinator.runs.export import export_adapter
 from coordinator.runs.operating import operator_ledger
 from participant.acceptance import objections
 from shared import modes
-from shared.errors import ConfigError, MissingPackageError, RunStuckError
+from shared.errors import ConfigError, ForeignPackageError, MissingPackageError, RunStuckError
 from shared.protocol import wire
 from shared.protocol.records import ClosedRecord, ClosingRecord, FederationRecord
 from tests import federations
@@ -130,6 +131,44 @@ def test_a_policy_decides_and_its_decisions_are_audited(packages, tmp_path):
     store.put(key, json.dumps(altered).encode())
     found = [finding.problem for finding in verify(tmp_path).findings if finding.key == key]
     assert "inputs: expected the first 2, got 1" in found
+
+
+SPOILED = {  # what is replaced in the page's code, and what by
+    "An averaging mode": ("+ step).astype", "+ step * np.nan).astype", "expected finite values"),
+    "A rule": ("mean_of_sorted(rows", "1 / 0; mean_of_sorted(rows", "ZeroDivisionError"),
+    "A round policy": ("fresh = fresh_deltas", "1 / 0; fresh = fresh_deltas", "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_mode_that_fails_at_work_is_told_by_package_and_harms_no_run(
+    spoiled, packages, tmp_path, monkeypatch
+):
+    """Nor ends "runs verify" in a traceback; with the mended mode the run goes on."""
+    install_page(packages)
+    config = federations.config(**settings(spoiled))
+    (origin,) = modes.origins(config)
+    (file,) = re.findall(r"`(toy_\w+\.py)`:", SECTIONS[spoiled])
+    good, (here, broken, said) = (packages / file).read_text(), SPOILED[spoiled]
+    bad = good.replace(here, broken)
+    told = rf"toy-modes 1\.0 \(entry point '{origin.name}'.*{said}"
+
+    def use(code):
+        mode = modes.get(origin.kind, origin.name)
+        scope = {}
+        exec(compile(code, file, "exec"), scope)
+        monkeypatch.setattr(mode, "__class__", type(scope["MODE"]))
+
+    use(bad)
+    with pytest.raises(ForeignPackageError, match=told):
+        federations.run(config, tmp_path)
+    use(good)
+    federations.run(config, tmp_path)
+    assert verify(tmp_path).findings == []
+    if spoiled != "A round policy":  # audit has no fault here
+        use(bad)
+        with pytest.raises(ForeignPackageError, match=told):
+            verify(tmp_path)
 
 
 def test_without_the_package_the_mode_is_told_by_name(title, packages, tmp_path):

@@ -47,6 +47,7 @@ def test_settings_may_name_it(packages):
         (None, r"expected broken_mode:MODE to be imported, got ModuleNotFoundError"),
         ("MODE = 1 / 0", r"expected broken_mode:MODE to be imported, got ZeroDivisionError"),
         ("", r"expected broken_mode:MODE to be imported, got AttributeError"),
+        ("class MODE: pass", r"expected a value, got the class MODE; offer an instance of it"),
         ("MODE = 1", r"expected all that Codec in shared.tensors.codecs has, .* decode, encode"),
     ],
 )
