@@ -1,8 +1,8 @@
 """The coordinator as a process: connect, stand by, be the active one, finish.
 
-It keeps nothing that the ledger does not hold, so whatever breaks (the line to the broker, a store
-that is away for longer than a delivery may be held, another coordinator that wrote first) has one
-answer: drop everything, connect anew, rebuild from the ledger.
+It keeps nothing that the ledger does not hold, so whatever breaks (the connection to the broker, a
+store that is away for longer than a delivery may be held, another coordinator that wrote first) has
+one answer: drop everything, connect anew, rebuild from the ledger.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import TICK_SECONDS, build_coordinator
+from coordinator.live_run import checked_end
 from shared import topology
 from shared.backoff import Backoff
 from shared.errors import (
@@ -20,7 +21,6 @@ from shared.errors import (
     FencedError,
     GradualDiffError,
     InterruptedRunError,
-    RunFailedError,
     StoreUnavailableError,
 )
 from shared.log import get_logger
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
-STEADY_SECONDS = 30.0  # a line that held so long is no reason to wait longer after its loss
+STEADY_SECONDS = 30.0  # a connection that held so long is no reason to wait longer after its loss
 REJECTED_SECONDS = 1.0  # until a tick is tried again that a full queue did not take
 LINGER_SECONDS = 600.0  # after the end, for the sites' word on the last adapter
 
@@ -57,26 +57,26 @@ class CoordinatorContext:
     clock: Callable[[], float] = time.time
 
 
-def serve(office: CoordinatorContext) -> RunState:
+def serve(context: CoordinatorContext) -> RunState:
     """Start or resume the run and bring it to its end, or stand by; the final state.
 
     Raises InterruptedRunError when the process is to stop, RunFailedError when the run ended
     without a result, and what forbids a start: wrong accounts, another config on record.
     """
-    run, stopping = office.config.run.name, office.stopping
+    run, stopping = context.config.run.name, context.stopping
     pauses, was_built, silent = Backoff(), False, False
     while not stopping.is_set():
         try:
             if silent:
-                _revive(office)
+                _revive(context)
                 silent = False
-            with office.connect() as broker:
-                role = _build(office, broker)
+            with context.connect() as broker:
+                role = _build(context, broker)
                 was_built = True
                 get_logger().info("coordinator.connected", run=run)
-                state = _attend(office, role, pauses)
+                state = _attend(context, role, pauses)
                 if state is not None:
-                    return _result(state)
+                    return checked_end(state)
         except GradualDiffError as error:
             if not (
                 error.retryable or (was_built and isinstance(error, BrokerError | FencedError))
@@ -91,35 +91,35 @@ def serve(office: CoordinatorContext) -> RunState:
     raise InterruptedRunError(f"run {run}: stopped; everything finished is saved")
 
 
-def _revive(office: CoordinatorContext) -> None:
+def _revive(context: CoordinatorContext) -> None:
     """See to it that every queue of the run answers, on a connection that is left after that."""
-    run = office.config.run
-    with office.connect() as broker:
+    run = context.config.run
+    with context.connect() as broker:
         broker.revive(topology.run_topology(run.name, run.participants))
 
 
-def _build(office: CoordinatorContext, broker: Broker) -> CoordinatorRole:
+def _build(context: CoordinatorContext, broker: Broker) -> CoordinatorRole:
     def pause(seconds: float) -> None:
-        if office.stopping.wait(seconds):
-            raise InterruptedRunError(f"run {office.config.run.name}: stopped while it waited")
+        if context.stopping.wait(seconds):
+            raise InterruptedRunError(f"run {context.config.run.name}: stopped while it waited")
 
     return build_coordinator(
-        office.config,
-        office.store,
+        context.config,
+        context.store,
         broker,
-        office.spool,
-        office.clock,
+        context.spool,
+        context.clock,
         Patience(HOLD_SECONDS, pause),
         time.monotonic,
     )
 
 
-def _attend(office: CoordinatorContext, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
+def _attend(context: CoordinatorContext, role: CoordinatorRole, pauses: Backoff) -> RunState | None:
     """Handle what comes, tick; the final state, or None when the process is to stop."""
     coordinator = role.coordinator
     connected, next_tick = time.monotonic(), 0.0
     leave_at: float | None = None
-    while not office.stopping.is_set():
+    while not context.stopping.is_set():
         now = time.monotonic()
         if now >= next_tick:
             taken = role.tick()
@@ -134,15 +134,15 @@ def _attend(office: CoordinatorContext, role: CoordinatorRole, pauses: Backoff) 
                 pauses.reset()
             continue
         if not was_active:
-            get_logger().info("coordinator.active", run=office.config.run.name)
+            get_logger().info("coordinator.active", run=context.config.run.name)
         pauses.reset()
         state = coordinator.state
         if state.finished is not None:
             if leave_at is None:
-                leave_at = time.monotonic() + office.linger_seconds
+                leave_at = time.monotonic() + context.linger_seconds
             owed = set(state.members) - state.evaluated if state.finished.sha else set()
             if not owed or time.monotonic() > leave_at:
-                coordinator.liveness.write(state, office.clock())
+                coordinator.liveness.write(state, context.clock())
                 role.leave()
                 return state
     return None
@@ -154,11 +154,3 @@ def _hear_operators(coordinator: Coordinator) -> None:
         coordinator.notice_controls()
     except StoreUnavailableError as error:  # a delivery waits for the store; this comes again
         get_logger().debug("controls.skipped", reason=str(error))
-
-
-def _result(state: RunState) -> RunState:
-    if state.finished is not None and state.finished.failed:
-        raise RunFailedError(
-            f"run {state.config.run.name} ended without a result: {state.finished.reason}"
-        )
-    return state

@@ -16,9 +16,7 @@ from coordinator.round.machine import pending, resume
 from coordinator.round.members import unfit
 from coordinator.round.state import Aggregate, Ticked
 from shared.adapters import kind_of
-from shared.errors import (
-    ProtocolError,
-)
+from shared.errors import ProtocolError
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.protocol.events import (

@@ -19,6 +19,7 @@ from shared.errors import (
     InterruptedRunError,
     LedgerError,
     ProtocolError,
+    RunFailedError,
 )
 from shared.log import get_logger
 from shared.protocol.bounds import prose
@@ -173,6 +174,15 @@ class LiveRun:
         if self.state.genesis is None:
             raise ProtocolError("the run has not begun yet")
         return self.state.genesis
+
+
+def checked_end(state: RunState) -> RunState:
+    """The state as it is. Raises RunFailedError where the run ended without a result."""
+    if state.finished is not None and state.finished.failed:
+        raise RunFailedError(
+            f"run {state.config.run.name} ended without a result: {state.finished.reason}"
+        )
+    return state
 
 
 def _is_foreseen(error: Exception) -> bool:

@@ -1,8 +1,8 @@
 """The console script: sees to it that this project's own packages are imported, then runs them.
 
-Others have a ``shared`` too: a folder on PYTHONPATH or beside ``python -m``, or a
-distribution in the same environment. Nothing of this project is imported before that is known, so
-this module stands alone, under a name of its own.
+Others have a ``shared`` too: a folder on PYTHONPATH or beside ``python -m``, or a distribution in
+the same environment. Nothing of this project is imported before that is known, so this module
+stands alone, under a name of its own.
 """
 
 from __future__ import annotations

@@ -66,12 +66,12 @@ class Listener(threading.Thread):
     """Connects for ever, notes what comes, says that the site is there."""
 
     def __init__(
-        self, station: ParticipantContext, outbox: Outbox, inbox: Agenda, reporter: Reporter
+        self, context: ParticipantContext, outbox: Outbox, agenda: Agenda, reporter: Reporter
     ) -> None:
         super().__init__(name="listener", daemon=True)
-        self._station = station
+        self._context = context
         self._outbox = outbox
-        self._inbox = inbox
+        self._agenda = agenda
         self._reporter = reporter
         self.participant: Participant | None = None
         self.failure: BaseException | None = None
@@ -81,7 +81,7 @@ class Listener(threading.Thread):
 
     def run(self) -> None:
         """Until the process is to stop, or the first connection fails for good."""
-        pauses, stopping = Backoff(), self._station.stopping
+        pauses, stopping = Backoff(), self._context.stopping
         while not stopping.is_set():
             try:
                 self._listen(pauses)
@@ -99,18 +99,18 @@ class Listener(threading.Thread):
 
     def _give_up(self, error: BaseException) -> None:
         self.failure = error
-        self._station.stopping.set()
+        self._context.stopping.set()
 
     def _listen(self, pauses: Backoff) -> None:
         assert self.participant is not None  # set before the thread starts
-        station = self._station
-        with station.connect() as broker:
+        context = self._context
+        with context.connect() as broker:
             kinds = self.participant.handlers
             handlers = dict.fromkeys(kinds, self._note)
-            dispatcher = subscribe(station.name, broker, handlers, station.clock)
+            dispatcher = subscribe(context.name, broker, handlers, context.clock)
             self._outbox.connected(broker)
             self.was_connected = True
-            get_logger().info("broker.connected", site=station.name)
+            get_logger().info("broker.connected", site=context.name)
             try:
                 self._serve(broker, dispatcher, pauses)
             finally:
@@ -120,11 +120,11 @@ class Listener(threading.Thread):
         del sender
         assert self.participant is not None  # set before the thread starts
         self.participant.hear(event)
-        self._inbox.note(event)
+        self._agenda.note(event)
 
     def _serve(self, broker: Broker, dispatcher: Dispatcher, pauses: Backoff) -> None:
         next_online = next_progress = 0.0
-        while not self._station.stopping.is_set():
+        while not self._context.stopping.is_set():
             now = time.monotonic()
             if now >= next_online:
                 self._say_online(broker)
@@ -158,34 +158,34 @@ class Listener(threading.Thread):
                 broker.publish([self._message(event, 6 * PROGRESS_SECONDS)])
 
     def _message(self, event: Event, expires_seconds: float) -> Message:
-        return to_coordinator(self._station.name, event, self._station.clock(), expires_seconds)
+        return to_coordinator(self._context.name, event, self._context.clock(), expires_seconds)
 
 
 class Worker:
     """The main thread's side of a participant's process."""
 
-    def __init__(self, station: ParticipantContext, patience_seconds: float | None = None) -> None:
-        self._station = station
-        self._inbox = Agenda()
+    def __init__(self, context: ParticipantContext, patience_seconds: float | None = None) -> None:
+        self._context = context
+        self._agenda = Agenda()
         self._reporter = Reporter()
         self.is_idle = False  # whether the last turn had nothing to do
         self.failed: GradualDiffError | None = None  # why the last work did not work
-        outbox = Outbox(station.stopping, patience_seconds)
+        outbox = Outbox(context.stopping, patience_seconds)
         self.participant = Participant(
             Site(
-                name=station.name,
+                name=context.name,
                 outbox=outbox,
-                transfer=Counted(station.transfer, self._reporter),
-                workspace=station.workspace,
-                learner=station.learner,
-                clock=station.clock,
-                accept=station.accept,
-                should_stop=station.stopping.is_set,
+                transfer=Counted(context.transfer, self._reporter),
+                workspace=context.workspace,
+                learner=context.learner,
+                clock=context.clock,
+                accept=context.accept,
+                should_stop=context.stopping.is_set,
                 report=self._reporter.report,
             )
         )
         self._reporter.participant = self.participant
-        self._listener = Listener(station, outbox, self._inbox, self._reporter)
+        self._listener = Listener(context, outbox, self._agenda, self._reporter)
         self._listener.participant = self.participant
 
     def run(self, is_done: Callable[[], bool]) -> None:
@@ -193,7 +193,7 @@ class Worker:
 
         Raises InterruptedRunError when stopped, or what the first connection failed with.
         """
-        stopping = self._station.stopping
+        stopping = self._context.stopping
         self._listener.start()
         try:
             while not (stopping.is_set() or is_done()):
@@ -206,7 +206,7 @@ class Worker:
             raise self._listener.failure
         if interrupted:
             raise InterruptedRunError(
-                f"{self._station.name}: stopped; what is trained is kept for the next start"
+                f"{self._context.name}: stopped; what is trained is kept for the next start"
             )
 
     @property
@@ -216,7 +216,7 @@ class Worker:
 
     def _turn(self) -> None:
         participant = self.participant
-        event = self._inbox.take(0.0 if participant.has_work else 0.5)
+        event = self._agenda.take(0.0 if participant.has_work else 0.5)
         self.is_idle = event is None and not participant.has_work
         try:
             if event is not None:
@@ -225,7 +225,7 @@ class Worker:
                 participant.work()
                 self.failed = None
         except InterruptedRunError:
-            self._station.stopping.set()
+            self._context.stopping.set()
         except GradualDiffError as error:
             # The work stays on the agenda: it is tried again until it works or is called off.
             self.failed = error
@@ -236,15 +236,15 @@ class Worker:
             get_logger().exception("work.crashed", seconds=round(pause, 1))
 
 
-def serve(station: ParticipantContext) -> None:
+def serve(context: ParticipantContext) -> None:
     """Take part in whatever comes until the process is to stop.
 
     Raises InterruptedRunError then, and what forbids a start.
     """
-    Worker(station).run(lambda: False)
+    Worker(context).run(lambda: False)
 
 
-def serve_once(station: ParticipantContext, wait_seconds: float) -> None:
+def serve_once(context: ParticipantContext, wait_seconds: float) -> None:
     """Take one round: train, upload, publish. Returns once the broker has the reference.
 
     Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError
@@ -252,7 +252,7 @@ def serve_once(station: ParticipantContext, wait_seconds: float) -> None:
     BrokerUnavailableError when the broker could not be reached in that time, and what the work
     failed with.
     """
-    worker = Worker(station, wait_seconds)
+    worker = Worker(context, wait_seconds)
     deadline = time.monotonic() + wait_seconds
 
     def is_done() -> bool:
@@ -268,10 +268,10 @@ def serve_once(station: ParticipantContext, wait_seconds: float) -> None:
         return
     if worker.participant.trained is not None:
         raise RunStuckError(
-            f"{station.name}: round {worker.participant.trained.round} is trained, but no "
+            f"{context.name}: round {worker.participant.trained.round} is trained, but no "
             f"coordinator took it within {wait_seconds:.0f} s; it is kept, run this again"
         )
     for error in (worker.failed, worker.not_connected):
         if error is not None:
             raise error
-    raise NoWorkError(f"{station.name}: nothing to do within {wait_seconds:.0f} s")
+    raise NoWorkError(f"{context.name}: nothing to do within {wait_seconds:.0f} s")

@@ -47,16 +47,16 @@ class Outbox:
         """Publish, however many connections it takes.
 
         While the coordinator's queue is full it waits for room, and without such a queue for one,
-        but no longer than ten minutes. Raises
-        InterruptedRunError when the process is to stop, UnroutableError, AccessRefusedError, and
-        BrokerUnavailableError when there was no connection for ``patience_seconds``.
+        but no longer than ten minutes. Raises InterruptedRunError when the process is to stop,
+        UnroutableError, AccessRefusedError, and BrokerUnavailableError when there was no
+        connection for ``patience_seconds``.
         """
         pauses, waited = Backoff(), 0.0
         while True:
             broker = self._connection()
             try:
                 broker.publish(messages)
-            except MessageRejectedError as error:  # the line is whole: another one helps nothing
+            except MessageRejectedError as error:  # the connection works: a new one would not help
                 pause = pauses.next()
                 get_logger().warning("publish.waits", reason=str(error), seconds=round(pause, 1))
                 self._stopping.wait(pause)

@@ -110,8 +110,8 @@ class RunState:
     """All that is known of a run. ``held_out``: nats of A(1), A(2), ..., None where unknown.
 
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
-    opened. ``times``: of each closed round, the seconds that its
-    deltas took to arrive. ``verdicts``: the shas that were refused or late, by site and round.
+    opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
+    ``verdicts``: the shas that were refused or late, by site and round.
     """
 
     config: FederationConfig

@@ -42,7 +42,7 @@ class Servers:
     store: ObjectStore
 
 
-def open_office(federation: Path, overrides: Sequence[str] = ()) -> Servers:
+def open_servers(federation: Path, overrides: Sequence[str] = ()) -> Servers:
     """The servers in ``federation``, with settings given beside it. Raises ConfigError."""
     from shared.config import load_federation
     from shared.stores.opening import open_store
@@ -57,54 +57,54 @@ def open_office(federation: Path, overrides: Sequence[str] = ()) -> Servers:
     return Servers(config, config.broker, folder, open_store(config, folder))
 
 
-def accounts_of(office: Servers) -> Accounts:
+def accounts_of(servers: Servers) -> Accounts:
     """Its sites' accounts, managed in the way that [broker] gives. Raises ConfigError."""
     from coordinator.accounts.broker_administration import broker_admin
     from coordinator.accounts.site_accounts import Accounts
     from shared.credentials import broker_address
 
-    admin = broker_admin(office.broker, office.folder)
-    vhost = broker_address(office.broker, office.folder).vhost
-    return Accounts(office.store, admin, vhost, time.time)
+    admin = broker_admin(servers.broker, servers.folder)
+    vhost = broker_address(servers.broker, servers.folder).vhost
+    return Accounts(servers.store, admin, vhost, time.time)
 
 
-def declare_sites(office: Servers, sites: list[str]) -> None:
+def declare_sites(servers: Servers, sites: list[str]) -> None:
     """The sites' queues only: a run's own queue would fill up if nobody ever began the run."""
     from shared.brokers.rabbitmq import connect
     from shared.credentials import broker_address
     from shared.topology import Topology, run_topology, site_queue
 
     names = {site_queue(site) for site in sites}
-    whole = run_topology(office.config.run.name, tuple(sites))
+    whole = run_topology(servers.config.run.name, tuple(sites))
     part = Topology(
         exchanges=whole.exchanges,
         queues=tuple(queue for queue in whole.queues if queue.name in names),
         bindings=tuple(binding for binding in whole.bindings if binding.queue in names),
     )
-    with connect(broker_address(office.broker, office.folder)) as connection:
+    with connect(broker_address(servers.broker, servers.folder)) as connection:
         connection.declare(part)
 
 
 # The kit -----------------------------------------------------------------------------------------
 
 
-def prepare_kit(office: Servers, name: str, kit: Path | None) -> Path:
+def prepare_kit(servers: Servers, name: str, kit: Path | None) -> Path:
     """Make the folder and all in it but the password; files that are there stay as they are.
 
     All that can go wrong with the folder goes wrong here, before the site's account is touched.
     """
     from shared.credentials import existing_file
 
-    folder = kit or office.folder / KITS / name
+    folder = kit or servers.folder / KITS / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     _check_owner(folder / "site.toml", name)
     with tempfile.TemporaryFile(dir=folder):
         pass  # it can be written to
-    authority = existing_file(office.folder, office.broker.ca_file, "broker.ca_file")
+    authority = existing_file(servers.folder, servers.broker.ca_file, "broker.ca_file")
     files = {
-        "site.toml": _site_toml(office, name).encode(),
+        "site.toml": _site_toml(servers, name).encode(),
         "README.txt": _readme(name).encode(),
     }
     if authority is not None:
@@ -160,15 +160,15 @@ def site_url(broker: OperatedBrokerSection, name: str) -> str:
     return url
 
 
-def _site_toml(office: Servers, name: str) -> str:
+def _site_toml(servers: Servers, name: str) -> str:
     from shared.config import AcceptSection
 
-    config = office.config
-    broker = [f"url = {toml_value(site_url(office.broker, name))}"]
+    config = servers.config
+    broker = [f"url = {toml_value(site_url(servers.broker, name))}"]
     broker.append(f"password_file = {toml_value(PASSWORD_FILE)}")
-    if office.broker.ca_file is not None:
+    if servers.broker.ca_file is not None:
         broker.append(f"ca_file = {toml_value(CA_FILE)}")
-    broker.append(f"transport = {toml_value(office.broker.transport)}")
+    broker.append(f"transport = {toml_value(servers.broker.transport)}")
     store = config.store.site_url or config.store.url
     steps = config.training.local_steps
     return _SITE_TOML.format(

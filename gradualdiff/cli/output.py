@@ -40,6 +40,11 @@ StoreOption = Annotated[
         help="The store's directory, or a federation.toml that names the store.",
     ),
 ]
+FederationOption = Annotated[
+    Path,
+    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
+]
+DEFAULT_FEDERATION = Path("federation.toml")
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 SetOption = Annotated[
     list[str] | None,

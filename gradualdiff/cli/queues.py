@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.kits import Servers, open_office
-from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
+from gradualdiff.cli.kits import Servers, open_servers
+from gradualdiff.cli.output import (
+    DEFAULT_FEDERATION,
+    FederationOption,
+    JsonOption,
+    agree,
+    console,
+    print_json,
+    print_table,
+    say,
+)
 from shared.errors import BrokerError, BrokerUnavailableError, ConfigError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -22,12 +30,7 @@ if TYPE_CHECKING:
     from shared.brokers.rabbitmq import RabbitConnection
 
 app = typer.Typer(help="Queues on the broker: list, peek, redrive, purge.", no_args_is_help=True)
-FederationOption = Annotated[
-    Path,
-    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
-]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-DEFAULT_FEDERATION = Path("federation.toml")
 REFUSED, EVENTS, SITE = "refused", "events", "site:"
 PEEK_LIMIT = 10
 SITE_PEEK_LIMIT = 1  # each look counts as a delivery, and ten of them are a refusal
@@ -64,8 +67,8 @@ class QueueList:
 @app.command("list")
 def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
     """Each queue of the run: how much waits, who reads, and what each site still owes."""
-    office = open_office(federation)
-    listed = _list(office)
+    servers = open_servers(federation)
+    listed = _list(servers)
     if as_json:
         print_json(listed)
         return
@@ -113,12 +116,12 @@ def peek(
     from gradualdiff.cli.messages import rows_of, show_message, title_of
     from shared.topology import mirror_queue, site_queue
 
-    office = open_office(federation)
-    name = _queue_name(office, queue)
+    servers = open_servers(federation)
+    name = _queue_name(servers, queue)
     count = limit or (SITE_PEEK_LIMIT if name.startswith(site_queue("")) else PEEK_LIMIT)
-    with _connect(office) as broker:
+    with _connect(servers) as broker:
         if name == mirror_queue(
-            office.config.run.name
+            servers.config.run.name
         ):  # it is bounded, and what was said last stands at its end
             found = broker.peek(name, broker.depth(name))[-count:]
         else:
@@ -154,8 +157,8 @@ def redrive(
     from gradualdiff.cli.redrive import redrive as send_back
     from shared.topology import REFUSED_QUEUE
 
-    office = open_office(federation)
-    with _connect(office) as broker:
+    servers = open_servers(federation)
+    with _connect(servers) as broker:
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Send {_letters(count)} back to where they came from?", yes=yes)
@@ -179,8 +182,8 @@ def purge(
     """Drop all dead letters, of every run on this virtual host. They cannot be brought back."""
     from shared.topology import REFUSED_QUEUE
 
-    office = open_office(federation)
-    with _connect(office) as broker:
+    servers = open_servers(federation)
+    with _connect(servers) as broker:
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Drop {_letters(count)} for ever?", yes=yes)
@@ -195,18 +198,18 @@ def purge(
 # What the commands work with ---------------------------------------------------------------------
 
 
-def _connect(office: Servers) -> RabbitConnection:
+def _connect(servers: Servers) -> RabbitConnection:
     from shared.brokers.rabbitmq import connect
     from shared.credentials import broker_address
 
-    return connect(broker_address(office.broker, office.folder))
+    return connect(broker_address(servers.broker, servers.folder))
 
 
-def _queue_name(office: Servers, queue: str) -> str:
+def _queue_name(servers: Servers, queue: str) -> str:
     from shared.config import NAME_PATTERN
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
-    run = office.config.run.name
+    run = servers.config.run.name
     if queue in (REFUSED, REFUSED_QUEUE):
         return REFUSED_QUEUE
     if queue in (EVENTS, mirror_queue(run)):
@@ -226,14 +229,14 @@ def _queue_name(office: Servers, queue: str) -> str:
     )
 
 
-def _list(office: Servers) -> QueueList:
+def _list(servers: Servers) -> QueueList:
     from coordinator.liveness import read_status
     from shared.topology import REFUSED_QUEUE, coordinator_queue, mirror_queue, site_queue
 
-    run = office.config.run.name
-    now, status = _newest_round(office), read_status(office.store, run)
-    unacked = _unacked(office)
-    with _connect(office) as broker:
+    run = servers.config.run.name
+    now, status = _newest_round(servers), read_status(servers.store, run)
+    unacked = _unacked(servers)
+    with _connect(servers) as broker:
 
         def row(queue: str, role: str) -> QueueRow:
             ready, consumers = _count(broker, queue)
@@ -247,7 +250,7 @@ def _list(office: Servers) -> QueueList:
         letters = rows[-1].ready
         rows += [
             _with_site(row(site_queue(site), "site"), site, now, status)
-            for site in office.config.run.participants
+            for site in servers.config.run.participants
         ]
     return QueueList(run, letters, rows)
 
@@ -271,12 +274,12 @@ def _with_site(
     )
 
 
-def _newest_round(office: Servers) -> RoundNow | None:
+def _newest_round(servers: Servers) -> RoundNow | None:
     """None before the coordinator's first start."""
     from coordinator.runs.newest_round import Follower
 
     try:
-        return Follower(office.store, office.config.run.name).look()
+        return Follower(servers.store, servers.config.run.name).look()
     except RunNotFoundError:
         return None
 
@@ -290,7 +293,7 @@ def _count(broker: RabbitConnection, queue: str) -> tuple[int | None, int | None
         return None, None  # it is not there
 
 
-def _unacked(office: Servers) -> Callable[[str], int | None]:
+def _unacked(servers: Servers) -> Callable[[str], int | None]:
     """Asks the management API, if there is one; its silence is a word on stderr, and no more."""
     from coordinator.accounts.broker_administration import (
         ManagementAdmin,
@@ -298,10 +301,10 @@ def _unacked(office: Servers) -> Callable[[str], int | None]:
     )
     from shared.credentials import broker_address
 
-    if office.broker.management_url is None:
+    if servers.broker.management_url is None:
         return lambda _queue: None
-    admin = broker_admin(office.broker, office.folder)
-    vhost = broker_address(office.broker, office.folder).vhost
+    admin = broker_admin(servers.broker, servers.folder)
+    vhost = broker_address(servers.broker, servers.folder).vhost
     failed: list[BrokerError] = []
 
     def ask(queue: str) -> int | None:

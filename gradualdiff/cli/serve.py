@@ -71,7 +71,7 @@ def coordinator(
         stopped_by_signal(stopping),
     ):
         _check_store(store, stopping)
-        office = CoordinatorContext(
+        context = CoordinatorContext(
             config=config,
             store=store,
             connect=lambda: connect_broker(broker, folder, COORDINATOR_HEARTBEAT),
@@ -79,7 +79,7 @@ def coordinator(
             stopping=stopping,
             linger_seconds=linger,
         )
-        state = serve(office)
+        state = serve(context)
     typer.echo(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")
 
 
@@ -112,11 +112,11 @@ def participant(
         held(folder / config.site.workspace / ".lock", f"the workspace of {config.site.name}"),
         stopped_by_signal(stopping),
     ):
-        station = make_station(config, folder, learner, stopping)
+        context = make_context(config, folder, learner, stopping)
         if once:
-            serve_once(station, wait)
+            serve_once(context, wait)
         else:
-            serve(station)
+            serve(context)
     if once:
         typer.echo(f"{config.site.name}: handed over")
 
@@ -129,7 +129,7 @@ def connect_broker(section: BrokerSection, folder: Path, heartbeat_seconds: int)
     return connect(broker_address(section, folder), heartbeat_seconds)
 
 
-def make_station(
+def make_context(
     config: SiteConfig, folder: Path, learner: Learner, stopping: threading.Event
 ) -> ParticipantContext:
     """What the participant's process works with. Raises ConfigError."""

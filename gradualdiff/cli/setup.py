@@ -11,7 +11,7 @@ from gradualdiff.cli.kits import (
     KITS,
     PASSWORD_FILE,
     accounts_of,
-    open_office,
+    open_servers,
     prepare_kit,
     write_secret,
 )
@@ -53,8 +53,8 @@ def setup(
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")
-    office = open_office(federation, sets or ())
-    accounts = accounts_of(office)
+    servers = open_servers(federation, sets or ())
+    accounts = accounts_of(servers)
     accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
     for name in config.run.participants:
         place = (kits or folder / KITS) / name
@@ -63,7 +63,7 @@ def setup(
         if accounts.exists(name) and not unfinished:
             out.print(f"site    {name}: has an account; its kit is not written again")
             continue
-        kit = prepare_kit(office, name, place)
+        kit = prepare_kit(servers, name, place)
         password = accounts.rotate(name) if accounts.exists(name) else accounts.add(name)
         write_secret(kit / PASSWORD_FILE, password)
         out.print(f"site    {name}: kit in {place}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -14,12 +13,21 @@ from gradualdiff.cli.kits import (
     Servers,
     accounts_of,
     declare_sites,
-    open_office,
+    open_servers,
     prepare_kit,
     site_url,
     write_secret,
 )
-from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
+from gradualdiff.cli.output import (
+    DEFAULT_FEDERATION,
+    FederationOption,
+    JsonOption,
+    agree,
+    console,
+    print_json,
+    print_table,
+    say,
+)
 from shared.errors import BrokerError, ConfigError
 
 if TYPE_CHECKING:
@@ -29,10 +37,6 @@ app = typer.Typer(
     help="Sites' broker accounts: add, list, rotate, remove, restore.", no_args_is_help=True
 )
 NameArgument = Annotated[str, typer.Argument(help="The site's name.")]
-FederationOption = Annotated[
-    Path,
-    typer.Option("--federation", help="The federation.toml, with its tables broker and store."),
-]
 KitOption = Annotated[
     Path | None,
     typer.Option(
@@ -40,7 +44,6 @@ KitOption = Annotated[
         help="Folder of what the site needs (default: kits/NAME beside the federation.toml).",
     ),
 ]
-DEFAULT_FEDERATION = Path("federation.toml")
 
 
 @app.command()
@@ -51,14 +54,14 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Give a site an account and a queue, and write the kit that it begins with."""
-    office = open_office(federation)
-    accounts = accounts_of(office)
+    servers = open_servers(federation)
+    accounts = accounts_of(servers)
     accounts.check_new(name)
-    folder = prepare_kit(office, name, kit)
+    folder = prepare_kit(servers, name, kit)
     # The queue first: whatever fails here, the same command can be given again.
-    declare_sites(office, [name])
+    declare_sites(servers, [name])
     write_secret(folder / PASSWORD_FILE, accounts.add(name))
-    _tell(office, name, folder, "added", as_json=as_json)
+    _tell(servers, name, folder, "added", as_json=as_json)
 
 
 @app.command()
@@ -72,13 +75,13 @@ def rotate(
 
     In a kit that is there only the password is written anew.
     """
-    office = open_office(federation)
-    accounts = accounts_of(office)
+    servers = open_servers(federation)
+    accounts = accounts_of(servers)
     if not accounts.exists(name):
         raise _unknown(name)
-    folder = prepare_kit(office, name, kit)
+    folder = prepare_kit(servers, name, kit)
     write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
-    _tell(office, name, folder, "rotated", as_json=as_json)
+    _tell(servers, name, folder, "rotated", as_json=as_json)
 
 
 @app.command()
@@ -89,10 +92,10 @@ def remove(
     as_json: JsonOption = False,
 ) -> None:
     """Take a site's account away and cut it off. Its queue and its results stay."""
-    office = open_office(federation)
-    _find(office, name)
+    servers = open_servers(federation)
+    _find(servers, name)
     agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
-    accounts_of(office).remove(name)
+    accounts_of(servers).remove(name)
     if as_json:
         print_json({"site": name, "state": "removed"})
         return
@@ -102,9 +105,9 @@ def remove(
 @app.command()
 def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
     """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
-    office = open_office(federation)
-    restored = accounts_of(office).restore()
-    declare_sites(office, restored)
+    servers = open_servers(federation)
+    restored = accounts_of(servers).restore()
+    declare_sites(servers, restored)
     if as_json:
         print_json({"restored": restored})
         return
@@ -119,15 +122,15 @@ def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption
     """
     from coordinator.accounts.site_accounts import list_accounts
 
-    office = open_office(federation)
-    sites = _looked_at(office, list_accounts(office.store))
+    servers = open_servers(federation)
+    sites = _looked_at(servers, list_accounts(servers.store))
     if as_json:
         print_json(sites)
         return
     told = ("site", "account", "version", "created", "listens", "waiting", "last seen")
     keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen", "over")
     rows = [[_told(site[key]) for key in keys] for site in sites]
-    print_table("Sites", (*told, _over_in(office)), rows)
+    print_table("Sites", (*told, _over_in(servers)), rows)
 
 
 @app.command()
@@ -139,8 +142,8 @@ def show(
     """One site: its account, queue and rights, and when it was last seen."""
     from shared.topology import site_queue, site_rights
 
-    office = open_office(federation)
-    (site,) = _looked_at(office, [_find(office, name)])
+    servers = open_servers(federation)
+    (site,) = _looked_at(servers, [_find(servers, name)])
     rights = site_rights(name)
     site |= {
         "queue": site_queue(name),
@@ -151,7 +154,7 @@ def show(
     if as_json:
         print_json(site)
         return
-    names = {key: key.replace("_", " ") for key in site} | {"over": _over_in(office)}
+    names = {key: key.replace("_", " ") for key in site} | {"over": _over_in(servers)}
     facts = [(names[key], _told(value)) for key, value in site.items()]
     print_table(f"Site {name}", ("fact", "value"), facts)
 
@@ -159,10 +162,10 @@ def show(
 # What the commands work with ---------------------------------------------------------------------
 
 
-def _find(office: Servers, name: str) -> SiteAccount:
+def _find(servers: Servers, name: str) -> SiteAccount:
     from coordinator.accounts.site_accounts import find_account
 
-    found = find_account(office.store, name)
+    found = find_account(servers.store, name)
     if found is None:
         raise _unknown(name)
     return found
@@ -175,12 +178,12 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
-def _looked_at(office: Servers, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
+def _looked_at(servers: Servers, accounts: list[SiteAccount]) -> list[dict[str, Any]]:
     """Each site as shown, without its hash. ``listens`` None: the broker was not to be asked."""
-    from coordinator.liveness import read_status
+    from coordinator.liveness import moment, read_status
 
-    queues = _queues(office, [account.site for account in accounts])
-    status = read_status(office.store, office.config.run.name)
+    queues = _queues(servers, [account.site for account in accounts])
+    status = read_status(servers.store, servers.config.run.name)
     told = status.sites if status else {}
     over = status.over if status else {}
     return [
@@ -188,18 +191,18 @@ def _looked_at(office: Servers, accounts: list[SiteAccount]) -> list[dict[str, A
             "site": account.site,
             "state": account.state,
             "version": account.version,
-            "created": _moment(account.created),
-            "changed": _moment(account.changed),
+            "created": moment(account.created),
+            "changed": moment(account.changed),
             "listens": None if account.site not in queues else queues[account.site][1] > 0,
             "waiting": None if account.site not in queues else queues[account.site][0],
-            "last_seen": _moment(told[account.site].seen if account.site in told else None),
+            "last_seen": moment(told[account.site].seen if account.site in told else None),
             "over": over.get(account.site, {}),
         }
         for account in accounts
     ]
 
 
-def _queues(office: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:
+def _queues(servers: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:
     """Waiting messages and consumers by site; a site without a queue is left out.
 
     The records are worth a look without the broker too: then a word on stderr, and nothing.
@@ -213,7 +216,7 @@ def _queues(office: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:
     if not sites:
         return found
     try:
-        with connect(broker_address(office.broker, office.folder)) as connection:
+        with connect(broker_address(servers.broker, servers.folder)) as connection:
             for site in sites:
                 try:
                     found[site] = connection.count(site_queue(site))
@@ -226,14 +229,8 @@ def _queues(office: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _over_in(office: Servers) -> str:
-    return f"over in {office.config.run.name}"  # limits are a run's, accounts are not
-
-
-def _moment(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+def _over_in(servers: Servers) -> str:
+    return f"over in {servers.config.run.name}"  # limits are a run's, accounts are not
 
 
 def _told(value: object) -> object:
@@ -244,10 +241,10 @@ def _told(value: object) -> object:
     return value
 
 
-def _tell(office: Servers, name: str, folder: Path, done: str, *, as_json: bool) -> None:
+def _tell(servers: Servers, name: str, folder: Path, done: str, *, as_json: bool) -> None:
     from shared.credentials import is_loopback
 
-    url = site_url(office.broker, name)
+    url = site_url(servers.broker, name)
     if as_json:
         print_json({"site": name, "state": done, "kit": str(folder), "url": url})
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
+from coordinator.live_run import checked_end
 from gradualdiff.embedded.metering import Meter, MeteredBroker, MeteredTransfer
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
@@ -22,7 +23,6 @@ from shared.errors import (
     GradualDiffError,
     InterruptedRunError,
     LedgerDamagedError,
-    RunFailedError,
     RunStuckError,
 )
 from shared.methods.rules import too_few
@@ -97,7 +97,7 @@ def run_embedded(
             worker.participant.work()
             idle_ticks = 0
         elif role.coordinator.state.finished is not None:
-            return _result(role.coordinator.state)
+            return checked_end(role.coordinator.state)
         elif (left := _seconds_to_deadline(role.coordinator.state, embedding)) > 0:
             time.sleep(min(left, 0.2))
         elif idle_ticks:
@@ -132,14 +132,6 @@ def _participant(
         accept=embedding.accept,
     )
     return build_participant(site, broker)
-
-
-def _result(state: RunState) -> RunState:
-    if state.finished is not None and state.finished.failed:
-        raise RunFailedError(
-            f"run {state.config.run.name} ended without a result: {state.finished.reason}"
-        )
-    return state
 
 
 def _stuck(coordinator: Coordinator, store: Path) -> GradualDiffError:

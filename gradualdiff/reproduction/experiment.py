@@ -94,9 +94,8 @@ class Experiment:
         """Climb the grid from its middle for as long as the loss on dev of seed 1 falls.
 
         Of participants alone the first one's loss stands for all: five would take five times as
-        long.
-        A rate under which the arm diverges is worse than any other. Raises ConfigError where all
-        that were tried are such.
+        long. A rate under which the arm diverges is worse than any other. Raises ConfigError where
+        all that were tried are such.
         """
         grid = self._laboratory.preset.reproduce.learning_rates
         tried: dict[int, float] = {}

@@ -1,8 +1,8 @@
 """The ``Learner`` port: what the participant's handlers need of whatever trains.
 
-The real one (``torch_learner.py``) holds a quantised language model; tests use a
-numpy one. A learner keeps nothing between two calls but the frozen base: the adapter comes in as a
-file and the delta goes out as a file, so several sites may share one learner's base in one process.
+The real one (``torch_learner.py``) holds a quantised language model; tests use a numpy one. A
+learner keeps nothing between two calls but the frozen base: the adapter comes in as a file and the
+delta goes out as a file, so several sites may share one learner's base in one process.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class TorchLearner:
         clock = _Clock()
         place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
         kept = state if task.training.optimizer_state == "keep" else None
-        with self._progress(announced, source) as (model, adapter):
+        with self._opened(announced, source) as (model, adapter):
             data = self._data(model, task.training)
             trained = get_averaging(task.averaging).trained_in(model.manifest(), task.round)
             only = [spec.name for spec in trained.tensors]
@@ -155,7 +155,7 @@ class TorchLearner:
     ) -> HeldOut | None:
         """See the port. Raises ProtocolError for a run that was not prepared."""
         announced = self._prepared(run)
-        with self._progress(announced, source) as (model, adapter):
+        with self._opened(announced, source) as (model, adapter):
             data = self._data(model, announced.training)
             if not data.held_out:
                 return None
@@ -175,7 +175,7 @@ class TorchLearner:
         Raises as ``evaluate`` does.
         """
         announced = self._prepared(next(reversed(self._announced), ""))
-        with self._progress(announced, source) as (model, adapter):
+        with self._opened(announced, source) as (model, adapter):
             model.load_adapter(_reader(adapter, announced))
             return generate_replies(model, prompts, max_new_tokens, batch_size)
 
@@ -224,7 +224,7 @@ class TorchLearner:
         return self._models.borrow(run.base, run.lora, run.training.cpu_threads)
 
     @contextlib.contextmanager
-    def _progress(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:
+    def _opened(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:
         """The base with past rounds merged, if the mode does that, and the adapter's file."""
         with self._borrowed(run) as model, _adapter(source) as adapter:
             past: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

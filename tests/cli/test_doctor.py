@@ -201,10 +201,10 @@ def test_a_coordinator_that_is_dead_is_told(office):
     assert verdict == "FAIL"
     assert f"gradualdiff coordinator {office.toml}" in says
     limits = Limits(LimitsSection(burst=1))
-    watch = Liveness(office.s3.store(office.vhost), "night", "w", limits.over)
+    liveness = Liveness(office.s3.store(office.vhost), "night", "w", limits.over)
     site = config.run.participants[0]
     assert [limits.admits(site, now=0.0) for _ in range(3)] == [True, False, False]
-    watch.write(replay(config, ()), time.time())
+    liveness.write(replay(config, ()), time.time())
     with connect(office_address(office)) as broker:
         broker.consume(topology.coordinator_queue("night"))
         found = doctor(office.toml)

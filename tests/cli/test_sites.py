@@ -283,10 +283,10 @@ def test_who_is_over_a_limit_is_shown(office):
     """How much of which limit was dropped, from the coordinator's own count."""
     config = load_federation(office.folder / "federation.toml")
     limits = Limits(LimitsSection(burst=2, messages_per_second=1))
-    watch = Liveness(office.store(), "night", "w", limits.over)
+    liveness = Liveness(office.store(), "night", "w", limits.over)
     taken = [limits.admits(office.name, now=0.0) for _ in range(5)]
     assert taken == [True, True, False, False, False]
-    watch.write(replay(config, ()), 1.0)
+    liveness.write(replay(config, ()), 1.0)
     sites("add", office.name)
     assert json.loads(sites("list", "--json").stdout)[0]["over"] == {"messages": 3}
     for shown in (sites("list").stdout, sites("show", office.name).stdout):

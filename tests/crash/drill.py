@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gradualdiff.cli.kits import declare_sites, open_office
+from gradualdiff.cli.kits import declare_sites, open_servers
 from gradualdiff.embedded.federation import Embedding, run_embedded
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
@@ -210,7 +210,7 @@ class Drill:
             toml = self.folder / site / "site.toml"
             often = "[site]\ncheckpoint_seconds = 0.000001"
             toml.write_text(toml.read_text().replace("[site]", often, 1))
-        office = open_office(self.federation)
+        office = open_servers(self.federation)
         self.store = office.store
         declare_sites(office, list(SITES))
 

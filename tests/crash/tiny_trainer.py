@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gradualdiff.cli.serve import make_station, stopped_by_signal
+from gradualdiff.cli.serve import make_context, stopped_by_signal
 from participant.checkpoints import Tensors, TrainingProgress
 from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
@@ -186,6 +186,6 @@ def take_part(site_toml: Path, fault: str) -> None:
     trainer = TinyTrainer(config.site.name, folder, fault)
     stopping = threading.Event()
     with stopped_by_signal(stopping):
-        station = make_station(config, folder, trainer, stopping)
-        object.__setattr__(station, "transfer", SpoilingTransfer(station.transfer, trainer))
-        serve(station)
+        context = make_context(config, folder, trainer, stopping)
+        object.__setattr__(context, "transfer", SpoilingTransfer(context.transfer, trainer))
+        serve(context)

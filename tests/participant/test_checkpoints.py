@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from gradualdiff.cli.serve import make_station
+from gradualdiff.cli.serve import make_context
 from participant import checkpoints as module
 from participant.checkpoints import (
     ADAPTER_FILE,
@@ -404,8 +404,8 @@ def test_the_interval_is_the_sites_own(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     for said, expected in (({}, 60.0), ({"checkpoint_seconds": 7.5}, 7.5)):
-        station = make_station(site_config(**said), tmp_path, None, threading.Event())
-        made = station.workspace.checkpoints(task(), "site")
+        context = make_context(site_config(**said), tmp_path, None, threading.Event())
+        made = context.workspace.checkpoints(task(), "site")
         now[0] += expected - 0.1
         assert not made.due()
         now[0] += 0.2

@@ -1,4 +1,4 @@
-"""A round that is cut anywhere and gone on with ends in the bytes of one that ran through.
+"""A round that is cut anywhere and resumed ends in the bytes of one that ran through.
 
 Here the cut is an exception in this process, so that the whole table of settings and points fits
 into a minute; ``test_killed_in_a_round.py`` cuts real processes by SIGKILL.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from gradualdiff.cli.serve import make_learner, make_station
+from gradualdiff.cli.serve import make_context, make_learner
 from participant.acceptance import FAILURES_PER_ROUND, TRAININGS_PER_ROUND
 from shared.config import SiteConfig, parse
 from shared.errors import ConfigError, DataError, ModelError
@@ -310,7 +310,7 @@ def test_a_site_without_the_stores_address_is_not_started(tmp_path):
         "broker": {"url": "amqp://a@localhost/", "password_file": "p"},
     }
     with pytest.raises(ConfigError, match=r"add \[store\] with url"):
-        make_station(parse(SiteConfig, values, "site.toml"), tmp_path, None, threading.Event())
+        make_context(parse(SiteConfig, values, "site.toml"), tmp_path, None, threading.Event())
 
 
 def test_a_delta_is_sent_to_no_other_server(hostile):

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from gradualdiff.cli.serve import make_station, stopped_by_signal
+from gradualdiff.cli.serve import make_context, stopped_by_signal
 from participant.daemon import serve, serve_once
 from shared.config import load_site
 from shared.errors import GradualDiffError, InterruptedRunError
@@ -47,11 +47,11 @@ def main() -> None:
     learner.learn = learn  # type: ignore[method-assign]
     stopping = threading.Event()
     with stopped_by_signal(stopping):
-        station = make_station(config, folder, learner, stopping)
+        context = make_context(config, folder, learner, stopping)
         if "--once" in sys.argv:
-            serve_once(station, 4.0)
+            serve_once(context, 4.0)
         else:
-            serve(station)
+            serve(context)
 
 
 if __name__ == "__main__":
