@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING
 from shared import topology
 from shared.disk.durable_files import file_errors
 from shared.disk.files import digest_file
-from shared.errors import (
-    DeltaRefusedError,
-    LedgerDamagedError,
-    ObjectMissingError,
-)
+from shared.errors import DeltaRefusedError, LedgerDamagedError, ObjectMissingError
 from shared.failpoints import failpoint
 from shared.stores.port import read_again
 from shared.tensors.delta_file import check_delta

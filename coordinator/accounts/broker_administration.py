@@ -21,12 +21,7 @@ import urllib3
 
 from shared.config import canonical_json
 from shared.credentials import existing_file, is_loopback, read_secret
-from shared.errors import (
-    AccessRefusedError,
-    BrokerError,
-    BrokerUnavailableError,
-    ConfigError,
-)
+from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

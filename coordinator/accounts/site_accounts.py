@@ -25,12 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from shared.config import NAME_PATTERN, RESERVED_NAMES, Name, canonical_json
-from shared.errors import (
-    ConfigError,
-    LedgerDamagedError,
-    ObjectExistsError,
-    ObjectMissingError,
-)
+from shared.errors import ConfigError, LedgerDamagedError, ObjectExistsError, ObjectMissingError
 from shared.protocol.manifest import Schema
 from shared.topology import (
     EVENTS_EXCHANGE,
@@ -193,7 +188,7 @@ class Accounts:
         """
         found = find_account(self._store, site)
         if found is None:
-            raise _unknown(site)
+            raise unknown_site(site)
         if found.state == "removed":
             self._clear_inbox(site)
             return
@@ -274,7 +269,7 @@ class Accounts:
     def _existing(self, site: str) -> SiteAccount:
         found = find_account(self._store, site)
         if found is None or found.state == "removed":
-            raise _unknown(site)
+            raise unknown_site(site)
         return found
 
     def _next(self, account: SiteAccount, state: Literal["rotating", "removing"]) -> SiteAccount:
@@ -317,7 +312,8 @@ def _check_name(site: str) -> None:
         raise ConfigError(f"site name: {site} is a reserved name; choose another")
 
 
-def _unknown(site: str) -> ConfigError:
+def unknown_site(site: str) -> ConfigError:
+    """What is said of a site that has no account."""
     return ConfigError(
         f"site {site}: expected a site with an account, got none of that name; see gradualdiff "
         f"sites list, or gradualdiff sites add {site}"

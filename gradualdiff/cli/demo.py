@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.output import (
-    JsonOption,
-    SetOption,
-    at_least,
-    positive,
-    print_json,
-)
+from gradualdiff.cli.output import JsonOption, SetOption, at_least, positive, print_json
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:

@@ -295,10 +295,7 @@ def _count(broker: RabbitConnection, queue: str) -> tuple[int | None, int | None
 
 def _unacked(servers: Servers) -> Callable[[str], int | None]:
     """Asks the management API, if there is one; its silence is a word on stderr, and no more."""
-    from coordinator.accounts.broker_administration import (
-        ManagementAdmin,
-        broker_admin,
-    )
+    from coordinator.accounts.broker_administration import ManagementAdmin, broker_admin
     from shared.credentials import broker_address
 
     if servers.broker.management_url is None:

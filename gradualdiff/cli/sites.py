@@ -28,7 +28,7 @@ from gradualdiff.cli.output import (
     print_table,
     say,
 )
-from shared.errors import BrokerError, ConfigError
+from shared.errors import BrokerError
 
 if TYPE_CHECKING:
     from coordinator.accounts.site_accounts import SiteAccount
@@ -75,10 +75,12 @@ def rotate(
 
     In a kit that is there only the password is written anew.
     """
+    from coordinator.accounts.site_accounts import unknown_site
+
     servers = open_servers(federation)
     accounts = accounts_of(servers)
     if not accounts.exists(name):
-        raise _unknown(name)
+        raise unknown_site(name)
     folder = prepare_kit(servers, name, kit)
     write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
     _tell(servers, name, folder, "rotated", as_json=as_json)
@@ -163,19 +165,12 @@ def show(
 
 
 def _find(servers: Servers, name: str) -> SiteAccount:
-    from coordinator.accounts.site_accounts import find_account
+    from coordinator.accounts.site_accounts import find_account, unknown_site
 
     found = find_account(servers.store, name)
     if found is None:
-        raise _unknown(name)
+        raise unknown_site(name)
     return found
-
-
-def _unknown(name: str) -> ConfigError:
-    return ConfigError(
-        f"site {name}: expected a site with an account, got none of that name; see gradualdiff "
-        f"sites list, or gradualdiff sites add {name}"
-    )
 
 
 def _looked_at(servers: Servers, accounts: list[SiteAccount]) -> list[dict[str, Any]]:

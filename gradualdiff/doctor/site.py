@@ -22,12 +22,7 @@ from gradualdiff.doctor.checks import (
 )
 from participant.data import NOTHING_HELD_OUT, split_text
 from shared.base_model import located
-from shared.errors import (
-    AccessRefusedError,
-    BrokerError,
-    ConfigError,
-    GradualDiffError,
-)
+from shared.errors import AccessRefusedError, BrokerError, ConfigError, GradualDiffError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,12 +19,7 @@ from participant.checkpoints import DEFAULT_SECONDS
 from participant.site import Site
 from participant.workspace import Workspace
 from shared.brokers.embedded import EmbeddedBroker
-from shared.errors import (
-    GradualDiffError,
-    InterruptedRunError,
-    LedgerDamagedError,
-    RunStuckError,
-)
+from shared.errors import GradualDiffError, InterruptedRunError, LedgerDamagedError, RunStuckError
 from shared.methods.rules import too_few
 from shared.stores.directory import DirectoryTransfer
 from shared.topology import COORDINATOR, coordinator_rights, site_rights

@@ -15,12 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
-from shared.errors import (
-    BrokerError,
-    MessageRejectedError,
-    QueueMissingError,
-    UnroutableError,
-)
+from shared.errors import BrokerError, MessageRejectedError, QueueMissingError, UnroutableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,25 +9,10 @@ The paper's settings (arXiv:2506.19164, section IV) are the defaults.
 
 from shared.config.federation import NOT_RECORDED, FederationConfig, load_federation
 from shared.config.reading import parse
-from shared.config.rounds import (
-    AggregationSection,
-    PolicySection,
-    SelectionSection,
-    ServerSection,
-)
+from shared.config.rounds import AggregationSection, PolicySection, SelectionSection, ServerSection
 from shared.config.section import Section
-from shared.config.servers import (
-    BrokerSection,
-    LimitsSection,
-    OperatedBrokerSection,
-    StoreSection,
-)
-from shared.config.site import (
-    AcceptSection,
-    DataSection,
-    SiteConfig,
-    load_site,
-)
+from shared.config.servers import BrokerSection, LimitsSection, OperatedBrokerSection, StoreSection
+from shared.config.site import AcceptSection, DataSection, SiteConfig, load_site
 from shared.config.training import BaseSection, LoraSection, TrainingSection
 from shared.config.values import (
     NAME_PATTERN,

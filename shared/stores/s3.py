@@ -33,19 +33,8 @@ from minio.error import S3Error
 
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import sync_path
-from shared.errors import (
-    ConfigError,
-    ObjectExistsError,
-    StoreError,
-)
-from shared.stores.http import (
-    RETRY_STATUSES,
-    TRIES,
-    WHOLE_BYTES,
-    error_code,
-    http_pool,
-    pause,
-)
+from shared.errors import ConfigError, ObjectExistsError, StoreError
+from shared.stores.http import RETRY_STATUSES, TRIES, WHOLE_BYTES, error_code, http_pool, pause
 from shared.stores.keys import check_key, is_key
 from shared.stores.port import ObjectInfo, Spooled
 from shared.stores.s3_errors import S3Errors

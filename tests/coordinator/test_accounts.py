@@ -15,11 +15,7 @@ import pika
 import pika.exceptions
 import pytest
 
-from coordinator.accounts.broker_administration import (
-    CommandAdmin,
-    ManagementAdmin,
-    broker_admin,
-)
+from coordinator.accounts.broker_administration import CommandAdmin, ManagementAdmin, broker_admin
 from coordinator.accounts.site_accounts import (
     Accounts,
     definitions,

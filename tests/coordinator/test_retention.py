@@ -11,11 +11,7 @@ from coordinator.runs.operating import operator_ledger
 from coordinator.runs.retention import carry_out, plan, read_plan
 from shared import topology
 from shared.errors import ConfigError, LedgerDamagedError, RunStuckError
-from shared.protocol.records import (
-    ClosedRecord,
-    GenesisRecord,
-    PrunedRecord,
-)
+from shared.protocol.records import ClosedRecord, GenesisRecord, PrunedRecord
 from tests import federations
 from tests.coordinator.test_controls import when
 from tests.steering import Crash, Mortal, ask, records, store_of, verify

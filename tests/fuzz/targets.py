@@ -9,12 +9,7 @@ import numpy as np
 
 from shared import modes
 from shared.config import load_federation, load_site
-from shared.errors import (
-    ConfigError,
-    DecodeError,
-    DeltaRefusedError,
-    GradualDiffError,
-)
+from shared.errors import ConfigError, DecodeError, DeltaRefusedError, GradualDiffError
 from shared.protocol import wire
 from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import is_finite, squared_norm

@@ -25,12 +25,7 @@ from shared import failpoints
 from shared.disk.files import digest_file
 from shared.errors import InterruptedRunError
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors
-from tests.participant.test_torch_learner import (
-    announce,
-    ignore,
-    make_learner,
-    start_round,
-)
+from tests.participant.test_torch_learner import announce, ignore, make_learner, start_round
 
 pytestmark = pytest.mark.model
 

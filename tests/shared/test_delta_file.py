@@ -15,13 +15,7 @@ from shared import modes
 from shared.errors import ConfigError, DeltaRefusedError
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import get_codec
-from shared.tensors.delta_file import (
-    HEADER_KEY,
-    DeltaFile,
-    DeltaHeader,
-    check_delta,
-    write_delta,
-)
+from shared.tensors.delta_file import HEADER_KEY, DeltaFile, DeltaHeader, check_delta, write_delta
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:

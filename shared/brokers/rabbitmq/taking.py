@@ -14,12 +14,7 @@ import pika
 from shared.brokers.rabbitmq.decoding import as_text
 from shared.brokers.rabbitmq.futures import answer, fail
 from shared.brokers.rabbitmq.translation import translate
-from shared.errors import (
-    AccessRefusedError,
-    BrokerError,
-    BrokerUnavailableError,
-    UnroutableError,
-)
+from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError, UnroutableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
