@@ -17,8 +17,6 @@ from shared.adapters import kind_of
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from coordinator.accounts.site_accounts import Accounts
     from shared.config import FederationConfig, OperatedBrokerSection
     from shared.stores.port import ObjectStore
@@ -42,12 +40,12 @@ class Servers:
     store: ObjectStore
 
 
-def open_servers(federation: Path, overrides: Sequence[str] = ()) -> Servers:
-    """The servers in ``federation``, with settings given beside it. Raises ConfigError."""
+def open_servers(federation: Path) -> Servers:
+    """The servers in ``federation``. Raises ConfigError."""
     from shared.config import load_federation
     from shared.stores.opening import open_store
 
-    config = load_federation(federation, overrides)
+    config = load_federation(federation)
     folder = federation.resolve().parent
     if config.broker is None:
         raise ConfigError(

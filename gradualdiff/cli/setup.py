@@ -10,8 +10,8 @@ import typer
 from gradualdiff.cli.kits import (
     KITS,
     PASSWORD_FILE,
+    Servers,
     accounts_of,
-    open_servers,
     prepare_kit,
     write_secret,
 )
@@ -53,7 +53,7 @@ def setup(
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")
-    servers = open_servers(federation, sets or ())
+    servers = Servers(config, config.broker, folder, store)
     accounts = accounts_of(servers)
     accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
     for name in config.run.participants:

@@ -47,20 +47,18 @@ class Synset(NamedTuple):
     gloss: str
 
 
-def load_questions(
-    data: Path | None = None, label: str | None = None, group: str | None = None
-) -> QuestionSet:
+def load_questions(data: Path | None = None) -> QuestionSet:
     """The questions of ``data``: a folder of WordNet's files or a user's own file; None: Debian's.
 
-    ``label`` and ``group`` name columns of an own file. Raises DataError as
-    :func:`read_wordnet` and :func:`gradualdiff.reproduction.questions.read_examples` do.
+    Raises DataError as :func:`read_wordnet` and
+    :func:`gradualdiff.reproduction.questions.read_examples` do.
     """
     if data is None:
         return read_wordnet(DEBIAN)
     for folder in (data, data / "dict"):
         if (folder / "data.noun").exists():
             return read_wordnet(folder)
-    return read_examples(data, label=label, group=group)
+    return read_examples(data)
 
 
 def read_wordnet(folder: Path = DEBIAN) -> QuestionSet:

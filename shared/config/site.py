@@ -12,7 +12,7 @@ from shared.config.servers import BrokerSection, SiteStoreSection
 from shared.config.values import Name, Positive
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -138,9 +138,6 @@ class SiteConfig(Section):
     accept: AcceptSection = AcceptSection()
 
 
-def load_site(path: Path, overrides: Sequence[str] = ()) -> SiteConfig:
-    """Read a ``site.toml``; ``overrides``: ``section.key=value`` each, instead of its own.
-
-    Raises ConfigError naming every mistake in both.
-    """
-    return load(path, SiteConfig, overrides)
+def load_site(path: Path) -> SiteConfig:
+    """Read a ``site.toml``. Raises ConfigError naming every mistake in it."""
+    return load(path, SiteConfig)

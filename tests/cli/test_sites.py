@@ -71,7 +71,7 @@ site_url = "{STORE}"
     ManagementAdmin(rabbit_server.management_url, ADMIN, rabbit_server.password, None).delete(name)
 
 
-one_door = pytest.mark.parametrize("office", ["management"], indirect=True)
+one_way = pytest.mark.parametrize("office", ["management"], indirect=True)
 
 
 def sites(*arguments, given=None):
@@ -214,7 +214,7 @@ def test_a_wiped_broker_is_restored(office):
         connection.consume(site_queue(office.name))
 
 
-@one_door
+@one_way
 def test_a_mistake_changes_nothing(office):
     """Typos, a site twice, one that is not there, a folder that is another site's."""
     with pytest.raises(ConfigError, match="site name"):
@@ -231,7 +231,7 @@ def test_a_mistake_changes_nothing(office):
     assert find_account(office.store(), "south") is None
 
 
-@one_door
+@one_way
 def test_a_kit_lies_beside_the_federation_whatever_folder_one_is_in(office, monkeypatch):
     """Where gradualdiff setup writes them."""
     elsewhere = office.folder / "elsewhere"
@@ -242,7 +242,7 @@ def test_a_kit_lies_beside_the_federation_whatever_folder_one_is_in(office, monk
     assert list(elsewhere.iterdir()) == []
 
 
-@one_door
+@one_way
 def test_a_kit_that_cannot_be_written_costs_no_password(office):
     """The folder is tried before the old password is given up."""
     sites("add", office.name)
@@ -253,7 +253,7 @@ def test_a_kit_that_cannot_be_written_costs_no_password(office):
     assert can_log_in(office, password)
 
 
-@one_door
+@one_way
 def test_a_lost_kit_is_written_whole_by_rotating(office):
     """Whoever lost the kit, or crashed before it was written, gets all of it."""
     sites("add", office.name)
@@ -267,7 +267,7 @@ def test_a_lost_kit_is_written_whole_by_rotating(office):
     }
 
 
-@one_door
+@one_way
 def test_the_records_can_be_read_while_the_broker_is_away(office):
     """A word on stderr, and no guess about who listens."""
     sites("add", office.name)
@@ -278,7 +278,7 @@ def test_the_records_can_be_read_while_the_broker_is_away(office):
     assert "cannot say who listens" in result.stderr
 
 
-@one_door
+@one_way
 def test_who_is_over_a_limit_is_shown(office):
     """How much of which limit was dropped, from the coordinator's own count."""
     config = load_federation(office.folder / "federation.toml")
@@ -294,7 +294,7 @@ def test_who_is_over_a_limit_is_shown(office):
         assert "messages 3" in shown
 
 
-@one_door
+@one_way
 def test_the_kit_says_where_sites_reach_the_broker(office):
     """By broker.site_url; a plain-text address on another machine is refused before anything."""
     toml = office.folder / "federation.toml"
@@ -314,7 +314,7 @@ def test_the_kit_says_where_sites_reach_the_broker(office):
     assert broker.transport == "plaintext"
 
 
-@one_door
+@one_way
 def test_a_federation_without_a_broker_is_told(office):
     """The error says what to add."""
     toml = office.folder / "federation.toml"
