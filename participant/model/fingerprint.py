@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.base_model import TOKENIZER_FILES
 from shared.config import canonical_json
+from shared.disk.files import digest_file
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint_of(folder: Path, quantisation: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of everything above; reads every weight file once."""
     facts = {
-        "weights": [_sha256(path) for path in weight_files(folder)],
+        "weights": [digest_file(path)[0] for path in weight_files(folder)],
         "config": _architecture(folder / "config.json"),
         "tokenizer": {
-            name: _sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()
+            name: digest_file(folder / name)[0]
+            for name in TOKENIZER_FILES
+            if (folder / name).is_file()
         },
         "quantisation": quantisation,
     }
@@ -64,8 +67,3 @@ def fingerprint_of(folder: Path, quantisation: dict[str, Any]) -> str:
 def _architecture(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {key: value for key, value in values.items() if key not in _WRITERS_OWN}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
