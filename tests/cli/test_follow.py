@@ -506,13 +506,15 @@ def test_a_real_deployment_is_followed_to_its_end(tmp_path, rabbit_server, vhost
     deployment = Deployment(tmp_path, None, rabbit_server, vhost, s3_server)
     try:
         deployment.start_coordinator()
-        for name in "ab":
-            deployment.start_participant(name, slow=3.0)
+        _, held = (deployment.start_participant(name, slow=3.0) for name in "ab")
         deployment.wait_for("opened.recorded", "coordinator")
+        held.send_signal(signal.SIGSTOP)  # round 1 stays open until the follower has seen it
         where = ("--federation", str(deployment.federation))
         follower = deployment.start(
             "follow", "gradualdiff.cli.main", "rounds", "show", "tiny", "--follow", "--json", *where
         )
+        wait_until(lambda: '"round": 1' in deployment.log("follow"), "round 1 was seen")
+        held.send_signal(signal.SIGCONT)
         listed = json.loads(deployment.command("queues", "list", "--json", *where).stdout)
         events = json.loads(
             deployment.command(
