@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.history import read_history
 from coordinator.liveness import away_since, is_away, moment
-from shared.errors import RunNotFoundError
+from shared.errors import MissingPackageError, RunNotFoundError
 from shared.methods.rules import too_few
 from shared.protocol.ledger import list_runs
 from shared.protocol.manifest import pool_held_out
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 DYING = "being deleted"
+LACKING = "needs a package"
 
 
 @dataclass(frozen=True)
 class RunSummary:
     """One line on a run.
 
-    ``state``: waiting, round n open or closed, paused, finished, failed, or being deleted.
+    ``state``: waiting, round n open or closed, paused, finished, failed, being deleted, or
+    needs a package that is not here, with the reason.
     ``rounds`` counts every extension. ``paused``: the reason, also while a round is still open.
     ``waits_for``: before the run begins, each site that it waits for, and why. ``excluded``: by an
     operator. ``origin``: what it branches from, ``RUN@ROUND``.
@@ -107,12 +109,17 @@ class SiteRow:
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
     """Every run in the store, in name order."""
-    return [
-        RunSummary(run, DYING, 0, 0, 0, 0.0, None, None, f"gradualdiff runs delete {run} ends it")
-        if dying
-        else summarise_run(read_history(store, run))
-        for run, dying in list_runs(store).items()
-    ]
+    found = []
+    for run, dying in list_runs(store).items():
+        try:
+            state, reason = DYING, f"gradualdiff runs delete {run} ends it"
+            if not dying:
+                found.append(summarise_run(read_history(store, run)))
+                continue
+        except MissingPackageError as error:  # one run hides no other
+            state, reason = LACKING, str(error)
+        found.append(RunSummary(run, state, 0, 0, 0, 0.0, None, None, reason))
+    return found
 
 
 def summarise_run(history: History) -> RunSummary:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 import numpy as np
 from pydantic import Field, StringConstraints, ValidationError
 
+from shared import modes
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import ConfigError, DecodeError, DeltaRefusedError
 from shared.protocol.manifest import Schema
@@ -118,7 +119,10 @@ class DeltaFile:
     def read(self, spec: TensorSpec) -> NDArray[np.float32]:
         """The decoded values: fp32 of ``spec.shape``; read-only for a codec that copies nothing."""
         parts = [self._file.read(layout.name) for layout in self._codec.layout(spec)]
-        return self._codec.decode(spec, parts)
+        with modes.at_work("codecs", self.header.codec):
+            values = self._codec.decode(spec, parts)
+            _check_form(spec, values)
+        return values
 
 
 def check_delta(
@@ -179,16 +183,21 @@ def _encoded(
     for name, (_, spec) in places.items():
         if name not in waiting:
             tensor = values(spec)
-            if tensor.dtype != np.float32 or tensor.shape != spec.shape:
-                raise ValueError(
-                    f"{spec.name}: expected float32 {spec.shape}, got {tensor.dtype} {tensor.shape}"
-                )
+            _check_form(spec, tensor)
             if not is_finite(tensor):
                 raise DeltaRefusedError(_not_finite(spec, tensor))
-            parts = codec.encode(spec, tensor, derive_seed(seed, spec.name))
-            names = [layout.name for layout in codec.layout(spec)]
-            waiting.update(zip(names, parts, strict=True))
+            with modes.at_work("codecs", codec.name):
+                parts = codec.encode(spec, tensor, derive_seed(seed, spec.name))
+                names = [layout.name for layout in codec.layout(spec)]
+                waiting.update(zip(names, parts, strict=True))
         yield waiting.pop(name)
+
+
+def _check_form(spec: TensorSpec, values: NDArray[np.float32]) -> None:
+    if values.dtype != np.float32 or values.shape != spec.shape:
+        raise ValueError(
+            f"{spec.name}: expected float32 {spec.shape}, got {values.dtype} {values.shape}"
+        )
 
 
 def _decode_header(metadata: Mapping[str, str]) -> DeltaHeader:

@@ -15,6 +15,7 @@ from coordinator.effects import announcement
 from coordinator.history import read_history
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter
+from coordinator.runs.inspection import summarise_runs
 from coordinator.runs.operating import operator_ledger
 from participant.acceptance import objections
 from shared import modes
@@ -134,6 +135,7 @@ def test_a_policy_decides_and_its_decisions_are_audited(packages, tmp_path):
 
 
 SPOILED = {  # what is replaced in the page's code, and what by
+    "A codec": ("parts[0].astype(np.float32)", "parts[0][:1] * 1.0", "expected float32"),
     "An averaging mode": ("+ step).astype", "+ step * np.nan).astype", "expected finite values"),
     "A rule": ("mean_of_sorted(rows", "1 / 0; mean_of_sorted(rows", "ZeroDivisionError"),
     "A round policy": ("fresh = fresh_deltas", "1 / 0; fresh = fresh_deltas", "ZeroDivisionError"),
@@ -180,6 +182,9 @@ def test_without_the_package_the_mode_is_told_by_name(title, packages, tmp_path)
     said = rf"run test: {name} of toy-modes 1\.0 is not installed; install toy-modes==1\.0"
     with pytest.raises(MissingPackageError, match=said):
         verify(tmp_path)
+    (listed,) = summarise_runs(store_of(tmp_path))
+    assert listed.state == "needs a package"
+    assert re.search(said, listed.reason)
     store = ("--store", str(tmp_path / "store"))
     done = run_command("runs", "verify", "test", *store)
     assert done.returncode == MissingPackageError.exit_code
