@@ -126,9 +126,6 @@ def aggregate(
     method = method or Method()
     _check_inputs(ordered, method.aggregation)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(modes.at_work("averaging", method.aggregation.averaging))
-        stack.enter_context(modes.at_work("server_optimizers", method.server.optimizer))
-        stack.enter_context(modes.at_work("rules", method.aggregation.rule))
         # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
         stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
@@ -138,14 +135,16 @@ def aggregate(
         stack.enter_context(server or contextlib.nullcontext())
         closing = _Closing(adapter, ordered, files, watch, method, server, manifest)
         threads = threads or min(os.cpu_count() or 1, MAX_THREADS)
-        mode = get_averaging(method.aggregation.averaging)
+        name = method.aggregation.averaging
+        mode = get_averaging(name)
         if mode.by_value:
             closing.judge(threads)
             ahead = closing.tensors(manifest, threads)
         else:
             inputs = Inputs(adapter, ordered, files, closing, manifest)
-            manifest, joined = mode.join(inputs, threads)
-            ahead = _finite(joined, manifest)
+            with modes.at_work("averaging", name):
+                manifest, joined = mode.join(inputs, threads)
+            ahead = _finite(joined, manifest, name)
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in manifest.tensors]
         # Closed before the files are: a failed write must not leave threads reading them.
         values = stack.enter_context(contextlib.closing(ahead))
@@ -155,10 +154,10 @@ def aggregate(
 
 
 def _finite(
-    values: Generator[NDArray[np.float32]], manifest: Manifest
+    values: Generator[NDArray[np.float32]], manifest: Manifest, averaging: str
 ) -> Generator[NDArray[np.float32]]:
     """What a mode joined itself. Raises ValueError for a value that is not finite."""
-    with contextlib.closing(values):
+    with modes.at_work("averaging", averaging), contextlib.closing(values):
         for at, value in enumerate(values):
             if not is_finite(value):
                 raise ValueError(f"{manifest.tensors[at].name}: expected finite values, got others")
@@ -223,7 +222,7 @@ class _Closing:
         """Whom the rule leaves out as a whole; the others share equally then."""
         if self._rule.weighted_mean or self._rule.by_coordinate:
             return
-        with self.watch.phase("judge"):
+        with self.watch.phase("judge"), modes.at_work("rules", self._method.aggregation.rule):
             self._left_out = self._rule.left_out(
                 self._method.aggregation, self._manifest, self._votes, list(self._shares), threads
             )
@@ -279,7 +278,8 @@ class _Closing:
         if self._rule.by_coordinate:
             with self.watch.phase("accumulate"):
                 for at, rows in self._votes.slices(spec):
-                    self._rule.combine(self._method.aggregation, rows, mean[at])
+                    with modes.at_work("rules", self._method.aggregation.rule):
+                        self._rule.combine(self._method.aggregation, rows, mean[at])
             return
         mean.fill(0)
         for delta, file in zip(self._deltas, self._files, strict=True):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
+from shared import modes
 from shared.errors import LedgerError
 from shared.methods.server_optimizers import get_server_optimizer
 from shared.tensors.arithmetic import BLOCK, blocks, significant, squared_norm
@@ -98,7 +99,10 @@ class ServerStep:
         """Turn a tensor's mean delta, flat, into what the adapter takes, in place."""
         buffer = self._buffer()
         state = buffer[: self._rows * spec.elements].reshape(self._rows, spec.elements)
-        with self._watch.phase("state"):
+        with (
+            self._watch.phase("state"),
+            modes.at_work("server_optimizers", self._section.optimizer),
+        ):
             self._load(spec, state)
             if delta.any():
                 scratch = np.empty((2, min(BLOCK, delta.size)), np.float64)

@@ -23,7 +23,7 @@ from shared.errors import ConfigError, ForeignPackageError, MissingPackageError,
 from shared.protocol import wire
 from shared.protocol.records import ClosedRecord, ClosingRecord, FederationRecord
 from tests import federations
-from tests.extension.installing import uninstall
+from tests.extension.installing import install, uninstall
 from tests.extension.page import PROJECT, SECTIONS, install_page, settings
 from tests.numpy_learner import ANYTHING
 from tests.steering import records, store_of, verify
@@ -171,6 +171,24 @@ def test_a_mode_that_fails_at_work_is_told_by_package_and_harms_no_run(
         use(bad)
         with pytest.raises(ForeignPackageError, match=told):
             verify(tmp_path)
+
+
+def test_of_two_packages_the_one_that_failed_is_told(packages, tmp_path):
+    """A rule and a server optimiser of other packages: each answers for its own code only."""
+    install_page(packages)
+    (packages / "stuck.py").write_text(
+        "from shared.methods.server_optimizers import ServerOptimizer\n"
+        "class Stuck(ServerOptimizer):\n"
+        "    rows = 1\n"
+        "    def step(self, section, delta, state, room, /):\n"
+        "        1 / 0\n"
+        "MODE = Stuck()\n"
+    )
+    install(packages, {"server_optimizers": {"stuck": "stuck:MODE"}}, "stuck-steps")
+    config = federations.config(**settings("A rule"), server={"optimizer": "stuck"})
+    said = r"stuck-steps 1\.0 \(entry point 'stuck' of gradualdiff.server_optimizers\)"
+    with pytest.raises(ForeignPackageError, match=said):
+        federations.run(config, tmp_path)
 
 
 def test_without_the_package_the_mode_is_told_by_name(title, packages, tmp_path):
