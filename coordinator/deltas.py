@@ -94,6 +94,7 @@ class Deltas:
                 norm=norm,
                 metrics=event.metrics,
                 state=event.state,
+                residual=event.residual,
             )
         )
 

@@ -46,6 +46,7 @@ from shared.protocol.events import (
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.messages import to_refused, to_site
 from shared.protocol.records import AcceptedRecord, ClosedRecord, GenesisRecord, RefusedRecord
+from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -276,7 +277,8 @@ class Effects:
         opened = state.opened
         assert opened is not None  # this is only sent while a round is open
         url, expires_at = self._sign_adapter(opened.source_sha)
-        trouble = state.troubles.get(site)
+        trouble, accepted = state.troubles.get(site), state.last_accepted.get(site)
+        feedback = has_feedback(self._config)
         return RoundStarted(
             run=self._config.run.name,
             round=opened.round,
@@ -291,6 +293,8 @@ class Effects:
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
             averaging=self._config.aggregation.averaging,
+            feedback=feedback,
+            last_accepted=accepted.sha if feedback and accepted else None,
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:
@@ -312,6 +316,15 @@ class Effects:
         expires_at = self._clock() + URL_SECONDS
         key = topology.adapter_key(self._config.run.name, adapter_sha)
         return self._ledger.store.sign_get(key, expires_at), expires_at
+
+
+def has_feedback(config: FederationConfig) -> bool:
+    """Whether sites make up for what the codec leaves out of a delta.
+
+    Not where factors are made anew in each round: a residual belongs to those that it was left of.
+    """
+    averaging = get_averaging(config.aggregation.averaging)
+    return config.codec.feedback and averaging.by_value and not get_codec(config.codec.name).exact
 
 
 def announcement(config: FederationConfig, site: str) -> RunAnnounced:

@@ -111,7 +111,8 @@ class RunState:
 
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
-    ``verdicts``: the shas that were refused or late, by site and round.
+    ``verdicts``: the shas that were refused or late, by site and round. ``last_accepted``: each
+    site's delta of the highest round, whether it has been counted or not.
     """
 
     config: FederationConfig
@@ -130,6 +131,7 @@ class RunState:
     verdicts: Mapping[tuple[str, int], frozenset[str]] = field(default_factory=dict)
     counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     last_counted: Mapping[str, str] = field(default_factory=dict)
+    last_accepted: Mapping[str, AcceptedRecord] = field(default_factory=dict)
     openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
     times: tuple[tuple[float, ...], ...] = ()
     controls: tuple[ControlRecord, ...] = ()

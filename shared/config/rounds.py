@@ -160,6 +160,11 @@ class CodecSection(Section):
     """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, or rounded at random to 256, 16 or 4
     levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
     """
+    feedback: bool = True
+    """A site keeps what the codec left out of a delta and adds it to its next one. Without effect
+    with ``fp32``, which leaves nothing out, and with ``svd`` and ``flora``, which make the factors
+    anew in every round.
+    """
 
 
 class ConvergenceSection(Section):

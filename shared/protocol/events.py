@@ -101,6 +101,12 @@ class RoundStarted(Event):
     last_counted: Sha256 | None = None
     """This site's delta that was counted last."""
     averaging: Word = "fedavg"
+    feedback: bool = False
+    """Whether the site adds what its codec left out of earlier deltas, and keeps what is left."""
+    last_accepted: Sha256 | None = None
+    """This site's newest delta that was accepted: with feedback, its residual is added. None: there
+    is none yet.
+    """
 
     @property
     def fetched_sha(self) -> str:
@@ -230,6 +236,8 @@ class DeltaSubmitted(Event):
     """What the site tells of its training."""
     state: Literal["fresh", "kept"] = "fresh"
     """Whether the optimiser started fresh or kept its state."""
+    residual: Literal["none", "kept", "lost"] = "none"
+    """Whether the residual of ``last_accepted`` was added; ``lost``: the site no longer has it."""
 
 
 class TrainingFailed(Event):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, Strict
+from pydantic import Field, SerializerFunctionWrapHandler, Strict, model_serializer
 
 from shared.config import Name
 from shared.protocol.manifest import Schema
@@ -22,9 +22,20 @@ class Record(Schema):
     """Base of all records.
 
     ``decides``: only one coordinator may write it; meeting another writer's means to be fenced.
+    ``newer``: fields that came later, left out where they say what was so before there were any:
+    so records keep their bytes.
     """
 
     decides: ClassVar[bool] = False
+    newer: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        for name in self.newer:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                values.pop(name, None)
+        return values
 
     def key(self, run: str) -> str:
         """Where it lies in the store."""

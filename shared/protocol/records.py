@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, Strict, model_serializer, model_validator
+from pydantic import Field, Strict, model_validator
 
 from shared import topology
 from shared.config import FederationConfig, Name, Sha256
@@ -32,6 +32,7 @@ from shared.protocol.record import (
 class FederationRecord(StampedRecord):
     """The resolved config: everything that can change the result."""
 
+    newer = ("modes",)
     config: dict[str, Any]
     """All settings but ``[store]`` and ``[simulation]``."""
     digest: Sha256
@@ -40,13 +41,6 @@ class FederationRecord(StampedRecord):
     """Modes of other packages that the settings name: kind, name, version and distribution. Not
     there where they name none.
     """
-
-    @model_serializer(mode="wrap")
-    def _as_before_there_were_any(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = write(self)
-        if not self.modes:
-            values.pop("modes", None)
-        return values
 
     def settings(self, run: str) -> FederationConfig:
         """The config. Raises ConfigError, or MissingPackageError if a mode of it is not here."""
@@ -251,6 +245,7 @@ class AcceptedRecord(StampedRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
+    newer = ("residual",)
     round: Number
     site: Name
     sha: Sha256
@@ -258,9 +253,11 @@ class AcceptedRecord(StampedRecord):
     examples: Size
     tokens: Size
     norm: float
-    """L2 norm of the delta."""
+    """L2 norm of the delta as it was sent, feedback included."""
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
+    residual: Literal["none", "kept", "lost"] = "none"
+    """What the site said of its residual. Not there where it is ``none``."""
 
     def key(self, run: str) -> str:
         """One per site and round."""

@@ -40,6 +40,7 @@ class Uniform:
 
     bits: int
     version: int = 1
+    exact: bool = False
 
     @property
     def name(self) -> str:

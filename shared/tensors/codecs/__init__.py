@@ -32,6 +32,10 @@ class Codec(Protocol):
     def version(self) -> int:
         """From 1; goes up when the same values give other bytes."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether what is decoded is always what was encoded, to the last bit."""
+
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """The parts one tensor is written as, the first under its own name, then ``NAME:part``."""
 

@@ -30,6 +30,7 @@ class Bf16:
 
     name: str = "bf16"
     version: int = 1
+    exact: bool = False
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """One part."""

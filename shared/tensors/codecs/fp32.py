@@ -24,6 +24,7 @@ class Fp32:
 
     name: str = "fp32"
     version: int = 1
+    exact: bool = True
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """One part."""

@@ -37,6 +37,7 @@ class Int8:
 
     name: str = "int8"
     version: int = 1
+    exact: bool = False
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """Whole numbers, then scales of shape (blocks,)."""
