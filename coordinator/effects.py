@@ -167,6 +167,7 @@ class Effects:
             exactness_gap=result.exactness_gap,
             server_sha=server_sha,
             step_norm=result.stepped.norm if result.stepped else None,
+            gradient_energy=result.gradient_energy,
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.
@@ -301,7 +302,8 @@ class Effects:
         finished = state.finished
         assert finished is not None  # this is only sent at the end
         url, expires_at = None, None
-        if finished.sha is not None and site not in state.evaluated:
+        mode = get_averaging(self._config.aggregation.averaging)
+        if finished.sha is not None and site not in state.evaluated and not mode.makes_bases:
             url, expires_at = self._sign_adapter(finished.sha)
         return RunFinished(
             run=self._config.run.name,

@@ -1,4 +1,4 @@
-"""A learner without torch: two small tensors pulled toward a number that is the site's own.
+"""A learner without torch: small tensors pulled toward a number that is the site's own.
 
 Deterministic, exact and fast; the protocol cannot tell it from the real one. ``fault`` is asked
 before each training and may raise or return a function that spoils the delta's values.
@@ -51,12 +51,27 @@ NUMERICS = Numerics(
 ANYTHING = AcceptSection(
     models=("m", "none"),
     flora=True,
+    gradients=True,
     min_steps=1,
     min_examples=1,
     min_batch=1,
     min_answer_tokens=1,
     min_held_out=1,
 )
+
+
+def full_gradient(site, layer, shape):
+    """What a site's text says of a layer: most of it all sites', some its own. Spectrum 1 / i."""
+
+    def orthogonal(width, *parts):
+        generator = np.random.Generator(np.random.Philox(derive_seed("gradient", layer, *parts)))
+        return np.linalg.qr(generator.standard_normal((width, min(shape))))[0]
+
+    found = 0
+    for part, whose in ((1.0, "all"), (0.2, site)):
+        left, right = orthogonal(shape[0], whose, "left"), orthogonal(shape[1], whose, "right")
+        found = found + part * (left / np.arange(1, min(shape) + 1)) @ right.T
+    return found
 
 
 @dataclass
@@ -71,6 +86,7 @@ class NumpyLearner:
     fault: Callable[[object], object] = lambda task: None
     trained: list[int] = field(default_factory=list)
     prepared: set[str] = field(default_factory=set)
+    gradient: Callable[[str, tuple[int, int]], object] | None = None
 
     @property
     def rank(self):
@@ -106,13 +122,16 @@ class NumpyLearner:
             def read(name):
                 return kind_of(self.manifest).leading(name, adapter.read(name), self.rank)
 
-            manifest = get_averaging(task.averaging).trained_in(self.manifest, task.round)
+            mode = get_averaging(task.averaging)
+            manifest = mode.trained_in(self.manifest, task.round)
 
             def values(spec):
                 noise = np.random.Generator(
                     np.random.Philox(derive_seed(task.seed, self.site, spec.name))
                 ).standard_normal(spec.shape, dtype=np.float32)
                 delta = (target - read(spec.name)) * np.float32(0.5) + noise / 64
+                if mode.makes_bases:
+                    delta = self.gradient_of(spec.name, read)
                 return spoil(spec, delta) if spoil else delta
 
             delta = write_delta(
@@ -126,10 +145,21 @@ class NumpyLearner:
             first_step_nll=1.0,
             last_step_nll=1.0,
             mean_grad_norm=1.0,
-            held_out=self.evaluate(task.run, source, report),
+            held_out=None if mode.makes_bases else self.evaluate(task.run, source, report),
             seconds={"train": 0.0},
         )
         return Learned(delta, self.examples, self.examples * 7, metrics, "fresh")
+
+    def gradient_of(self, name, read):
+        """Of one factor, the other one being what ``read`` gives: G A^T or B^T G."""
+        kind = kind_of(self.manifest)
+        layer = next(one for one in kind.layers(self.manifest) if one.name == kind.layer_of(name))
+        shape = layer.left.shape[0], layer.right.shape[1]
+        make = self.gradient or (lambda name, shape: full_gradient(self.site, name, shape))
+        whole = make(layer.name, shape)
+        if name == layer.left.name:
+            return (whole @ read(layer.right.name).T).astype(np.float32)
+        return (read(layer.left.name).T @ whole).astype(np.float32)
 
     def evaluate(self, run, source, report):
         assert run in self.prepared

@@ -88,7 +88,8 @@ class Aggregated:
     ``delta_norms``: as they were sent, before any scale. ``cosines``: of each site's delta with
     what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
     why. ``stepped``: what the server's optimiser made of the mean, if the run has one.
-    ``exactness_gap``: see ``coordinator/aggregation/exactness.py``.
+    ``exactness_gap``: see ``coordinator/aggregation/exactness.py``. ``gradient_energy``: by layer,
+    see ``shared/methods/averaging/range_finder.py``.
     """
 
     digest: FileDigest
@@ -98,6 +99,7 @@ class Aggregated:
     left_out: dict[str, str] = field(default_factory=dict)
     exactness_gap: float | None = None
     stepped: Stepped | None = None
+    gradient_energy: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def aggregate(
@@ -200,6 +202,7 @@ class _Closing:
         self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
         self._squared_gaps: list[float] = []
+        self._energies: dict[str, tuple[float, ...]] = {}
         sent = next(d.manifest for d in deltas) or manifest
         self._manifest = sent
         self._sent = {spec.name for spec in sent.tensors}
@@ -217,6 +220,10 @@ class _Closing:
     def note_gap(self, square: float) -> None:
         """Add what one layer's product differs by from the mean of the products."""
         self._squared_gaps.append(square)
+
+    def note_energy(self, layer: str, squares: tuple[float, ...]) -> None:
+        """Keep the squared norms of parts of one layer's mean gradient."""
+        self._energies[layer] = squares
 
     def judge(self, threads: int) -> None:
         """Whom the rule leaves out as a whole; the others share equally then."""
@@ -318,6 +325,7 @@ class _Closing:
             self._left_out,
             exactness_gap=self._gap(),
             stepped=self.stepped,
+            gradient_energy=dict(sorted(self._energies.items())),
         )
 
     def _gap(self) -> float | None:

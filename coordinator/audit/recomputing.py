@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shared.adapters import AdapterSettings
     from shared.protocol.records import ClosedRecord, ClosingRecord
 
+ENERGY_TOLERANCE = 2e-4  # relative; two units of the last of its five digits
 GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
 
 
@@ -62,6 +63,7 @@ class Recomputing(Evidence):
         if closed.step_norm is not None:
             theirs["norm of the step"] = closed.step_norm
         self._compare(number, key, mine, theirs)
+        self._compare_energy(number, key, again, closed)
         gap, known = again.exactness_gap, closed.exactness_gap
         if known is not None:  # a record of before there was one says nothing
             # What may be rounding here and recorded as 0 elsewhere: see exactness.py.
@@ -69,6 +71,21 @@ class Recomputing(Evidence):
             same = math.isclose(gap or 0.0, known, rel_tol=GAP_TOLERANCE, abs_tol=rounding)
             self._expect(number, key, "exactness_gap", known if same else gap, known)
         return again
+
+    def _compare_energy(
+        self, number: int, key: str, again: Aggregated, closed: ClosedRecord
+    ) -> None:
+        """By layer and to within what another CPU's linear algebra may change."""
+        mine, theirs = again.gradient_energy, closed.gradient_energy
+        layers = sorted(mine.keys() | theirs.keys())
+        for name in layers:
+            one, other = mine.get(name, ()), theirs.get(name, ())
+            near = len(one) == len(other) and all(
+                math.isclose(a, b, rel_tol=ENERGY_TOLERANCE)
+                for a, b in zip(one, other, strict=True)
+            )
+            if not near:
+                self._expect(number, key, f"gradient_energy of {name}", one, other)
 
     def _is_as_good(self, closed: ClosedRecord, again: Path) -> bool:
         """Whether a fit that differs does so by rounding only; a note says by how much.

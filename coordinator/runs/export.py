@@ -47,13 +47,19 @@ def export_adapter(
     ``merged``: the card is to be of a model that the adapter will be merged into.
 
     Both files are the caller's own: nothing that is done to them reaches the ledger. Raises
-    RunNotFoundError for a round without a result, ConfigError when ``target`` holds files,
-    LedgerDamagedError when the stored adapter is missing or altered.
+    RunNotFoundError for a round without a result, ConfigError when ``target`` holds files or the
+    run makes bases, LedgerDamagedError when the stored adapter is missing or altered.
     """
     number = history.last_closed if round_number is None else round_number
     genesis, record = history.genesis, history.round(number).result
     if genesis is None or record is None:
         raise RunNotFoundError(f"run {history.run} has no result of round {number} to export")
+    mode = get_averaging(history.config.aggregation.averaging)
+    if mode.makes_bases:
+        raise ConfigError(
+            f"run {history.run} makes bases and no model: expected a run with a trained adapter; "
+            f'to use the bases: lora.kind = "core" and lora.bases = "{history.run}@{number}"'
+        )
     new_folder(target)
     tensors = target / TENSORS
     key = topology.adapter_key(history.run, record.adapter_sha, TENSORS)
@@ -64,8 +70,7 @@ def export_adapter(
     if digest_file(tensors)[0] != record.adapter_sha:
         tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
-    averaging = history.config.aggregation.averaging
-    settings = get_averaging(averaging).settings_in(tensors, history.config.lora)
+    settings = mode.settings_in(tensors, history.config.lora)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
     made = kind_of(settings).peft_config(named, settings, genesis.manifest)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.bases import print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -62,6 +63,7 @@ def show(
     With --follow each participant's state, again every second: a table on a terminal, lines
     elsewhere, with --json one object a line. Ctrl-C ends it.
     """
+    from coordinator.runs.captured import captured
     from gradualdiff.store import open_store
 
     if follow:
@@ -81,11 +83,13 @@ def show(
     if round_number is None:
         _list(opened, as_json=as_json)
         return
-    shown = opened.round(round_number)
+    shown, held = opened.round(round_number), captured(opened.history, round_number)
     if as_json:
-        print_json({"round": shown.summary, "sites": shown.sites})
+        print_json({"round": shown.summary, "sites": shown.sites, "captured": held})
         return
     _print(run, shown)
+    if held is not None:
+        print_captured(held)
 
 
 def _print(run: str, shown: Round) -> None:

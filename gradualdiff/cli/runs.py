@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli.bases import print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -55,6 +56,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
 def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """One run: its state, dates, members, and the settings that differ from the defaults."""
     from coordinator.liveness import moment
+    from coordinator.runs.captured import captured
     from coordinator.runs.differing import changed_settings, told
     from gradualdiff.store import open_store
 
@@ -69,8 +71,11 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         }
         for site, member in sorted(history.members.items())
     ]
+    held = captured(history)
     if as_json:
-        print_json({"summary": summary, "members": members, "config": history.config.recorded()})
+        config = history.config.recorded()
+        shown = {"summary": summary, "members": members, "config": config, "captured": held}
+        print_json(shown)
         return
     facts = [
         ("state", summary.state),
@@ -100,6 +105,8 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         for site, m in sorted(history.members.items())
     ]
     print_table("Members", ("site", "examples", "base", "device", "computes in"), rows)
+    if held is not None:
+        print_captured(held)
 
 
 @app.command()

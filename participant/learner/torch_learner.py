@@ -11,8 +11,11 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from participant.data import NOTHING_HELD_OUT, load_site_data
 from participant.learner.evaluation import evaluate_held_out, generate_replies
+from participant.learner.gradient import gradient_pass, sample_place
 from participant.learner.memory import peak_bytes, reset_peak
 from participant.learner.optimizer_state import save_optimizer
 from participant.learner.port import (
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from participant.checkpoints import Checkpoints
@@ -111,33 +113,41 @@ class TorchLearner:
         announced = self._prepared(task.run)
         clock = _Clock()
         place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
+        sample = place
         kept = state if task.training.optimizer_state == "keep" else None
+        mode = get_averaging(task.averaging)
         with self._opened(announced, source) as (model, adapter):
             data = self._data(model, task.training)
-            trained = get_averaging(task.averaging).trained_in(model.manifest(), task.round)
+            trained = mode.trained_in(model.manifest(), task.round)
             only = [spec.name for spec in trained.tensors]
             basis = _basis(announced, model, data)
             course = Resumable(model, only, checkpoints, basis, kept)
             read = _reader(adapter, announced)
             model.load_adapter(read)
             clock.lap("load")
-            if data.held_out and not course.is_evaluated:
+            if data.held_out and not (course.is_evaluated or mode.makes_bases):
                 course.evaluated(evaluate_held_out(model, data.held_out, should_stop, report))
             clock.lap("evaluate")
-            result = train_round(
-                model,
-                data.train,
-                task.training,
-                place,
-                begin=course.begin(task, read),
-                should_stop=should_stop,
-                report=report,
-                keep=course.keep,
-            )
+            if mode.makes_bases:
+                sample, read = sample_place(place, announced.config_digest), _zeros(model)
+                result = gradient_pass(
+                    model, data.train, task.training, place, sample, only, should_stop, report
+                )
+            else:
+                result = train_round(
+                    model,
+                    data.train,
+                    task.training,
+                    place,
+                    begin=course.begin(task, read),
+                    should_stop=should_stop,
+                    report=report,
+                    keep=course.keep,
+                )
             clock.lap("train")
             clock.seconds["train"] = round(course.seconds(), 3)
             delta = self._write_delta(task, trained, model, read, folder / DELTA_FILE)
-            if task.training.optimizer_state == "keep":
+            if result.optimizer is not None and task.training.optimizer_state == "keep":
                 kinds = {name: model.parameters[name] for name in only}
                 save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
             clock.lap("encode")
@@ -147,7 +157,7 @@ class TorchLearner:
             tokens=result.tokens,
             metrics=_metrics(result, data, course.held_out, clock.seconds),
             state=course.state,
-            distinct=_distinct(data, task.training, place),
+            distinct=_distinct(data, task.training, sample),
         )
 
     def evaluate(
@@ -250,7 +260,10 @@ class TorchLearner:
         source: Callable[[str], NDArray[Any]],
         path: Path,
     ) -> FileDigest:
-        """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time."""
+        """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time.
+
+        ``source``: A(t); zeros where ``model`` holds a gradient.
+        """
 
         def values(spec: TensorSpec) -> NDArray[np.float32]:
             return difference(model.read(spec.name), source(spec.name))
@@ -295,6 +308,10 @@ def _reader(adapter: TensorFile, announced: RunAnnounced) -> Callable[[str], NDA
     """The run's adapter, tensor by tensor, of this site's rank."""
     kind, rank = kind_of(announced.lora), kind_of(announced.lora).rank(announced.lora)
     return lambda name: kind.leading(name, adapter.read(name), rank)
+
+
+def _zeros(model: LocalModel) -> Callable[[str], NDArray[Any]]:
+    return lambda name: np.zeros(tuple(model.parameters[name].shape), np.float32)
 
 
 def _basis(announced: RunAnnounced, model: LocalModel, data: SiteData) -> str:

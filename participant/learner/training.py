@@ -92,7 +92,8 @@ def keep_nothing(done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -
 class TrainingResult:
     """What a round came to. Losses in nats per answer token; ``tokens``: answer tokens trained on.
 
-    ``train_nll`` is weighted by token over all steps, each before its own update.
+    ``train_nll`` is weighted by token over all steps, each before its own update. ``optimizer``:
+    None where no step was taken.
     """
 
     steps: int
@@ -101,7 +102,7 @@ class TrainingResult:
     first_step_nll: float
     last_step_nll: float
     mean_grad_norm: float
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.AdamW | None
 
 
 def train_round(
@@ -138,8 +139,9 @@ def train_round(
         for step, indices in islice(batches, done.count, None):
             batch = [examples[index] for index in indices]
             try:
-                nll, tokens = _accumulate(
-                    model, batch, settings.batch_size, place, step, should_stop
+                tokens = sum(scored_tokens(example) for example in batch)
+                nll = accumulate(
+                    model, batch, tokens, settings.batch_size, place, step, should_stop
                 )
             except InterruptedRunError:
                 if done.count:
@@ -148,7 +150,7 @@ def train_round(
             if proximal is not None:
                 proximal.add_gradient()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-            _check_sane(nll / tokens, norm, step, place)
+            check_sane(nll / tokens, norm, step, place)
             progress = place.progress_at(step + 1, steps)
             optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
             optimizer.step()
@@ -159,7 +161,7 @@ def train_round(
             trained = sum(count for _, count in done.losses)
             report(Progress("train", step + 1, steps, nll / tokens, trained, done.seconds))
             keep(done, optimizer, False)
-    return _result(done, optimizer)
+    return summarise(done, optimizer)
 
 
 def _optimizer(
@@ -223,20 +225,21 @@ def learning_rate(settings: TrainingSection, progress: float) -> float:
             return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * rest))
 
 
-def _accumulate(
+def accumulate(
     model: LocalModel,
     batch: Sequence[TokenisedExample],
+    tokens: int,
     micro_size: int,
     place: RoundPlace,
     step: int,
     should_stop: Callable[[], bool],
-) -> tuple[float, int]:
-    """Gradients of the mean loss over all answer tokens of ``batch``; summed nats and tokens.
+) -> float:
+    """Add ``batch``'s gradients of the mean loss over ``tokens`` answer tokens; its summed nats.
 
     Divided by the tokens of the whole step, not micro-batch by micro-batch: a mean of means would
-    weigh a token by how short its neighbours' answers are.
+    weigh a token by how short its neighbours' answers are. Raises InterruptedRunError when
+    ``should_stop()`` turns true.
     """
-    tokens = sum(scored_tokens(example) for example in batch)
     nll = 0.0
     for micro, start in enumerate(range(0, len(batch), micro_size)):
         if should_stop():
@@ -248,7 +251,7 @@ def _accumulate(
         loss = model.answer_nll(batch[start : start + micro_size])
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
         nll += float(loss.detach())
-    return nll, tokens
+    return nll
 
 
 def _proximal(
@@ -262,7 +265,8 @@ def _proximal(
     return ProximalTerm(factors, begin.source or model.read, settings.proximal_mu)
 
 
-def _check_sane(nll: float, norm: float, step: int, place: RoundPlace) -> None:
+def check_sane(nll: float, norm: float, step: int, place: RoundPlace) -> None:
+    """Raises DivergedError for a loss or a gradient norm that no training could go on from."""
     if LEAST_NLL <= nll <= MOST_NLL and math.isfinite(norm):  # NaN is not either
         return
     raise DivergedError(
@@ -272,7 +276,8 @@ def _check_sane(nll: float, norm: float, step: int, place: RoundPlace) -> None:
     )
 
 
-def _result(done: StepsDone, optimizer: torch.optim.AdamW) -> TrainingResult:
+def summarise(done: StepsDone, optimizer: torch.optim.AdamW | None = None) -> TrainingResult:
+    """What the steps that were done came to."""
     losses = done.losses
     tokens = sum(count for _, count in losses)
     return TrainingResult(
@@ -281,6 +286,6 @@ def _result(done: StepsDone, optimizer: torch.optim.AdamW) -> TrainingResult:
         train_nll=math.fsum(nll for nll, _ in losses) / tokens,
         first_step_nll=losses[0][0] / losses[0][1],
         last_step_nll=losses[-1][0] / losses[-1][1],
-        mean_grad_norm=math.fsum(done.norms) / done.count,
+        mean_grad_norm=math.fsum(done.norms) / len(done.norms),
         optimizer=optimizer,
     )

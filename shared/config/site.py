@@ -123,6 +123,10 @@ class AcceptSection(Section):
     """Whether it takes part in a run with ``averaging = "flora"``, which gives each site's own
     factors to all others.
     """
+    gradients: bool = False
+    """Whether it takes part in a run with ``averaging = "range-finder"``, in which it sends
+    gradients of its text, each over all examples of a round, in place of trainings.
+    """
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
 

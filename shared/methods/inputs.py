@@ -50,6 +50,9 @@ class Figures(Protocol):
     def note_gap(self, square: float) -> None:
         """Square of what one layer's new product lacks of the mean of the products."""
 
+    def note_energy(self, layer: str, squares: tuple[float, ...]) -> None:
+        """Squared norms of parts of one layer's mean gradient."""
+
 
 class Inputs:
     """What one round joins. ``deltas`` and ``files`` are in one order, by site.
@@ -93,8 +96,8 @@ class Inputs:
         spec: TensorSpec,
         read: Callable[[int, str], NDArray[Any]],
         shares: Sequence[float],
-    ) -> None:
-        """Figures of one tensor: of the mean of all deltas by ``shares``, and of each beside it.
+    ) -> NDArray[np.float64]:
+        """The mean of one tensor of all deltas by ``shares``; note its figures, and each delta's.
 
         A delta of a lower rank counts as zeros beyond it.
         """
@@ -108,3 +111,4 @@ class Inputs:
         for index, delta in enumerate(self.deltas):
             found = square_and_product(read(index, spec.name), parts[index])
             self.figures.note_delta(delta.site, *found)
+        return mean

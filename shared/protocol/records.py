@@ -353,6 +353,13 @@ class ClosedRecord(Record):
     """State of the server optimiser after this round; none if it has no state."""
     step_norm: float | None = None
     """L2 norm of what the server optimiser added; none if the mean was added as it is."""
+    gradient_energy: dict[str, Annotated[tuple[float, ...], Strict(False)]] = Field(
+        default_factory=dict
+    )
+    """With ``range-finder``: by layer, squared norms of parts of the mean gradient. In round 1 an
+    estimate of what no direction found holds; in even rounds what the first 8, 16, 32 ..., the
+    wanted and all directions hold.
+    """
 
     def key(self, run: str) -> str:
         """One per round."""

@@ -45,6 +45,11 @@ class Averaging:
     merges: bool = False
     """Whether sites merge past rounds into their base, so that the adapter's rank grows."""
 
+    makes_bases: bool = False
+    """Whether a run makes bases for other runs and no model: a site sends one gradient a round, of
+    the tensors that are trained, and nobody measures or exports an adapter.
+    """
+
     consent: str = ""
     """The setting of a site's ``[accept]`` that must allow this mode; empty: none."""
 

@@ -14,9 +14,7 @@ on one machine the same inputs give the same bytes, on another CPU they may diff
 from __future__ import annotations
 
 import math
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ import numpy as np
 from shared.adapters import kind_of
 from shared.errors import LedgerError
 from shared.methods.averaging import Averaging
+from shared.methods.layerwise import by_layer
 from shared.tensors.arithmetic import is_finite, squared_norm
 from shared.tensors.tensor_file import TensorFile
 
@@ -74,24 +73,6 @@ def fit(lefts: Sequence[Wide], rights: Sequence[Wide], spare: Wide) -> Fit:
     a[:kept] *= signs[:, np.newaxis]
     beyond = values[kept:][values[kept:] > ROUNDING * values[0]]
     return Fit(b, a, float(np.sum(np.square(beyond))))
-
-
-def layers(inputs: Inputs, threads: int) -> Generator[NDArray[np.float32]]:
-    """The next adapter's tensors in order; ``threads`` layers are under way meanwhile.
-
-    Raises LedgerError for a sum beyond fp32.
-    """
-    manifest = inputs.manifest
-    waiting = iter(kind_of(manifest).layers(manifest))
-    coming: deque[Future[dict[str, NDArray[np.float32]]]] = deque()
-    ready: dict[str, NDArray[np.float32]] = {}
-    with ThreadPoolExecutor(threads, "svd") as pool:
-        for spec in manifest.tensors:
-            while spec.name not in ready:
-                for layer in islice(waiting, threads + 1 - len(coming)):
-                    coming.append(pool.submit(_fitted, inputs, layer))
-                ready |= coming.popleft().result()
-            yield ready.pop(spec.name)
 
 
 def _fitted(inputs: Inputs, layer: Layer) -> dict[str, NDArray[np.float32]]:
@@ -174,12 +155,15 @@ class BestFit(Averaging):
     def join(
         self, inputs: Inputs, threads: int, /
     ) -> tuple[Manifest, Generator[NDArray[np.float32]]]:
-        """Layer by layer. Raises LedgerError for an adapter that is not made of factors."""
+        """Layer by layer.
+
+        Raises LedgerError for an adapter that is not made of factors, or a sum beyond fp32.
+        """
         if not kind_of(inputs.manifest).is_factors_only(inputs.manifest):
             raise LedgerError(
                 'aggregation.averaging = "svd": not all tensors of the adapter are factors'
             )
-        return inputs.manifest, layers(inputs, threads)
+        return inputs.manifest, by_layer(inputs.manifest, threads, partial(_fitted, inputs))
 
     def distance(self, one: Path, other: Path, manifest: Manifest, /) -> float:
         """Of the products, as a part of the first."""
