@@ -40,7 +40,8 @@ from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
-from shared.tensors.tensor_file import Stopwatch, TensorFile
+from shared.tensors.stopwatch import Stopwatch
+from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

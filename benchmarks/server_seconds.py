@@ -37,7 +37,7 @@ from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
-from shared.tensors.tensor_file import Stopwatch
+from shared.tensors.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -43,10 +43,10 @@ from shared.tensors.arithmetic import (
     squared_norm,
 )
 from shared.tensors.delta_file import DeltaFile
+from shared.tensors.stopwatch import Stopwatch
 from shared.tensors.tensor_file import (
     ADAPTER_METADATA,
     FileDigest,
-    Stopwatch,
     TensorFile,
     TensorLayout,
     write_tensors,

@@ -24,7 +24,7 @@ from shared import modes
 from shared.errors import LedgerError
 from shared.methods.server_optimizers import get_server_optimizer
 from shared.tensors.arithmetic import BLOCK, blocks, significant, squared_norm
-from shared.tensors.tensor_file import FileDigest, Stopwatch, TensorFile, TensorLayout, TensorWriter
+from shared.tensors.tensor_file import FileDigest, TensorFile, TensorLayout, TensorWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig, ServerSection
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.protocol.records import OpenedRecord
+    from shared.tensors.stopwatch import Stopwatch
 
     Values = NDArray[np.float64]
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from shared.protocol.manifest import Manifest, TensorSpec
     from shared.tensors.delta_file import DeltaFile
-    from shared.tensors.tensor_file import Stopwatch, TensorFile
+    from shared.tensors.stopwatch import Stopwatch
+    from shared.tensors.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)

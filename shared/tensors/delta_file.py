@@ -87,8 +87,8 @@ def write_delta(
 class DeltaFile:
     """A delta whose header, names, shapes and dtypes fit ``manifest``; read tensor by tensor.
 
-    Raises DeltaRefusedError where they do not, OSError where the file cannot be opened. Values are
-    not looked at: that is ``check_delta``'s part.
+    Raises DeltaRefusedError where they do not, OSError where the file cannot be opened. Whether
+    values are finite is ``check_delta``'s part.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -117,11 +117,17 @@ class DeltaFile:
             self._file.release(layout.name)
 
     def read(self, spec: TensorSpec) -> NDArray[np.float32]:
-        """The decoded values: fp32 of ``spec.shape``; read-only for a codec that copies nothing."""
+        """The decoded values: fp32 of ``spec.shape``; read-only for a codec that copies nothing.
+
+        Raises DeltaRefusedError for parts that the codec cannot have written.
+        """
         parts = [self._file.read(layout.name) for layout in self._codec.layout(spec)]
-        with modes.at_work("codecs", self.header.codec):
-            values = self._codec.decode(spec, parts)
-            _check_form(spec, values)
+        try:
+            with modes.at_work("codecs", self.header.codec):
+                values = self._codec.decode(spec, parts)
+                _check_form(spec, values)
+        except DecodeError as error:
+            raise DeltaRefusedError(f"tensor {spec.name!r}: {error}") from None
         return values
 
 
@@ -229,9 +235,9 @@ def _match(got: Mapping[str, TensorLayout], wanted: Mapping[str, TensorLayout]) 
         found = got.get(name)
         if found is None:
             raise DeltaRefusedError(f"tensor {name!r}: expected it, got a file without it")
-        if found.shape != layout.shape:
+        if not layout.holds(found.shape):
             raise DeltaRefusedError(
-                f"tensor {name!r}: expected shape {layout.shape}, got {found.shape}"
+                f"tensor {name!r}: expected shape {layout.form}, got {found.shape}"
             )
         if found.dtype != layout.dtype:
             raise DeltaRefusedError(

@@ -5,8 +5,7 @@ Must not know what the tensors mean. Invariants:
 - The reader trusts nothing: whatever is not a whole, gapless safetensors file is a DecodeError.
 - The writer's bytes are a function of its arguments alone. The safetensors library is not used
   for writing because it orders several metadata keys at random and wants every tensor at once.
-- Neither side holds more than one tensor in anonymous memory, so a 640 MB adapter costs no more
-  than its largest tensor.
+- Neither side holds more than one tensor in anonymous memory.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import json
 import math
 import mmap
 import os
-import threading
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -27,9 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from shared.errors import DecodeError
+from shared.tensors.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -63,11 +61,15 @@ _DTYPES: Final[dict[str, np.dtype[Any]]] = {
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """One tensor's form. ``dtype`` is safetensors' word for it: ``F32``, ``BF16``, ``I8``."""
+    """One tensor's form. ``dtype`` is safetensors' word for it: ``F32``, ``BF16``, ``I8``.
+
+    ``varies``: how long it is follows from its values; ``shape`` is one number, the most.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    varies: bool = False
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -76,8 +78,17 @@ class TensorLayout:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the values."""
+        """Bytes of the values; where their number varies, the most."""
         return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    @property
+    def form(self) -> str:
+        """The shape in words for a message."""
+        return f"{'up to ' * self.varies}{self.shape}"
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape fits."""
+        return shape == self.shape or (self.varies and len(shape) == 1 and shape <= self.shape)
 
 
 @dataclass(frozen=True)
@@ -86,28 +97,6 @@ class FileDigest:
 
     sha256: str
     size: int
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by phase, for benchmarks; whoever takes one runs the same without it.
-
-    Several threads may share one: their seconds add up.
-    """
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside the block to ``name``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            with self._lock:
-                self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 class TensorFile:
@@ -186,6 +175,9 @@ class TensorWriter:
     buffer may be filled again and again. ``watch`` gets ``hash`` and ``write``. Raises ValueError
     if names are not sorted or come twice, for more than one metadata key, and for an array of
     another shape, dtype or number than its layout.
+
+    The header stands first and the lengths of tensors that vary are known last: it gets the room
+    that the longest would need, is written again at the end and filled up with spaces.
     """
 
     def __init__(
@@ -197,11 +189,14 @@ class TensorWriter:
     ) -> None:
         header = _encode_header(layouts, metadata)
         self._path, self._part = path, path.with_name(f".{path.name}.part")
-        self._waiting = iter(layouts)
+        self._waiting, self._metadata = iter(layouts), metadata
+        self._written: list[TensorLayout] = []
+        self._varies = any(layout.varies for layout in layouts)
+        self._header_bytes = len(header) - 8
         self._watch = watch or Stopwatch()
         self._sha256 = hashlib.sha256()
         self._size = 0
-        self._file = self._part.open("wb")
+        self._file = self._part.open("w+b")
         try:
             self._append(memoryview(header))
         except BaseException:
@@ -225,11 +220,10 @@ class TensorWriter:
         layout = next(self._waiting, None)
         if layout is None:
             raise ValueError("expected no more tensors than layouts, got one more")
-        if tensor.shape != layout.shape or tensor.dtype != layout.numpy_dtype:
-            raise ValueError(
-                f"{layout.name}: expected {layout.dtype} {layout.shape}, "
-                f"got {tensor.dtype} {tensor.shape}"
-            )
+        if not layout.holds(tensor.shape) or tensor.dtype != layout.numpy_dtype:
+            got = f"{tensor.dtype} {tensor.shape}"
+            raise ValueError(f"{layout.name}: expected {layout.dtype} {layout.form}, got {got}")
+        self._written.append(TensorLayout(layout.name, layout.dtype, tensor.shape))
         # Seen as bytes: ml_dtypes' types have no buffer of their own.
         self._append(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
@@ -238,6 +232,8 @@ class TensorWriter:
         missing = next(self._waiting, None)
         if missing is not None:
             raise ValueError(f"{missing.name}: expected a tensor for every layout, got none")
+        if self._varies:
+            self._put_header()
         with self._watch.phase("write"):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -246,9 +242,19 @@ class TensorWriter:
         _sync_directory(self._path.parent)
         return FileDigest(self._sha256.hexdigest(), self._size)
 
-    def _append(self, data: memoryview) -> None:
+    def _put_header(self) -> None:
+        """Write it with the lengths there came to be, and hash the file from its first byte."""
+        with self._watch.phase("write"):
+            self._file.seek(0)
+            self._file.write(_encode_header(self._written, self._metadata, self._header_bytes))
+            self._file.seek(0)
         with self._watch.phase("hash"):
-            self._sha256.update(data)
+            self._sha256 = hashlib.file_digest(self._file, "sha256")
+
+    def _append(self, data: memoryview) -> None:
+        if not self._varies:
+            with self._watch.phase("hash"):
+                self._sha256.update(data)
         with self._watch.phase("write"):
             self._file.write(data)
         self._size += len(data)
@@ -271,7 +277,9 @@ def write_tensors(
         return writer.finish()
 
 
-def _encode_header(layouts: Sequence[TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
+def _encode_header(
+    layouts: Sequence[TensorLayout], metadata: Mapping[str, str] | None, room: int = 0
+) -> bytes:
     for before, after in pairwise(layout.name for layout in layouts):
         if before >= after:
             raise ValueError(f"expected names sorted, each once, got {before!r} then {after!r}")
@@ -290,7 +298,7 @@ def _encode_header(layouts: Sequence[TensorLayout], metadata: Mapping[str, str] 
         }
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text = text.ljust(max(room, len(text) + -len(text) % 8))
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {len(text)}")
     return len(text).to_bytes(8, "little") + text

@@ -21,7 +21,8 @@ from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
-from shared.tensors.tensor_file import Stopwatch, TensorFile, TensorLayout, write_tensors
+from shared.tensors.stopwatch import Stopwatch
+from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
     import random
@@ -266,7 +267,7 @@ from pathlib import Path
 from coordinator.aggregation.closing import aggregate
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest
-from shared.tensors.tensor_file import Stopwatch
+from shared.tensors.stopwatch import Stopwatch
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

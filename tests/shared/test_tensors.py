@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from shared.errors import DecodeError
+from shared.tensors.stopwatch import Stopwatch
 from shared.tensors.tensor_file import (
     MAX_HEADER_BYTES,
-    Stopwatch,
     TensorFile,
     TensorLayout,
     TensorWriter,
@@ -342,3 +342,29 @@ def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
         writer.add(VALUES[0])
         digest = writer.finish()
     assert digest.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Its length is known when it is written; the room of the longest header stays, filled with spaces.
+VARIED = (TensorLayout("a", "U8", (1000,), varies=True), TensorLayout("b", "F32", (2,)))
+
+
+@pytest.mark.parametrize("length", [0, 7, 1000])
+def test_a_tensor_may_be_as_long_as_it_comes(tmp_path: Path, length: int) -> None:
+    """Up to what its layout says: header, offsets and digest are those of the bytes written."""
+    path, part, rest = tmp_path / "file", np.arange(length).astype(np.uint8), np.float32([1, -2])
+    digest = write_tensors(path, VARIED, [part, rest], {"k": "v"})
+    data = path.read_bytes()
+    assert digest.size == len(data)
+    assert digest.sha256 == hashlib.sha256(data).hexdigest()
+    with TensorFile(path) as file, safe_open(path, "numpy") as library:
+        assert file.layouts["a"] == TensorLayout("a", "U8", (length,))
+        assert file.read("a").tobytes() == part.tobytes() == library.get_tensor("a").tobytes()
+        assert file.read("b").tolist() == [1, -2] == library.get_tensor("b").tolist()
+
+
+@pytest.mark.parametrize("part", [np.zeros(1001, np.uint8), np.zeros((1, 5), np.uint8)])
+def test_a_tensor_longer_than_its_bound_is_the_callers_mistake(tmp_path: Path, part: Any) -> None:
+    """Nothing stays of the file."""
+    with pytest.raises(ValueError, match=r"a: expected U8 up to \(1000,\), got uint8 \(1"):
+        write_tensors(tmp_path / "file", VARIED, [part, np.zeros(2, np.float32)])
+    assert list(tmp_path.iterdir()) == []

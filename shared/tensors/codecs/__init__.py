@@ -37,7 +37,11 @@ class Codec(Protocol):
         """Whether what is decoded is always what was encoded, to the last bit."""
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
-        """The parts one tensor is written as, the first under its own name, then ``NAME:part``."""
+        """The parts one tensor is written as, the first under its own name, then ``NAME:part``.
+
+        A part whose length follows from the values (one that is entropy coded) ``varies``: it has
+        one dimension, and its shape here is the most that any values come to.
+        """
 
     def encode(
         self, spec: TensorSpec, values: NDArray[np.float32], seed: int, /
@@ -50,7 +54,9 @@ class Codec(Protocol):
     def decode(self, spec: TensorSpec, parts: Sequence[NDArray[Any]], /) -> NDArray[np.float32]:
         """fp32 values of ``spec.shape`` from parts that have ``layout``'s shapes and dtypes.
 
-        Parts may hold anything at all: the caller checks that what comes out is finite.
+        Parts may hold anything at all, so no length, index or count in them is believed before
+        memory is taken by it: raises DecodeError with expected and got. The caller checks that what
+        comes out is finite, and names the tensor.
         """
 
 
