@@ -485,15 +485,14 @@ class IdleLearner:
         )
         return Readiness(manifest, "f" * 64, numerics, 1)
 
-    def learn(
-        self, task: Any, source: Path, state: object, folder: Path, *others: object
-    ) -> object:
+    def learn(self, task: Any, source: Path, state: object, folder: Path, *others: Any) -> object:
         """Encode and write them."""
         from participant.learner.port import DELTA_FILE, Learned
         from shared.tensors.codecs import get_codec
         from shared.tensors.delta_file import DeltaHeader, write_delta
 
-        del source, state, others
+        *_, feedback = others
+        del source, state
         header = DeltaHeader(
             run=task.run, round=task.round, site=self.site, source_sha=task.source_sha,
             codec=task.codec, codec_version=get_codec(task.codec).version,
@@ -501,7 +500,7 @@ class IdleLearner:
         given = self.values
         delta = write_delta(
             folder / DELTA_FILE, wire_manifest(), task.codec, header,
-            lambda spec: given[spec.name], task.seed,
+            lambda spec: given[spec.name], task.seed, feedback,
         )  # fmt: skip
         return Learned(delta, 1, 1, LocalMetrics(steps=1), "fresh")
 

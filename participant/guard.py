@@ -164,7 +164,9 @@ def _refuse(reason: str) -> None:
 
 
 def _task_digest(task: RoundStarted) -> str:
-    return _digest([task.round, task.source_sha, task.seed, task.codec, settings_digest(task)])
+    asked = [task.round, task.source_sha, task.seed, task.codec, settings_digest(task)]
+    # One training with another residual added is another delta, and tells more of the same text.
+    return _digest([*asked, *([task.last_accepted] if task.last_accepted else [])])
 
 
 def _digest(value: object) -> str:

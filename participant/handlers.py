@@ -307,7 +307,8 @@ class Participant:
             self._uploads.forget()
             self._ask_again(task.run, str(error))
             return
-        self._publish(DeltaSubmitted(**submission.model_dump(exclude={"expires_at", "settings"})))
+        kept_here = {"expires_at", "settings", "left_out"}
+        self._publish(DeltaSubmitted(**submission.model_dump(exclude=kept_here)))
         self.handed_over = True
 
     def _evaluate(self, task: RunFinished) -> None:

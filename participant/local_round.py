@@ -6,11 +6,13 @@ import time
 from typing import TYPE_CHECKING
 
 from participant.checkpoints import settings_digest
+from participant.learner.port import RESIDUAL_FILE
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
 from shared.disk.files import digest_file
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.tensors.residual import Feedback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from participant.guard import Guard
     from participant.learner.port import Learned, Progress
     from participant.site import Site
+    from participant.workspace import Workspace
     from shared.protocol.events import RoundStarted
 
 
@@ -40,6 +43,7 @@ def train_and_commit(
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
+    feedback = _feedback(workspace, task, making)
     failpoint("learn.before")
     with file_errors(making):
         learned = site.learner.learn(
@@ -50,14 +54,19 @@ def train_and_commit(
             should_stop,
             report,
             workspace.checkpoints(task, site.name),
+            feedback,
         )
         failpoint("learn.after")
         guard.check_delta(learned)
-        submission = _submission(task, learned)
+        submission = _submission(task, learned, feedback)
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)
         submission = submission.model_copy(update={"metrics": told})
         workspace.commit(making, submission)
+    if feedback is not None and feedback.state == "lost":
+        get_logger().warning(
+            "residual.lost", site=site.name, run=task.run, round=task.round, reason=feedback.problem
+        )
     get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
     return submission
 
@@ -73,7 +82,19 @@ def fetch_adapter(site: Site, run: str, adapter_sha: str, url: str, fetched_sha:
     return path
 
 
-def _submission(task: RoundStarted, learned: Learned) -> Submission:
+def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedback | None:
+    """From the residual that the coordinator names; from zeros where there is none, or it is lost.
+
+    It alone knows which delta was accepted: one that was refused or late changes nothing here.
+    """
+    if not task.feedback:
+        return None
+    last = task.last_accepted
+    before = workspace.residual_path(task.run, last) if last is not None else None
+    return Feedback(before, making / RESIDUAL_FILE, owed=last is not None)
+
+
+def _submission(task: RoundStarted, learned: Learned, feedback: Feedback | None) -> Submission:
     return Submission(
         run=task.run,
         round=task.round,
@@ -86,4 +107,6 @@ def _submission(task: RoundStarted, learned: Learned) -> Submission:
         state=learned.state,
         expires_at=task.expires_at,
         settings=settings_digest(task),
+        residual=feedback.state if feedback else "none",
+        left_out=feedback.written.sha256 if feedback and feedback.written else None,
     )

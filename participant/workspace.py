@@ -5,7 +5,8 @@ either all of it or nothing. Folders without a commit are swept at the next star
 needed for ever: what is lost is asked for again or trained again, to the same bytes.
 
     <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
-    <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...
+    <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...,
+                                                 residual.safetensors: what the codec left out
     <root>/<run>/making/                         the round in hand, not committed
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
@@ -25,7 +26,7 @@ from participant.checkpoints import (
     checkpoint_folder_name,
     settings_digest,
 )
-from participant.learner.port import DELTA_FILE, STATE_FILE
+from participant.learner.port import DELTA_FILE, RESIDUAL_FILE, STATE_FILE
 from shared.config import Name, Sha256, canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import digest_file, sync_path
@@ -50,7 +51,8 @@ class Submission(Schema):
     """A committed local training: what will be, or was, submitted.
 
     ``expires_at``: of the RoundStarted that asked for it; it tells old words from new ones.
-    ``settings``: digest of what it asked for.
+    ``settings``: digest of what it asked for. ``residual``: what became of the one that the round
+    began from. ``left_out``: sha256 of the one beside the delta.
     """
 
     run: Name
@@ -64,6 +66,8 @@ class Submission(Schema):
     state: Literal["fresh", "kept"]
     expires_at: float = 0.0
     settings: str = ""
+    residual: Literal["none", "kept", "lost"] = "none"
+    left_out: Sha256 | None = None
 
 
 class Training(Schema):
@@ -227,10 +231,32 @@ class Workspace:
                 return path
         return None
 
+    def residual_path(self, run: str, sha: str) -> Path | None:
+        """What the codec left out of the delta ``sha``; None where that is not here and whole.
+
+        The coordinator named the delta as accepted, whether or not its answer ever came.
+        """
+        for folder in self._folder(run, "trained").glob(f"*-{sha}"):
+            path = folder / RESIDUAL_FILE
+            try:
+                found = Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
+                if digest_file(path)[0] == found.left_out:
+                    (folder / ACCEPTED_FILE).touch()
+                    return path
+            except (OSError, ValidationError):
+                continue
+        return None
+
     def forget(self, run: str, round_number: int, sha: str) -> None:
-        """Remove a delta that was refused, so that the round is trained anew when asked for."""
+        """Remove a delta that was refused, so that the round is trained anew when asked for.
+
+        Not if the same bytes were accepted since, and this is an old word that came again: the next
+        round starts from what was left out of them.
+        """
         failpoint("forget.before")
-        shutil.rmtree(self._trained(run, round_number, sha), ignore_errors=True)
+        folder = self._trained(run, round_number, sha)
+        if not (folder / ACCEPTED_FILE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
         failpoint("forget.after")
 
     def sweep(
@@ -239,6 +265,7 @@ class Workspace:
         """After a round closed keep the new adapter and the newest round trained here.
 
         That one's optimiser state may be needed, however many rounds this site is not selected in.
+        So may the residual of the newest delta that was accepted.
         ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
         rounds whose delta was removed though nobody had taken it. A training of a closed round is
         not resumed after a kill: its checkpoints go.
@@ -247,10 +274,11 @@ class Workspace:
         failpoint("sweep.before")
         found = self.newest(run)
         newest = found.round if found is not None else closed_round
+        base = self._newest_residual(run)
         for folder in self._folder(run, "trained").iterdir():
             number, _, _ = folder.name.partition("-")
             # Names that are not ours are left alone.
-            if number.isdigit() and int(number) < min(closed_round, newest):
+            if number.isdigit() and int(number) < min(closed_round, newest) and folder != base:
                 if not (folder / ACCEPTED_FILE).exists():
                     if keep_unanswered:
                         continue
@@ -265,6 +293,13 @@ class Workspace:
                 path.unlink(missing_ok=True)
         failpoint("sweep.after")
         return lost
+
+    def _newest_residual(self, run: str) -> Path | None:
+        """The folder of the newest delta that was accepted and has a residual."""
+        for folder in sorted(self._folder(run, "trained").iterdir(), reverse=True):
+            if (folder / ACCEPTED_FILE).exists() and (folder / RESIDUAL_FILE).exists():
+                return folder
+        return None
 
     def _folder(self, run: str, name: str) -> Path:
         folder = self._root / run / name

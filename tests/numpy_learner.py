@@ -102,7 +102,7 @@ class NumpyLearner:
             self.manifest = kind_of(own).manifest_for(self.manifest, own, self.site)
         return Readiness(self.manifest, self.fingerprint, self.numerics, self.examples)
 
-    def learn(self, task, source, state, folder, should_stop, report, checkpoints):
+    def learn(self, task, source, state, folder, should_stop, report, checkpoints, feedback=None):
         assert task.run in self.prepared
         spoil = self.fault(task)
         if should_stop():
@@ -135,7 +135,7 @@ class NumpyLearner:
                 return spoil(spec, delta) if spoil else delta
 
             delta = write_delta(
-                folder / DELTA_FILE, manifest, task.codec, header, values, task.seed
+                folder / DELTA_FILE, manifest, task.codec, header, values, task.seed, feedback
             )
         report(Progress("train", 1, 1, 1.0))
         self.trained.append(task.round)

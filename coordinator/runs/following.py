@@ -199,7 +199,8 @@ def _settled(now: RoundNow, site: str) -> tuple[str | None, str]:
         if site in reasons:
             return state, reasons[site]
     if site in now.accepted:
-        return ("counted" if now.state in ("closing", "closed") else "accepted"), ""
+        state = "counted" if now.state in ("closing", "closed") else "accepted"
+        return state, now.accepted[site].remark
     if now.number < 1:
         return ("joined" if site in now.history.members else None), ""
     if site not in now.selected:

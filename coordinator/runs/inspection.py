@@ -233,6 +233,7 @@ def _row(history: History, number: int, site: str, counted: tuple[int, Input] | 
         state, reason = "late", f"came after round {number} closed"
     if counted is None and there.closing is not None and site in there.closing.excluded:
         state, reason = "excluded", there.closing.excluded[site]
+    reason = "; ".join(said for said in (reason, accepted.remark) if said)
     metrics = accepted.metrics
     return SiteRow(
         site=site,

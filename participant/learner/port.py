@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from shared.config import TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
     from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics
+    from shared.tensors.residual import Feedback
     from shared.tensors.tensor_file import FileDigest
 
 DELTA_FILE = "delta.safetensors"
 STATE_FILE = "optimizer.safetensors"
+RESIDUAL_FILE = "residual.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,15 @@ class Learner(Protocol):
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
         checkpoints: Checkpoints,
+        feedback: Feedback | None = None,
     ) -> Learned:
         """Evaluate ``source`` on held-out text, train from it, write the encoded delta.
 
         Writes ``DELTA_FILE`` into ``folder``, and ``STATE_FILE`` too where the run keeps optimiser
-        state (``state`` is last counted round's file, None to start fresh). The bytes are a
-        function of task, site name, data, base, numerics and state alone, whether the training
-        ran through or went on from ``checkpoints``. Raises InterruptedRunError when
+        state (``state`` is last counted round's file, None to start fresh). ``feedback`` is for
+        ``write_delta``, which adds what earlier deltas left out. The bytes are a function of task,
+        site name, data, base, numerics, state and residual alone, whether the training ran through
+        or went on from ``checkpoints``. Raises InterruptedRunError when
         ``should_stop()`` turns true, checked between micro-batches.
         """
 

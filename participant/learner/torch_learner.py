@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from shared.config import DataSection, TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
     from shared.protocol.manifest import HeldOut, Manifest, TensorSpec
+    from shared.tensors.residual import Feedback
 
 
 REHEARSED_EXAMPLES = 16
@@ -108,6 +109,7 @@ class TorchLearner:
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
         checkpoints: Checkpoints,
+        feedback: Feedback | None = None,
     ) -> Learned:
         """See the port. Raises ProtocolError for a run that was not prepared in this process."""
         announced = self._prepared(task.run)
@@ -146,7 +148,7 @@ class TorchLearner:
                 )
             clock.lap("train")
             clock.seconds["train"] = round(course.seconds(), 3)
-            delta = self._write_delta(task, trained, model, read, folder / DELTA_FILE)
+            delta = self._write_delta(task, trained, model, read, folder / DELTA_FILE, feedback)
             if result.optimizer is not None and task.training.optimizer_state == "keep":
                 kinds = {name: model.parameters[name] for name in only}
                 save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
@@ -259,6 +261,7 @@ class TorchLearner:
         model: LocalModel,
         source: Callable[[str], NDArray[Any]],
         path: Path,
+        feedback: Feedback | None,
     ) -> FileDigest:
         """D_i(t) = theta_i(t) - A(t) (Algorithm 2), one tensor in memory at a time.
 
@@ -277,7 +280,7 @@ class TorchLearner:
             codec_version=get_codec(task.codec).version,
         )
         seed = derive_seed(task.seed, self._site, task.round, "codec")
-        return write_delta(path, trained, task.codec, header, values, seed)
+        return write_delta(path, trained, task.codec, header, values, seed, feedback)
 
 
 class _Clock:

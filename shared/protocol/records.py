@@ -259,6 +259,13 @@ class AcceptedRecord(StampedRecord):
     residual: Literal["none", "kept", "lost"] = "none"
     """What the site said of its residual. Not there where it is ``none``."""
 
+    @property
+    def remark(self) -> str:
+        """What whoever looks at the round is to know of this delta; nothing if all is as usual."""
+        if self.residual != "lost":
+            return ""
+        return "what its codec left out of earlier deltas was lost with its workspace"
+
     def key(self, run: str) -> str:
         """One per site and round."""
         return topology.accepted_key(run, self.round, self.site)

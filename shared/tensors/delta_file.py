@@ -22,6 +22,7 @@ from shared.protocol.manifest import Schema
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import is_finite, significant, squared_norm
 from shared.tensors.codecs import Codec, get_codec
+from shared.tensors.residual import ResidualHeader
 from shared.tensors.tensor_file import FileDigest, TensorFile, TensorLayout, write_tensors
 
 LARGEST_NORM: Final = 1e30  # far from fp32's end at 3.4e38: no sum of such deltas reaches it
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shared.protocol.manifest import Manifest, TensorSpec
+    from shared.tensors.residual import Feedback, Residual
 
 HEADER_KEY: Final = "gradualdiff"
 
@@ -62,12 +64,15 @@ def write_delta(
     header: DeltaHeader,
     values: Callable[[TensorSpec], NDArray[np.float32]],
     seed: int,
+    feedback: Feedback | None = None,
 ) -> FileDigest:
     """Encode a delta tensor by tensor; ``values(spec)`` is fp32 of ``spec.shape``, asked for once.
 
-    Each tensor's codec seed is derived from ``seed`` and its name. Raises ConfigError for an
-    unknown codec, DeltaRefusedError for a value that is not finite (the training diverged: the
-    coordinator would refuse it), ValueError for another shape, dtype, codec or codec version.
+    With ``feedback`` the residual of earlier deltas is added before, and what the codec leaves out
+    of the sum is written as the next residual. Each tensor's codec seed is derived from ``seed``
+    and its name. Raises ConfigError for an unknown codec, DeltaRefusedError for a value that is not
+    finite (the training diverged: the coordinator would refuse it), ValueError for another shape,
+    dtype, codec or codec version.
     """
     codec = get_codec(codec_name)
     if (header.codec, header.codec_version) != (codec.name, codec.version):
@@ -76,12 +81,16 @@ def write_delta(
             f"got {header.codec} version {header.codec_version}"
         )
     places = _layouts(manifest, codec)
-    return write_tensors(
-        path,
-        [layout for layout, _ in places.values()],
-        _encoded(places, codec, values, seed),
-        {HEADER_KEY: canonical_json(header.model_dump(mode="json")).decode()},
-    )
+    layouts = [layout for layout, _ in places.values()]
+    metadata = {HEADER_KEY: canonical_json(header.model_dump(mode="json")).decode()}
+    if feedback is None:
+        return write_tensors(path, layouts, _encoded(places, codec, values, seed), metadata)
+    whose = ResidualHeader(**header.model_dump(include=set(ResidualHeader.model_fields)))
+    with feedback.open(whose, manifest.tensors) as residual:
+        parts = _encoded(places, codec, values, seed, residual)
+        written = write_tensors(path, layouts, parts, metadata)
+        feedback.written = residual.finish()
+    return written
 
 
 class DeltaFile:
@@ -183,6 +192,7 @@ def _encoded(
     codec: Codec,
     values: Callable[[TensorSpec], NDArray[np.float32]],
     seed: int,
+    residual: Residual | None = None,
 ) -> Iterator[NDArray[Any]]:
     """The parts in the file's order. A part waits here only while another tensor's goes first."""
     waiting: dict[str, NDArray[Any]] = {}
@@ -190,12 +200,18 @@ def _encoded(
         if name not in waiting:
             tensor = values(spec)
             _check_form(spec, tensor)
+            if residual is not None:
+                tensor = residual.added(spec, tensor)
             if not is_finite(tensor):
                 raise DeltaRefusedError(_not_finite(spec, tensor))
             with modes.at_work("codecs", codec.name):
                 parts = codec.encode(spec, tensor, derive_seed(seed, spec.name))
                 names = [layout.name for layout in codec.layout(spec)]
                 waiting.update(zip(names, parts, strict=True))
+                if residual is not None:
+                    left = residual.keep(spec, tensor, codec.decode(spec, parts))
+                    if not is_finite(left):
+                        raise DeltaRefusedError(_not_finite(spec, left))
         yield waiting.pop(name)
 
 

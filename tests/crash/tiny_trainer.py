@@ -52,7 +52,7 @@ class TinyTrainer:
         base = "e" if self.strikes("unfit") else "f"
         return Readiness(MANIFEST, base * 64, NUMERICS, EXAMPLES)
 
-    def learn(self, task, source, state, folder, should_stop, report, checkpoints):
+    def learn(self, task, source, state, folder, should_stop, report, checkpoints, feedback=None):
         if self.strikes("failed"):
             raise RuntimeError("the first training fails, as was ordered")
         torch.set_num_threads(1)
@@ -86,7 +86,7 @@ class TinyTrainer:
             return (factors[spec.name].detach() - before[spec.name]).numpy()
 
         path = folder / DELTA_FILE
-        delta = write_delta(path, MANIFEST, task.codec, header, change, task.seed)
+        delta = write_delta(path, MANIFEST, task.codec, header, change, task.seed, feedback)
         save_optimizer(optimizer, factors, folder / STATE_FILE)
         metrics = LocalMetrics(
             steps=STEPS,
