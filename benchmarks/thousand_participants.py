@@ -178,7 +178,10 @@ class Crowd:
         sha = hashlib.sha256(data).hexdigest()
         self._deltas[site, sha] = data
         self._source = event.source_sha
-        self._say(site, UploadRequested(run=event.run, round=event.round, sha=sha, size=len(data)))
+        wanted = UploadRequested(
+            run=event.run, round=event.round, sha=sha, size=len(data), creates=True
+        )
+        self._say(site, wanted)
 
     def _delta(self, site: str, event: RoundStarted) -> bytes:
         """One file a round is written, and the name in it exchanged: a crowd must be cheap."""
@@ -202,7 +205,8 @@ class Crowd:
         data = self._deltas[site, event.sha]
         for number, url in event.urls.items():
             start = number * event.chunk_size
-            answer = self._http.request("PUT", url, body=data[start : start + event.chunk_size])
+            body = data[start : start + event.chunk_size]
+            answer = self._http.request("PUT", url, body=body, headers={"If-None-Match": "*"})
             if answer.status != 200:
                 self._trouble.append(f"{site}: a PUT was answered with HTTP {answer.status}")
                 return

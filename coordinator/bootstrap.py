@@ -35,8 +35,8 @@ TICK_SECONDS = 5.0
 class CoordinatorRole:
     """A coordinator connected to its queue. ``look``: write down what people may see of it.
 
-    ``tick``: publish the time; whether the queue took it. ``leave``: empty the run's inbox and
-    delete its queue, once nothing is to be heard any more: both would only fill up.
+    ``tick``: publish the time; whether the queue took it. ``leave``: sweep what sites sent in
+    vain and delete its queue, once nothing is to be heard any more: both would only fill up.
     """
 
     coordinator: Coordinator
@@ -140,7 +140,7 @@ def _refuse(
 def _leave(broker: Broker, intake: Intake, run: str) -> None:
     # A late word of a site still goes somewhere: the mirror queue drops its oldest.
     failpoint("leave.before")
-    intake.clear_inbox(run)
+    intake.arrivals.sweep_run(run)
     failpoint("leave.swept")
     broker.delete(topology.coordinator_queue(run))
     failpoint("leave.after")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.server_optimizer import wants_more_than_zeros
+from coordinator.arrivals import Upload
 from coordinator.effects import answer_of
-from coordinator.intake import Upload
 from coordinator.round.state import Aggregate
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
 from shared.log import get_logger
@@ -29,21 +29,22 @@ class Deltas:
         self._run = run
 
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
-        """Sign one PUT per missing chunk. Idempotent: signing changes nothing."""
+        """Sign a URL for each missing piece. Idempotent: an upload in parts is found again."""
         upload = self._upload(event, sender)
         known = (sender, event.round) in self._run.state.uncounted
         if upload not in self._run.lost and (known or self._takes(sender, event.round) is None):
             self._answer_closed(upload, record=False)
             return
-        present = self._run.intake.uploading(upload)
-        if upload not in self._run.lost and not self._run.limits.grants(
-            self._run.state, sender, event.round, event.sha, present
-        ):
+        if upload in self._run.lost:  # what is damaged at its key is replaced, not created
+            self._run.effects.grant(upload)
+            return
+        present = self._run.intake.arrivals.shas(upload, direct=event.creates)
+        if not self._run.limits.grants(self._run.state, sender, event.round, event.sha, present):
             reason = f"limits.uploads: {sender} may upload no more deltas for round {event.round}"
             verdict = RefusedRecord(round=event.round, site=sender, sha=event.sha, reason=reason)
             self._run.effects.tell({sender: answer_of(upload.run, verdict)})
             return
-        self._run.effects.grant(upload)
+        self._run.effects.grant(upload, direct=event.creates, seen=upload.sha in present)
 
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""
@@ -79,7 +80,6 @@ class Deltas:
             not_zero = wants_more_than_zeros(self._run.config, opened)
             norm = self._run.intake.take(upload, manifest, expected, limit, not_zero)
         except DeltaRefusedError as error:
-            self._run.intake.discard(upload)
             self._refuse(upload, str(error))
             return
         get_logger().info("delta.accepted", norm=norm)
@@ -104,7 +104,7 @@ class Deltas:
             self._run.intake.restore(upload)
         except DeltaRefusedError as error:  # it is asked for again
             get_logger().warning("delta.refused", reason=str(error))
-            self._run.intake.discard(upload)
+            self._run.intake.arrivals.clear_chunks(upload)
             return
         get_logger().info("delta.restored", site=upload.site, round=upload.round)
         del self._run.lost[upload]
@@ -139,7 +139,8 @@ class Deltas:
         if accepted is not None and accepted.sha == upload.sha:
             self._run.effects.tell({upload.site: answer_of(upload.run, accepted)})
             return
-        self._run.intake.discard(upload)
+        if upload.round in self._run.state.openings:  # of one to come, no record says no yet
+            self._run.intake.discard(upload)
         out = self._run.state.steering.excluded.get(upload.site)
         reason = f"round {upload.round} is not open for this site"
         if accepted is not None:

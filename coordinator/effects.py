@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
-from coordinator.intake import CHUNK_BYTES
 from coordinator.round.state import (
     Aggregate,
     AnnounceClosed,
@@ -52,7 +51,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from coordinator.intake import Intake, Upload
+    from coordinator.arrivals import Upload
+    from coordinator.intake import Intake
     from coordinator.round.state import Notification, RunState, Step
     from shared.adapters import AdapterSettings
     from shared.brokers.port import Broker
@@ -174,6 +174,7 @@ class Effects:
         self._intake.clear_round(
             run,
             closed.round - self._config.policy.late_rounds,
+            self._clock(),
             keep_adapter=closed.adapter_sha,
             keep_state=closed.server_sha,
         )
@@ -231,21 +232,16 @@ class Effects:
         now = self._clock()
         self._broker.publish([to_site(site, event, now) for site, event in events.items()])
 
-    def grant(self, upload: Upload) -> None:
-        """Let a site upload: one signed PUT for each chunk that is missing."""
+    def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
+        """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""
         expires_at = self._clock() + GRANT_SECONDS
-        urls = {
-            number: self._ledger.store.sign_put(
-                upload.chunk_key(number), expires_at, upload.chunk_size(number)
-            )
-            for number in self._intake.missing_chunks(upload)
-        }
+        given = self._intake.arrivals.grant(upload, expires_at, direct=direct, seen=seen)
         grant = UploadGranted(
             run=upload.run,
             round=upload.round,
             sha=upload.sha,
-            chunk_size=CHUNK_BYTES,
-            urls=urls,
+            chunk_size=given.piece_bytes,
+            urls=given.urls,
             expires_at=expires_at,
         )
         self.tell({upload.site: grant})

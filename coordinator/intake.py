@@ -1,57 +1,43 @@
-"""A delta's way in: from uploaded chunks to checked bytes under their own name.
+"""A delta's way in: from what its site sent to checked bytes under their own name.
 
-Chunks are spooled to local disk, so that the checks and later the aggregation read local files,
-tensor by tensor. Then that very file is stored under its sha256. The chunks are not read again, so
-nobody who still holds an upload URL can change what was checked.
+They are spooled to local disk, once, so that the checks and later the aggregation read local files,
+tensor by tensor. What came by the inbox is stored from that very file: its chunks are not read
+again, so nobody who still holds an upload URL can change what was checked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from coordinator.arrivals import Arrivals, Upload
 from shared import topology
 from shared.disk.durable_files import file_errors
 from shared.disk.files import digest_file
-from shared.errors import DeltaRefusedError, LedgerDamagedError, ObjectMissingError
+from shared.errors import (
+    DeltaRefusedError,
+    LedgerDamagedError,
+    ObjectChangedError,
+    ObjectMissingError,
+)
 from shared.failpoints import failpoint
 from shared.stores.port import read_again
 from shared.tensors.delta_file import check_delta
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import AcceptedRecord
-    from shared.stores.port import ObjectStore
+    from shared.stores.port import ObjectStore, Spooled
     from shared.tensors.delta_file import DeltaHeader
 
-CHUNK_BYTES = 16 * 1024 * 1024
 
+class _Fault(NamedTuple):
+    """Why a delta's object is not the one announced. ``is_stored``: the object itself is wrong."""
 
-@dataclass(frozen=True)
-class Upload:
-    """What a site says it sends in a round: sha256 and size in bytes."""
-
-    run: str
-    round: int
-    site: str
-    sha: str
-    size: int
-
-    @property
-    def chunks(self) -> int:
-        """How many inbox objects it takes."""
-        return -(-self.size // CHUNK_BYTES)
-
-    def chunk_key(self, number: int) -> str:
-        """Where chunk ``number`` goes."""
-        return topology.inbox_key(self.run, self.round, self.site, self.sha, number)
-
-    def chunk_size(self, number: int) -> int:
-        """Bytes of chunk ``number``: all are full but the last."""
-        return min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
+    reason: str
+    is_stored: bool = False
 
 
 class Intake:
@@ -60,23 +46,9 @@ class Intake:
     def __init__(self, store: ObjectStore, spool: Path) -> None:
         self._store = store
         self.spool = spool
+        self.arrivals = Arrivals(store)
         # Files this process hashed itself; a file left by an earlier one is hashed before use.
         self._hashed: set[Path] = set()
-
-    def missing_chunks(self, upload: Upload) -> list[int]:
-        """The chunks that are not in the inbox yet, or have the wrong size."""
-        prefix = upload.chunk_key(0).rsplit("/", 1)[0] + "/"
-        present = {info.key: info.size for info in self._store.list(prefix)}
-        return [
-            number
-            for number in range(upload.chunks)
-            if present.get(upload.chunk_key(number)) != upload.chunk_size(number)
-        ]
-
-    def uploading(self, upload: Upload) -> set[str]:
-        """The shas of which this site has bytes in this round's inbox."""
-        prefix = upload.chunk_key(0).rsplit("/", 2)[0] + "/"
-        return {info.key.rsplit("/", 2)[1] for info in self._store.list(prefix)}
 
     def take(
         self,
@@ -86,13 +58,17 @@ class Intake:
         max_norm: float | None,
         not_zero: str | None = None,
     ) -> float:
-        """Check the uploaded delta and store it under its name; its norm.
+        """Check the uploaded delta, which lies under its name afterwards; its norm.
 
-        Raises DeltaRefusedError with the reason. Repeatable: a delta that is stored already is
-        checked again from there.
+        Raises DeltaRefusedError with the reason; what was read and is wrong is removed by then.
+        Repeatable: a delta that is there already is checked again.
         """
-        path, is_stored = self._spooled(upload)
-        norm = check_delta(path, manifest, expected, max_norm, not_zero).norm
+        path, is_stored = self._spooled(upload, discards=True)
+        try:
+            norm = check_delta(path, manifest, expected, max_norm, not_zero).norm
+        except DeltaRefusedError:
+            self.discard(upload)
+            raise
         failpoint("delta.checked")
         if not is_stored:
             self._put(upload, path)
@@ -113,7 +89,7 @@ class Intake:
 
         It was checked when it was taken, and its sha256 says that it is the same.
         """
-        path, is_stored = self._spooled(upload)
+        path, is_stored = self._spooled(upload, discards=False)
         if not is_stored:
             self._put(upload, path)
 
@@ -139,21 +115,23 @@ class Intake:
         self._hashed.add(path.replace(self._state_path(sha)))
 
     def discard(self, upload: Upload) -> None:
-        """Forget a refused upload: spool and inbox."""
+        """Forget a delta that no record names and none ever will."""
         self._path(upload.round, upload.site, upload.sha).unlink(missing_ok=True)
-        self._clear_inbox(upload)
+        self.arrivals.discard(upload)
 
     def clear_round(
-        self, run: str, round_number: int, keep_adapter: str, keep_state: str | None = None
+        self,
+        run: str,
+        round_number: int,
+        now: float,
+        keep_adapter: str,
+        keep_state: str | None = None,
     ) -> None:
-        """After a round closed: empty the spool, but for its adapter and state, and the inbox.
+        """After a round closed: sweep what was sent in vain, and the spool.
 
-        ``round_number``: the newest whose inbox goes, with those of all rounds before it: a URL
-        outlives its round. What lies there still was never submitted, or never asked for.
+        The round's adapter and state stay. ``round_number``: the newest that takes no more deltas.
         """
-        for info in self._store.list(topology.inbox_prefix(run)):
-            if topology.round_of_inbox(info.key) <= round_number:
-                self._store.delete(info.key)
+        self.arrivals.sweep_closed(run, round_number, now)
         kept = {f"adapter-{keep_adapter}", f"state-{keep_state}"}
         self._hashed = {p for p in self._hashed if p.name in kept}
         for path in self.spool.iterdir():
@@ -161,60 +139,72 @@ class Intake:
                 path.unlink(missing_ok=True)
         failpoint("round.swept")
 
-    def clear_sites(self, run: str, sites: Container[str], lost: Iterable[Upload]) -> None:
-        """After sites were taken out: what they uploaded, but for what is asked of them again."""
-        kept = {upload.chunk_key(n) for upload in lost for n in range(upload.chunks)}
-        for info in self._store.list(topology.inbox_prefix(run)):
-            if topology.site_of_inbox(info.key) in sites and info.key not in kept:
-                self._store.delete(info.key)
-
-    def clear_inbox(self, run: str) -> None:
-        """After the run's end: nothing that was uploaded for it is wanted any more."""
-        for info in self._store.list(topology.inbox_prefix(run)):
-            self._store.delete(info.key)
-
     def scratch(self, name: str) -> Path:
         """A path in the spool for a file being made."""
         self.spool.mkdir(parents=True, exist_ok=True)
         return self.spool / name
 
-    def _spooled(self, upload: Upload) -> tuple[Path, bool]:
+    def _spooled(self, upload: Upload, *, discards: bool) -> tuple[Path, bool]:
         """A local file with the sha256 that was announced; whether it is stored under its name.
 
-        What is stored there with other bytes, from whatever cause, counts as not stored.
+        What is stored there with other bytes counts as not stored, and with ``discards`` it goes,
+        unless the inbox has the right ones. Raises DeltaRefusedError.
         """
         path = self._path(upload.round, upload.site, upload.sha)
-        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
         with file_errors(self.spool):
             self.spool.mkdir(parents=True, exist_ok=True)
-            is_stored = self._is_stored(key, path, upload.sha)
-            if not is_stored:
+            fault = self._fetch(upload, path)
+            is_stored = fault is None
+            if fault is not None:
                 try:
-                    self._spool_chunks(upload, path)
+                    self._spool_chunks(upload, path, fault.reason)
                 except DeltaRefusedError:
                     # A coordinator that was frozen does not know yet that another one took over,
                     # which may have stored the delta and cleared the inbox meanwhile.
-                    is_stored = self._is_stored(key, path, upload.sha)
-                    if not is_stored:
+                    fault = self._fetch(upload, path)
+                    is_stored = fault is None
+                    if fault is not None:
+                        if discards and fault.is_stored:
+                            self.discard(upload)
                         raise
         failpoint("delta.spooled")
         self._hashed.add(path)
         return path, is_stored
 
-    def _is_stored(self, key: str, path: Path, sha: str) -> bool:
-        """Whether the object is there with these bytes; they are at ``path`` then."""
-        try:
-            return read_again(lambda: self._store.spool([key], path).sha256, sha) is None
-        except ObjectMissingError:
-            return False
+    def _fetch(self, upload: Upload, path: Path) -> _Fault | None:
+        """Bring what lies at the delta's key to ``path``; None if it is what was announced.
 
-    def _spool_chunks(self, upload: Upload, target: Path) -> None:
-        absent = self.missing_chunks(upload)
-        if absent:
-            raise DeltaRefusedError(
-                f"size: expected {upload.size} bytes in {upload.chunks} chunks, but chunk "
-                f"{absent[0]} is absent or has another size; upload it, then submit again"
+        By then nobody who holds a URL can change it.
+        """
+        reads: list[Spooled] = []
+
+        def read() -> str:
+            reads.append(self._store.spool([upload.key], path))
+            return reads[-1].sha256
+
+        try:
+            try:
+                damage = read_again(read, upload.sha)
+            except ObjectMissingError:
+                self.arrivals.complete(upload)
+                damage = read_again(read, upload.sha)
+        except (ObjectMissingError, ObjectChangedError):
+            return _Fault(
+                f"size: expected {upload.size} bytes, but they are not all at the store; upload "
+                "what is missing, then submit again"
             )
+        if damage is not None:
+            same = len({one.sha256 for one in reads}) == 1
+            return _Fault(_other_bytes(upload, damage), is_stored=same)
+        size = reads[-1].parts[0].size
+        if size != upload.size:
+            return _Fault(f"size: expected {upload.size} bytes as announced, got {size}", True)
+        return None
+
+    def _spool_chunks(self, upload: Upload, target: Path, reason: str) -> None:
+        """Spool what the inbox holds; without all of it, ``reason`` says why that was looked at."""
+        if self.arrivals.missing_chunks(upload):
+            raise DeltaRefusedError(reason)
         keys = [upload.chunk_key(number) for number in range(upload.chunks)]
 
         def read() -> str:
@@ -234,22 +224,13 @@ class Intake:
                 f"the upload changed while it was read ({error}); submit it again"
             ) from None
         if damage is not None:
-            raise DeltaRefusedError(
-                f"sha256: expected {upload.sha[:12]} as announced, got other bytes ({damage}); "
-                "start the site again, it sends the delta anew"
-            )
+            raise DeltaRefusedError(_other_bytes(upload, damage))
 
     def _put(self, upload: Upload, path: Path) -> None:
         """Store the very file that was checked; what the inbox holds by now does not matter."""
-        key = topology.delta_key(upload.run, upload.round, upload.site, upload.sha)
-        self._store.put_file(key, path)
+        self._store.put_file(upload.key, path)
         failpoint("delta.stored")
-        self._clear_inbox(upload)
-
-    def _clear_inbox(self, upload: Upload) -> None:
-        for number in range(upload.chunks):
-            self._store.delete(upload.chunk_key(number))
-        failpoint("inbox.cleared")
+        self.arrivals.clear_chunks(upload)
 
     def _local(self, key: str, path: Path, sha: str) -> Path:
         if path.exists() and (path in self._hashed or digest_file(path)[0] == sha):
@@ -276,3 +257,10 @@ class Intake:
 
     def _path(self, round_number: int, site: str, sha: str) -> Path:
         return self.spool / f"{round_number:05d}-{site}-{sha}.safetensors"
+
+
+def _other_bytes(upload: Upload, damage: str) -> str:
+    return (
+        f"sha256: expected {upload.sha[:12]} as announced, got other bytes ({damage}); start the "
+        "site again, it sends the delta anew"
+    )

@@ -28,8 +28,9 @@ from shared.protocol.dispatch import ABOUT_THE_MESSAGE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from coordinator.arrivals import Upload
     from coordinator.effects import Effects
-    from coordinator.intake import Intake, Upload
+    from coordinator.intake import Intake
     from coordinator.round.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
@@ -106,7 +107,9 @@ class LiveRun:
         """Nothing of a site that is out is taken any more, but for what a decision lacks."""
         out = self.state.steering.excluded
         if out != self._cleared:
-            self.intake.clear_sites(self.config.run.name, out, self.lost)
+            last, late = self.state.last_round, self.config.policy.late_rounds
+            rounds = range(max(1, last - late + 1), last + 2)  # the others are swept already
+            self.intake.arrivals.sweep_sites(self.config.run.name, rounds, out, self.lost)
             self._cleared = out
 
     def carry_out(self, effects: Iterable[Effect]) -> None:

@@ -40,6 +40,7 @@ class Uploads:
                 round=submission.round,
                 sha=submission.sha,
                 size=submission.size,
+                creates=True,
             )
         )
 

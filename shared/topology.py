@@ -224,9 +224,26 @@ def server_state_key(run: str, sha256: str) -> str:
     return f"{server_state_prefix(run)}{sha256}"
 
 
+def deltas_prefix(run: str, round_number: int | None = None) -> str:
+    """All deltas that were sent, or those for a round."""
+    prefix = f"runs/{run}/deltas/"
+    return prefix if round_number is None else f"{prefix}{round_number:05d}/"
+
+
 def delta_key(run: str, round_number: int, site: str, sha256: str) -> str:
-    """A delta that passed its checks."""
-    return f"runs/{run}/deltas/{round_number:05d}/{site}-{sha256}.safetensors"
+    """A delta as its site sent it; it counts once a record names it."""
+    return f"{deltas_prefix(run, round_number)}{site}-{sha256}.safetensors"
+
+
+def round_of_delta(key: str) -> int:
+    """The round that a delta was sent for."""
+    return int(key.split("/")[3])
+
+
+def site_and_sha_of_delta(key: str) -> tuple[str, str]:
+    """The site that was granted a delta's key, and the sha256 of what is to lie there."""
+    site, _, sha = key.rpartition("/")[2].removesuffix(".safetensors").rpartition("-")
+    return site, sha
 
 
 def round_prefix(run: str, round_number: int) -> str:
@@ -239,9 +256,14 @@ def round_key(run: str, round_number: int, record: str) -> str:
     return f"{round_prefix(run, round_number)}{record}.json"
 
 
+def accepted_prefix(run: str, round_number: int) -> str:
+    """The valid deltas of a round."""
+    return f"{round_prefix(run, round_number)}accepted/"
+
+
 def accepted_key(run: str, round_number: int, site: str) -> str:
     """A valid delta of a site in a round."""
-    return f"{round_prefix(run, round_number)}accepted/{site}.json"
+    return f"{accepted_prefix(run, round_number)}{site}.json"
 
 
 def refused_key(run: str, round_number: int, site: str, sha256: str) -> str:
@@ -298,7 +320,7 @@ def deleting_key(run: str) -> str:
 
 
 def inbox_prefix(run: str, round_number: int | None = None) -> str:
-    """All that sites upload, or all in a round."""
+    """All that sites upload by way of the inbox, or all in a round."""
     prefix = f"{INBOX}{run}/"
     return prefix if round_number is None else f"{prefix}{round_number:05d}/"
 
@@ -314,5 +336,5 @@ def site_of_inbox(key: str) -> str:
 
 
 def inbox_key(run: str, round_number: int, site: str, sha256: str, chunk: int) -> str:
-    """Where a site uploads one chunk; outside the run, nothing is committed by it."""
+    """Where a site uploads one chunk that may not go to its delta's key; outside the run."""
     return f"{inbox_prefix(run, round_number)}{site}/{sha256}/{chunk:05d}"

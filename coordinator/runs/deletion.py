@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from coordinator.arrivals import Arrivals
 from coordinator.liveness import read_status
 from coordinator.runs.branching import ADAPTER_FILES
 from shared import topology
@@ -88,4 +89,5 @@ def delete_run(ledger: Ledger, by: str, *, keep_origin: bool = False) -> None:
     for info in objects_of(store, run):
         if info.key not in kept:
             store.delete(info.key)
+    Arrivals(store).abort(topology.deltas_prefix(run))
     store.delete(topology.deleting_key(run))

@@ -196,6 +196,8 @@ def _check_store(store: S3Store, stopping: threading.Event) -> None:
             get_logger().warning("store.waits", reason=str(error), seconds=round(pause, 1))
             stopping.wait(pause)
         else:
+            if store.indirect:
+                get_logger().warning("store.indirect", reason=store.indirect)
             return
     raise InterruptedRunError("stopped before the store could be reached")
 

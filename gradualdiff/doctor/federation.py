@@ -299,6 +299,16 @@ def _store(
     opened.append(store)
     bucket = f"{section.url}, bucket {section.bucket}"
     yield CheckResult("store", "OK", f"{bucket}: keys are right, conditional create is honoured")
+    if store.indirect:
+        yield CheckResult(
+            "uploads",
+            "WARN",
+            f"expected that a signed URL creates an object, but {store.indirect}; each delta is "
+            "stored twice. Give the key the rights to list and abort uploads in parts, or use a "
+            "server that has conditional writes (SeaweedFS, MinIO, AWS S3)",
+        )
+    else:
+        yield CheckResult("uploads", "OK", "sites send deltas straight to where they stay")
     yield _signed_urls(config, store, ca_file)
 
 

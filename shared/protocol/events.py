@@ -115,7 +115,7 @@ class RoundStarted(Event):
 
 
 class UploadGranted(Event):
-    """Coordinator -> site, on UploadRequested: one signed PUT per chunk not yet present."""
+    """Coordinator -> site, on UploadRequested: one signed PUT per piece not yet present."""
 
     word = "granted"
     run: Name
@@ -123,9 +123,9 @@ class UploadGranted(Event):
     sha: Sha256
     """sha256 of the bytes in question."""
     chunk_size: Count
-    """Bytes in a chunk; the last may be shorter."""
+    """Bytes in a piece; the last may be shorter."""
     urls: Annotated[dict[Amount, Url], Most(10_000)]
-    """Signed URL by chunk number."""
+    """Signed URL by the piece's number, from 0. Where a URL binds ``If-None-Match``, it creates."""
     expires_at: Time
 
 
@@ -218,6 +218,8 @@ class UploadRequested(Event):
     sha: Sha256
     size: Count
     """Bytes."""
+    creates: bool = False
+    """Whether this site can use a URL that creates: it sends the headers that a URL binds."""
 
 
 class DeltaSubmitted(Event):

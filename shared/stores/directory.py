@@ -44,6 +44,8 @@ from shared.stores.port import ObjectInfo, Spooled, read_again
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from shared.stores.port import PartUploads
+
 STALE_SECONDS = 3600.0
 TEMPORARY = ".tmp"
 
@@ -77,6 +79,16 @@ class DirectoryStore:
                 os.link(probe, second)
 
     @property
+    def indirect(self) -> str:
+        """Nothing is against it: link(2) creates."""
+        return ""
+
+    @property
+    def parts(self) -> PartUploads | None:
+        """None: no line is cut, so an object of any size is sent at once."""
+        return None
+
+    @property
     def root(self) -> Path:
         """The folder, as an absolute path."""
         return self._root
@@ -87,9 +99,13 @@ class DirectoryStore:
 
     def create(self, key: str, data: bytes) -> ObjectInfo:
         """Write only if nothing is there. Raises ObjectExistsError."""
+        return self.create_from(key, (data,))
+
+    def create_from(self, key: str, chunks: Iterable[bytes]) -> ObjectInfo:
+        """As ``create``, from a stream; if the stream raises, nothing is written."""
         target = self._path(key)
         with file_errors(target), temporary(self._temporary) as temp:
-            written = write_new(temp, (data,))
+            written = write_new(temp, chunks)
             make_directories(target.parent)
             try:
                 os.link(temp, target)
@@ -204,6 +220,11 @@ class DirectoryStore:
         self._path(key)
         return self._grants.sign(key, "PUT", expires_at, length)
 
+    def sign_create(self, key: str, expires_at: float, length: int) -> str:
+        """A URL that writes ``length`` bytes as this object, if nothing is there."""
+        self._path(key)
+        return self._grants.sign(key, "CREATE", expires_at, length)
+
     def granted_key(self, url: str, method: Method, length: int = 0) -> str:
         """The key that a signed URL of this store is good for. Raises GrantError."""
         return self._grants.key_of(url, method, length)
@@ -299,7 +320,8 @@ class DirectoryTransfer:
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """Send ``length`` bytes of a local file from ``start``; IntegrityError if it is shorter."""
-        key = self._store.granted_key(url, "PUT", length)
+        method: Method = "CREATE" if Grants.creates(url) else "PUT"
+        key = self._store.granted_key(url, method, length)
         with file_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if start < 0 or length < 0 or start + length > size:
@@ -307,7 +329,12 @@ class DirectoryTransfer:
                     f"{path}: expected {length} bytes from {start}, but the file has {size}"
                 )
             file.seek(start)
-            self._store.write(key, read_chunks(file, length))
+            chunks = read_chunks(file, length)
+            if method == "PUT":
+                self._store.write(key, chunks)
+                return
+            with contextlib.suppress(ObjectExistsError):
+                self._store.create_from(key, chunks)
 
 
 def _hashed(chunks: Iterable[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:

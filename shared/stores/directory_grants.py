@@ -16,11 +16,11 @@ from shared.errors import GrantError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Method = Literal["GET", "PUT"]
+Method = Literal["GET", "PUT", "CREATE"]
 
 _URL = re.compile(
     r"gradualdiff-dir:///(?P<key>[A-Za-z0-9._/-]+)"
-    r"\?method=(?P<method>GET|PUT)&length=(?P<length>[0-9]+)&expires=(?P<expires>-?[0-9]+\.[0-9]{3})"
+    r"\?method=(?P<method>GET|PUT|CREATE)&length=(?P<length>[0-9]+)&expires=(?P<expires>-?[0-9]+\.[0-9]{3})"
     r"&signature=[0-9a-f]{64}"
 )
 
@@ -61,6 +61,11 @@ class Grants:
         if late >= 0:
             raise GrantError(f"signed URL: expired {late:.0f} s ago; ask for a new one")
         return match["key"]
+
+    @staticmethod
+    def creates(url: str) -> bool:
+        """Whether ``url`` says that it is one to create with; whether it is good says key_of."""
+        return "?method=CREATE&" in url
 
     def _url(self, key: str, method: str, length: str, expires: str) -> str:
         what = f"{key}?method={method}&length={length}&expires={expires}"

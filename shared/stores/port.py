@@ -7,6 +7,8 @@ What any adapter must do is written as tests in ``tests/contracts/store_contract
 - ``create`` is conditional: of many at once, one wins and the others get ObjectExistsError.
 - A site has no store key: it holds signed URLs, good for one method, one object, a time
   and, to write, one length.
+- A URL to create makes an object once; nobody who holds it can change or replace one. A large
+  object is made in parts, and ``complete`` ends every URL of its parts.
 - Full or read-only is StoreUnavailableError, and nothing half-written stays visible.
 """
 
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 READS = 3  # of an object whose bytes are not what they should be
@@ -39,6 +41,22 @@ class Spooled:
     sha256: str
 
 
+@dataclass(frozen=True)
+class PartUpload:
+    """An object that is made in parts and not complete yet. ``id``: the server's name of it."""
+
+    key: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that has arrived. ``size`` in bytes."""
+
+    size: int
+    etag: str
+
+
 def read_again(read: Callable[[], str], sha256: str) -> str | None:
     """Read until ``read`` gives this digest, a few times; else which side is damaged, in words."""
     digests = []
@@ -51,8 +69,53 @@ def read_again(read: Callable[[], str], sha256: str) -> str | None:
     return f"{READS} reads differ, the last is {digests[-1]}: the transfer damages the data"
 
 
+class PartUploads(Protocol):
+    """Objects made in parts, numbered from 1. Such an object is there whole or not at all."""
+
+    @property
+    def whole_bytes(self) -> int:
+        """Up to this size one URL creates an object, without parts."""
+
+    @property
+    def part_bytes(self) -> int:
+        """The size of every part but the last, which may be smaller."""
+
+    def begin(self, key: str) -> PartUpload:
+        """Begin one more upload of this object."""
+
+    def under_way(self, prefix: str) -> list[PartUpload]:
+        """The uploads of keys that start with ``prefix``, in key order; a whole key is one.
+
+        Some servers (MinIO) list those of a whole key alone, and drop old ones themselves.
+        """
+
+    def arrived(self, upload: PartUpload) -> dict[int, Part]:
+        """The parts that are there, by number; none of an upload that is over."""
+
+    def sign(self, upload: PartUpload, number: int, expires_at: float, length: int) -> str:
+        """A URL that writes this part, of exactly ``length`` bytes, until ``expires_at``."""
+
+    def complete(self, upload: PartUpload, parts: Mapping[int, Part]) -> None:
+        """Make the object of these parts, if nothing is at its key; no URL of a part is good then.
+
+        Raises ObjectExistsError, ObjectMissingError if the upload is over, and ObjectChangedError
+        if a part was written anew since.
+        """
+
+    def abort(self, upload: PartUpload) -> None:
+        """Drop it and its parts; one that is over is no error."""
+
+
 class ObjectStore(Protocol):
     """Objects by key. All sizes in bytes, all times in seconds since the epoch."""
+
+    @property
+    def indirect(self) -> str:
+        """Why sites cannot create objects by URLs here, and use the inbox; "": they can."""
+
+    @property
+    def parts(self) -> PartUploads | None:
+        """How a large object is made by URLs; None: by one, whatever its size."""
 
     def put(self, key: str, data: bytes) -> ObjectInfo:
         """Write, replacing what was there."""
@@ -94,6 +157,9 @@ class ObjectStore(Protocol):
     def sign_put(self, key: str, expires_at: float, length: int) -> str:
         """A URL that writes this object, of exactly ``length`` bytes, until ``expires_at``."""
 
+    def sign_create(self, key: str, expires_at: float, length: int) -> str:
+        """As ``sign_put``, but only if nothing is there at that moment."""
+
 
 class Transfer(Protocol):
     """What a site can do with signed URLs. Raises GrantError, StoreUnavailableError."""
@@ -102,4 +168,7 @@ class Transfer(Protocol):
         """Fetch to a new local file, checked by ``sha256``; its size. Raises IntegrityError."""
 
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
-        """Send ``length`` bytes of a local file from ``start``."""
+        """Send ``length`` bytes of a local file from ``start``.
+
+        An object that a URL to create finds there is no error: it is as good as sent.
+        """

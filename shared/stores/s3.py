@@ -10,8 +10,8 @@ Invariants:
   ``create`` that is tried again may meet its own first try: ObjectExistsError, and who gets it
   reads the record and adopts it, as after any lost race.
 
-An upload in parts that a killed process left is invisible, but takes room: let the bucket's
-lifecycle rules drop such uploads after some days.
+An upload in parts that a killed process left is invisible, but takes room: the coordinator aborts
+those of deltas, and let the bucket's lifecycle rules drop the others after some days.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ from shared.stores.http import RETRY_STATUSES, TRIES, WHOLE_BYTES, error_code, h
 from shared.stores.keys import check_key, is_key
 from shared.stores.port import ObjectInfo, Spooled
 from shared.stores.s3_errors import S3Errors
+from shared.stores.s3_parts import PART_BYTES, S3Parts
 from shared.stores.s3_reading import S3Reader, etag_of
-from shared.stores.s3_signing import bind_length
+from shared.stores.s3_signing import bind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from shared.stores.port import PartUploads
 
-PART_BYTES = 16 * 1024 * 1024
+
 MAX_SIGNED_SECONDS = 7 * 24 * 3600
 
 
@@ -114,13 +116,28 @@ class S3Store:
         self._client, self._site_client = clients
         self._errors = S3Errors(urlsplit(endpoint).netloc, bucket)
         self._reader = S3Reader(self._client, bucket, self._errors)
+        self._parts = S3Parts(
+            self._client, self._pool, bucket, self._errors, secret_key, self._sign_put
+        )
+        self._indirect = ""
+
+    @property
+    def indirect(self) -> str:
+        """What :meth:`check` found missing at this server; "" before it."""
+        return self._indirect
+
+    @property
+    def parts(self) -> PartUploads | None:
+        """Uploads in parts."""
+        return self._parts
 
     # Once, at start ----------
 
     def check(self) -> None:
         """Try that the bucket is there, the keys are right and a create is conditional.
 
-        Writes and removes a small object below ``.probe/``. Raises StoreError saying what to fix:
+        Also whether sites may create objects by URLs: ``indirect`` says it from then on. Writes and
+        removes small objects below ``.probe/``. Raises StoreError saying what to fix:
         the bucket, a key file, a clock, the server.
         """
         self._try_bucket()
@@ -132,6 +149,7 @@ class S3Store:
                 raise self._errors.unconditional("it wrote the same key twice")
         finally:
             self.delete(key)
+        self._indirect = self._parts.why_not(f"{key}-by-url")
 
     def make_bucket(self) -> None:
         """Make the bucket; one that is there and can be listed is no error."""
@@ -289,7 +307,11 @@ class S3Store:
 
         In whole seconds, 7 days at most.
         """
-        return bind_length(self._sign("PUT", key, expires_at), length, self._secret_key)
+        return self._sign_put(key, {}, expires_at, length)
+
+    def sign_create(self, key: str, expires_at: float, length: int) -> str:
+        """As ``sign_put``; the server refuses it where something is by then."""
+        return self._sign_put(key, {}, expires_at, length, {"if-none-match": "*"})
 
     # Inside ----------
 
@@ -312,7 +334,21 @@ class S3Store:
     def _try_bucket(self) -> None:
         next(self._listed(".probe/"), None)
 
-    def _sign(self, method: str, key: str, expires_at: float) -> str:
+    def _sign_put(
+        self,
+        key: str,
+        query: dict[str, str],
+        expires_at: float,
+        length: int,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        url = self._sign("PUT", key, expires_at, query)
+        bound = {"content-length": str(length), **(headers or {})}
+        return bind(url, "PUT", bound, self._secret_key)
+
+    def _sign(
+        self, method: str, key: str, expires_at: float, query: dict[str, str] | None = None
+    ) -> str:
         check_key(key)
         now, end = int(time.time()), int(expires_at)
         # S3 counts from the moment of signing, 1 s at least: one that is over was signed before.
@@ -323,4 +359,5 @@ class S3Store:
             key,
             expires=timedelta(seconds=min(end - start, MAX_SIGNED_SECONDS)),
             request_date=datetime.fromtimestamp(start, UTC),
+            extra_query_params=dict(query) if query else None,
         )

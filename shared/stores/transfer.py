@@ -27,6 +27,7 @@ from shared.errors import (
     ConfigError,
     GrantError,
     IntegrityError,
+    ObjectExistsError,
     ObjectMissingError,
     StoreError,
     StoreUnavailableError,
@@ -44,6 +45,7 @@ from shared.stores.http import (
     range_start,
 )
 from shared.stores.port import read_again
+from shared.stores.s3_signing import bound_headers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,9 +58,15 @@ MAX_BYTES = 64 * 1024**3
 _ERROR_BYTES = 64 * 1024
 _STORAGE_FULL = 507
 
-# A bad signature, wherever the server puts it. Other 400s are not about the URL.
+# A bad signature, wherever the server puts it, or an upload that was completed or given up. Other
+# 400s are not about the URL.
 _GRANT_CODES = frozenset(
-    {"AuthorizationQueryParametersError", "AuthorizationHeaderMalformed", "ExpiredToken"}
+    {
+        "AuthorizationHeaderMalformed",
+        "AuthorizationQueryParametersError",
+        "ExpiredToken",
+        "NoSuchUpload",
+    }
 )
 _PASSING_CODES = frozenset({"RequestTimeout", "BadDigest", "IncompleteBody"})
 
@@ -114,9 +122,12 @@ class HttpTransfer:
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """Send ``length`` bytes of a local file from ``start``.
 
-        Raises IntegrityError if the file is shorter, GrantError, StoreUnavailableError.
+        Raises IntegrityError if the file is shorter, GrantError (also when the upload that the part
+        belongs to is over), StoreUnavailableError.
         """
         where = self._place(url)
+        creates = "if-none-match" in bound_headers(url)
+        headers = {"Content-Length": str(length)} | ({"If-None-Match": "*"} if creates else {})
         with file_errors(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if start < 0 or length < 0 or start + length > size:
@@ -126,13 +137,16 @@ class HttpTransfer:
             for left in reversed(range(TRIES)):
                 file.seek(start)
                 try:
-                    headers = {"Content-Length": str(length)}
                     body = _slice(file, path, length)
                     with self._answer("PUT", url, where, headers=headers, body=body):
                         pass
                 except StoreUnavailableError:
                     if not left:
                         raise
+                except ObjectExistsError:  # a try before this one, or a process before us, made it
+                    if creates:
+                        return
+                    raise
                 else:
                     return
                 pause(TRIES - left)
@@ -228,6 +242,8 @@ class HttpTransfer:
                 method, url, headers=headers, body=body, preload_content=False, redirect=False
             )
             try:
+                if response.status == 412:
+                    raise ObjectExistsError(f"{where}: the object is there already")
                 if response.status not in (200, 204, 206, 416):
                     raise _refusal(response, where)
                 yield response

@@ -102,6 +102,7 @@ class StoreContract:
             lambda: store.delete(key),
             lambda: store.sign_get(key, 2e9),
             lambda: store.sign_put(key, 2e9, 1),
+            lambda: store.sign_create(key, 2e9, 1),
         ):
             with pytest.raises(StoreError) as caught:
                 call()
@@ -308,6 +309,38 @@ class StoreContract:
         assert list(store.list("")) == []
         transfer.upload(url, tmp_path / "delta", 0, 4)
         assert store.get("inbox/0") == b"0123"
+
+    def test_a_url_to_create_makes_an_object_once(self, store, transfer, now, tmp_path):
+        """Whoever holds it can send again, other bytes too: no error, and nothing is changed."""
+        assert store.indirect == ""
+        file = tmp_path / "delta"
+        url = store.sign_create("k", now() + self.soon_seconds, 4)
+        file.write_bytes(b"01234")
+        with pytest.raises(GrantError):
+            transfer.upload(url, file, 0, 5)
+        for data in (b"0123", b"0123", b"abcd"):
+            file.write_bytes(data)
+            transfer.upload(url, file, 0, 4)
+            assert store.get("k") == b"0123"
+        store.delete("k")
+        transfer.upload(url, file, 0, 4)
+        assert store.get("k") == b"abcd"
+        assert [info.key for info in store.list("")] == ["k"]
+
+    def test_of_eight_urls_to_create_one_makes_the_object(self, store, transfer, now, tmp_path):
+        """Whole, and from one of them."""
+        size = 200_000
+        for number in range(8):
+            (tmp_path / f"{number}").write_bytes(bytes([number]) * size)
+
+        def send(number: int) -> None:
+            url = store.sign_create("k", now() + self.soon_seconds, size)
+            transfer.upload(url, tmp_path / f"{number}", 0, size)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(send, range(8)))
+        made = store.get("k")
+        assert made == made[:1] * size
 
     @pytest.mark.parametrize("fault", ["expired", "method", "key", "expiry", "signature", "host"])
     def test_a_url_is_good_for_what_was_signed_and_nothing_else(

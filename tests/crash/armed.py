@@ -4,7 +4,8 @@ WHAT is ``coordinator`` or ``participant``, which is the product's command, or `
 participant with the trainer of this folder. From the environment: ``CRASH_TRACE`` (a file to which
 every point reached is appended with its time), ``CRASH_POINT``, ``CRASH_HIT`` (at which of its hits
 to die by SIGKILL, 1 if unset), ``CRASH_PAUSE`` (seconds between the point and the kill in which
-other threads go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer).
+other threads go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer; for ``coordinator``:
+``parts``, every delta is uploaded in parts, or ``inbox``, the store takes none straight).
 """
 
 from __future__ import annotations
@@ -91,7 +92,12 @@ def run(arguments: list[str], orders: Orders) -> None:
             sys.exit(error.exit_code)
         return
     from gradualdiff.cli.main import main
+    from shared.stores import s3_parts
 
+    if orders.fault == "parts":
+        s3_parts.WHOLE_BYTES = 0
+    if orders.fault == "inbox":
+        s3_parts.S3Parts.why_not = lambda *_: "as was ordered"
     sys.argv = ["gradualdiff", *arguments]
     main()
 

@@ -32,6 +32,7 @@ from shared.protocol.records import ClosingRecord, FinishedRecord
 from shared.stores.directory import DirectoryStore
 from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
 from tests.crash.armed import Orders, run_forked
+from tests.crash.table import OF_COORDINATOR
 from tests.crash.tiny_trainer import STEPS, TinyTrainer
 from tests.patience import wait_until
 from tests.servers.deployment import Deployment
@@ -278,7 +279,7 @@ def carry_out(drill: Drill, row: Row) -> float | None:
     reached = [name for _, name in victim.points()]
     assert reached[-1] == row.point, f"{row.name}: {reached[-3:]}"
     assert reached.count(row.point) == row.hit, row.name
-    fault = row.fault if victim_name == "a" else ""
+    fault = row.fault if victim_name == _sick(row) else ""
     reborn = drill.start(victim_name, real=row.real, fault=fault)
     if victim_name == "coordinator" and row.fault in MENDED_BY_RESTART:
         _mend(drill, row)
@@ -290,12 +291,17 @@ def _start_all(drill: Drill, row: Row, victim: str) -> Life:
     """The coordinator, then the sites: what they say first is to find its queue; the victim."""
     armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
     for name in ("coordinator", *SITES):
-        orders: dict[str, Any] = {"fault": row.fault} if name == "a" else {}
+        orders: dict[str, Any] = {"fault": row.fault} if name == _sick(row) else {}
         orders |= armed if name == victim else {}
         life = drill.start(name, real=row.real, **orders)
         if name == "coordinator":
             drill.wait(f"{row.name}: queues", functools.partial(_is_open_or_dead, life))
     return next(life for life in drill.lives if life.name == victim)
+
+
+def _sick(row: Row) -> str:
+    """Whose the fault is."""
+    return "coordinator" if row.fault in OF_COORDINATOR else "a"
 
 
 def _is_open_or_dead(life: Life) -> bool:

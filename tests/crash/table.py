@@ -76,8 +76,6 @@ COORDINATOR = [
     *around(ACKNOWLEDGED, "UploadRequested"),
     "delta.spooled",
     "delta.checked",
-    "delta.stored",
-    "inbox.cleared",
     *around(RECORDED, "accepted"),
     *around(PUBLISHED, "DeltaAnswered"),
     *around(RECORDED, "closing"),
@@ -133,7 +131,8 @@ PARTICIPANT = [
 ]
 
 # What is reached only where something else goes wrong first: FAULT -> role -> points.
-# garbage: a message nobody can read lies in the site's queue; the others: see the tiny trainer.
+# garbage: a message nobody can read lies in the site's queue; parts, inbox: see the coordinator in
+# armed.py; the others: see the tiny trainer.
 FAULTS: dict[str, dict[str, list[str]]] = {
     "garbage": {
         "participant": [
@@ -160,11 +159,15 @@ FAULTS: dict[str, dict[str, list[str]]] = {
             *around(ACKNOWLEDGED, "TrainingFailed"),
         ],
     },
+    "parts": {"coordinator": ["parts.begun", "parts.completed"]},
+    "inbox": {"coordinator": ["delta.stored", "inbox.cleared"]},
     "spoilt": {
         "participant": ["forget.before", "forget.after"],
         "coordinator": around(RECORDED, "refused"),
     },
 }
+# Faults that are the coordinator's, in each of its lives.
+OF_COORDINATOR = ("parts", "inbox")
 
 # What a kill at a point costs, and points that are worth a second kill, later in the run.
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from coordinator.intake import Intake, Upload
+from coordinator.arrivals import Upload
+from coordinator.intake import Intake
 from shared import topology
 from shared.disk.files import digest_file
 from shared.errors import DeltaRefusedError, IntegrityError, LedgerDamagedError

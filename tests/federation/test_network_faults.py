@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from contextlib import ExitStack
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -44,11 +45,10 @@ def assert_same_result(deployment, rounds):
         assert deployment.trained(site) == [f"tiny {n + 1}" for n in range(rounds)]
 
 
-def puts(proxy) -> Counter[str]:
-    """How often each object was sent through it."""
-    return Counter(
-        head.split(" ")[1].partition("?")[0] for head in proxy.heads if head.startswith("PUT ")
-    )
+def puts(proxy) -> Counter[tuple[str, int]]:
+    """How often each part of each delta was sent through it."""
+    urls = [urlsplit(head.split(" ")[1]) for head in proxy.heads if head.startswith("PUT ")]
+    return Counter((url.path, int(parse_qs(url.query)["partNumber"][0])) for url in urls)
 
 
 def test_a_cut_costs_one_chunk_up_and_nothing_down(deploy, proxy_to, s3_server):
@@ -80,8 +80,13 @@ def test_after_an_outage_only_the_missing_chunks_are_sent(deploy, proxy_to, s3_s
     wait_until(lambda: line.passed["down"] >= 2 * DELTA_BYTES, "the sites got the adapter")
     line.throttle(2 * MIB)  # before they have trained, so all of the upload goes slowly
     store = s3_server.store(vhost)
-    wait_until(lambda: list(store.list("inbox/tiny/")), "a chunk arrived")
-    finished = [info.key for info in store.list("inbox/tiny/")]
+
+    def finished():
+        under_way = store.parts.under_way("runs/tiny/deltas/")
+        return [(one.key, number) for one in under_way for number in store.parts.arrived(one)]
+
+    wait_until(finished, "a part arrived")
+    there = finished()
     time.sleep(0.5)  # its sender has the answer
     assert line.refuse() >= 1
     for site in "ab":
@@ -91,8 +96,9 @@ def test_after_an_outage_only_the_missing_chunks_are_sent(deploy, proxy_to, s3_s
     sent = puts(line)
     assert len(sent) == 6
     assert max(sent.values()) > 1
-    for key in finished:
-        assert sent[f"/{vhost}/{key}"] == 1
+    for key, number in there:
+        assert sent[f"/{vhost}/{key}", number] == 1
+    assert store.parts.under_way("") == []
 
 
 def test_slow_lines_change_nothing(deploy, proxy_to, s3_server, rabbit_server):

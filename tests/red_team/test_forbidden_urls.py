@@ -48,7 +48,8 @@ def signed(method, seconds=60.0):
         at = time.time() + seconds
         if method == "GET":
             return world.store.sign_get(INBOX, at)
-        return world.store.sign_put(INBOX, at, len(BODY))
+        sign = world.store.sign_create if method == "CREATE" else world.store.sign_put
+        return sign(INBOX, at, len(BODY))
 
     return make
 
@@ -84,7 +85,7 @@ STORE = {
     **{f"{method} without a key": (method, plain(f"/{OTHERS}")) for method in METHODS},
     **{
         f"{method} by a URL to {granted}": (method, signed(granted))
-        for granted in ("GET", "PUT")
+        for granted in ("GET", "PUT", "CREATE")
         for method in METHODS
         if method != granted
     },

@@ -1,15 +1,19 @@
 """A chunk is sent again after the coordinator read it: what was checked is what is stored."""
 
 import hashlib
+import time
 
 import numpy as np
 import pytest
 
-from coordinator.intake import CHUNK_BYTES, Intake, Upload
+from coordinator.arrivals import CHUNK_BYTES, Arrivals, Upload
+from coordinator.intake import Intake
 from shared import topology
 from shared.disk.files import digest_file
+from shared.errors import GrantError
 from shared.protocol.manifest import Manifest, TensorSpec
-from shared.stores.directory import DirectoryStore
+from shared.stores.directory import DirectoryStore, DirectoryTransfer
+from shared.stores.transfer import HttpTransfer
 from shared.tensors.delta_file import DeltaHeader, write_delta
 
 HEADER = DeltaHeader(
@@ -121,3 +125,54 @@ def test_a_wrong_object_under_a_deltas_name_is_replaced(store, tmp_path, delta, 
     upload_to(store, data, upload)
     Intake(store, tmp_path / "spool").take(upload, manifest, HEADER, None)
     assert store.sha256(key) == upload.sha
+
+
+class SentAgain:
+    """A store in which something is done right after a delta was read at its key."""
+
+    def __init__(self, store, act):
+        self._store = store
+        self._act = act
+        self.acted = False
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def spool(self, keys, path):
+        spooled = self._store.spool(keys, path)
+        self._act()
+        self.acted = True
+        return spooled
+
+
+def test_what_was_checked_at_its_key_stays_there(store, tmp_path, delta):
+    """The site holds every URL of its grant still, and uses them between the check and the record.
+
+    In one piece as in parts. What was counted is read from there again later.
+    """
+    data, manifest, upload = delta
+    transfer = HttpTransfer()
+    if isinstance(store, DirectoryStore):
+        transfer = DirectoryTransfer(store)
+    grant = Arrivals(store).grant(upload, time.time() + 60, direct=True)
+    good, evil = tmp_path / "good", tmp_path / "evil"
+    good.write_bytes(data)
+    evil.write_bytes(bytes(len(data)))
+    refused = []
+
+    def send(path):
+        for number, url in grant.urls.items():
+            start = number * grant.piece_bytes
+            length = min(grant.piece_bytes, len(data) - start)
+            try:
+                transfer.upload(url, path, start, length)
+            except GrantError as error:
+                refused.append(error)
+
+    send(good)
+    again = SentAgain(store, lambda: send(evil))
+    Intake(again, tmp_path / "spool").take(upload, manifest, HEADER, None)
+    assert again.acted
+    assert len(refused) == (0 if len(grant.urls) == 1 else len(grant.urls))
+    assert store.sha256(upload.key) == upload.sha
+    assert [info.key for info in store.list("")] == [upload.key]
