@@ -148,7 +148,13 @@ class Quorum(AnyOrder):
         assert self.state.last_round == ROUNDS
         again = replay(self.config, self.ledger.history())
         assert again.last_counted == self.state.last_counted
+        assert again.last_accepted == self.state.last_accepted == self.newest_accepted()
         assert again.adapter_sha == self.state.adapter_sha == self.recomputed()
+
+    def newest_accepted(self) -> dict[str, AcceptedRecord]:
+        """Each site's delta of the highest round, in whatever order they were accepted."""
+        found = (r for r in self.ledger.records.values() if isinstance(r, AcceptedRecord))
+        return {record.site: record for record in sorted(found, key=lambda r: r.round)}
 
     def recomputed(self) -> str:
         """The chain of results from the decisions alone."""

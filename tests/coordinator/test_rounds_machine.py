@@ -217,6 +217,7 @@ class AnyOrder(RuleBasedStateMachine):
             "closing",
             "closed",
             "uncounted",
+            "last_accepted",
             "finished",
         ):
             assert getattr(again, name) == getattr(self.state, name), name

@@ -122,7 +122,8 @@ class Ground:
             self.vhost,
             self.s3,
             rounds=ROUNDS,
-            extra='optimizer_state = "keep"\n[server]\noptimizer = "nesterov"\n',
+            extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\n'
+            '[server]\noptimizer = "nesterov"\n',
         )
         self._wanted: dict[bool, str] = {}
 

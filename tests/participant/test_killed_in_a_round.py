@@ -36,8 +36,11 @@ CASES = {
             ("checkpoint.progress_written", 2),  # of the other site
         ],
     ),
-    "keep, local_epochs, accumulated": (
-        'optimizer_state = "keep"\nlocal_epochs = 1\ngradient_accumulation = 2\n',
+    "keep, local_epochs, accumulated, feedback": (
+        (
+            'optimizer_state = "keep"\nlocal_epochs = 1\ngradient_accumulation = 2\n'
+            '[codec]\nname = "uniform4"\n'
+        ),
         2,
         [
             ("checkpoint.optimizer_written", 2),  # round 1, the second site
