@@ -162,8 +162,8 @@ class CodecSection(Section):
     """
     feedback: bool = True
     """A site keeps what the codec left out of a delta and adds it to its next one. Without effect
-    with ``fp32``, which leaves nothing out, and with ``svd`` and ``flora``, which make the factors
-    anew in every round.
+    with ``fp32``, which leaves nothing out, and with ``svd``, ``flora`` and ``range-finder``, which
+    make the factors anew in every round.
     """
 
 
