@@ -208,10 +208,12 @@ def _encoded(
                 parts = codec.encode(spec, tensor, derive_seed(seed, spec.name))
                 names = [layout.name for layout in codec.layout(spec)]
                 waiting.update(zip(names, parts, strict=True))
-                if residual is not None:
-                    left = residual.keep(spec, tensor, codec.decode(spec, parts))
-                    if not is_finite(left):
-                        raise DeltaRefusedError(_not_finite(spec, left))
+                sent = None if residual is None else codec.decode(spec, parts)
+            if residual is not None and sent is not None:
+                _check_form(spec, sent)
+                left = residual.keep(spec, tensor, sent)
+                if not is_finite(left):
+                    raise DeltaRefusedError(_not_finite(spec, left))
         yield waiting.pop(name)
 
 

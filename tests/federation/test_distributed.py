@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 import urllib.error
 
 import pytest
 
+from participant.learner.port import RESIDUAL_FILE
 from shared import topology
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import broker_address
 from shared.errors import UnroutableError
+from shared.protocol.records import AcceptedRecord
 from shared.stores.opening import open_s3
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
+
+COARSE = '[codec]\nname = "uniform4"\n'
 
 
 @pytest.mark.model
@@ -36,8 +41,11 @@ def test_three_processes_end_where_one_does(deploy, tmp_path):
 
 
 def test_any_process_may_be_killed(deploy):
-    """SIGKILL of each in turn, in the middle of a round; nothing finished is trained again."""
-    deployment = deploy()
+    """SIGKILL of each in turn, in the middle of a round; nothing finished is trained again.
+
+    Under a coarse codec: what it left out outlives the kills too.
+    """
+    deployment = deploy(extra=COARSE)
     deployment.start_coordinator()
     for site in "ab":
         deployment.start_participant(site, slow=1.0)
@@ -52,6 +60,32 @@ def test_any_process_may_be_killed(deploy):
     assert deployment.finish() == deployment.wanted()
     for site in "ab":
         assert deployment.trained(site) == ["tiny 1", "tiny 2", "tiny 3"]
+
+
+def test_a_site_that_lost_its_workspace_says_so_and_the_run_goes_on(deploy):
+    """What its codec left out of earlier deltas is gone: on record, in log and table."""
+    deployment = deploy(extra=COARSE)
+    deployment.start_coordinator()
+    deployment.start_participant("a", slow=5.0)  # so that it is still at round 2 when it is killed
+    deployment.start_participant("b")
+    deployment.wait_for("opened.recorded", "coordinator", count=2)
+    deployment.kill("a")
+    workspace = deployment.site_toml("a").parent / "workspace"
+    assert list(workspace.glob(f"tiny/trained/00001-*/{RESIDUAL_FILE}"))
+    shutil.rmtree(workspace)
+    deployment.start_participant("a")
+    assert deployment.finish() != deployment.wanted()
+    said = {
+        (record.site, record.round): record.residual
+        for record in deployment.ledger().history()
+        if isinstance(record, AcceptedRecord)
+    }
+    assert [key for key, word in said.items() if word == "lost"] == [("a", 2)]
+    assert deployment.log("a").count("residual.lost") == 1
+    place = ("--federation", str(deployment.federation))
+    shown = deployment.command("rounds", "show", "tiny", "2", *place).stdout
+    assert "a: what its codec left out of earlier deltas was lost with its workspace" in shown
+    deployment.command("runs", "verify", "tiny", *place)
 
 
 def test_a_standby_takes_over(deploy):
