@@ -33,6 +33,7 @@ class FederationConfig(FederationTables):
             self._enough_to_begin,
             self._averaging,
             self._server,
+            self._codec,
             *(partial(rule, self) for rule in RULES),
         )
 
@@ -69,6 +70,9 @@ class FederationConfig(FederationTables):
 
     def _server(self) -> Iterator[str]:
         yield from modes.get("server_optimizers", self.server.optimizer).misfits(self)
+
+    def _codec(self) -> Iterator[str]:
+        yield from modes.get("codecs", self.codec.name).misfits(self)
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.

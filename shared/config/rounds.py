@@ -157,8 +157,9 @@ class CodecSection(Section):
     """How a delta travels."""
 
     name: CodecName = "fp32"
-    """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, or rounded at random to 256, 16 or 4
-    levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
+    """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``; only with feedback
+    ``"sign"`` (one bit a value) and ``"topk"`` (64 values of 4,096); or rounded at random to 256,
+    16 or 4 levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
     """
     feedback: bool = True
     """A site keeps what the codec left out of a delta and adds it to its next one. Without effect

@@ -14,20 +14,20 @@ it for uploads of language models (arXiv:2204.09715).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shared.tensors.packing import BLOCK, count_blocks
 from shared.tensors.tensor_file import TensorLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from shared.config import FederationConfig
     from shared.protocol.manifest import TensorSpec
-
-BLOCK: Final = 256
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ class Uniform:
         """Levels of a block, k."""
         return 1 << self.bits
 
+    def misfits(self, _config: FederationConfig, /) -> Iterator[str]:
+        """None."""
+        yield from ()
+
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """Bytes, then ranges of shape (blocks, 2)."""
         return (
             TensorLayout(spec.name, "U8", (-(-spec.elements * self.bits // 8),)),
-            TensorLayout(f"{spec.name}:range", "F32", (-(-spec.elements // BLOCK), 2)),
+            TensorLayout(f"{spec.name}:range", "F32", (count_blocks(spec.elements), 2)),
         )
 
     def encode(

@@ -64,12 +64,11 @@ def test_one_that_does_not_work_is_told_by_package_and_entry_point(packages, cod
 
 
 def test_no_run_begins_with_one_that_does_not_work(packages, tmp_path):
-    """Not even with a codec, which nobody needs before the first delta."""
+    """A codec is needed when settings are read, to say what it does not go with."""
     (packages / "broken_mode.py").write_text("MODE = 1")
     install(packages, {"codecs": {"toy": "broken_mode:MODE"}})
-    config = federations.config(codec={"name": "toy"})
     with pytest.raises(ForeignPackageError, match=r"toy-modes 1\.0"):
-        federations.run(config, tmp_path)
+        federations.run(federations.config(codec={"name": "toy"}), tmp_path)
     assert list(DirectoryStore(tmp_path / "store").list("runs/")) == []
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --inputs N [--seed S]``: N damaged inputs, shared out among the targets.
+"""``python -m tests.fuzz --inputs N [--seed S] [--targets T ...]``: N damaged inputs, shared out.
 
 Prints inputs and inputs per second by target; a failing input is made shorter and printed as hex.
 """
@@ -54,12 +54,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", default=secrets.token_hex(4))
+    parser.add_argument("--targets", nargs="+", help="without: all")
     given = parser.parse_args()
     say(f"seed {given.seed}")
     warnings.simplefilter("error")  # as in the suite
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         all_targets = targets(Path(folder))
+        if given.targets is not None:
+            all_targets = {name: all_targets[name] for name in given.targets}
         shares = sum(target.share for target in all_targets.values())
         for name, target in all_targets.items():
             count, began = given.inputs * target.share // shares, time.monotonic()

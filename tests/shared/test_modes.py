@@ -15,7 +15,17 @@ from shared.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 BUILT_IN = {
     "averaging": ("fedavg", "ffa", "flora", "rolora", "svd"),
-    "codecs": ("bf16", "fp32", "int8", "uniform16", "uniform256", "uniform4"),
+    "codecs": (
+        "bf16",
+        "fp32",
+        "int4",
+        "int8",
+        "sign",
+        "topk",
+        "uniform16",
+        "uniform256",
+        "uniform4",
+    ),
     "policies": ("all", "buffered", "quorum"),
     "rules": ("mean", "median", "multi-krum", "trimmed-mean"),
     "server_optimizers": ("fedadagrad", "fedadam", "fedavgm", "fedyogi", "nesterov", "plain"),

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from shared import modes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from shared.config import FederationConfig
     from shared.protocol.manifest import TensorSpec
     from shared.tensors.tensor_file import TensorLayout
 
@@ -35,6 +36,9 @@ class Codec(Protocol):
     @property
     def exact(self) -> bool:
         """Whether what is decoded is always what was encoded, to the last bit."""
+
+    def misfits(self, config: FederationConfig, /) -> Iterable[str]:
+        """Settings that this codec does not go with: field, what to do."""
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """The parts one tensor is written as, the first under its own name, then ``NAME:part``.
@@ -63,3 +67,19 @@ class Codec(Protocol):
 def get_codec(name: str) -> Codec:
     """The codec of this name. Raises ConfigError that lists the known ones."""
     return cast("Codec", modes.get("codecs", name))
+
+
+def feedback_is_missing(name: str, config: FederationConfig) -> Iterator[str]:
+    """The misfit of a codec that is of use only where what it leaves out is sent later."""
+    averaging = config.aggregation.averaging
+    if not config.codec.feedback:
+        yield (
+            f'codec.feedback is false, but codec.name = "{name}" leaves out most of a delta, and '
+            'is of use only where that is sent later; set it to true, or choose "int4"'
+        )
+    elif not modes.get("averaging", averaging).by_value:
+        yield (
+            f'aggregation.averaging = "{averaging}" makes the adapter anew in every round, but '
+            f'codec.name = "{name}" leaves out most of a delta, and what is sent later would '
+            'belong to another adapter; choose "int4" or a mode such as "fedavg"'
+        )

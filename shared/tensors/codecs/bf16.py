@@ -16,10 +16,11 @@ import numpy as np
 from shared.tensors.tensor_file import TensorLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from shared.config import FederationConfig
     from shared.protocol.manifest import TensorSpec
     from shared.tensors.codecs import Codec
 
@@ -31,6 +32,10 @@ class Bf16:
     name: str = "bf16"
     version: int = 1
     exact: bool = False
+
+    def misfits(self, _config: FederationConfig, /) -> Iterator[str]:
+        """None."""
+        yield from ()
 
     def layout(self, spec: TensorSpec, /) -> tuple[TensorLayout, ...]:
         """One part."""
