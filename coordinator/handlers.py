@@ -160,6 +160,7 @@ class Coordinator(LiveRun):
             fingerprint=event.fingerprint,
             numerics=event.numerics,
             examples=event.examples,
+            bases=event.bases,
             from_round=self._next_round() if self.state.genesis is not None else 0,
         )
 
@@ -267,5 +268,5 @@ class Coordinator(LiveRun):
 
 def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:
     """What is another one now than on record."""
-    names = ("fingerprint", "manifest", "numerics")
+    names = ("fingerprint", "manifest", "numerics", "bases")
     return [name for name in names if getattr(known, name) != getattr(event, name)]

@@ -6,13 +6,17 @@ import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.adapters import kind_of
 from shared.base_model import TOKENIZER_FILES, hub_id, located
 from shared.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gradualdiff.recorded import Recorded
 
 
@@ -55,13 +59,14 @@ class Adapter:
         if folder is None and base is not None:
             found = located(base, Path.cwd())
         name = base or hub_id(found) or (given if folder is None else str(folder))
+        find = self._find_bases(found if folder is None else str(folder))
         if not merge:
-            export_adapter(history, objects, target, self.round, name)
+            export_adapter(history, objects, target, self.round, name, find_bases=find)
             return Saved(self.round, self.sha, target, name, _copy_tokenizer(folder, target))
         new_folder(target)
         with tempfile.TemporaryDirectory(prefix="gradualdiff-export-") as scratch:
             source = Path(scratch) / "adapter"
-            export_adapter(history, objects, source, self.round, name, merged=True)
+            export_adapter(history, objects, source, self.round, name, merged=True, find_bases=find)
             self._merge(source, target, found if folder is None else str(folder))
         return Saved(self.round, self.sha, target, name, tokenizer=True)
 
@@ -80,8 +85,28 @@ class Adapter:
             raise _missing("load_into", error) from None
         with tempfile.TemporaryDirectory(prefix="gradualdiff-adapter-") as scratch:
             folder = Path(scratch) / "adapter"
-            export_adapter(self.run.history, self.run.objects, folder, self.round)
+            found = located(self.run.history.config.base.model, self.run.path.resolve().parent)
+            find = self._find_bases(found)
+            export_adapter(self.run.history, self.run.objects, folder, self.round, find_bases=find)
             return attach_adapter(model, folder, f"{self.run.name}@{self.round}")
+
+    def _find_bases(self, base: str) -> Callable[[Path], None] | None:
+        """What finds a core adapter's bases in the base model; None where the adapter has none.
+
+        Raises MissingPackageError.
+        """
+        history = self.run.history
+        lora = history.config.lora
+        if not kind_of(lora).has_bases:
+            return None
+        try:
+            from participant.model import write_bases
+        except ImportError as error:
+            raise _missing("a core adapter's export", error) from None
+        section = history.config.base.model_copy(update={"model": base})
+        member = next(iter(history.members.values()))
+        known = {one.bases.sha for one in history.members.values() if one.bases}
+        return partial(write_bases, section, lora, member.fingerprint, known)
 
     def _merge(self, adapter: Path, to: Path, base: str) -> None:
         try:

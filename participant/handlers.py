@@ -241,6 +241,7 @@ class Participant:
                 fingerprint=ready.fingerprint,
                 numerics=ready.numerics,
                 examples=ready.examples,
+                bases=ready.bases,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.

@@ -42,6 +42,8 @@ def _draw(spec: TensorSpec, seed: int) -> NDArray[np.float32]:
     """
     if spec.init == "zeros":
         return np.zeros(spec.shape, np.float32)
+    if spec.init == "ones":
+        return np.ones(spec.shape, np.float32)
     if len(spec.shape) < 2:
         raise ConfigError(
             f"tensor {spec.name!r}: expected at least two dimensions for kaiming_uniform, "

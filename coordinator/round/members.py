@@ -9,6 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from shared.adapters import kind_of
+from shared.config import canonical_json
 from shared.methods.averaging import get_averaging
 from shared.printing import cut
 from shared.protocol.bounds import prose
@@ -44,6 +45,7 @@ def unfit(
     found |= _other_base(left(), config, origin, excluded)
     found |= _other_factors(left(), config)
     found |= _other_tensors(left(), config, origin, excluded)
+    found |= _other_bases(left())
     if config.run.versions == "equal":
         found |= _by_majority(
             {site: _versions(member) for site, member in left().items()},
@@ -155,6 +157,23 @@ def _other_tensors(
         for site, value in values.items()
         if value != origin.manifest.digest
     }
+
+
+def _other_bases(members: Mapping[str, MemberRecord]) -> dict[str, str]:
+    """Equal machines that hold other bases. Unequal ones round otherwise: that is only shown."""
+    found, first = {}, dict[str, tuple[str, str]]()
+    for site, member in members.items():
+        if member.bases is None:
+            continue
+        machine = canonical_json(member.numerics.model_dump(mode="json")).decode()
+        other, sha = first.setdefault(machine, (site, member.bases.sha))
+        if sha != member.bases.sha:
+            found[site] = (
+                f"lora.bases: expected {sha[:12]}, as {other} found with the same base model and "
+                f"versions, got {member.bases.sha[:12]} at {site}; look for a changed library or "
+                f"a broken machine there {AGAIN}"
+            )
+    return found
 
 
 def _by_majority(

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from coordinator.runs.branching import CONFIG, TENSORS
+from coordinator.runs.expanding import write_lora
 from coordinator.runs.model_card import model_card
 from shared import topology
 from shared.adapters import kind_of
+from shared.adapters.core import KIND as CORE
 from shared.disk.files import digest_file
 from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError, RunNotFoundError
 from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from coordinator.history import History
+    from shared.adapters import AdapterSettings
     from shared.stores.port import ObjectStore
 
 CARD = "README.md"
@@ -40,11 +44,13 @@ def export_adapter(
     base: str | None = None,
     *,
     merged: bool = False,
+    find_bases: Callable[[Path], None] | None = None,
 ) -> Exported:
     """Write the adapter that a round produced into the new or empty folder ``target``.
 
     ``base``: what the adapter's config and card call the base model (None: as the run does).
-    ``merged``: the card is to be of a model that the adapter will be merged into.
+    ``merged``: the card is to be of a model that the adapter will be merged into. ``find_bases``:
+    writes the bases of a core adapter into a file; without it there is no export of one.
 
     Both files are the caller's own: nothing that is done to them reaches the ledger. Raises
     RunNotFoundError for a round without a result, ConfigError when ``target`` holds files or the
@@ -71,6 +77,8 @@ def export_adapter(
         tensors.unlink()
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
     settings = mode.settings_in(tensors, history.config.lora)
+    if kind_of(settings).has_bases:
+        settings = _expand(tensors, history, find_bases)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
     made = kind_of(settings).peft_config(named, settings, genesis.manifest)
@@ -80,6 +88,25 @@ def export_adapter(
         encoding="utf-8",
     )
     return Exported(number, record.adapter_sha, target)
+
+
+def _expand(
+    tensors: Path, history: History, find_bases: Callable[[Path], None] | None
+) -> AdapterSettings:
+    """Make the file of R's one of a LoRA adapter; its settings."""
+    if find_bases is None:
+        raise ConfigError(
+            f"run {history.run} has a core adapter: expected its base model and the participant's "
+            "packages on this machine, where its bases are found in the weights; run gradualdiff "
+            "runs export there"
+        )
+    bases, cores = tensors.with_name("bases.safetensors"), tensors.with_name("cores.safetensors")
+    find_bases(bases)
+    tensors.rename(cores)
+    write_lora(cores, bases, tensors)
+    cores.unlink()
+    bases.unlink()
+    return CORE.as_lora(history.config.lora)
 
 
 def new_folder(target: Path) -> None:

@@ -56,6 +56,7 @@ def check_start(
             fingerprint=ready.fingerprint,
             numerics=ready.numerics,
             examples=ready.examples,
+            bases=ready.bases,
         )
         for site, ready in (
             (site, _ready(config, site, learner, report))

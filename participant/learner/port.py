@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from participant.checkpoints import Checkpoints
     from shared.config import TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
-    from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics
+    from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics
     from shared.tensors.residual import Feedback
     from shared.tensors.tensor_file import FileDigest
 
@@ -41,6 +41,7 @@ class Readiness:
     examples: int
     distinct: int | None = None
     exposed: tuple[str, ...] = ()
+    bases: BasesFound | None = None
 
 
 @dataclass(frozen=True)

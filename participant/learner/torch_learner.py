@@ -95,6 +95,7 @@ class TorchLearner:
                 examples=len(data.train),
                 distinct=len(set(data.train)),
                 exposed=model.exposed,
+                bases=model.bases.told() if model.bases else None,
             )
         self._announced[announced.run] = announced
         report(Progress("load", 2, 2))

@@ -5,8 +5,16 @@ tensors, numpy arrays and the project's own records.
 """
 
 from participant.model.attaching import attach_adapter
+from participant.model.finding_bases import write_bases
 from participant.model.local_model import LocalModel
 from participant.model.merging import save_merged
 from participant.model.numerics import pick_device, settle_threads
 
-__all__ = ["LocalModel", "attach_adapter", "pick_device", "save_merged", "settle_threads"]
+__all__ = [
+    "LocalModel",
+    "attach_adapter",
+    "pick_device",
+    "save_merged",
+    "settle_threads",
+    "write_bases",
+]

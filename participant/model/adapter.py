@@ -1,6 +1,6 @@
-"""The LoRA adapter on a frozen base: made by PEFT, then read and written as named tensors.
+"""The adapter on a frozen base: made by PEFT, then read and written as named tensors.
 
-Names are those of PEFT's saved files (``base_model.model.….lora_A.weight``), so that an adapter in
+Names are those of PEFT's saved files (``base_model.model.….weight``), so that an adapter in
 the ledger loads anywhere PEFT does. Values live in float32 parameters and are replaced in place:
 with bfloat16 masters most Adam-sized updates at a learning rate of 1e-5 would change nothing.
 """
@@ -8,22 +8,25 @@ with bfloat16 masters most Adam-sized updates at a learning rate of 1e-5 would c
 from __future__ import annotations
 
 import re
-import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from participant.model.libraries import peft, transformers
-from shared.adapters.lora import KIND
+from participant.model.kinds import wrap
+from shared.adapters import kind_of
 from shared.errors import ModelError
 from shared.protocol.manifest import Init, Manifest, TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from participant.model.bases import Bases
+    from participant.model.libraries import transformers
+    from shared.adapters import AdapterKind
     from shared.config import LoraSection
 
 _ADAPTER = "default"
@@ -31,47 +34,29 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
 def add_adapter(
-    network: transformers.PreTrainedModel, lora: LoraSection
-) -> tuple[torch.nn.Module, Manifest]:
-    """Put a LoRA adapter on ``network``; the wrapped network and what the adapter is made of.
+    network: transformers.PreTrainedModel, lora: LoraSection, bases: Path | None = None
+) -> tuple[torch.nn.Module, Manifest, Bases | None]:
+    """Put an adapter on ``network``; the wrapped network, what the adapter is made of, its bases.
 
-    Raises ModelError if a target module does not exist.
+    ``bases``: their file; None: they are found in the weights, where the kind has any. Raises
+    ModelError if a target module does not exist, or the file does not fit.
     """
-    targets = lora.target_modules
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it only divides by the rank
-        use_rslora=lora.scaling == "rslora",
-        lora_dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
-        try:
-            wrapped = peft.get_peft_model(network, config)
-        except ValueError as error:
-            raise ModelError(
-                f"lora.target_modules: {targets!r} does not fit {type(network).__name__}: {error}; "
-                'name its linear layers or use "all-linear"'
-            ) from error
+    kind = kind_of(lora)
+    wrapped, found = wrap(network, lora, bases)
     parameters = trainable(wrapped)
     tensors = tuple(
-        TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(name))
+        TensorSpec(name=name, shape=tuple(parameter.shape), init=_init(kind, name))
         for name, parameter in parameters.items()
     )
-    suffixes = {KIND.layer_of(name).rsplit(".", 1)[-1] for name in parameters}
-    manifest = Manifest(tensors=tensors, target_modules=tuple(sorted(suffixes)))
-    return wrapped, manifest
+    suffixes = {kind.layer_of(name).rsplit(".", 1)[-1] for name in parameters}
+    modules = tuple(sorted(suffixes))
+    return wrapped, Manifest(tensors=tensors, target_modules=modules, kind=lora.kind), found
 
 
 def trainable(wrapped: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by saved name, in name order. Raises ModelError unless float32."""
     found: dict[str, torch.nn.Parameter] = {
-        name.replace(f".{_ADAPTER}.", "."): parameter
+        name.replace(f".{_ADAPTER}.", ".").removesuffix(f".{_ADAPTER}"): parameter
         for name, parameter in wrapped.named_parameters()
         if parameter.requires_grad
     }
@@ -81,7 +66,7 @@ def trainable(wrapped: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def exposed_layers(wrapped: torch.nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+def exposed_layers(wrapped: torch.nn.Module, manifest: Manifest) -> tuple[str, ...]:
     """Of the adapted layers those whose adapter tells tokens: embeddings, head, and what is near.
 
     By what the loaded layers are, not by what they were called when they were asked for: one that
@@ -92,8 +77,8 @@ def exposed_layers(wrapped: torch.nn.Module, names: Iterable[str]) -> tuple[str,
     ends = [network.get_input_embeddings(), network.get_output_embeddings()]
     weights = {id(weight) for end in ends if (weight := _weight(end)) is not None}
     vocabulary = network.config.get_text_config().vocab_size
-    found = []
-    for layer in sorted({KIND.layer_of(name) for name in names}):
+    found, kind = [], kind_of(manifest)
+    for layer in sorted({kind.layer_of(spec.name) for spec in manifest.tensors}):
         inner = _inner(wrapped.get_submodule(layer))
         widths = (getattr(inner, side, None) for side in ("in_features", "out_features", "nf"))
         weight = _weight(inner)
@@ -141,16 +126,16 @@ def write_parameters(
             parameter.copy_(torch.from_numpy(value.copy()))
 
 
-def read_parameter(parameter: torch.nn.Parameter) -> NDArray[np.float32]:
+def read_parameter(parameter: torch.Tensor) -> NDArray[np.float32]:
     """The values as float32 on the host; on the CPU a view, valid until the next change."""
     values: NDArray[np.float32] = parameter.detach().cpu().numpy()
     return values
 
 
-def _init(name: str) -> Init:
-    side = KIND.side(name)
-    if side is None:
+def _init(kind: AdapterKind, name: str) -> Init:
+    init = kind.init(name)
+    if init is None:
         raise ModelError(
-            f"{name}: expected only lora_A and lora_B of linear layers; drop this target"
+            f"{name}: expected only linear layers with {kind.name} adapters; drop this target"
         )
-    return KIND.factors[side].init
+    return init

@@ -23,6 +23,7 @@ from participant.model.adapter import (
 from participant.model.batches import pad
 from participant.model.fingerprint import fingerprint_of
 from participant.model.greedy import greedy_tokens
+from participant.model.kinds.core import frozen_in
 from participant.model.libraries import offline
 from participant.model.loading import int8_layers, load_base, quantisation_facts
 from participant.model.merging import adapted_layers, merged
@@ -31,6 +32,7 @@ from shared.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -46,12 +48,18 @@ class LocalModel:
 
     ``parameters``: the adapter's float32 parameters by saved name, in name order.
     ``exposed``: its layers that tell tokens. ``tokenizer``: transformers' tokenizer.
-    ``base_elements``: weights of the base. Not safe for
-    two threads at once; ``ModelPool`` lends it to one at a time. Raises ModelError where the
+    ``base_elements``: weights of the base. ``bases``: of an adapter that has any. Not safe for two
+    threads at once; ``ModelPool`` lends it to one at a time. Raises ModelError where the
     base cannot be loaded.
     """
 
-    def __init__(self, base: BaseSection, adapter: AdapterSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: BaseSection,
+        adapter: AdapterSettings,
+        device: torch.device,
+        bases: Path | None = None,
+    ) -> None:
         self.device = device
         self.compute_dtype = pick_compute_dtype(base.compute_dtype, device)
         loaded = load_base(base, device, self.compute_dtype)
@@ -59,10 +67,10 @@ class LocalModel:
         self.tokenizer = loaded.tokenizer
         self.base_elements: int = _elements(loaded.network)
         with offline():
-            network, self._manifest = add_adapter(loaded.network, adapter)
+            network, self._manifest, self.bases = add_adapter(loaded.network, adapter, bases)
         self._network: Any = network
         self.parameters = trainable(network)
-        self.exposed = exposed_layers(network, self.parameters)
+        self.exposed = exposed_layers(network, self._manifest)
         self._head: Any = cast("Any", network).get_output_embeddings()
         self._steady = int8_layers(network) if device.type == "cpu" else []
         self.clear()
@@ -97,6 +105,11 @@ class LocalModel:
     def read(self, name: str) -> NDArray[np.float32]:
         """One adapter tensor; on the CPU a view, valid until the next change."""
         return read_parameter(self.parameters[name])
+
+    def frozen(self, layer: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The bases of one layer: B (outputs, rank), A (rank, inputs)."""
+        b, a = frozen_in(self._network.get_submodule(layer))
+        return read_parameter(b), read_parameter(a)
 
     def clear(self) -> None:
         """Forget gradients, and which tensors get any; leave training mode."""

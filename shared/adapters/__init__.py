@@ -1,7 +1,7 @@
 """What an adapter is made of: one file in this folder per kind, which sets ``KIND``. Pure.
 
 All that the program has to know of a kind's tensors and settings it asks of that object, and no
-tensor is named elsewhere. Only the model itself makes one: participant/model/adapter.py.
+tensor is named elsewhere. Only the model itself makes one: participant/model/kinds/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shared.config import BaseSection, LoraSection
     from shared.protocol.manifest import Init, Manifest, TensorSpec
 
-AdapterSettings: TypeAlias = "LoraSection"  # of whatever kind: today there is one
+AdapterSettings: TypeAlias = "LoraSection"  # of whatever kind
 Side = Literal["left", "right"]
 
 
@@ -50,6 +50,10 @@ class AdapterKind:
 
     name: ClassVar[str]
     factors: ClassVar[Mapping[Side, Factor]]
+    no_lora: ClassVar[str] = ""
+    """Why such an adapter cannot be written as a LoRA adapter; empty: it can."""
+    has_bases: ClassVar[bool] = False
+    """Whether its tensors mean nothing without frozen bases of the same layers."""
 
     # Settings ----------------------------------------------------------------------------------
 
@@ -76,6 +80,11 @@ class AdapterKind:
         raise NotImplementedError
 
     # Tensors -----------------------------------------------------------------------------------
+
+    def init(self, tensor: str) -> Init | None:
+        """How a tensor begins; None for one that is not of this kind."""
+        side = self.side(tensor)
+        return None if side is None else self.factors[side].init
 
     def side(self, tensor: str) -> Side | None:
         """Which factor a tensor is: the left one stands next to the layer's output."""
@@ -173,6 +182,6 @@ class AdapterKind:
         return self.directions(tensor, self.directions(tensor, values)[rank:])
 
 
-def kind_of(_on_record: AdapterSettings | Manifest, /) -> AdapterKind:
-    """The kind of the adapter that settings or a manifest describe: all on record are LoRA's."""
-    return cast("AdapterKind", importlib.import_module(f"{__name__}.lora").KIND)
+def kind_of(described: AdapterSettings | Manifest, /) -> AdapterKind:
+    """The kind of the adapter that settings or a manifest describe."""
+    return cast("AdapterKind", importlib.import_module(f"{__name__}.{described.kind}").KIND)

@@ -109,7 +109,7 @@ class FederationConfig(FederationTables):
 # Settings that came later, and what every run did before there were any: so the records of those
 # runs keep their meaning and their digest.
 _BEFORE: dict[str, dict[str, Any]] = {
-    "lora": {"scaling": "classic", "ranks": {}},
+    "lora": {"kind": "lora", "bases": "weights", "scaling": "classic", "ranks": {}},
     "training": {"proximal_mu": 0.0},
     "aggregation": {
         "averaging": "fedavg",

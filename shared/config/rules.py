@@ -24,6 +24,16 @@ def _joined_by_value(config: FederationTables) -> Iterator[str]:
         )
 
 
+def _two_factors(config: FederationTables) -> Iterator[str]:
+    name, kind = config.aggregation.averaging, config.lora.kind
+    if kind != "lora" and modes.get("averaging", name).factors_only:
+        yield (
+            f'aggregation.averaging = "{name}" needs the two factors of a LoRA adapter, but '
+            f'lora.kind = "{kind}" has none; use "fedavg", whose mean is exact there, or '
+            'lora.kind = "lora"'
+        )
+
+
 def _one_rank(config: FederationTables) -> Iterator[str]:
     name, lora = config.aggregation.averaging, config.lora
     if lora.ranks and not modes.get("averaging", name).takes_ranks:
@@ -151,6 +161,7 @@ def _server_word(config: FederationTables) -> str:
 # its own for each few, so that one setting that cannot be read silences no more than it must.
 RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _joined_by_value,
+    _two_factors,
     _one_rank,
     _ranks_of_participants,
     _ranks_are_parts,

@@ -54,6 +54,13 @@ class BaseSection(Section):
 class LoraSection(Section):
     """The adapter. Defaults are the paper's: r=64, alpha=16, dropout 0.1, all linear layers."""
 
+    kind: Literal["lora", "core", "ia3"] = "lora"
+    """``"lora"``: two factors of each layer. ``"core"``: r x r numbers between two frozen bases;
+    ``alpha`` and ``scaling`` are without effect. ``"ia3"``: a factor for each output or input;
+    ``rank``, ``alpha``, ``scaling`` and ``dropout`` are without effect.
+    """
+    bases: Annotated[str, Field(min_length=1, max_length=4_096)] = "weights"
+    """With ``core``. ``"weights"``: each site finds them in its base model, with no bytes sent."""
     rank: Annotated[int, Field(ge=1, le=8192)] = 64
     """r of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, Strict
 from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
-from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
+from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics, Schema
 from shared.topology import REFUSED_BYTES
 
 Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
@@ -199,6 +199,8 @@ class ParticipantReady(Event):
     """What the bytes depend on in addition to settings and text."""
     examples: Count
     """How many examples."""
+    bases: BasesFound | None = None
+    """The bases that it holds, where the adapter has any."""
 
 
 class RunDeclined(Event):

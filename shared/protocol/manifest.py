@@ -9,18 +9,26 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+    model_validator,
+)
 
-from shared.config import canonical_json
+from shared.config import Sha256, canonical_json
 from shared.protocol.bounds import Amount, Count, Figure, Most, Nll, Word
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# How a tensor begins: PEFT's choices for LoRA.
-Init = Literal["kaiming_uniform", "zeros"]
+# How a tensor begins: PEFT's choices for LoRA and (IA)3.
+Init = Literal["kaiming_uniform", "zeros", "ones"]
 Shape = Annotated[tuple[Count, ...], Strict(False), Field(min_length=1), Most(8)]
 
 
@@ -58,6 +66,15 @@ class Manifest(Schema):
     """All trainable tensors by name."""
     target_modules: Annotated[tuple[Word, ...], Strict(False), Most(20_000)]
     """The layers they belong to."""
+    kind: Literal["lora", "core", "ia3"] = "lora"
+    """What sort of adapter it is. Not there where it is LoRA."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if self.kind == "lora":
+            values.pop("kind", None)
+        return values
 
     @model_validator(mode="after")
     def _names_sorted(self) -> Self:
@@ -85,6 +102,23 @@ class Numerics(Schema):
     """Threads of torch."""
     compute_dtype: Word
     """The type of the base's arithmetic."""
+
+
+class BasesFound(Schema):
+    """The frozen bases of a ``core`` adapter at one site.
+
+    ``least``, ``median``, ``most``: over the layers, the part of a weight's squared norm that the
+    bases hold; none where it is not known.
+    """
+
+    sha: Sha256
+    """sha256 of the file, or of all layers' names and values."""
+    least: Figure | None = None
+    """Of the layer of which they hold least."""
+    median: Figure | None = None
+    """Of the layer in the middle."""
+    most: Figure | None = None
+    """Of the layer of which they hold most."""
 
 
 class HeldOut(Schema):

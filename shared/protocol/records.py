@@ -15,7 +15,7 @@ from shared import topology
 from shared.config import FederationConfig, Name, Sha256
 from shared.errors import ConfigError
 from shared.modes import Origin, require
-from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, Schema
+from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics, Schema
 from shared.protocol.record import (
     MOST,
     ControlNumber,
@@ -59,6 +59,7 @@ class MemberRecord(StampedRecord):
     """A site that is ready: what its adapter looks like and what it computes with."""
 
     decides = True
+    newer = ("bases",)
     site: Name
     manifest: Manifest
     fingerprint: Sha256
@@ -66,6 +67,8 @@ class MemberRecord(StampedRecord):
     examples: Size
     from_round: RoundNumber = 0
     """The round from which it takes part."""
+    bases: BasesFound | None = None
+    """The bases that it holds. Not there where the adapter has none."""
 
     @property
     def word(self) -> int:

@@ -142,7 +142,7 @@ def gpt2(**settings):
 def test_weights_that_lie_the_other_way_round_are_merged_too(draw):
     """GPT-2's Conv1D keeps (inputs, outputs)."""
     lora = LoraSection(rank=4, alpha=6.0, target_modules=("c_attn", "c_proj"))
-    network, manifest = add_adapter(gpt2(), lora)
+    network, manifest, _ = add_adapter(gpt2(), lora)
     parameters, read = trainable(network.eval()), draw(manifest)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -158,7 +158,7 @@ def test_weights_that_lie_the_other_way_round_are_merged_too(draw):
 @pytest.mark.filterwarnings("ignore:Model.*tied:UserWarning", "ignore:Model with:UserWarning")
 def test_a_weight_that_two_layers_share_is_refused():
     """GPT-2's head is its embedding: merged into one, the adapter would act in both."""
-    network, manifest = add_adapter(gpt2(), LoraSection(rank=4, target_modules=("lm_head",)))
+    network, manifest, _ = add_adapter(gpt2(), LoraSection(rank=4, target_modules=("lm_head",)))
     with pytest.raises(ModelError, match=r"lm_head.*shares.*target_modules"):
         adapted_layers(network, manifest)
 

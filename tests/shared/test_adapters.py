@@ -175,7 +175,11 @@ def test_no_other_file_knows_the_kind():
         for path in (root / package).rglob("*.py")
         if re.search(r"lora_[AB]|adapters\.lora|adapters import lora", path.read_text("utf-8"))
     }
-    assert knowing == {"shared/adapters/lora.py", "participant/model/adapter.py"}
+    assert knowing == {
+        "shared/adapters/lora.py",
+        "shared/adapters/core.py",  # it is exported as one
+        "participant/model/kinds/core.py",
+    }
 
 
 def test_a_kind_without_factors_is_refused_by_modes_that_need_them(monkeypatch):

@@ -31,6 +31,11 @@ QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
             {"mode": "flora", **PLAIN, "run": {"rounds": 43}, "lora": {"ranks": {"c": 62}}},
             r"run.rounds x the sum.*64 \+ 43 x 190 = 8234: lower lora.rank.*svd",
         ),
+        *(
+            ({"mode": mode, **PLAIN, "lora": {"kind": kind}}, rf"{mode}.*two factors.*{kind}.*fedavg")
+            for mode in ("ffa", "rolora", "svd", "flora", "range-finder")
+            for kind in ("core", "ia3")
+        ),
         ({"lora": {"ranks": {"a": 8}}}, r"lora.ranks.*fedavg.*no mean; use svd"),
         ({"mode": "ffa", "lora": {"ranks": {"a": 8}}}, r"lora.ranks.*ffa.*no mean; use svd"),
         ({"mode": "svd", "lora": {"ranks": {"a": 65}}}, r"ranks.a: expected at most.*64, got 65"),
