@@ -69,7 +69,7 @@ def test_a_core_run_that_is_killed_ends_in_the_same_adapter(whole, model, tmp_pa
 
 
 def test_a_core_run_is_exported_as_a_lora_adapter(whole, tmp_path):
-    """Its config and tensors are those of any LoRA adapter of that rank; nothing else lies there."""
+    """Its config and tensors are those of any LoRA adapter of that rank, and nothing else."""
     out = tmp_path / "out"
     done = gradualdiff("runs", "export", "tiny", "--store", whole[0] / "store", "--to", out)
     assert done.returncode == 0, done.stderr
@@ -88,7 +88,7 @@ def test_a_core_run_is_exported_as_a_lora_adapter(whole, tmp_path):
 
 
 def test_a_branch_of_a_core_run_goes_on_with_its_cores(whole):
-    """The bases are a function of base model and rank, so the parent's cores stay what they were."""
+    """The bases are a function of base model and rank: the parent's cores stay what they were."""
     arguments = ("tiny", "--at", "2", "--name", "more", "--store", whole[0] / "store")
     done = gradualdiff("runs", "branch", *arguments)
     assert done.returncode == 0, done.stderr

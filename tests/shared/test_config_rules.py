@@ -32,7 +32,10 @@ QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
             r"run.rounds x the sum.*64 \+ 43 x 190 = 8234: lower lora.rank.*svd",
         ),
         *(
-            ({"mode": mode, **PLAIN, "lora": {"kind": kind}}, rf"{mode}.*two factors.*{kind}.*fedavg")
+            (
+                {"mode": mode, **PLAIN, "lora": {"kind": kind}},
+                rf"{mode}.*two factors.*{kind}.*fedavg",
+            )
             for mode in ("ffa", "rolora", "svd", "flora", "range-finder")
             for kind in ("core", "ia3")
         ),
