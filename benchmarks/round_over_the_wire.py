@@ -13,6 +13,7 @@ which waits for everybody, stands apart. Three floors are measured in turns with
 - ``tcp``: the bytes of ``sdk`` through K loopback connections, K processes at the other ends.
 
     python benchmarks/round_over_the_wire.py [--codecs fp32 int8] [--rounds 4] [--participants 5]
+        [--shape llama-2-7b-r64]
 
 No floor has what else the product adds by intent: encoding, checks, records, files synced. Starts
 its own servers through ``tests/servers`` unless they are named. Needs Linux, some 8 GB of disk and
@@ -59,8 +60,17 @@ if TYPE_CHECKING:
     from shared.stores.s3 import S3Store
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ("square", "llama-2-7b-r64")
+SHAPE = os.environ.get("WIRE_SHAPE", SHAPES[0])  # so that processes of this file inherit them
 RANK, LAYERS = 16, 64
-WIDTH = int(os.environ.get("WIRE_WIDTH", "8192"))  # so that processes of this file inherit it
+WIDTH = int(os.environ.get("WIRE_WIDTH", "8192"))
+# Name, outputs and inputs of LLaMA-2-7B's seven projections; 32 layers, rank 64.
+LLAMA = (
+    *((f"self_attn.{name}_proj", 4096, 4096) for name in "qkvo"),
+    ("mlp.gate_proj", 11008, 4096),
+    ("mlp.up_proj", 11008, 4096),
+    ("mlp.down_proj", 4096, 11008),
+)
 PASSWORD = "for-benchmarks"
 FLOOR_BUCKET = "bare-bytes"
 PATIENCE_SECONDS = 600.0
@@ -68,22 +78,32 @@ PHASES_FILE = "phases.json"
 
 
 def wire_manifest() -> Manifest:
-    """128 tensors of 131,072 values: 67 MB in fp32."""
+    """128 tensors of 131,072 values (67 MB in fp32), or LLaMA-2-7B's 448 at rank 64 (640 MB)."""
+    layers, rank, modules = LAYERS, RANK, (("q_proj", WIDTH, WIDTH),)
+    if SHAPE == "llama-2-7b-r64":
+        layers, rank, modules = 32, 64, LLAMA
     specs = []
-    for layer in range(LAYERS):
-        name = f"base_model.model.layers.{layer}.q_proj"
+    for layer, (module, outputs, inputs) in itertools.product(range(layers), modules):
+        name = f"base_model.model.layers.{layer}.{module}"
         specs += [
-            TensorSpec(name=f"{name}.lora_A.weight", shape=(RANK, WIDTH), init="kaiming_uniform"),
-            TensorSpec(name=f"{name}.lora_B.weight", shape=(WIDTH, RANK), init="zeros"),
+            TensorSpec(name=f"{name}.lora_A.weight", shape=(rank, inputs), init="kaiming_uniform"),
+            TensorSpec(name=f"{name}.lora_B.weight", shape=(outputs, rank), init="zeros"),
         ]
     specs.sort(key=lambda spec: spec.name)
-    return Manifest(tensors=tuple(specs), target_modules=("q_proj",))
+    targets = tuple(sorted({module.rpartition(".")[2] for module, _, _ in modules}))
+    return Manifest(tensors=tuple(specs), target_modules=targets)
+
+
+@functools.cache
+def _drawn(site: str) -> NDArray[np.float32]:
+    draw = np.random.default_rng(derive_seed("noise", site))
+    return draw.standard_normal(4_000_000, np.float32) * np.float32(1e-3)
 
 
 def noise(site: str, spec: TensorSpec) -> NDArray[np.float32]:
-    """Normal values of rms 1e-3, a function of site and tensor."""
-    drawn = np.random.default_rng(derive_seed("noise", site, spec.name))
-    return drawn.standard_normal(spec.shape, np.float32) * np.float32(1e-3)
+    """Normal values of rms 1e-3, a function of site and tensor: a stretch of 16 MB of them."""
+    start = derive_seed("start", spec.name) % (4_000_000 - spec.elements)
+    return _drawn(site)[start : start + spec.elements].reshape(spec.shape)
 
 
 # Servers -----------------------------------------------------------------------------------------
@@ -417,6 +437,7 @@ class Phases:
 
 def run_coordinator(federation: Path) -> None:
     """The real command in this process, timed from the second round on."""
+    import coordinator.arrivals
     import coordinator.effects
     import coordinator.intake
     from coordinator.deltas import Deltas
@@ -435,6 +456,8 @@ def run_coordinator(federation: Path) -> None:
         (Deltas, "on_delta_submitted", "take"),
         (coordinator.intake.Intake, "_spooled", "fetch"),
         (S3Store, "stat", "stat"),
+        (S3Store, "spool", "read"),
+        (coordinator.arrivals.Arrivals, "complete", "complete"),
         (S3Store, "delete", "clear"),
         (S3Store, "create", "record"),
         (S3Store, "put_file", "store"),
@@ -457,7 +480,7 @@ def run_coordinator(federation: Path) -> None:
             peak[0] = max(peak[0], memory_mb("RssAnon"))
 
     threading.Thread(target=sample, daemon=True).start()
-    command(federation, None, 0.0, "info")
+    command(federation, linger=0.0)
     done.set()
     phases.write(
         federation.parent / f"coordinator-{PHASES_FILE}",
@@ -513,7 +536,7 @@ def run_site(federation: Path, site: str) -> None:
     import participant.local_round
     import participant.workspace
     from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
-    from participant.daemon import Station, serve
+    from participant.daemon import ParticipantContext, serve
     from participant.handlers import Participant
     from participant.outbox import Outbox
     from participant.workspace import Workspace
@@ -551,7 +574,7 @@ def run_site(federation: Path, site: str) -> None:
     stopping = threading.Event()
     with stopped_by_signal(stopping):
         serve(
-            Station(
+            ParticipantContext(
                 name=site,
                 connect=lambda: connect_broker(broker, folder, SITE_HEARTBEAT),
                 transfer=HttpTransfer(plaintext=True),
@@ -610,9 +633,10 @@ class Floor:
 
     def __init__(self, place: Servers, participants: int) -> None:
         self._store = place.store(FLOOR_BUCKET)
-        self._adapter = np.random.default_rng(1).standard_normal(LAYERS * 2 * RANK * WIDTH)
-        self._arrays = [self._adapter.astype(np.float32) for _ in range(participants)]
-        self._adapter_bytes = self._arrays[0].tobytes()
+        count = sum(spec.elements for spec in wire_manifest().tensors)
+        adapter = np.random.default_rng(1).standard_normal(count, np.float32)
+        self._arrays = [adapter] * participants
+        self._adapter_bytes = adapter.tobytes()
         self._store.put("adapter", self._adapter_bytes)
         address = json.dumps([place.s3_url, place.access_key, place.secret_key])
         self._workers = [
@@ -808,6 +832,7 @@ def main() -> None:
     parser.add_argument("--participants", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--codecs", nargs="+", default=["fp32", "int8"])
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
     parser.add_argument("--floors", type=int, default=2, help="of each kind, before and after")
     parser.add_argument("--keep-logs", type=Path, default=None, help="copy the logs here")
     add_server_options(parser)
@@ -821,6 +846,9 @@ def main() -> None:
         case ["bare", address]:
             run_bare(address)
         case None:
+            if given.shape != SHAPE:  # read once, when this file is
+                os.environ["WIRE_SHAPE"] = given.shape
+                os.execv(sys.executable, [sys.executable, *sys.argv])
             end_on_signals()
             if given.dir is not None:
                 given.dir.mkdir(parents=True, exist_ok=True)
