@@ -27,7 +27,7 @@ from shared.failpoints import failpoint
 from shared.protocol.records import AcceptedRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Iterator
 
     from shared.stores.port import ObjectStore, PartUpload
 
@@ -123,12 +123,12 @@ class Arrivals:
         if not self._in_parts(upload):
             url = self._store.sign_create(upload.key, expires_at, upload.size)
             return Grant(upload.size, {0: url})
-        return self._grant_parts(upload, expires_at)
+        return self._grant_parts(upload, expires_at, seen=seen)
 
-    def _grant_parts(self, upload: Upload, expires_at: float) -> Grant:
+    def _grant_parts(self, upload: Upload, expires_at: float, *, seen: bool) -> Grant:
         parts = self._store.parts
         assert parts is not None  # whoever calls has looked
-        under_way = next(iter(parts.under_way(upload.key)), None)
+        under_way = next(iter(parts.under_way(upload.key)), None) if seen else None
         arrived = parts.arrived(under_way) if under_way is not None else {}
         begun = under_way or parts.begin(upload.key)
         self._begun.add(begun)
@@ -153,6 +153,11 @@ class Arrivals:
             for number in range(count_of(upload.size, full))
         }
 
+    def _uploads_of(self, key: str) -> Iterator[PartUpload]:
+        """Those of this process; the store is asked for others only by who wants more of them."""
+        yield from [one for one in self._begun if one.key == key]
+        yield from self._under_way(key)
+
     def _under_way(self, prefix: str) -> list[PartUpload]:
         return [] if self._store.parts is None else self._store.parts.under_way(prefix)
 
@@ -166,7 +171,7 @@ class Arrivals:
         parts = self._store.parts
         if parts is None or not self._in_parts(upload):
             return
-        for one in parts.under_way(upload.key):
+        for one in self._uploads_of(upload.key):
             arrived = parts.arrived(one)
             if {number: part.size for number, part in arrived.items()} != self._sizes(upload):
                 continue
@@ -176,6 +181,10 @@ class Arrivals:
                 self._begun.discard(one)
                 failpoint("parts.completed")
             return
+
+    def expects(self, upload: Upload) -> bool:
+        """Whether this process began an upload in parts of it that is not complete."""
+        return any(one.key == upload.key for one in self._begun)
 
     def missing_chunks(self, upload: Upload) -> list[int]:
         """The chunks that are not in the inbox yet, or have the wrong size."""

@@ -31,20 +31,27 @@ class Deltas:
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
         """Sign a URL for each missing piece. Idempotent: an upload in parts is found again."""
         upload = self._upload(event, sender)
-        known = (sender, event.round) in self._run.state.uncounted
-        if upload not in self._run.lost and (known or self._takes(sender, event.round) is None):
-            self._answer_closed(upload, record=False)
-            return
         if upload in self._run.lost:  # what is damaged at its key is replaced, not created
             self._run.effects.grant(upload)
             return
-        present = self._run.intake.arrivals.shas(upload, direct=event.creates)
+        opened = self._takes(sender, event.round)
+        if opened is None or (sender, event.round) in self._run.state.uncounted:
+            self._answer_closed(upload, record=False)
+            return
+        present = self._present(upload, opened, direct=event.creates)
         if not self._run.limits.grants(self._run.state, sender, event.round, event.sha, present):
             reason = f"limits.uploads: {sender} may upload no more deltas for round {event.round}"
             verdict = RefusedRecord(round=event.round, site=sender, sha=event.sha, reason=reason)
             self._run.effects.tell({sender: answer_of(upload.run, verdict)})
             return
         self._run.effects.grant(upload, direct=event.creates, seen=upload.sha in present)
+
+    def _present(self, upload: Upload, opened: OpenedRecord, *, direct: bool) -> set[str]:
+        """The shas of which this site's bytes may be at the store for the round."""
+        granted = self._run.limits.granted(upload.site, upload.round)
+        if opened.writer == self._run.ledger.writer and upload.sha not in granted:
+            return set()  # whatever was granted since the round was opened, this process granted
+        return self._run.intake.arrivals.shas(upload, direct=direct)
 
     def on_delta_submitted(self, event: DeltaSubmitted, sender: str) -> None:
         """Check the delta, record the verdict. Idempotent: same bytes, same record, one count."""

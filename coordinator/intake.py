@@ -183,6 +183,8 @@ class Intake:
             return reads[-1].sha256
 
         try:
+            if self.arrivals.expects(upload):  # so it is not there yet
+                self.arrivals.complete(upload)
             try:
                 damage = read_again(read, upload.sha)
             except ObjectMissingError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from collections.abc import Set as AbstractSet
 
     from coordinator.round.state import RunState
     from shared.config import LimitsSection
@@ -78,6 +79,10 @@ class Limits:
             return self._count(site, "uploads")
         granted.add(sha)
         return True
+
+    def granted(self, site: str, number: int) -> AbstractSet[str]:
+        """The shas that this process let a site upload for a round."""
+        return self._granted.get((site, number), frozenset())
 
     def _count(self, site: str, limit: str) -> bool:
         counts = self._over.setdefault(site, {})
