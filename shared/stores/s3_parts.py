@@ -203,7 +203,8 @@ class S3Parts:
             raise ObjectMissingError(f"{what}: the upload in parts is over")
         if code in _CHANGED:
             raise ObjectChangedError(f"{what}: a part was written anew meanwhile ({code})")
-        raise self._errors.refusal(code, response.status, response, what)
+        status = response.status if response.status >= 300 else 500
+        raise self._errors.refusal(code, status, response, what)
 
     def _url(self, method: str, key: str, query: dict[str, str]) -> str:
         url = self._client.get_presigned_url(

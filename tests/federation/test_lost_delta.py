@@ -10,7 +10,9 @@ from coordinator.runs.branching import branch_run
 from coordinator.runs.operating import operator_ledger
 from shared import topology
 from shared.errors import LedgerDamagedError
+from shared.protocol.events import UploadRequested
 from shared.protocol.records import AcceptedRecord, ClosingRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.steering import Crash, ask, records, store_of, verify
 
@@ -110,3 +112,27 @@ def test_a_delta_that_its_site_lost_too_is_named_and_there_is_a_way_on(halted, w
         store_of(folder).put(key, data)
     assert federations.run(config, folder).adapter_sha == wanted
     assert verify(folder).findings == []
+
+
+@pytest.mark.parametrize("who", ["a site of an older release", "a store that cannot"])
+def test_deltas_that_take_the_inbox_end_in_the_same_adapter(tmp_path, wanted, monkeypatch, who):
+    """They are stored again from the spool, and nothing of them is left there."""
+    if who == "a store that cannot":
+        monkeypatch.setattr(DirectoryStore, "indirect", "as if")
+    else:
+
+        def older(**fields):
+            return UploadRequested(**{**fields, "creates": False})
+
+        monkeypatch.setattr("participant.uploads.UploadRequested", older)
+    stored = []
+    put_file = DirectoryStore.put_file
+
+    def seen(self, key, path):
+        stored.append(key)
+        return put_file(self, key, path)
+
+    monkeypatch.setattr(DirectoryStore, "put_file", seen)
+    assert federations.run(federations.config(), tmp_path).adapter_sha == wanted
+    assert sum("/deltas/" in key for key in stored) == len(records(tmp_path, AcceptedRecord))
+    assert list(store_of(tmp_path).list(topology.INBOX)) == []
