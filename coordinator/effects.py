@@ -274,7 +274,7 @@ class Effects:
         opened = state.opened
         assert opened is not None  # this is only sent while a round is open
         url, expires_at = self._sign_adapter(opened.source_sha)
-        trouble, accepted = state.troubles.get(site), state.last_accepted.get(site)
+        trouble = state.troubles.get(site)
         feedback = has_feedback(self._config)
         return RoundStarted(
             run=self._config.run.name,
@@ -291,7 +291,7 @@ class Effects:
             last_counted=state.last_counted.get(site),
             averaging=self._config.aggregation.averaging,
             feedback=feedback,
-            last_accepted=accepted.sha if feedback and accepted else None,
+            last_accepted=state.last_accepted(site) if feedback else None,
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:

@@ -224,11 +224,7 @@ def _fold_delta(
         counted = fact.round in state.counted_rounds.get(fact.site, ())
         if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
             return state, (AnswerDelta(fact),)
-        last = state.last_accepted
-        if fact.site not in last or last[fact.site].round < fact.round:  # a carried one may be old
-            last = {**last, fact.site: fact}
-        uncounted = {**state.uncounted, key: fact}
-        return replace(state, uncounted=uncounted, last_accepted=last), (AnswerDelta(fact),)
+        return replace(state, uncounted={**state.uncounted, key: fact}), (AnswerDelta(fact),)
     here = opened is not None and fact.round == opened.round and fact.site in opened.selected
     if not here or fact.verdict == "late" or key in state.uncounted:
         return state, (AnswerDelta(fact),)

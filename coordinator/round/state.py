@@ -111,8 +111,7 @@ class RunState:
 
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
-    ``verdicts``: the shas that were refused or late, by site and round. ``last_accepted``: each
-    site's delta of the highest round, whether it has been counted or not.
+    ``verdicts``: the shas that were refused or late, by site and round.
     """
 
     config: FederationConfig
@@ -131,7 +130,6 @@ class RunState:
     verdicts: Mapping[tuple[str, int], frozenset[str]] = field(default_factory=dict)
     counted_rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     last_counted: Mapping[str, str] = field(default_factory=dict)
-    last_accepted: Mapping[str, AcceptedRecord] = field(default_factory=dict)
     openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
     times: tuple[tuple[float, ...], ...] = ()
     controls: tuple[ControlRecord, ...] = ()
@@ -171,6 +169,14 @@ class RunState:
         if not late or number in self.counted_rounds.get(site, ()):
             return None
         return opened
+
+    def last_accepted(self, site: str) -> str | None:
+        """Sha of the site's delta of the highest round, whether it was counted or may be later."""
+        counted = max(self.counted_rounds.get(site, ()), default=0)
+        for number in range(self.last_round + 1, counted, -1):
+            if (site, number) in self.uncounted:
+                return self.uncounted[site, number].sha
+        return self.last_counted.get(site)
 
     def members_in(self, number: int) -> tuple[str, ...]:
         """Who takes part in round ``number``: who was there at the start, and who joined since."""

@@ -217,7 +217,6 @@ class AnyOrder(RuleBasedStateMachine):
             "closing",
             "closed",
             "uncounted",
-            "last_accepted",
             "finished",
         ):
             assert getattr(again, name) == getattr(self.state, name), name
