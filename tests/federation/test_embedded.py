@@ -81,7 +81,7 @@ def test_another_seed_ends_in_another_adapter(tmp_path):
     assert one.adapter_sha != two.adapter_sha
 
 
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "uniform16"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4", "sign", "topk", "uniform16"])
 def test_every_codec_runs_and_verifies(tmp_path, codec):
     """A codec is a name in the config; the chain can be recomputed under each."""
     federations.run(federations.config(codec={"name": codec}), tmp_path)

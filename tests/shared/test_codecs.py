@@ -232,8 +232,8 @@ def test_uniform_decodes_anything_and_hides_no_bad_range(name: str, data: Any, c
             assert not np.isfinite(decoded[start : start + 256]).any()
 
 
-def test_sizes_are_those_of_the_table() -> None:
-    """MB for LLaMA-2-7B at r=64 (159,907,840 values): as told in docs/explanation/algorithm.md."""
+def test_layouts_promise_the_sizes_worked_out_by_hand() -> None:
+    """MB for LLaMA-2-7B at r=64 (159,907,840 values), in one tensor and without a header."""
     spec = TensorSpec(name="w", shape=(159_907_840,), init="zeros")
     sizes = {
         name: sum(part.size_bytes for part in get_codec(name).layout(spec)) / 1e6
