@@ -1,10 +1,11 @@
 """What a round costs over a real RabbitMQ and a real S3 server, beside moving the same bytes bare.
 
 One coordinator and K participants, each a process of its own, on loopback. Nobody trains: a
-participant writes the same random values every round (67 MB of fp32 adapter in 128 tensors), which
-the product encodes, hashes, syncs, uploads, checks, joins, adds up and stores. A round's seconds
-are from its ``opened`` record to the next round's (to ``finished`` for the last); the first round,
-which waits for everybody, stands apart. Three floors are measured in turns with the federation:
+participant writes the same random values every round (67 MB of fp32 adapter in 128 tensors; with
+``--shape llama-2-7b-r64`` 640 MB in 448), which the product encodes, hashes, syncs, uploads,
+checks, joins, adds up and stores. A round's seconds are from its ``opened`` record to the next
+round's (to ``finished`` for the last); the first round, which waits for everybody, stands apart.
+Three floors are measured in turns with the federation:
 
 - ``sdk``: K processes with the bare minio SDK each get the adapter and put as many bytes as a
   delta of that codec has, all at once, from and into memory; then numpy's mean of K fp32 arrays.

@@ -1,4 +1,4 @@
-"""A site's uploads: asked for by a delta's sha256, granted by URLs, sent in chunks."""
+"""A site's uploads: asked for by a delta's sha256, granted by URLs, sent in pieces."""
 
 from __future__ import annotations
 

@@ -80,6 +80,27 @@ QUESTIONS: dict[str, list[list[bytes]]] = {
     "list": [[page(b"runs/a", more=True), page(b"runs/b", more=False)]],
     "create": [[DONE], [REFUSED[4], DONE]],
     "put": [[DONE]],
+    "begin": [[with_xml(HEAD, b"<R><UploadId>u</UploadId></R>")]],
+    "under_way": [
+        [
+            with_xml(
+                HEAD,
+                b"<R><IsTruncated>true</IsTruncated><NextKeyMarker>runs/a"
+                b"</NextKeyMarker><Upload><Key>runs/a</Key><UploadId>u</UploadId></Upload></R>",
+            ),
+            DONE,
+        ]
+    ],
+    "arrived": [
+        [
+            with_xml(
+                HEAD,
+                b"<R><IsTruncated>false</IsTruncated><Part><PartNumber>1"
+                b"</PartNumber><Size>9</Size><ETag>e</ETag></Part></R>",
+            )
+        ]
+    ],
+    "complete": [[DONE], [REFUSED[2]]],
 }
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from shared.errors import GradualDiffError, StoreError
 from shared.stores import transfer
+from shared.stores.port import Part, PartUpload
 from shared.stores.s3 import S3Store
 from shared.stores.transfer import HttpTransfer
 from tests.servers.faults import make_certificate
@@ -75,7 +76,7 @@ CUT_SHORT = {
 
 
 QUESTIONS = ["download", "continued", "upload", "get", "fetch_file", "spool", "sha256"]
-QUESTIONS += ["stat", "list", "create", "put"]
+QUESTIONS += ["stat", "list", "create", "put", "begin", "under_way", "arrived", "complete"]
 
 
 class Hostile(socketserver.ThreadingTCPServer):
@@ -149,6 +150,10 @@ def put(question, url, site, store, file):
         "list": lambda: list(store.list("runs/")),
         "create": lambda: store.create("runs/a", b"whole one"),
         "put": lambda: store.put("runs/a", b"whole one"),
+        "begin": lambda: store.parts.begin("runs/a"),
+        "under_way": lambda: store.parts.under_way("runs/a"),
+        "arrived": lambda: store.parts.arrived(PartUpload("runs/a", "u")),
+        "complete": lambda: store.parts.complete(PartUpload("runs/a", "u"), {1: Part(9, "e")}),
     }
     return questions.get(question, lambda: getattr(store, question)("runs/a"))()
 
