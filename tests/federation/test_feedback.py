@@ -135,7 +135,7 @@ def test_a_factor_that_is_not_trained_keeps_its_residual(tmp_path, averaging):
 def test_a_restart_at_any_write_ends_in_the_same_adapter(tmp_path, policy):
     """Die before and after each write to the store: the same residuals, so the same digest."""
     sections = {"policy": policy} if policy else {}
-    config = federations.config(("a", "b"), 3, codec=COARSE, **sections)
+    config = federations.config(("a", "b"), 2, codec=COARSE, **sections)
     wanted = federations.run(config, tmp_path / "whole").adapter_sha
     fired = 0
     for n in range(1, 200):
