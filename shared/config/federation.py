@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared import modes
 from shared.config.reading import load, parse
-from shared.config.rounds import ServerSection
+from shared.config.rounds import CodecSection, ServerSection
 from shared.config.rules import RULES
 from shared.config.tables import FederationTables
 from shared.config.values import RESERVED_NAMES, canonical_json
@@ -72,7 +72,9 @@ class FederationConfig(FederationTables):
         yield from modes.get("server_optimizers", self.server.optimizer).misfits(self)
 
     def _codec(self) -> Iterator[str]:
-        yield from modes.get("codecs", self.codec.name).misfits(self)
+        # The default goes with everything, and is not asked: a codec's code loads numpy.
+        if self.codec != CodecSection():
+            yield from modes.get("codecs", self.codec.name).misfits(self)
 
     def recorded(self) -> dict[str, Any]:
         """What goes into the ledger: all that can change the result, nothing about this machine.

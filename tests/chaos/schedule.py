@@ -93,5 +93,5 @@ def runs(seed: int) -> Iterator[RunShape]:
             number,
             sites=draw.choice((("a", "b"), ("a", "b", "c"))),
             rounds=draw.choice((4, 5, 6)),
-            codec=draw.choice(("fp32", "bf16", "int8", "uniform4")),
+            codec=draw.choice(("fp32", "int8", "topk", "uniform4")),
         )

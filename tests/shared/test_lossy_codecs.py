@@ -215,6 +215,15 @@ def test_int8_in_fp32_gives_the_bytes_of_fp64_on_any_bits() -> None:
         assert tuple(part.tobytes() for part in got) == reference_int8(values)
 
 
+@pytest.mark.parametrize("size", [0, 1, 255, 4096, 2**17, 2**17 + 1, 10**6])
+def test_a_frame_is_never_longer_than_its_bound(size: int) -> None:
+    """Random bytes do not become fewer; what comes back is what went in."""
+    data = np.random.Generator(np.random.Philox(size)).integers(0, 256, size, np.uint8)
+    made = packing.to_frame(data)
+    assert made.size <= packing.frame_bound(size)
+    assert packing.from_frame(made, 0, size).tobytes() == data.tobytes()
+
+
 SCALE, LEVELS = bfloat16(1), bfloat16(1, 2)
 HOSTILE = {
     "a frame of more than there is": ("int4", 4, [SCALE, frame(b"\x88" * 3)], "expected 2 bytes"),
