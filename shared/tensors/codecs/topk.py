@@ -147,7 +147,12 @@ def _largest(flat: NDArray[np.float32]) -> NDArray[np.int64]:
 def _largest_of_rows(rows: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Flat indices of each row's ``count`` largest magnitudes, of equal ones the first."""
     sizes = np.abs(rows)
-    least = np.partition(sizes, rows.shape[1] - count, axis=1)[:, -count]
+    if sizes.all():
+        least = np.partition(sizes, -count, axis=1)[:, -count]
+    else:  # among many zeros a partition takes long, and is not needed where the least is one
+        least = np.zeros(len(rows), np.float32)
+        full = np.count_nonzero(sizes, axis=1) > count
+        least[full] = np.partition(sizes[full], -count, axis=1)[:, -count]
     chosen = sizes >= least[:, np.newaxis]
     surplus = np.count_nonzero(chosen, axis=1) - count
     for row in np.flatnonzero(surplus):
