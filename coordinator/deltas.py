@@ -102,6 +102,7 @@ class Deltas:
                 metrics=event.metrics,
                 state=event.state,
                 residual=event.residual,
+                traffic=event.traffic,
             )
         )
 

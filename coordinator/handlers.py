@@ -162,6 +162,7 @@ class Coordinator(LiveRun):
             examples=event.examples,
             bases=event.bases,
             from_round=self._next_round() if self.state.genesis is not None else 0,
+            base_parameters=event.base_parameters,
         )
 
     def _say_unfit(self) -> None:
@@ -214,7 +215,11 @@ class Coordinator(LiveRun):
             )
         self.record(
             EvaluatedRecord(
-                round=finished.round, site=sender, sha=event.sha, held_out=event.held_out
+                round=finished.round,
+                site=sender,
+                sha=event.sha,
+                held_out=event.held_out,
+                traffic=event.traffic,
             )
         )
 

@@ -31,8 +31,9 @@ class ParticipantRole:
 def build_participant(site: Site, broker: Broker) -> ParticipantRole:
     """Subscribe to the site's queue; nothing is said before ``participant.start()``."""
     participant = Participant(site)
+    heard = participant.meter.heard
     return ParticipantRole(
-        participant, subscribe(site.name, broker, participant.handlers, site.clock)
+        participant, subscribe(site.name, broker, participant.handlers, site.clock, heard)
     )
 
 
@@ -41,8 +42,16 @@ def subscribe(
     broker: Broker,
     handlers: Mapping[type[Event], Handler],
     clock: Callable[[], float],
+    heard: Callable[[str | None, int], None] = lambda _run, _size: None,
 ) -> Dispatcher:
-    """The loop over the queue of site ``name``. What it cannot use goes back as a refusal."""
+    """The loop over the queue of site ``name``. What it cannot use goes back as a refusal.
+
+    ``heard``: told the run and the bytes of each message that came.
+    """
+
+    def checked(delivery: Delivery, event: Event) -> str:
+        heard(getattr(event, "run", None), len(delivery.body))
+        return sender_of(delivery, event)
 
     def refuse(delivery: Delivery, reason: str) -> None:
         event = MessageRefused(
@@ -53,4 +62,4 @@ def subscribe(
         )
         broker.publish([to_coordinator(name, event, clock())])
 
-    return Dispatcher(broker.consume(topology.site_queue(name)), handlers, sender_of, refuse)
+    return Dispatcher(broker.consume(topology.site_queue(name)), handlers, checked, refuse)

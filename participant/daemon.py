@@ -17,7 +17,7 @@ from participant.agenda import Agenda
 from participant.bootstrap import subscribe
 from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant
 from participant.outbox import Outbox
-from participant.reporting import Counted, Reporter
+from participant.reporting import Reporter
 from participant.site import Site
 from shared import topology
 from shared.backoff import Backoff
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shared.brokers.port import Broker, Message
     from shared.config import AcceptSection
     from shared.protocol.dispatch import Dispatcher
-    from shared.protocol.events import Event
+    from shared.protocol.events import Event, TrainingProgressed
     from shared.stores.port import Transfer
 
 ONLINE_SECONDS = 60.0
@@ -107,7 +107,9 @@ class Listener(threading.Thread):
         with context.connect() as broker:
             kinds = self.participant.handlers
             handlers = dict.fromkeys(kinds, self._note)
-            dispatcher = subscribe(context.name, broker, handlers, context.clock)
+            dispatcher = subscribe(
+                context.name, broker, handlers, context.clock, self.participant.meter.heard
+            )
             self._outbox.connected(broker)
             self.was_connected = True
             get_logger().info("broker.connected", site=context.name)
@@ -157,8 +159,11 @@ class Listener(threading.Thread):
             with contextlib.suppress(UnroutableError, MessageRejectedError):
                 broker.publish([self._message(event, 6 * PROGRESS_SECONDS)])
 
-    def _message(self, event: Event, expires_seconds: float) -> Message:
-        return to_coordinator(self._context.name, event, self._context.clock(), expires_seconds)
+    def _message(self, event: SiteOnline | TrainingProgressed, expires_seconds: float) -> Message:
+        message = to_coordinator(self._context.name, event, self._context.clock(), expires_seconds)
+        if self.participant is not None:
+            self.participant.meter.said(event.run, len(message.body))
+        return message
 
 
 class Worker:
@@ -175,7 +180,7 @@ class Worker:
             Site(
                 name=context.name,
                 outbox=outbox,
-                transfer=Counted(context.transfer, self._reporter),
+                transfer=context.transfer,
                 workspace=context.workspace,
                 learner=context.learner,
                 clock=context.clock,

@@ -8,11 +8,13 @@ online. Done work is committed to the workspace first and announced after, and a
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from participant.agenda import Agenda, is_overtaken
 from participant.guard import Guard
 from participant.local_round import fetch_adapter, train_and_commit
+from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
 from shared.errors import (
@@ -60,7 +62,8 @@ class Participant:
     """One site's side of the protocol."""
 
     def __init__(self, site: Site) -> None:
-        self._site = site
+        self.meter = Meter(site.workspace)
+        self._site = site = replace(site, transfer=Counted(site.transfer, self.meter))
         self._guard = Guard(site.accept, site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
@@ -130,6 +133,7 @@ class Participant:
         if granted is not None and granted.sha == event.sha:
             self._agenda.drop(granted)
         self._uploads.forget(event.sha)
+        self.meter.answered(event.run, event.sha, taken=event.verdict == "accepted")
         if event.verdict == "accepted":
             self._site.workspace.mark_accepted(event.run, event.round, event.sha)
             get_logger().debug("delta.answered", verdict=event.verdict, sha=event.sha)
@@ -182,9 +186,10 @@ class Participant:
     def work(self) -> None:
         """Do the first thing on the agenda. Retryable errors leave it there and go on up."""
         self.in_hand = task = self._next_task()
+        if task is None:
+            return
+        self.meter.run, self.meter.ready = task.run, not isinstance(task, RunAnnounced)
         match task:
-            case None:
-                return
             case RunAnnounced():
                 self._prepare(task)
             case RoundStarted():
@@ -231,7 +236,8 @@ class Participant:
                 task, f"{type(error).__name__} while loading model and text; see the site's log"
             )
             return
-        self._site.workspace.begin(task.run, task.config_digest)
+        if self._site.workspace.begin(task.run, task.config_digest):
+            self.meter.forget(task.run)
         self._prepared.add(task.run)
         self._publish(
             ParticipantReady(
@@ -242,6 +248,7 @@ class Participant:
                 numerics=ready.numerics,
                 examples=ready.examples,
                 bases=ready.bases,
+                base_parameters=ready.base_parameters,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.
@@ -309,7 +316,8 @@ class Participant:
             self._ask_again(task.run, str(error))
             return
         kept_here = {"expires_at", "settings", "left_out"}
-        self._publish(DeltaSubmitted(**submission.model_dump(exclude=kept_here)))
+        told = submission.model_dump(exclude=kept_here)
+        self._publish(DeltaSubmitted(**told, traffic=self.meter.tell(task.run, task.sha)))
         self.handed_over = True
 
     def _evaluate(self, task: RunFinished) -> None:
@@ -330,7 +338,13 @@ class Participant:
         held_out = self._site.learner.evaluate(task.run, source, self._reporter(None))
         if held_out is None:
             return
-        told = AdapterEvaluated(run=task.run, round=task.round, sha=task.sha, held_out=held_out)
+        told = AdapterEvaluated(
+            run=task.run,
+            round=task.round,
+            sha=task.sha,
+            held_out=held_out,
+            traffic=self.meter.tell(task.run, task.sha),
+        )
         if self._guard.may_tell(told):
             self._publish(told)
 
@@ -354,6 +368,7 @@ class Participant:
         expires = ONLINE_EXPIRES_SECONDS if isinstance(event, SiteOnline) else None
         message = to_coordinator(self._site.name, event, self._site.clock(), expires)
         self._site.outbox.publish([message])
+        self.meter.said(getattr(event, "run", None), len(message.body))
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)

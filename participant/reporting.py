@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -10,11 +9,9 @@ from shared.protocol.events import TrainingProgressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from participant.handlers import Participant
     from participant.learner.port import Progress
-    from shared.stores.port import Transfer
 
 
 class Reporter:
@@ -27,15 +24,13 @@ class Reporter:
         self._activity: tuple[str, int, str] | None = None
         self._activity_began = 0.0
         self._last_report = clock()
-        self.bytes_down = 0
-        self.bytes_up = 0
 
     def report(self, site: str, round_number: int | None, progress: Progress) -> None:
         """The working thread's side."""
         del site
-        in_hand = self.participant.in_hand if self.participant else None
-        if in_hand is None:
+        if self.participant is None or self.participant.in_hand is None:
             return
+        in_hand, meter = self.participant.in_hand, self.participant.meter
         now = self._clock()
         activity = (in_hand.run, round_number or 0, progress.activity)
         if activity != self._activity:
@@ -52,32 +47,11 @@ class Reporter:
             of=progress.total,
             seconds=round(seconds, 3),
             tokens_per_second=None if rate is None else round(rate, 1),
-            bytes_down=self.bytes_down,
-            bytes_up=self.bytes_up,
+            bytes_down=meter.down,
+            bytes_up=meter.up,
         )
 
     def newest(self) -> TrainingProgressed | None:
         """What was not given out before; None when nothing moved."""
         newest, self._newest = self._newest, None
         return newest
-
-
-class Counted:
-    """A ``Transfer`` that counts bytes for the report."""
-
-    def __init__(self, transfer: Transfer, reporter: Reporter) -> None:
-        self._transfer = transfer
-        self._reporter = reporter
-        self._sending = threading.Lock()
-
-    def download(self, url: str, path: Path, sha256: str) -> int:
-        """See the port."""
-        size = self._transfer.download(url, path, sha256)
-        self._reporter.bytes_down += size
-        return size
-
-    def upload(self, url: str, path: Path, start: int, length: int) -> None:
-        """See the port."""
-        self._transfer.upload(url, path, start, length)
-        with self._sending:  # several chunks are under way at once
-            self._reporter.bytes_up += length

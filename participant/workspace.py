@@ -11,6 +11,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
     <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
+    <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ DIGEST_FILE = "config"  # of which settings all of a run's folder is
 WORK = ("adapters", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
+TRAFFIC_FILE = "traffic.json"
 
 
 class Submission(Schema):
@@ -98,21 +100,22 @@ class Workspace:
         self._root = root
         self._checkpoint_seconds = checkpoint_seconds
 
-    def begin(self, run: str, config_digest: str) -> None:
-        """Clear away what was made for a run of this name under other settings.
+    def begin(self, run: str, config_digest: str) -> bool:
+        """Clear away what was made for a run of this name under other settings; whether it was.
 
         It was deleted and begun anew: what was trained for the other one must not be sent to it.
         """
         mark = self._root / run / DIGEST_FILE
         if mark.is_file() and mark.read_text(encoding="ascii", errors="replace") == config_digest:
-            return
-        if mark.exists():
+            return False
+        if anew := mark.exists():
             for name in WORK:
                 shutil.rmtree(self._root / run / name, ignore_errors=True)
         unfinished = self._folder(run, "making") / DIGEST_FILE
         with file_errors(unfinished):
             unfinished.write_text(config_digest, encoding="ascii")
             unfinished.replace(mark)
+        return anew
 
     def adapter_path(self, run: str, adapter_sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
@@ -143,6 +146,10 @@ class Workspace:
                 new.replace(path)
             sync_path(path.parent)
         failpoint("counted.after")
+
+    def traffic_path(self, run: str) -> Path:
+        """Where this site counts the bytes of a run."""
+        return self._root / run / TRAFFIC_FILE
 
     def new_round(self, run: str) -> Path:
         """An empty folder for the round in hand; what an earlier attempt left is removed."""

@@ -33,6 +33,7 @@ class Readiness:
 
     ``distinct``: different examples among them, None for all. ``exposed``: layers with an adapter
     that are no layers of the model's blocks, or share a weight with embeddings or head.
+    ``base_parameters``: numbers in the base model, packed ones as what they stand for.
     """
 
     manifest: Manifest
@@ -42,6 +43,7 @@ class Readiness:
     distinct: int | None = None
     exposed: tuple[str, ...] = ()
     bases: BasesFound | None = None
+    base_parameters: int | None = None
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class TorchLearner:
                 distinct=len(set(data.train)),
                 exposed=model.exposed,
                 bases=model.bases.told() if model.bases else None,
+                base_parameters=model.base_elements,
             )
         self._announced[announced.run] = announced
         report(Progress("load", 2, 2))

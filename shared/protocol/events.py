@@ -14,7 +14,15 @@ from pydantic import ConfigDict, Field, Strict
 from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
-from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics, Schema
+from shared.protocol.manifest import (
+    BasesFound,
+    HeldOut,
+    LocalMetrics,
+    Manifest,
+    Numerics,
+    Schema,
+    Traffic,
+)
 from shared.topology import REFUSED_BYTES
 
 Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
@@ -201,6 +209,8 @@ class ParticipantReady(Event):
     """How many examples."""
     bases: BasesFound | None = None
     """The bases that it holds, where the adapter has any."""
+    base_parameters: Count | None = None
+    """Numbers in its base model, packed ones as what they stand for."""
 
 
 class RunDeclined(Event):
@@ -242,6 +252,8 @@ class DeltaSubmitted(Event):
     """Whether the optimiser started fresh or kept its state."""
     residual: Literal["none", "kept", "lost"] = "none"
     """Whether the residual of ``last_accepted`` was added; ``lost``: the site no longer has it."""
+    traffic: Traffic | None = None
+    """Bytes that the site moved since its delta before, up to this word."""
 
 
 class TrainingFailed(Event):
@@ -292,6 +304,8 @@ class AdapterEvaluated(Event):
     """Identity of the adapter that was measured."""
     held_out: HeldOut
     """Loss on text that no participant trained on."""
+    traffic: Traffic | None = None
+    """Bytes that the site moved since its last delta."""
 
 
 class MessageRefused(Event):

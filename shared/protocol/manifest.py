@@ -155,6 +155,31 @@ class LocalMetrics(Schema):
     """Seconds by phase."""
 
 
+class Traffic(Schema):
+    """Bytes that a site moved for a run since it told them last, as it counts them itself.
+
+    Objects: files and parts that arrived whole, sent again ones too. Messages: their bodies, said
+    and heard. Not counted: what broke off, the protocols' own bytes (HTTP, AMQP, TLS), messages
+    that name no run, and refusals.
+    """
+
+    down: Amount = 0
+    """Bytes of adapters fetched, whole or as updates."""
+    up: Amount = 0
+    """Bytes of deltas sent."""
+    messages_down: Amount = 0
+    """Bytes of messages that came."""
+    messages_up: Amount = 0
+    """Bytes of messages that went."""
+    setup: Amount = 0
+    """Bytes fetched before the first round, to get ready."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Both together."""
+        fields = type(self).model_fields
+        return Traffic(**{name: getattr(self, name) + getattr(other, name) for name in fields})
+
+
 def pool_held_out(losses: Iterable[HeldOut | None]) -> HeldOut | None:
     """One loss over all sites' held-out text: nats per token, weighted by tokens; None if none."""
     known = [loss for loss in losses if loss is not None]

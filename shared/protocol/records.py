@@ -15,7 +15,15 @@ from shared import topology
 from shared.config import FederationConfig, Name, Sha256
 from shared.errors import ConfigError
 from shared.modes import Origin, require
-from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics, Schema
+from shared.protocol.manifest import (
+    BasesFound,
+    HeldOut,
+    LocalMetrics,
+    Manifest,
+    Numerics,
+    Schema,
+    Traffic,
+)
 from shared.protocol.record import (
     MOST,
     ControlNumber,
@@ -59,7 +67,7 @@ class MemberRecord(StampedRecord):
     """A site that is ready: what its adapter looks like and what it computes with."""
 
     decides = True
-    newer = ("bases",)
+    newer = ("bases", "base_parameters")
     site: Name
     manifest: Manifest
     fingerprint: Sha256
@@ -69,6 +77,9 @@ class MemberRecord(StampedRecord):
     """The round from which it takes part."""
     bases: BasesFound | None = None
     """The bases that it holds. Not there where the adapter has none."""
+    base_parameters: Size | None = None
+    """Numbers in its base model, packed ones as what they stand for; not there if it did not say.
+    """
 
     @property
     def word(self) -> int:
@@ -248,7 +259,7 @@ class AcceptedRecord(StampedRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual",)
+    newer = ("residual", "traffic")
     round: Number
     site: Name
     sha: Sha256
@@ -261,6 +272,10 @@ class AcceptedRecord(StampedRecord):
     state: Literal["fresh", "kept"]
     residual: Literal["none", "kept", "lost"] = "none"
     """What the site said of its residual. Not there where it is ``none``."""
+    traffic: Traffic | None = None
+    """Bytes that the site moved since its delta before, up to the word of this one. Not there if it
+    did not say.
+    """
 
     @property
     def remark(self) -> str:
@@ -379,11 +394,14 @@ class ClosedRecord(Record):
 class EvaluatedRecord(StampedRecord):
     """A site's held-out loss of the adapter that round ``round`` produced."""
 
+    newer = ("traffic",)
     round: RoundNumber
     site: Name
     sha: Sha256
     """Identity of the adapter that was measured."""
     held_out: HeldOut
+    traffic: Traffic | None = None
+    """Bytes that the site moved since its last delta. Not there if it did not say."""
 
     def key(self, run: str) -> str:
         """One per site and round."""
