@@ -21,6 +21,7 @@ from coordinator.runs.inspection import (
     summarise_run,
     with_absence,
 )
+from coordinator.runs.wire import Wire, of_run
 from gradualdiff.adapter import Adapter
 from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows
@@ -93,6 +94,11 @@ class Run:
         rows = with_absence(show_round(self.history, number), status)
         problem = status.problem if status is not None and self.history.finished is None else ""
         return Round(summary, Rows(SiteRow, rows), problem)
+
+    @property
+    def wire(self) -> Wire | None:
+        """What the run cost on the wire, as its sites counted it; None where none told."""
+        return of_run(self.history)
 
     @property
     def best_round(self) -> int:

@@ -7,11 +7,12 @@ Held-out values after round n are of the adapter that round n produced; round 0 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from coordinator.runs.differing import flat_settings
 from coordinator.runs.inspection import perplexity
+from coordinator.runs.wire import bytes_down, bytes_up, in_round
 from shared.protocol.manifest import pool_held_out
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ WAITING, CLOSING = "rest of the round", "closing"
 class ComparedRound:
     """One closed round of one run.
 
-    ``uploaded``: bytes of valid deltas up to and with this round, by member. ``cosine``,
-    ``lowest_cosine``: of the deltas to their mean, over sites. ``slowest``: seconds by phase of the
-    site that took longest (sites in parallel), then the rest of the round up to its decision
-    (transfers, other sites) and its closing up to the next opening. ``in_turn``: seconds by phase
-    summed over the sites.
+    ``uploaded``: bytes of valid deltas up to and with this round, by member. ``down``, ``up``: all
+    bytes that a member moved up to this round's deltas, messages included; None where not told.
+    ``cosine``, ``lowest_cosine``: of the deltas to their mean, over sites. ``slowest``: seconds by
+    phase of the site that took longest (sites in parallel), then the rest of the round up to its
+    decision (transfers, other sites) and its closing up to the next opening. ``in_turn``: seconds
+    by phase summed over the sites.
     """
 
     round: int
@@ -44,6 +46,8 @@ class ComparedRound:
     lowest_cosine: float | None
     slowest: dict[str, float]
     in_turn: dict[str, float]
+    down: float | None = None
+    up: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,20 @@ class ComparedRun:
 
 def gather(history: History, label: str) -> ComparedRun:
     """All facts of one run."""
-    uploaded = 0
+    uploaded = down = up = 0
     rounds: list[ComparedRound] = []
     held_out: dict[str, tuple[int, int]] = {}
     for number in range(history.last_closed + 1):
         uploaded += sum(record.size for record in history.round(number).accepted.values())
         for site, loss in history.held_out(number).items():
             held_out.setdefault(site, (loss.examples, loss.tokens))
-        rounds.append(_round(history, number, uploaded / max(len(history.members), 1)))
+        members = max(len(history.members), 1)
+        facts = _round(history, number, uploaded / members)
+        moved = in_round(history.round(number))
+        if moved is not None:
+            down, up = down + bytes_down(moved), up + bytes_up(moved)
+            facts = replace(facts, down=down / members, up=up / members)
+        rounds.append(facts)
     return ComparedRun(
         label=label,
         run=history.run,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.history import read_history
 from coordinator.liveness import away_since, is_away, moment
+from coordinator.runs.wire import in_round
 from shared.errors import MissingPackageError, RunNotFoundError
 from shared.methods.rules import too_few
 from shared.protocol.ledger import list_runs
@@ -21,7 +22,7 @@ from shared.protocol.manifest import pool_held_out
 if TYPE_CHECKING:
     from coordinator.history import History, RoundHistory
     from coordinator.liveness import RunStatus
-    from shared.protocol.manifest import HeldOut
+    from shared.protocol.manifest import HeldOut, Traffic
     from shared.protocol.records import Input
     from shared.stores.port import ObjectStore
 
@@ -61,7 +62,8 @@ class RoundSummary:
 
     ``clipped``: by counted delta, what it was multiplied by. ``left_out``: counted deltas that the
     rule did not take, and why. ``waits_for``: why an open round has too few deltas for its rule.
-    ``server_sha`` and ``step_norm``: of the server's optimiser, where there is one.
+    ``server_sha`` and ``step_norm``: of the server's optimiser, where there is one. ``bytes``: of
+    the deltas; ``traffic``: all that the sites moved, None where none told.
     """
 
     round: int
@@ -81,13 +83,15 @@ class RoundSummary:
     waits_for: str = ""
     server_sha: str | None = None
     step_norm: float | None = None
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True)
 class SiteRow:
     """One site in one round. Held-out values are of the adapter the round began from.
 
-    ``weight`` and ``scale``: as decided; a delta that the rule left out has them too.
+    ``weight`` and ``scale``: as decided; a delta that the rule left out has them too. ``traffic``:
+    bytes that it moved since its delta before.
     """
 
     site: str
@@ -105,6 +109,7 @@ class SiteRow:
     cosine: float | None = None
     weight: float | None = None
     scale: float | None = None
+    traffic: Traffic | None = None
 
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
@@ -192,6 +197,7 @@ def summarise_round(history: History, number: int) -> RoundSummary:
         waits_for=short or "",
         server_sha=closed.server_sha if closed else None,
         step_norm=closed.step_norm if closed else None,
+        traffic=in_round(there),
     )
 
 
@@ -251,6 +257,7 @@ def _row(history: History, number: int, site: str, counted: tuple[int, Input] | 
         cosine=closed.cosines.get(site) if closed else None,
         weight=counted[1].weight if counted else None,
         scale=counted[1].scale if counted else None,
+        traffic=accepted.traffic,
     )
 
 

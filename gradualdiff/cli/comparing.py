@@ -99,6 +99,8 @@ def _print(runs: Sequence[ComparedRun]) -> None:
         ),
         ("Perplexity", lambda r: fixed(r.perplexity, 3)),
         ("MB uploaded so far by each member", lambda r: fixed(r.uploaded / MEGA, 3)),
+        ("MB down so far by each member, messages included", lambda r: _mega(r.down)),
+        ("MB up so far by each member, messages included", lambda r: _mega(r.up)),
         ("Cosine of the deltas to their mean: mean (lowest)", _drift),
     ]
     for title, show in quantities:
@@ -139,6 +141,10 @@ def _by_round(
     cells = [{facts.round: show(facts) for facts in run.rounds} for run in runs]
     rounds = sorted({number for of_run in cells for number in of_run})
     return [(number, *(of_run.get(number) for of_run in cells)) for number in rounds]
+
+
+def _mega(count: float | None) -> str | None:
+    return None if count is None else fixed(count / MEGA, 3)
 
 
 def _drift(facts: ComparedRound) -> str | None:

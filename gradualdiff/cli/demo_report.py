@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradualdiff.cli.output import console, fixed, megabytes, print_table
+from gradualdiff.cli.output import console, fixed, megabytes, print_table, wire_facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ def show(run: Run, folder: Path, home: Path, replies: Sequence[tuple[str, str, s
     print_table(
         "Replies to prompts that nobody trained on", ("prompt", "base", "after the run"), replies
     )
+    if run.wire is not None:
+        print_table("On the wire", ("what", "bytes"), wire_facts(run.wire))
     plot = folder / f"{run.name}.png"
     write_held_out(run.history, plot)
     store = f"--store {folder / 'store'}"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from coordinator.runs.wire import Wire
     from shared.errors import GradualDiffError
 
 _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
@@ -211,6 +212,40 @@ def round_line(number: int, rounds: int, held_out: float | None, trained: float 
 def megabytes(count: int | None) -> str | None:
     """Bytes as MB (10^6); None stays None."""
     return None if count is None else f"{count / 1e6:.1f}"
+
+
+def octets(count: float | None) -> str | None:
+    """Bytes in the unit that fits, of three figures; None stays None."""
+    if count is None:
+        return None
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def wire_facts(wire: Wire | None) -> list[tuple[str, str]]:
+    """What a run cost on the wire, as lines of a table; none where no site told."""
+    if wire is None:
+        return []
+    total = wire.total
+    objects = f"{octets(total.down)} down, {octets(total.up)} up"
+    messages = f"{octets(total.messages_down)} down, {octets(total.messages_up)} up"
+    facts = [
+        ("bytes in all", f"{objects}; messages {messages}"),
+        ("a site's round", f"{octets(wire.down)} down, {octets(wire.up)} up"),
+    ]
+    if total.setup:
+        facts.append(("once, to get ready", f"{octets(total.setup)} down"))
+    for name, whole, times in (
+        ("fp16 base model", wire.base, wire.to_base),
+        ("fp32 adapter", wire.adapter, wire.to_adapter),
+    ):
+        if times is not None:
+            told = f"{octets(whole)}: {times[0]:,.1f} times a round down, {times[1]:,.1f} times up"
+            facts.append((name, told))
+    return facts
 
 
 def complain(error: GradualDiffError) -> int:

@@ -16,6 +16,7 @@ from gradualdiff.cli.output import (
     console,
     fixed,
     megabytes,
+    octets,
     print_json,
     print_table,
 )
@@ -126,6 +127,14 @@ def _print(run: str, shown: Round) -> None:
 
 def _remarks(shown: Round) -> Iterator[str]:
     summary = shown.summary
+    for row in shown.sites:
+        if row.traffic is not None:
+            moved = row.traffic
+            yield (
+                f"{row.site}: {octets(moved.down)} down, {octets(moved.up)} up; messages "
+                f"{octets(moved.messages_down)} down, {octets(moved.messages_up)} up"
+                + (f"; {octets(moved.setup)} once, to get ready" if moved.setup else "")
+            )
     yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():
         yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"

@@ -14,6 +14,7 @@ from gradualdiff.cli.output import (
     console,
     print_json,
     print_table,
+    wire_facts,
 )
 
 app = typer.Typer(
@@ -75,7 +76,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
     if as_json:
         config = history.config.recorded()
         shown = {"summary": summary, "members": members, "config": config, "captured": held}
-        print_json(shown)
+        print_json({**shown, "wire": opened.wire})
         return
     facts = [
         ("state", summary.state),
@@ -86,6 +87,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         *((f"waits for {site}", why) for site, why in summary.waits_for.items()),
         *((f"without {site}", why) for site, why in summary.excluded.items()),
         ("held-out loss", summary.held_out_nll),
+        *wire_facts(opened.wire),
         ("adapter", summary.adapter_sha),
         ("config digest", history.federation.digest),
         ("base model", history.config.base.model),

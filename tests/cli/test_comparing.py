@@ -147,7 +147,7 @@ def test_json_holds_what_the_tables_do(folder):
     assert last["held_out_nll"] == facts_of(folder).last.held_out_nll
     assert set(last) == {
         "round", "held_out_nll", "perplexity", "by_site", "uploaded", "cosine", "lowest_cosine",
-        "slowest", "in_turn",
+        "slowest", "in_turn", "down", "up",
     }  # fmt: skip
     assert len(said["warnings"]) == 1
 
