@@ -120,6 +120,18 @@ def test_own_factors_go_to_other_sites_only_where_the_site_says_so():
     assert objections(stacked, AcceptSection(flora=True)) == ""
 
 
+def test_gradients_leave_only_where_the_site_says_so():
+    """One tells more of a text than a training does; few examples are declined all the same."""
+    bases = run().model_copy(update={"averaging": "range-finder"})
+    assert (
+        'accept.gradients: expected true for a run with aggregation.averaging = "range-finder"'
+        in (objections(bases, AcceptSection()))
+    )
+    assert objections(bases, AcceptSection(gradients=True)) == ""
+    few = AcceptSection(gradients=True, min_examples=22)
+    assert "accept.min_examples: expected at least 22, got 21" in objections(bases, few, ready())
+
+
 def test_epochs_are_counted_once_the_examples_are_known():
     """21 examples in batches of 4, twice: 12 steps."""
     epochs = run(local_epochs=2, batch_size=4)

@@ -357,3 +357,31 @@ def test_two_processes_give_the_same_delta(source, tmp_path, tiny_model, learner
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == digest(tmp_path / "here")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_gradient_is_sent_as_it_is_and_is_the_same_after_an_interruption(
+    learner, source, tmp_path, tiny_model, number
+):
+    """Of one factor; nothing is measured, and every round of the run is of the same examples."""
+    lora = WireLora(rank=4, dropout=0.0)
+    bases = {"averaging": "range-finder"}
+    announced = announce(tiny_model).model_copy(update={**bases, "lora": lora})
+    learner.prepare(announced, ignore)
+    task = start_round(number).model_copy(update=bases)
+    asked = iter([False, True])
+    with pytest.raises(InterruptedRunError):
+        learn(learner, source, tmp_path / "cut", task, should_stop=lambda: next(asked))
+    assert next(asked, None) is None
+    first = learn(learner, source, tmp_path / "first", task)
+    again = learn(learner, source, tmp_path / "again", task)
+    assert first.delta == again.delta
+    assert (first.metrics.held_out, first.metrics.steps, first.distinct) == (None, 2, 4)
+    manifest = learner.prepare(announced, ignore).manifest
+    sent = get_averaging("range-finder").trained_in(manifest, number)
+    assert len(sent.tensors) == 14
+    with DeltaFile(tmp_path / "first" / DELTA_FILE, sent) as delta:
+        squares = sum(float(np.sum(np.square(delta.read(spec)))) for spec in sent.tensors)
+    assert squares**0.5 == pytest.approx(first.metrics.mean_grad_norm, rel=1e-5)
+    other = learn(learner, source, tmp_path / "other", task.model_copy(update={"seed": 99}))
+    assert other.tokens == first.tokens
