@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared.methods.averaging import get_averaging
-from shared.methods.averaging.range_finder import depths
 
 if TYPE_CHECKING:
     from coordinator.history import History
@@ -48,14 +47,15 @@ class Captured:
 def captured(history: History, number: int | None = None) -> Captured | None:
     """Of the bases that a round made, or the last one that did; None where none did."""
     config = history.config
-    if not get_averaging(config.aggregation.averaging).makes_bases:
+    mode = get_averaging(config.aggregation.averaging)
+    if not mode.makes_bases:
         return None
     first = history.round(1).closed
     made = [n for n in range(2, history.last_closed + 1, 2) if number in (None, n)]
     closed, second = (history.round(n).closed for n in (made[-1], 2)) if made else (None, None)
     if first is None or second is None or closed is None:
         return None
-    ranks = depths(config.lora.rank)
+    ranks = mode.depths(config.lora.rank)
     wholes, held = {}, {}
     for layer, energy in closed.gradient_energy.items():
         outside, inside = first.gradient_energy.get(layer), second.gradient_energy.get(layer)

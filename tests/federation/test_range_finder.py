@@ -201,7 +201,7 @@ def test_a_layer_without_a_gradient_gets_zeros(tmp_path):
     assert verify(tmp_path).findings == []
 
 
-@pytest.mark.parametrize(("at", "after"), [(8, True), (17, False), (22, True), (25, False)])
+@pytest.mark.parametrize(("at", "after"), [(8, True), (17, False), (20, True), (22, False)])
 def test_a_coordinator_killed_at_a_write_ends_in_the_same_bases(tmp_path, at, after):
     """To the sha256, whichever write it died at."""
     chosen = settings()

@@ -14,7 +14,7 @@ from shared.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 BUILT_IN = {
-    "averaging": ("fedavg", "ffa", "flora", "rolora", "svd"),
+    "averaging": ("fedavg", "ffa", "flora", "range-finder", "rolora", "svd"),
     "codecs": (
         "bf16",
         "fp32",

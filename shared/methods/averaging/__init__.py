@@ -72,6 +72,10 @@ class Averaging:
         """Settings that this mode does not go with: field, what to do."""
         yield from ()
 
+    def depths(self, _rank: int, /) -> tuple[int, ...]:
+        """The ranks whose part of the gradient is on record, for a mode that makes bases."""
+        return ()
+
     def trained_in(self, manifest: Manifest, _number: int, /) -> Manifest:
         """The tensors that are trained in a round and sent after it; the others stay.
 

@@ -162,6 +162,10 @@ class RangeFinder(Averaging):
     )
     tolerance = TOLERANCE
 
+    def depths(self, rank: int, /) -> tuple[int, ...]:
+        """See ``depths`` above."""
+        return depths(rank)
+
     def misfits(self, config: FederationConfig, /) -> Iterator[str]:
         """Half a pass, too low a rank, and what has no use without a training."""
         setting = 'with aggregation.averaging = "range-finder"'
@@ -190,7 +194,7 @@ class RangeFinder(Averaging):
                 f"convergence.patience: expected none {setting}, which measures no held-out loss, "
                 f"got {config.convergence.patience}; remove it"
             )
-        if config.selection.method != "all":
+        if config.selection.method == "random":
             yield (
                 f'selection.method: expected "all" {setting}, got "{config.selection.method}": '
                 "both rounds of a pair must be of one mean gradient; remove it"
