@@ -30,6 +30,7 @@ from shared.log import get_logger
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.events import (
+    BasesOffered,
     DeltaAnswered,
     Event,
     MessageRefused,
@@ -254,7 +255,8 @@ class Effects:
         run = self._config.run.name
         match notification:
             case AnnounceRun(sites):
-                return {site: announcement(self._config, site) for site in sites}
+                bases = self._offered_bases()
+                return {site: announcement(self._config, site, bases) for site in sites}
             case AnnounceRound(sites):
                 return {site: self._round_for(site, state) for site in sites}
             case AnswerDelta(record):
@@ -310,6 +312,19 @@ class Effects:
             expires_at=expires_at,
         )
 
+    def _offered_bases(self) -> BasesOffered | None:
+        sha = self._config.lora.bases_sha
+        if sha is None:
+            return None
+        store, key = self._ledger.store, topology.bases_key(self._config.run.name, sha)
+        expires_at = self._clock() + URL_SECONDS
+        return BasesOffered(
+            sha=sha,
+            size=store.stat(key).size,
+            get_url=store.sign_get(key, expires_at),
+            expires_at=expires_at,
+        )
+
     def _sign_adapter(self, adapter_sha: str) -> tuple[str, float]:
         expires_at = self._clock() + URL_SECONDS
         key = topology.adapter_key(self._config.run.name, adapter_sha)
@@ -325,8 +340,10 @@ def has_feedback(config: FederationConfig) -> bool:
     return config.codec.feedback and averaging.by_value and not get_codec(config.codec.name).exact
 
 
-def announcement(config: FederationConfig, site: str) -> RunAnnounced:
-    """The run as a site is told of it."""
+def announcement(
+    config: FederationConfig, site: str, bases: BasesOffered | None = None
+) -> RunAnnounced:
+    """The run as a site is told of it. ``bases``: where they are, if the settings name a file."""
     return RunAnnounced(
         run=config.run.name,
         config_digest=config.digest,
@@ -337,6 +354,7 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
         modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
+        bases=bases,
     )
 
 

@@ -91,13 +91,13 @@ class Adapter:
             return attach_adapter(model, folder, f"{self.run.name}@{self.round}")
 
     def _find_bases(self, base: str) -> Callable[[Path], None] | None:
-        """What finds a core adapter's bases in the base model; None where the adapter has none.
+        """What finds a core adapter's bases in the base model; None where none are to be found.
 
         Raises MissingPackageError.
         """
         history = self.run.history
         lora = history.config.lora
-        if not kind_of(lora).has_bases:
+        if not kind_of(lora).has_bases or lora.bases_sha is not None:
             return None
         try:
             from participant.model import write_bases

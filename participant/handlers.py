@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from participant.agenda import Agenda, is_overtaken
 from participant.guard import Guard
-from participant.local_round import fetch_adapter, train_and_commit
+from participant.local_round import fetch_adapter, fetch_bases, train_and_commit
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -221,8 +221,13 @@ class Participant:
         self._prepared.discard(task.run)
         try:
             self._guard.check_run(task)
+            fetch_bases(self._site, task)
             ready = self._site.learner.prepare(task, self._reporter(None))
             self._guard.check_run(task, ready)
+        except GrantError as error:
+            # The URL is stale; a fresh one comes with the next announcement.
+            self._ask_again(task.run, str(error))
+            return
         except GradualDiffError as error:
             if error.retryable or isinstance(error, InterruptedRunError):
                 raise

@@ -10,6 +10,7 @@ from participant.learner.port import RESIDUAL_FILE
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
 from shared.disk.files import digest_file
+from shared.errors import ProtocolError
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.tensors.residual import Feedback
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from participant.learner.port import Learned, Progress
     from participant.site import Site
     from participant.workspace import Workspace
-    from shared.protocol.events import RoundStarted
+    from shared.protocol.events import RoundStarted, RunAnnounced
 
 
 def train_and_commit(
@@ -92,6 +93,28 @@ def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedbac
     last = task.last_accepted
     before = workspace.residual_path(task.run, last) if last is not None else None
     return Feedback(before, making / RESIDUAL_FILE, owed=last is not None)
+
+
+def fetch_bases(site: Site, announced: RunAnnounced) -> None:
+    """Give the learner the bases that a run names, fetched once; nothing where it names none.
+
+    Raises ProtocolError for an announcement that contradicts itself, and what a download raises.
+    """
+    wanted, offered = announced.lora.bases_sha, announced.bases
+    if wanted is None:
+        return
+    if offered is None or offered.sha != wanted:
+        raise ProtocolError(
+            f"bases.sha: expected {wanted[:12]}, which lora.bases names, got "
+            f"{offered.sha[:12] if offered else 'none'}; announce the run with its bases"
+        )
+    path = site.workspace.bases_path(announced.run, wanted)
+    if not path.is_file() or digest_file(path)[0] != wanted:
+        failpoint("download.before")
+        size = site.transfer.download(offered.get_url, path, wanted)
+        failpoint("download.after")
+        get_logger().info("bases.fetched", site=site.name, run=announced.run, size=size)
+    site.learner.take_bases(announced.run, path)
 
 
 def _submission(task: RoundStarted, learned: Learned, feedback: Feedback | None) -> Submission:

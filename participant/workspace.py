@@ -7,6 +7,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
     <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...,
                                                  residual.safetensors: what the codec left out
+    <root>/<run>/bases/<sha>.safetensors         of core adapters, fetched once
     <root>/<run>/making/                         the round in hand, not committed
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
@@ -120,6 +121,10 @@ class Workspace:
     def adapter_path(self, run: str, adapter_sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
         return self._folder(run, "adapters") / f"{adapter_sha}.safetensors"
+
+    def bases_path(self, run: str, sha: str) -> Path:
+        """Where the bases of a run lie or are to be put."""
+        return self._folder(run, "bases") / f"{sha}.safetensors"
 
     def taken_part(self, run: str) -> TakenPart:
         """What this site gave to a run so far. Raises StoreError where that cannot be read."""

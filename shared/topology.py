@@ -214,6 +214,11 @@ def adapter_key(run: str, adapter_sha: str, file: str = "adapter_model.safetenso
     return f"runs/{run}/adapters/{adapter_sha}/{file}"
 
 
+def bases_key(run: str, sha256: str) -> str:
+    """The frozen bases of a run's core adapters, named by their sha256."""
+    return f"runs/{run}/bases/{sha256}"
+
+
 def server_state_prefix(run: str) -> str:
     """Every state of the server optimiser."""
     return f"runs/{run}/server_state/"

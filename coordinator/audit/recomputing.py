@@ -145,6 +145,18 @@ class Recomputing(Evidence):
     def _adapter_file(self, number: int, sha: str) -> Path | None:
         return self._fetch(number, topology.adapter_key(self._ledger.run, sha), sha, "source")
 
+    def _check_bases(self, sha: str | None) -> None:
+        """What the cores stand between is there, is what its name says, and is the run's."""
+        run, wanted = self._ledger.run, self._config.lora.bases_sha
+        self._expect(0, topology.round_key(run, 0, "closed"), "manifest.bases", wanted, sha)
+        if sha is None:
+            return
+        key = topology.bases_key(run, sha)
+        try:
+            self._expect(0, key, "sha256", sha, self._ledger.store.sha256(key))
+        except ObjectMissingError:
+            self._find_missing(0, key)
+
     def _check_adapter(self, number: int, sha: str) -> None:
         """Both files of the PEFT directory that a round produced."""
         run = self._ledger.run

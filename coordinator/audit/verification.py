@@ -114,6 +114,7 @@ class _Verifier(Recomputing):
 
     def _check_genesis(self, record: GenesisRecord) -> None:
         self._genesis = record
+        self._check_bases(record.manifest.bases)
         key, origin = record.key(self._ledger.run), self._history.origin
         sha = record.adapter_sha
         if origin is not None:

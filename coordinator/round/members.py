@@ -44,8 +44,8 @@ def unfit(
 
     found |= _other_base(left(), config, origin, excluded)
     found |= _other_factors(left(), config)
+    found |= _other_bases(left(), config)
     found |= _other_tensors(left(), config, origin, excluded)
-    found |= _other_bases(left())
     if config.run.versions == "equal":
         found |= _by_majority(
             {site: _versions(member) for site, member in left().items()},
@@ -152,15 +152,29 @@ def _other_tensors(
     return {
         site: (
             f"{site} trains other tensors than the adapter of {origin.label} has; a branch keeps "
-            "its parent's lora.rank and lora.target_modules"
+            "its parent's lora.kind, lora.bases, lora.rank and lora.target_modules"
         )
         for site, value in values.items()
         if value != origin.manifest.digest
     }
 
 
-def _other_bases(members: Mapping[str, MemberRecord]) -> dict[str, str]:
-    """Equal machines that hold other bases. Unequal ones round otherwise: that is only shown."""
+def _other_bases(members: Mapping[str, MemberRecord], config: FederationConfig) -> dict[str, str]:
+    """Other bases than the file's, or found by equal machines.
+
+    Unequal ones round otherwise: that is only shown.
+    """
+    wanted = config.lora.bases_sha
+    if wanted is not None:
+        return {
+            site: (
+                f"lora.bases: expected {wanted[:12]}, which the run has on record, got "
+                f"{member.manifest.bases or 'none'} at {site}; give it a release that fetches them "
+                f"{AGAIN}"
+            )
+            for site, member in members.items()
+            if member.manifest.bases != wanted
+        }
     found, first = {}, dict[str, tuple[str, str]]()
     for site, member in members.items():
         if member.bases is None:

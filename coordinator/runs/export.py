@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from coordinator.runs.bases import fetch_bases
 from coordinator.runs.branching import CONFIG, TENSORS
 from coordinator.runs.expanding import write_lora
 from coordinator.runs.model_card import model_card
@@ -78,7 +79,7 @@ def export_adapter(
         raise LedgerDamagedError(f"{key}: does not have its sha256; see: gradualdiff runs verify")
     settings = mode.settings_in(tensors, history.config.lora)
     if kind_of(settings).has_bases:
-        settings = _expand(tensors, history, find_bases)
+        settings = _expand(tensors, history, store, find_bases)
     # Made from the record and not copied: what lies beside the tensors has no sha256 on record.
     named = history.config.base.model_copy(update={"model": base or history.config.base.model})
     made = kind_of(settings).peft_config(named, settings, genesis.manifest)
@@ -91,17 +92,24 @@ def export_adapter(
 
 
 def _expand(
-    tensors: Path, history: History, find_bases: Callable[[Path], None] | None
+    tensors: Path,
+    history: History,
+    store: ObjectStore,
+    find_bases: Callable[[Path], None] | None,
 ) -> AdapterSettings:
     """Make the file of R's one of a LoRA adapter; its settings."""
-    if find_bases is None:
+    bases, cores = tensors.with_name("bases.safetensors"), tensors.with_name("cores.safetensors")
+    sha = history.config.lora.bases_sha
+    if sha is not None:
+        fetch_bases(store, history.run, sha, bases)
+    elif find_bases is not None:
+        find_bases(bases)
+    else:
         raise ConfigError(
             f"run {history.run} has a core adapter: expected its base model and the participant's "
             "packages on this machine, where its bases are found in the weights; run gradualdiff "
             "runs export there"
         )
-    bases, cores = tensors.with_name("bases.safetensors"), tensors.with_name("cores.safetensors")
-    find_bases(bases)
     tensors.rename(cores)
     write_lora(cores, bases, tensors)
     cores.unlink()

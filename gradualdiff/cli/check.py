@@ -31,10 +31,12 @@ def check(
     Two optimiser steps are trained at each site and forgotten; nothing is written to the store.
     What is wrong is told of all sites; the exit code is that of the first mistake.
     """
+    from coordinator.runs.bases import named_bases
     from gradualdiff.cli.progress import make_display
     from gradualdiff.embedded.sites import load_learners
     from shared.config import load_federation
     from shared.log import configure
+    from shared.stores.directory import DirectoryStore
 
     configure(level="warning")
     config = load_federation(federation)
@@ -42,13 +44,17 @@ def check(
     learners = load_learners(config, folder)
     store = folder / config.store.directory
     found = [*check_folder("store", store, make=True)]
+    config, bases = named_bases(config, DirectoryStore(store), folder)
+    if bases is not None:
+        for learner in learners.values():
+            learner.take_bases(config.run.name, bases)
     errors: list[GradualDiffError] = [
         StoreUnavailableError(f"store: {bad.says}") for bad in found if bad.verdict == "FAIL"
     ]
     with make_display(quiet=as_json) as display:
         rehearsed = _rehearse(config, learners, display, found, errors)
         if not errors:
-            _fit_together(config, learners, store, display, found, errors)
+            _fit_together(config, learners, store, bases, display, found, errors)
     if as_json:
         print_json({"findings": found, "sites": rehearsed})
     else:
@@ -92,6 +98,7 @@ def _fit_together(
     config: FederationConfig,
     learners: dict[str, TorchLearner],
     store: Path,
+    bases: Path | None,
     display: Display,
     found: list[CheckResult],
     errors: list[GradualDiffError],
@@ -103,7 +110,8 @@ def _fit_together(
     beside = next(path for path in (store, *store.parents) if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=".gradualdiff-check-", dir=beside) as scratch:
         try:
-            check_start(config, learners, DirectoryStore(Path(scratch)), display.report)
+            place = DirectoryStore(Path(scratch))
+            check_start(config, learners, place, display.report, bases=bases)
         except GradualDiffError as error:
             errors.append(error)
             found.append(CheckResult("run", "FAIL", str(error)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
-from gradualdiff.cli.bases import print_captured
+from gradualdiff.cli.bases import print_bases, print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -69,6 +69,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
             "examples": member.examples,
             "fingerprint": member.fingerprint,
             "numerics": member.numerics,
+            "bases": member.bases,
         }
         for site, member in sorted(history.members.items())
     ]
@@ -107,6 +108,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         for site, m in sorted(history.members.items())
     ]
     print_table("Members", ("site", "examples", "base", "device", "computes in"), rows)
+    print_bases(history.members)
     if held is not None:
         print_captured(held)
 

@@ -50,6 +50,7 @@ def coordinator(
     It may be killed at any time: started again, it continues from the ledger.
     """
     from coordinator.daemon import CoordinatorContext, serve
+    from coordinator.runs.bases import named_bases, put_bases
     from shared.config import load_federation
     from shared.disk.locks import first_free
     from shared.log import configure
@@ -71,6 +72,9 @@ def coordinator(
         stopped_by_signal(stopping),
     ):
         _check_store(store, stopping)
+        config, bases = named_bases(config, store, folder)
+        if bases is not None:
+            put_bases(config, store, bases)
         context = CoordinatorContext(
             config=config,
             store=store,

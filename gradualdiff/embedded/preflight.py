@@ -20,6 +20,7 @@ from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from participant.learner.port import Learner, Progress, Readiness
     from shared.config import FederationConfig
@@ -34,12 +35,14 @@ def check_start(
     report: Callable[[str, int | None, Progress], None],
     *,
     anew: bool = False,
+    bases: Path | None = None,
 ) -> None:
     """Load model and text at every site as the run will, and look for room in the store.
 
-    ``anew``: what is on record of the run will go. Nothing is asked of a run that ended. Raises
-    ModelError, DataError, ConfigError (what the sites hold does not fit together, or not to what
-    the run branches from), StoreUnavailableError (no room).
+    ``anew``: what is on record of the run will go. ``bases``: the file that ``lora.bases`` names.
+    Nothing is asked of a run that ended. Raises ModelError, DataError, ConfigError (what the sites
+    hold does not fit together, or not to what the run branches from), StoreUnavailableError (no
+    room).
     """
     prefix = topology.run_prefix(config.run.name)
     names = set() if anew else {info.key.removeprefix(prefix) for info in store.list(prefix)}
@@ -49,6 +52,9 @@ def check_start(
     against = misfit(config, origin)
     if against is not None:
         raise ConfigError(against)
+    if bases is not None:
+        for learner in learners.values():
+            learner.take_bases(config.run.name, bases)
     members = {
         site: MemberRecord(
             site=site,

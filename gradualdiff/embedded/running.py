@@ -6,6 +6,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
+from coordinator.runs.bases import put_bases
 from coordinator.runs.deletion import delete_run, has_closed_round, refuse_if_active, run_lock
 from coordinator.runs.operating import operator, operator_ledger
 from gradualdiff.embedded.federation import Embedding, run_embedded
@@ -63,10 +64,12 @@ def run_here(
     should_stop: Callable[[], bool],
     *,
     anew: bool = False,
+    bases: Path | None = None,
 ) -> RunState:
     """Run the federation to its end. Model, text and room are checked first.
 
-    ``anew``: then what is on record of the run goes. Raises as ``simulate`` does.
+    ``anew``: then what is on record of the run goes. ``bases``: the file that ``lora.bases`` names,
+    where it is here. Raises as ``simulate`` does.
     """
     run = config.run.name
     sites = [site.site for site, _ in load_sites(config, folder)]
@@ -88,10 +91,12 @@ def run_here(
     )
     # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
     with held(folder / f".{run}.lock", f"run {run} in {folder}"), run_lock(store, run):
-        check_start(config, learners, store, embedding.report, anew=anew)
+        check_start(config, learners, store, embedding.report, anew=anew, bases=bases)
         if anew:
             _forget(store, run)
             on_event(Said(f"run {run} had no closed round: it starts over with these settings"))
+        if bases is not None:
+            put_bases(config, store, bases)
         _clear_workspaces(config, store, folder)
         return run_embedded(config, learners, embedding)
 

@@ -40,9 +40,11 @@ class ModelPool:
 
     @contextlib.contextmanager
     def borrow(
-        self, base: BaseSection, adapter: AdapterSettings, threads: int
+        self, base: BaseSection, adapter: AdapterSettings, threads: int, bases: Path | None = None
     ) -> Iterator[LocalModel]:
         """The model for these settings, loaded if it is not the one that is held.
+
+        ``bases``: the file that ``adapter`` names by its sha256, if it does.
 
         Waits while somebody else of this process computes; then ``threads`` are settled. The
         adapter in it is whatever the last borrower left: load one first. Cleared on return. Raises
@@ -50,13 +52,15 @@ class ModelPool:
         """
         with _DEVICE_LOCK:
             settle_threads(threads)
-            model = self._load(base, adapter, threads)
+            model = self._load(base, adapter, threads, bases)
             try:
                 yield model
             finally:
                 model.clear()
 
-    def _load(self, base: BaseSection, adapter: AdapterSettings, threads: int) -> LocalModel:
+    def _load(
+        self, base: BaseSection, adapter: AdapterSettings, threads: int, bases: Path | None
+    ) -> LocalModel:
         # What is on record and announced stays as it was written: only here is it opened.
         if self._folder is not None:
             base = base.model_copy(update={"model": located(base.model, self._folder)})
@@ -64,5 +68,5 @@ class ModelPool:
         if self._held is None or self._held[0] != key:
             # Let go first: two base models may not fit.
             self._held = None
-            self._held = (key, LocalModel(base, adapter, pick_device(self._device)))
+            self._held = (key, LocalModel(base, adapter, pick_device(self._device), bases))
         return self._held[1]

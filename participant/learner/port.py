@@ -106,6 +106,9 @@ def steps_in_round(count: int, settings: TrainingSection) -> int:
 class Learner(Protocol):
     """Trains and evaluates for one site. Raises DataError, ModelError, ConfigError."""
 
+    def take_bases(self, run: str, path: Path) -> None:
+        """The file of bases that a run's core adapter has; told before the run is prepared."""
+
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
         """Load data and base model for this run; repeatable and cheap the second time."""
 

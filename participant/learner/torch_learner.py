@@ -70,7 +70,12 @@ class TorchLearner:
         self._folder = folder
         self._models = models
         self._announced: dict[str, RunAnnounced] = {}
+        self._bases: dict[str, Path] = {}
         self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
+
+    def take_bases(self, run: str, path: Path) -> None:
+        """See the port."""
+        self._bases[run] = path
 
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
         """Load base model and text. Raises NotAcceptedError for another base than the run's."""
@@ -235,7 +240,9 @@ class TorchLearner:
         return self._announced[run]
 
     def _borrowed(self, run: RunAnnounced) -> contextlib.AbstractContextManager[LocalModel]:
-        return self._models.borrow(run.base, run.lora, run.training.cpu_threads)
+        # What a run under this name had before is of no use to one that finds its own.
+        bases = self._bases.get(run.run) if run.lora.bases_sha else None
+        return self._models.borrow(run.base, run.lora, run.training.cpu_threads, bases)
 
     @contextlib.contextmanager
     def _opened(self, run: RunAnnounced, source: Path) -> Iterator[tuple[LocalModel, TensorFile]]:

@@ -50,7 +50,13 @@ def add_adapter(
     )
     suffixes = {kind.layer_of(name).rsplit(".", 1)[-1] for name in parameters}
     modules = tuple(sorted(suffixes))
-    return wrapped, Manifest(tensors=tensors, target_modules=modules, kind=lora.kind), found
+    manifest = Manifest(
+        tensors=tensors,
+        target_modules=modules,
+        kind=lora.kind,
+        bases=found.sha if found is not None and bases is not None else None,
+    )
+    return wrapped, manifest, found
 
 
 def trainable(wrapped: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,9 @@ from shared.config.values import Module, Name, Positive, Sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+_NAMED_BASES = re.compile(r"(.+)#([0-9a-f]{64})", re.DOTALL)
 
 
 class RunSection(Section):
@@ -60,7 +64,10 @@ class LoraSection(Section):
     ``rank``, ``alpha``, ``scaling`` and ``dropout`` are without effect.
     """
     bases: Annotated[str, Field(min_length=1, max_length=4_096)] = "weights"
-    """With ``core``. ``"weights"``: each site finds them in its base model, with no bytes sent."""
+    """With ``core``. ``"weights"``: each site finds them in its base model, with no bytes sent. Or
+    a file of a LoRA adapter's tensors, relative to this file, which the coordinator hands out; on
+    record with ``#`` and its sha256.
+    """
     rank: Annotated[int, Field(ge=1, le=8192)] = 64
     """r of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -75,6 +82,16 @@ class LoraSection(Section):
         Literal["all-linear"] | Annotated[tuple[Module, ...], Field(min_length=1, max_length=1_000)]
     ) = "all-linear"
     """Which layers get an adapter: all linear ones, or a list of names."""
+
+    @property
+    def bases_sha(self) -> str | None:
+        """sha256 of the file of bases; None where there is none, or it is not known yet."""
+        found = _NAMED_BASES.fullmatch(self.bases) if self.kind == "core" else None
+        return found[2] if found else None
+
+    def with_bases(self, sha: str) -> LoraSection:
+        """The settings as they go on record: what the bases came from, and what they are."""
+        return self.model_copy(update={"bases": f"{self.bases}#{sha}"})
 
 
 class TrainingSection(Section):

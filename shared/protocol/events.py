@@ -56,6 +56,19 @@ class Event(Schema):
 # coordinator -> site -------------------------------------------------------------------------
 
 
+class BasesOffered(Schema):
+    """Where a site fetches the bases of its core adapter, once."""
+
+    sha: Sha256
+    """What they are."""
+    size: Count
+    """Bytes."""
+    get_url: Url
+    """Where they are."""
+    expires_at: Time
+    """When the URL ends, seconds since the epoch."""
+
+
 class RunAnnounced(Event):
     """Coordinator -> each listed site, when it comes online: here is a run, get ready."""
 
@@ -80,6 +93,8 @@ class RunAnnounced(Event):
     """
     modes: Annotated[tuple[Origin, ...], Strict(False), Most(20)] = ()
     """What a site runs of other packages for it: kind, name, version and distribution."""
+    bases: BasesOffered | None = None
+    """Where the bases that ``lora.bases`` names are."""
 
 
 class RoundStarted(Event):

@@ -68,12 +68,15 @@ class Manifest(Schema):
     """The layers they belong to."""
     kind: Literal["lora", "core", "ia3"] = "lora"
     """What sort of adapter it is. Not there where it is LoRA."""
+    bases: Sha256 | None = None
+    """The file of bases without which the tensors are another model. Not there without one."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = write(self)
-        if self.kind == "lora":
-            values.pop("kind", None)
+        for name, before in (("kind", "lora"), ("bases", None)):
+            if getattr(self, name) == before:
+                values.pop(name, None)
         return values
 
     @model_validator(mode="after")

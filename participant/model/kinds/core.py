@@ -13,6 +13,7 @@ import torch
 from participant.model.bases import Bases, Given, Maker
 from participant.model.kinds import with_lora
 from shared.adapters.core import KIND
+from shared.errors import ModelError
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ class Frozen(torch.nn.Module):
 def wrap(
     network: transformers.PreTrainedModel, settings: LoraSection, bases: Path | None
 ) -> tuple[Any, Bases]:
-    """R in every layer, zeros. Raises ModelError for a file of bases that does not fit."""
+    """R in every layer, zeros. Raises ModelError for bases that are missing or do not fit."""
+    if bases is None and settings.bases != "weights":
+        raise ModelError(
+            f"lora.bases: expected the file that {settings.bases!r} names, got none; the "
+            "coordinator hands it out with the run"
+        )
     wrapped = with_lora(network, KIND.as_lora(settings))
     with Given(bases, settings.rank) if bases is not None else Maker(settings.rank) as source:
         for name, layer in sorted(wrapped.named_modules()):
