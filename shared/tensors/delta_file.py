@@ -209,8 +209,9 @@ def _encoded(
                 names = [layout.name for layout in codec.layout(spec)]
                 waiting.update(zip(names, parts, strict=True))
                 sent = None if residual is None else codec.decode(spec, parts)
+                if sent is not None:
+                    _check_form(spec, sent)
             if residual is not None and sent is not None:
-                _check_form(spec, sent)
                 left = residual.keep(spec, tensor, sent)
                 if not is_finite(left):
                     raise DeltaRefusedError(_not_finite(spec, left))

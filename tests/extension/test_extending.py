@@ -146,9 +146,14 @@ SPOILED = {  # what is replaced in the page's code, and what by
 def test_a_mode_that_fails_at_work_is_told_by_package_and_harms_no_run(
     spoiled, packages, tmp_path, monkeypatch
 ):
-    """Nor ends "runs verify" in a traceback; with the mended mode the run goes on."""
+    """Nor ends "runs verify" in a traceback; with the mended mode the run goes on.
+
+    Without error feedback, by which a site would meet a codec's fault before the coordinator does.
+    """
     install_page(packages)
-    config = federations.config(**settings(spoiled))
+    tables = settings(spoiled)
+    tables["codec"] = {**tables.get("codec", {}), "feedback": False}
+    config = federations.config(**tables)
     (origin,) = modes.origins(config)
     (file,) = re.findall(r"`(toy_\w+\.py)`:", SECTIONS[spoiled])
     good, (here, broken, said) = (packages / file).read_text(), SPOILED[spoiled]
@@ -171,6 +176,17 @@ def test_a_mode_that_fails_at_work_is_told_by_package_and_harms_no_run(
         use(bad)
         with pytest.raises(ForeignPackageError, match=told):
             verify(tmp_path)
+
+
+def test_a_codec_that_fails_at_a_site_is_told_by_package(packages, tmp_path):
+    """With error feedback a site decodes what it sends; the run waits for it with the reason."""
+    install_page(packages)
+    here, broken, _ = SPOILED["A codec"]
+    (packages / "toy_codec.py").write_text(
+        (packages / "toy_codec.py").read_text().replace(here, broken)
+    )
+    with pytest.raises(RunStuckError, match=r"toy-modes 1\.0 \(entry point 'fp16'"):
+        federations.run(federations.config(**settings("A codec")), tmp_path)
 
 
 def test_of_two_packages_the_one_that_failed_is_told(packages, tmp_path):

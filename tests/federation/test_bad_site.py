@@ -214,7 +214,7 @@ def test_a_restart_at_any_write_ends_in_the_same_adapter(tmp_path, rule):
 
     wanted = run(tmp_path / "whole")
     fired = 0
-    for at in range(6, 200, 5):  # every fifth write, before and after it by turns
+    for at in range(6, 200, 4):  # every fourth write, before and after it by turns
         folder = tmp_path / str(at)
         store = Mortal(folder / "store", at, after=bool(at % 2))
         try:

@@ -100,7 +100,7 @@ QUESTIONS: dict[str, list[list[bytes]]] = {
             )
         ]
     ],
-    "complete": [[DONE], [REFUSED[2]]],
+    "complete": [[DONE]],
 }
 
 
