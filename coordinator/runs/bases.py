@@ -27,19 +27,19 @@ IN_THE_WEIGHTS = "weights"
 
 
 def named_bases(
-    config: FederationConfig, store: ObjectStore, folder: Path
+    config: FederationConfig, store: ObjectStore | None, folder: Path
 ) -> tuple[FederationConfig, Path | None]:
     """The settings as they go on record, with the sha256 of the bases, and the file to be put.
 
-    ``folder``: what a path is relative to. A run that is on record and whose file is no longer here
-    goes on with what it has. Raises ConfigError for a file that is missing or is no bases.
+    ``folder``: what a path is relative to. ``store``: None where there is none yet. A run that is
+    on record and whose file is no longer here goes on with what it has. Raises ConfigError for a file that is missing or is no bases.
     """
     lora = config.lora
     if not kind_of(lora).has_bases or lora.bases == IN_THE_WEIGHTS or lora.bases_sha is not None:
         return config, None
     path = folder / lora.bases
     if not path.is_file():
-        on_record = _on_record(config, store)
+        on_record = _on_record(config, store) if store is not None else None
         if on_record is not None:
             return on_record, None
         raise ConfigError(

@@ -44,7 +44,8 @@ def check(
     learners = load_learners(config, folder)
     store = folder / config.store.directory
     found = [*check_folder("store", store, make=True)]
-    config, bases = named_bases(config, DirectoryStore(store), folder)
+    there = DirectoryStore(store) if (store / "runs").is_dir() else None  # which makes nothing
+    config, bases = named_bases(config, there, folder)
     if bases is not None:
         for learner in learners.values():
             learner.take_bases(config.run.name, bases)

@@ -35,7 +35,10 @@ def test_rows_are_what_the_command_line_prints(folder, run):
         return json.loads(gradualdiff(*words, "--store", folder / "store", "--json").stdout)
 
     def columns(row):
-        return {name: getattr(row, name) for name in row.__dataclass_fields__}
+        found = {name: getattr(row, name) for name in row.__dataclass_fields__}
+        if found.get("traffic") is not None:
+            found["traffic"] = found["traffic"].model_dump(mode="json")
+        return found
 
     assert [columns(row) for row in run.rounds] == printed("rounds", "list", "test")
     assert columns(run.summary) == printed("runs", "show", "test")["summary"]

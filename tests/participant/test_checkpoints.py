@@ -418,7 +418,8 @@ def test_rate_and_time_to_go_count_the_steps_of_an_earlier_process():
     """600 tokens in 60 s before the kill and 100 in 10 s after it are 10 a second."""
     now = [1000.0]
     reporter = Reporter(lambda: now[0])
-    reporter.participant = SimpleNamespace(in_hand=task())
+    moved = SimpleNamespace(down=0, up=0)
+    reporter.participant = SimpleNamespace(in_hand=task(), meter=moved)
     now[0] += 10.0
     reporter.report("site", 2, Progress("train", 7, 9, 1.0, tokens=700, seconds_before=60.0))
     told = reporter.newest()
