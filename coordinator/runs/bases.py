@@ -32,7 +32,8 @@ def named_bases(
     """The settings as they go on record, with the sha256 of the bases, and the file to be put.
 
     ``folder``: what a path is relative to. ``store``: None where there is none yet. A run that is
-    on record and whose file is no longer here goes on with what it has. Raises ConfigError for a file that is missing or is no bases.
+    on record and whose file is no longer here goes on with what it has. Raises ConfigError
+    for a file that is missing or is no bases.
     """
     lora = config.lora
     if not kind_of(lora).has_bases or lora.bases == IN_THE_WEIGHTS or lora.bases_sha is not None:
