@@ -44,7 +44,7 @@ from shared.config import load_site
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -93,7 +93,9 @@ def main() -> None:
         subprocess.run([*command, "--dir", str(options.dir)], check=True)
     runs = {name: made(settings, name, more, options.examples) for name, more in RUNS.items()}
     config = runs["fp32"].config
-    gradients, weights = whole_gradients(config, options.dir)
+    # Which files the sites have is on no record.
+    sites = load_config(settings).simulation.sites
+    gradients, weights = whole_gradients(config, options.dir, sites)
     lines = list(measured(runs, gradients, weights))
     print_table(lines, options.examples)
     if options.json:
@@ -123,7 +125,7 @@ def made(settings: Path, name: str, more: list[str], examples: int) -> Run:
 
 
 def whole_gradients(
-    config: FederationConfig, folder: Path
+    config: FederationConfig, folder: Path, sites: Sequence[str]
 ) -> tuple[tuple[dict[str, Matrix], dict[str, Matrix]], dict[str, Matrix]]:
     """G of the examples that the run drew and of others, mean of all sites; and the base's weights.
 
@@ -132,7 +134,7 @@ def whole_gradients(
     pool = ModelPool("cpu", folder)
     sums: tuple[dict[str, Matrix], dict[str, Matrix]] = ({}, {})
     with pool.borrow(config.base, config.lora, config.training.cpu_threads) as model:
-        for name in config.simulation.sites:
+        for name in sites:
             site = load_site(folder / name)
             limits = config.training.max_prompt_tokens, config.training.max_answer_tokens
             data = load_site_data(site.data, (folder / name).parent, model.tokenizer, *limits)
@@ -144,7 +146,7 @@ def whole_gradients(
             others = [spare[at : at + 4] for at in range(0, len(spare), 4)]
             for sums_of, chosen in zip(sums, (batches, others), strict=True):
                 examples = [[data.train[at] for at in batch] for batch in chosen]
-                add_gradient(model, examples, sums_of, 1 / len(config.simulation.sites))
+                add_gradient(model, examples, sums_of, 1 / len(sites))
             print(f"gradient of {site.site.name}", file=sys.stderr, flush=True)
         weights = {layer.name: weight_of(model, layer.name) for layer in layers_of(model)}
     del pool
