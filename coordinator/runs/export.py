@@ -65,7 +65,8 @@ def export_adapter(
     if mode.makes_bases:
         raise ConfigError(
             f"run {history.run} makes bases and no model: expected a run with a trained adapter; "
-            f'to use the bases: lora.kind = "core" and lora.bases = "{history.run}@{number}"'
+            f"the bases are {topology.adapter_key(history.run, record.adapter_sha)} in the store; "
+            'a file of rank lora.rank may be lora.bases of a run with lora.kind = "core"'
         )
     new_folder(target)
     tensors = target / TENSORS
