@@ -66,7 +66,7 @@ def export_adapter(
         raise ConfigError(
             f"run {history.run} makes bases and no model: expected a run with a trained adapter; "
             f"the bases are {topology.adapter_key(history.run, record.adapter_sha)} in the store; "
-            'a file of rank lora.rank may be lora.bases of a run with lora.kind = "core"'
+            'a copy of that file may be lora.bases of a run with lora.kind = "core"'
         )
     new_folder(target)
     tensors = target / TENSORS

@@ -3,7 +3,7 @@
 In the weights W (outputs, inputs) by a range finder (Halko, Martinsson, Tropp, arXiv:0909.4061):
 Y = (W W^T)^q W Omega with q = 2, B = qr+(Y), A = qr+(W^T B)^T, where qr+ is the Q whose R has no
 negative diagonal. Unlike an SVD this is smooth in W: no sign and no rotation is left to chance, so
-machines that round otherwise differ by about 1e-6. Omega's entries are uniform, from a counter and
+machines that round otherwise differ by little more. Omega's entries are uniform, from a counter and
 the layer's name alone: the bases are a function of the base model and the rank, a branch keeps
 them, and nothing has to be sent. All is float64 on the CPU, and rounded to float32 once.
 """
@@ -20,6 +20,7 @@ import torch
 
 from participant.model.libraries import peft
 from shared.adapters.core import ENDING, KIND
+from shared.adapters.lora import KIND as LORA
 from shared.disk.files import digest_file
 from shared.errors import DecodeError, ModelError
 from shared.protocol.manifest import BasesFound
@@ -88,7 +89,10 @@ class Maker:
 
 
 class Given:
-    """Takes them from a file under the names that a LoRA adapter's factors have."""
+    """Takes them from a file under the names that a LoRA adapter's factors have.
+
+    Of bases of a higher rank the first directions, as those of a gradient stand in their order.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
         self._rank = rank
@@ -123,12 +127,13 @@ class Given:
                 f"lora.bases: expected a tensor {name}, found none; make the bases for this base "
                 "model and these lora.target_modules"
             ) from None
-        if value.shape != wanted or value.dtype != "float32":
+        first = LORA.leading(name, value, self._rank) if value.ndim == 2 else value
+        if first.shape != wanted or first.dtype != "float32":
             raise ModelError(
                 f"lora.bases: {name}: expected float32 {wanted}, got {value.dtype} {value.shape}; "
-                "make the bases for this base model, and give their rank as lora.rank"
+                "make the bases for this base model, and give at most their rank as lora.rank"
             )
-        return torch.from_numpy(value.copy())
+        return torch.from_numpy(first.copy())
 
     def result(self) -> Bases:
         """Of all layers so far."""

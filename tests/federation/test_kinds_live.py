@@ -195,6 +195,35 @@ def test_a_core_run_with_given_bases_is_exported_with_them(given, tmp_path):
             assert (found[name] == value).all()
 
 
+def test_bases_of_the_mean_gradient_are_those_of_a_core_run(model, tmp_path):
+    """A run of two rounds makes them; its file, of a higher rank, gives their first directions."""
+    made = simulate(tmp_path / "made", model, "lora", "--set", "aggregation.averaging=range-finder")
+    made += ["--set", "lora.rank=12", "--set", "lora.dropout=0", "--set", "run.rounds=2"]
+    sha = summary(gradualdiff("simulate", *made, "--json"))["adapter_sha"]
+    store = tmp_path / "made" / "store"
+    refused = gradualdiff("runs", "export", "tiny", "--store", store, "--to", tmp_path / "no")
+    key = topology.adapter_key("tiny", sha)
+    assert f"the bases are {key} in the store" in refused.stderr
+    folder = tmp_path / "core"
+    folder.mkdir()
+    shutil.copy(store / key, folder / "bases.safetensors")
+    arguments = simulate(folder, model, "core", "--set", "lora.bases=bases.safetensors")
+    summary(gradualdiff("simulate", *arguments, "--json"))
+    assert losses(folder)[-1] < losses(folder)[0]
+    done = gradualdiff(
+        "runs", "export", "tiny", "--store", folder / "store", "--to", tmp_path / "x"
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    bases = load_file(folder / "bases.safetensors")
+    for name, value in bases.items():
+        if ".lora_A." in name:
+            assert len(value) == 12
+            assert (found[name] == value[:4]).all()
+        else:
+            assert found[name].shape == (len(value), 4)
+
+
 def test_a_store_that_altered_the_bases_is_found_out(given, tmp_path):
     """By verify and by export, which name the object."""
     shutil.copytree(given[0] / "store", tmp_path / "store")
