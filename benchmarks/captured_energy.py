@@ -10,8 +10,7 @@ over all layers together and over single layers, for two gradients G of the mean
 examples that the bases were made from, and that of as many others. ``estimate`` is what
 ``gradualdiff runs show`` says of the same bases without knowing G.
 
-Takes about ten minutes on two idle cores and 4 GB of memory. The bases' runs stay in --dir and are
-not made again.
+The gradients of whole weights take a while. The bases' runs stay in --dir and are not made again.
 """
 
 from __future__ import annotations

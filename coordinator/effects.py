@@ -316,18 +316,14 @@ class Effects:
         sha = self._config.lora.bases_sha
         if sha is None:
             return None
-        store, key = self._ledger.store, topology.bases_key(self._config.run.name, sha)
-        expires_at = self._clock() + URL_SECONDS
-        return BasesOffered(
-            sha=sha,
-            size=store.stat(key).size,
-            get_url=store.sign_get(key, expires_at),
-            expires_at=expires_at,
-        )
+        url, expires_at = self._sign(topology.bases_key(self._config.run.name, sha))
+        return BasesOffered(sha=sha, get_url=url, expires_at=expires_at)
 
     def _sign_adapter(self, adapter_sha: str) -> tuple[str, float]:
+        return self._sign(topology.adapter_key(self._config.run.name, adapter_sha))
+
+    def _sign(self, key: str) -> tuple[str, float]:
         expires_at = self._clock() + URL_SECONDS
-        key = topology.adapter_key(self._config.run.name, adapter_sha)
         return self._ledger.store.sign_get(key, expires_at), expires_at
 
 

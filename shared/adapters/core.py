@@ -67,7 +67,7 @@ class Core(AdapterKind):
     def lora_names(self, tensor: str) -> tuple[str, str]:
         """The tensors of a LoRA adapter, and of bases, of the same layer: B's and A's."""
         layer = self.layer_of(tensor)
-        return tuple(layer + LORA.factors[side].ending for side in ("left", "right"))  # type: ignore[return-value]
+        return layer + LORA.factors["left"].ending, layer + LORA.factors["right"].ending
 
     def as_lora(self, settings: LoraSection) -> LoraSection:
         """The settings of the LoRA adapter (B R, A)."""

@@ -61,8 +61,6 @@ class BasesOffered(Schema):
 
     sha: Sha256
     """What they are."""
-    size: Count
-    """Bytes."""
     get_url: Url
     """Where they are."""
     expires_at: Time

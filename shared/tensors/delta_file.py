@@ -208,10 +208,10 @@ def _encoded(
                 parts = codec.encode(spec, tensor, derive_seed(seed, spec.name))
                 names = [layout.name for layout in codec.layout(spec)]
                 waiting.update(zip(names, parts, strict=True))
-                sent = None if residual is None else codec.decode(spec, parts)
-                if sent is not None:
+                if residual is not None:
+                    sent = codec.decode(spec, parts)
                     _check_form(spec, sent)
-            if residual is not None and sent is not None:
+            if residual is not None:
                 left = residual.keep(spec, tensor, sent)
                 if not is_finite(left):
                     raise DeltaRefusedError(_not_finite(spec, left))

@@ -18,7 +18,7 @@ from shared.stores.directory import DirectoryStore
 from shared.tensors.delta_file import DeltaFile
 from shared.tensors.tensor_file import TensorFile
 from tests import federations
-from tests.federation.test_embedded import Crash, Spoils, _CrashingStore
+from tests.federation.test_embedded import Crash, Spoils, restarted
 from tests.numpy_learner import MANIFEST
 
 COARSE = {"name": "uniform4"}
@@ -136,22 +136,8 @@ def test_a_restart_at_any_write_ends_in_the_same_adapter(tmp_path, policy):
     """Die before and after each write to the store: the same residuals, so the same digest."""
     sections = {"policy": policy} if policy else {}
     config = federations.config(("a", "b"), 2, codec=COARSE, **sections)
-    wanted = federations.run(config, tmp_path / "whole").adapter_sha
-    fired = 0
-    for n in range(1, 200):
-        for after in (False, True):
-            folder = tmp_path / f"{n}-{after}"
-            store = _CrashingStore(folder / "store", at=n, after=after)
-            try:
-                state = federations.run(config, folder, store=store)
-            except Crash:
-                fired += 1
-                state = federations.run(config, folder)
-            assert state.adapter_sha == wanted
-            assert {r.residual for r in records(folder, AcceptedRecord)} == {"none", "kept"}
-        if store.writes < n:
-            break
-    assert fired > 40
+    for folder in restarted(config, tmp_path):
+        assert {r.residual for r in records(folder, AcceptedRecord)} == {"none", "kept"}
 
 
 def test_a_refused_delta_leaves_the_residual_as_it_was(tmp_path):

@@ -56,7 +56,7 @@ def announced(bases, offered):
 
 
 def offer(sha=SHA):
-    return BasesOffered(sha=sha, size=len(DATA), get_url="https://store/k", expires_at=1.0)
+    return BasesOffered(sha=sha, get_url="https://store/k", expires_at=1.0)
 
 
 def test_bases_are_fetched_once_and_again_where_they_were_altered(tmp_path):

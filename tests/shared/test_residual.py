@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Sender:
             codec=self.codec,
             codec_version=get_codec(self.codec).version,
         )
-        values = lambda spec: drawn(spec, number)  # noqa: E731 - as a learner's
+        values = partial(drawn, number=number)
         write_delta(path, manifest, self.codec, header, values, number, feedback)
         with DeltaFile(path, manifest) as delta:
             for spec in manifest.tensors:
