@@ -68,12 +68,6 @@ class Maker:
         self._digest = hashlib.sha256()
         self._held: dict[str, float] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
     def of(self, name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """B (outputs, rank) and A (rank, inputs), float32 on the CPU."""
         weight = dense_weight(layer)

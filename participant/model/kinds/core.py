@@ -6,6 +6,7 @@ module that computes B(R h). R is a layer's own ``lora_R``, so that its name is 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +51,8 @@ def wrap(
             "coordinator hands it out with the run"
         )
     wrapped = with_lora(network, KIND.as_lora(settings))
-    with Given(bases, settings.rank) if bases is not None else Maker(settings.rank) as source:
+    rank = settings.rank
+    with Given(bases, rank) if bases is not None else nullcontext(Maker(rank)) as source:
         for name, layer in sorted(wrapped.named_modules()):
             if hasattr(layer, "lora_B") and _ADAPTER in layer.lora_B:
                 _make_core(layer, *source.of(name, layer))
