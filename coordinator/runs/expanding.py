@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.adapters.core import KIND
-from shared.adapters.lora import KIND as LORA
 from shared.errors import LedgerDamagedError
 from shared.tensors.tensor_file import (
     ADAPTER_METADATA,
@@ -51,8 +50,8 @@ def write_lora(cores: Path, bases: Path, target: Path) -> FileDigest:
         def values() -> Iterator[NDArray[np.float32]]:
             for name, (left, right) in names.items():
                 r = inner.read(name)
-                yield LORA.leading(right, outer.read(right), len(r))
-                b = LORA.leading(left, outer.read(left), len(r)).astype(np.float64)
+                yield KIND.first_directions(right, outer.read(right), len(r))
+                b = KIND.first_directions(left, outer.read(left), len(r)).astype(np.float64)
                 yield (b @ r.astype(np.float64)).astype(np.float32)
 
         return write_tensors(target, layouts, values(), ADAPTER_METADATA)

@@ -20,7 +20,6 @@ import torch
 
 from participant.model.libraries import peft
 from shared.adapters.core import ENDING, KIND
-from shared.adapters.lora import KIND as LORA
 from shared.disk.files import digest_file
 from shared.errors import DecodeError, ModelError
 from shared.protocol.manifest import BasesFound
@@ -121,7 +120,7 @@ class Given:
                 f"lora.bases: expected a tensor {name}, found none; make the bases for this base "
                 "model and these lora.target_modules"
             ) from None
-        first = LORA.leading(name, value, self._rank) if value.ndim == 2 else value
+        first = KIND.first_directions(name, value, self._rank) if value.ndim == 2 else value
         if first.shape != wanted or first.dtype != "float32":
             raise ModelError(
                 f"lora.bases: {name}: expected float32 {wanted}, got {value.dtype} {value.shape}; "

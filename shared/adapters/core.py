@@ -14,6 +14,8 @@ from shared.adapters import AdapterKind
 from shared.adapters.lora import KIND as LORA
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from shared.config import BaseSection, LoraSection
     from shared.protocol.manifest import Init, Manifest
 
@@ -68,6 +70,10 @@ class Core(AdapterKind):
         """The tensors of a LoRA adapter, and of bases, of the same layer: B's and A's."""
         layer = self.layer_of(tensor)
         return layer + LORA.factors["left"].ending, layer + LORA.factors["right"].ending
+
+    def first_directions(self, tensor: str, base: NDArray[Any], rank: int) -> NDArray[Any]:
+        """The first ``rank`` of a base's directions, which is named as ``lora_names`` says."""
+        return LORA.leading(tensor, base, rank)
 
     def as_lora(self, settings: LoraSection) -> LoraSection:
         """The settings of the LoRA adapter (B R, A)."""
