@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from coordinator.history import read_history
 from shared.errors import AccessRefusedError, BrokerError
-from shared.protocol.ledger import Ledger
-from shared.protocol.records import ClosingRecord
-from shared.topology import round_key
-from tests.chaos.names import COORDINATORS, SITES, TRACE
+from tests.chaos.names import COORDINATORS, LOST, SITES, TRACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from shared.protocol.records import ClosingRecord
     from tests.chaos.schedule import RunShape
     from tests.chaos.stand import Exit, Stand
 
@@ -29,12 +29,14 @@ class Trainings:
 
     ``again``: trainings that had written their delta once before and were killed before the rename
     that commits it. ``unfinished``: trainings that a kill ended in the middle. ``finished_again``:
-    trainings of a round that was finished; there must be none.
+    trainings of a round that was finished; there must be none. ``relearned``: trainings of a round
+    that was finished in a workspace that was lost since.
     """
 
     again: int = 0
     unfinished: int = 0
     finished_again: int = 0
+    relearned: int = 0
     complaints: list[str] = field(default_factory=list)
 
 
@@ -45,11 +47,11 @@ def account_for(
 
     An attempt may only end without its commit where its process was killed, and that must be the
     last that this process said. After a commit there is no further attempt, unless the kill fell
-    into the commit itself: then there is at most one.
+    into the commit itself: then there is at most one. A lost workspace begins anew.
     """
     found = Trainings()
     attempts = _attempts(trace, run)
-    by_round: dict[int, list[str]] = defaultdict(list)
+    by_round: dict[int, list[_Attempt]] = defaultdict(list)
     for attempt in attempts:
         if attempt.stage != "committed" and not (attempt.is_last and attempt.pid in killed):
             found.complaints.append(
@@ -59,14 +61,23 @@ def account_for(
         if attempt.stage == "begun":
             found.unfinished += 1
         else:
-            by_round[attempt.round].append(attempt.stage)
+            by_round[attempt.round].append(attempt)
     for number in range(1, rounds + 1):
-        stages = by_round.pop(number, [])
-        found.again += max(0, len(stages) - 1)
-        if "committed" in stages[:-1]:
-            found.finished_again += 1
-            found.complaints.append(f"{site}: {run} round {number}: trained after it was finished")
-        if not stages or stages[-1] == "trained":
+        tried = by_round.pop(number, [])
+        for one, other in itertools.pairwise(tried):
+            if one.losses != other.losses:
+                found.relearned += 1
+                continue
+            found.again += 1
+            if one.stage == "committed":
+                found.finished_again += 1
+                found.complaints.append(
+                    f"{site}: {run} round {number}: trained after it was finished"
+                )
+        # The last one before each loss: one that ended in its commit is enough.
+        ends = {one.losses: one.stage for one in tried}
+        if all(stage == "trained" for stage in ends.values()):
+            stages = [one.stage for one in tried]
             found.complaints.append(f"{site}: {run} round {number}: never finished: {stages}")
     if by_round:
         found.complaints.append(f"{site}: {run}: rounds that there are not: {sorted(by_round)}")
@@ -78,6 +89,7 @@ class _Attempt:
     pid: int
     stage: str
     round: int
+    losses: int = 0  # how often the workspace had been lost when it began
     is_last: bool = False  # whether its process said nothing more, in this run or another
 
 
@@ -85,10 +97,13 @@ def _attempts(trace: Sequence[str], run: str) -> list[_Attempt]:
     """One for each ``begun``, with the last stage that it came to."""
     attempts: list[_Attempt] = []
     newest: dict[int, _Attempt] = {}  # by process
+    losses = 0
     for line in trace:
         pid, stage, name, number = line.split()
-        if stage == "begun":
-            newest[int(pid)] = _Attempt(int(pid), stage, 0)
+        if stage == LOST:
+            losses += 1
+        elif stage == "begun":
+            newest[int(pid)] = _Attempt(int(pid), stage, 0, losses)
             if name == run:
                 attempts.append(newest[int(pid)])
         else:
@@ -129,38 +144,48 @@ def unforeseen(log: str) -> list[str]:
 
 @dataclass
 class Verdict:
-    """What one run came to."""
+    """What one run came to. ``residual_lost``: and it is on record; such a run is another one."""
 
     digest_equal: bool
+    residual_lost: bool
     trainings: Trainings
     complaints: list[str]
 
 
 def check(stand: Stand, shape: RunShape) -> Verdict:
-    """All of the above, the digests, and ``runs verify``."""
-    wanted = stand.wanted(shape)
+    """All of the above, the digests, and ``runs verify``.
+
+    Where a record says that a site lost what its codec had left out, the digest is another one than
+    the undisturbed run's, and the coordinators have to agree on it.
+    """
+    history = read_history(stand.store, shape.name)
+    losers = {site for (site, _), one in history.accepted.items() if one.residual == "lost"}
+    residual_lost = bool(losers)
     got = {name: stand.digest(shape, name) for name in COORDINATORS}
+    wanted = got[COORDINATORS[0]] if residual_lost else stand.wanted(shape)
     complaints = [
         f"{name}: expected adapter {wanted}, got {sha}"
         for name, sha in got.items()
         if sha != wanted
     ]
-    equal = not complaints
-    ledger = Ledger(stand.store, shape.name, "chaos", lambda: 0.0)
-    keys = [round_key(shape.name, n, "closing") for n in range(1, shape.rounds + 1)]
-    complaints += counted_once([ledger.read(ClosingRecord, key) for key in keys], shape.sites)
+    equal = not complaints and not residual_lost
+    closings = [there.closing for there in history.rounds.values() if there.closing]
+    complaints += counted_once(closings, shape.sites)
     verified = stand.command("runs", "verify", shape.name, "--store", str(stand.federation(shape)))
     if verified.returncode:
         complaints.append(f"runs verify: {verified.stderr}")
     total = Trainings()
     for site in shape.sites:
         trace = (stand.kit(site) / TRACE).read_text().splitlines()
+        if site in losers and not any(f" {LOST} " in line for line in trace):
+            complaints.append(f"{site}: says that it lost a residual, and nobody took it")
         found = account_for(trace, shape.name, shape.rounds, stand.killed, site)
         total.again += found.again
         total.unfinished += found.unfinished
         total.finished_again += found.finished_again
+        total.relearned += found.relearned
         complaints += found.complaints
     complaints += explained(stand.exits, stand.wipes)
     for name in (*COORDINATORS, *SITES):
         complaints += [f"{name}: {line}" for line in unforeseen(stand.log(name))]
-    return Verdict(equal, total, complaints)
+    return Verdict(equal, residual_lost, total, complaints)

@@ -10,6 +10,7 @@ STOPPED = "the kernel shows the process as stopped"
 GONE = "the server process ended by signal 9, and it answers again after its restart"
 CUT = "connections that the broker closed"
 HIT = "bytes or connections that the proxy hit"
+EMPTIED = "its folder had files, and is gone while its process is down"
 COPIED = "copies that the broker confirmed"
 
 KINDS = (
@@ -17,6 +18,7 @@ KINDS = (
     Kind("SIGKILL of the standby coordinator", 1.0, (0.2, 2.5), processes.kill_standby, DIED),
     Kind("SIGKILL of a site", 5.0, (0.2, 2.5), processes.kill_site, DIED),
     Kind("SIGKILL of a site as a training ends", 3.0, (0.2, 1.0), processes.kill_late, DIED),
+    Kind("SIGKILL of a site, its workspace lost", 2.0, (0.2, 2.5), processes.lose, EMPTIED),
     Kind("active coordinator frozen", 1.5, (12.0, 16.0), processes.freeze_active, STOPPED),
     Kind("standby coordinator frozen", 1.0, (2.0, 8.0), processes.freeze_standby, STOPPED),
     Kind("site frozen", 2.0, (1.0, 5.0), processes.freeze_site, STOPPED),

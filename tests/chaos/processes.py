@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.chaos.names import COORDINATORS, SITES, TRACE
+from tests.chaos.names import COORDINATORS, LOST, SITES, TRACE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.chaos.schedule import Fault
     from tests.chaos.stand import Stand
 
@@ -50,6 +53,22 @@ def kill_late(stand: Stand, fault: Fault) -> str | None:
     return None
 
 
+def lose(stand: Stand, fault: Fault) -> str | None:
+    """A site and its disk: what it trained, fetched and left out of its deltas is gone."""
+    name = fault.choice(SITES)
+    kit = stand.kit(name)
+    workspace = kit / "workspace"
+
+    def wipe() -> bool:
+        held = any(path.is_file() for path in workspace.rglob("*"))
+        shutil.rmtree(workspace, ignore_errors=True)
+        with (kit / TRACE).open("a") as trace:
+            trace.write(f"0 {LOST} - 0\n")
+        return held and not workspace.exists()
+
+    return _kill(stand, name, fault, wipe)
+
+
 def freeze_active(stand: Stand, fault: Fault) -> str | None:
     """Longer than a takeover takes: it wakes up as one that somebody replaced."""
     return _freeze(stand, _active(stand), fault)
@@ -77,15 +96,19 @@ def _standby(stand: Stand) -> str | None:
     return next((name for name in COORDINATORS if active and name != active), None)
 
 
-def _kill(stand: Stand, name: str | None, fault: Fault) -> str | None:
+def _kill(
+    stand: Stand, name: str | None, fault: Fault, then: Callable[[], bool] = lambda: True
+) -> str | None:
+    """``then``: done while it is down; whether it did what it is for."""
     if name is None:
         return None
     with stand.hold(name) as slot:
         if slot is None or not stand.kill(slot):
             return None
+        done = then()
         time.sleep(fault.seconds)
         stand.start_again(slot)
-    return name
+    return name if done else None
 
 
 def _freeze(stand: Stand, name: str | None, fault: Fault) -> str | None:

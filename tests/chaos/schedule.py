@@ -93,5 +93,5 @@ def runs(seed: int) -> Iterator[RunShape]:
             number,
             sites=draw.choice((("a", "b"), ("a", "b", "c"))),
             rounds=draw.choice((4, 5, 6)),
-            codec=draw.choice(("fp32", "int8", "topk", "uniform4")),
+            codec=draw.choice(("fp32", "int8", "int4", "sign", "topk", "uniform4")),
         )

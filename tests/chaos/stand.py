@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
+LINGER_SECONDS = 15.0  # a site that lost what it took part in sends no loss of the result
 EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
 
 
@@ -151,8 +152,9 @@ class Stand:
         """Start both coordinators on this run."""
         self._write(shape)
         self.run = shape
+        command = ("coordinator", str(self.federation(shape)), "--linger", str(LINGER_SECONDS))
         for name in COORDINATORS:
-            self._start(name, "gradualdiff.cli.main", "coordinator", str(self.federation(shape)))
+            self._start(name, "gradualdiff.cli.main", *command)
 
     @property
     def run_has_ended(self) -> bool:

@@ -49,6 +49,8 @@ class Tally:
     again: int = 0
     unfinished: int = 0
     finished_again: int = 0
+    relearned: int = 0
+    residuals_lost: int = 0  # runs in which a record says so
     exits: int = 0
     seconds: list[float] = field(default_factory=list)
     whole_seconds: float = 0.0
@@ -190,9 +192,12 @@ def _one_run(stand: Stand, fury: Storm, shape: RunShape, tally: Tally) -> None:
     tally.again += trained.again
     tally.unfinished += trained.unfinished
     tally.finished_again += trained.finished_again
+    tally.relearned += trained.relearned
+    tally.residuals_lost += verdict.residual_lost
     tally.seconds.append(seconds)
+    outcome = "a residual lost, on record" if verdict.residual_lost else "as undisturbed"
     fury.say(
-        f"run {shape.name}: as undisturbed, in {seconds:.1f} s, {fury.count - before} faults "
+        f"run {shape.name}: {outcome}, in {seconds:.1f} s, {fury.count - before} faults "
         f"({fury.count} in all), {trained.again} trained again, {trained.unfinished} cut short"
     )
     _tidy(stand, shape.number - 1)

@@ -78,6 +78,17 @@ def test_what_no_kill_explains_is_a_complaint(attempts, killed, complaint):
     assert complaint in "\n".join(account_for(trace(*attempts), "r", 1, killed).complaints)
 
 
+def test_a_lost_workspace_explains_a_second_training():
+    """Counted apart; within one workspace nothing changes."""
+    first, second = trace((1, 1, 4)), trace((2, 1, 4))
+    found = account_for([*first, "0 lost - 0", *second], "r", 1, set())
+    assert (found.complaints, found.relearned, found.again) == ([], 1, 0)
+    cut = account_for([*first, "0 lost - 0", *second[:2]], "r", 1, {2})
+    assert cut.complaints == []
+    assert account_for([*first, "0 lost - 0", *second, *second], "r", 1, set()).finished_again == 1
+    assert account_for([*first[:2], "0 lost - 0"], "r", 1, {1}).complaints
+
+
 def test_finished_rounds_trained_again_are_counted():
     """The number in the published table."""
     assert account_for(trace((1, 1, 4), (1, 1, 4)), "r", 1, set()).finished_again == 1
