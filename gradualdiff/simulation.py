@@ -45,7 +45,7 @@ def simulate(
     (other settings than on record), RunNotFoundError, InterruptedRunError once ``should_stop``,
     RunStuckError, RunFailedError and MissingPackageError.
     """
-    from coordinator.runs.bases import named_bases
+    from coordinator.runs.bases import bases_here
     from gradualdiff.embedded.running import begins_anew, run_here
     from gradualdiff.embedded.sites import load_learners
 
@@ -55,8 +55,8 @@ def simulate(
     home = Path(folder or ".").resolve()
     place = home / config.store.directory
     store = DirectoryStore(place)
-    config, bases = named_bases(config, store, home)
-    anew = begins_anew(store, config, resume=resume)
-    learners = load_learners(config, home)
-    run_here(config, store, home, learners, on_event, should_stop, anew=anew, bases=bases)
+    with bases_here(config, store, home) as (config, bases):
+        anew = begins_anew(store, config, resume=resume)
+        learners = load_learners(config, home)
+        run_here(config, store, home, learners, on_event, should_stop, anew=anew, bases=bases)
     return Run(store, config.run.name, place)

@@ -65,8 +65,7 @@ def export_adapter(
     if mode.makes_bases:
         raise ConfigError(
             f"run {history.run} makes bases and no model: expected a run with a trained adapter; "
-            f"the bases are {topology.adapter_key(history.run, record.adapter_sha)} in the store; "
-            'a copy of that file may be lora.bases of a run with lora.kind = "core"'
+            f'make one with lora.kind = "core" and lora.bases = "{history.run}@{number}"'
         )
     new_folder(target)
     tensors = target / TENSORS

@@ -31,7 +31,7 @@ def check(
     Two optimiser steps are trained at each site and forgotten; nothing is written to the store.
     What is wrong is told of all sites; the exit code is that of the first mistake.
     """
-    from coordinator.runs.bases import named_bases
+    from coordinator.runs.bases import bases_here
     from gradualdiff.cli.progress import make_display
     from gradualdiff.embedded.sites import load_learners
     from shared.config import load_federation
@@ -45,14 +45,16 @@ def check(
     store = folder / config.store.directory
     found = [*check_folder("store", store, make=True)]
     there = DirectoryStore(store) if (store / "runs").is_dir() else None  # which makes nothing
-    config, bases = named_bases(config, there, folder)
-    if bases is not None:
-        for learner in learners.values():
-            learner.take_bases(config.run.name, bases)
     errors: list[GradualDiffError] = [
         StoreUnavailableError(f"store: {bad.says}") for bad in found if bad.verdict == "FAIL"
     ]
-    with make_display(quiet=as_json) as display:
+    with (
+        bases_here(config, there, folder) as (config, bases),
+        make_display(quiet=as_json) as display,
+    ):
+        if bases is not None:
+            for learner in learners.values():
+                learner.take_bases(config.run.name, bases)
         rehearsed = _rehearse(config, learners, display, found, errors)
         if not errors:
             _fit_together(config, learners, store, bases, display, found, errors)

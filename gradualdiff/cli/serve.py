@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,9 +73,10 @@ def coordinator(
         stopped_by_signal(stopping),
     ):
         _check_store(store, stopping)
-        config, bases = named_bases(config, store, folder)
-        if bases is not None:
-            put_bases(config, store, bases)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            config, bases = named_bases(config, store, folder, Path(scratch))
+            if bases is not None:
+                put_bases(config, store, bases)
         context = CoordinatorContext(
             config=config,
             store=store,

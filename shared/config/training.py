@@ -64,9 +64,10 @@ class LoraSection(Section):
     ``rank``, ``alpha``, ``scaling`` and ``dropout`` are without effect.
     """
     bases: Annotated[str, Field(min_length=1, max_length=4_096)] = "weights"
-    """With ``core``. ``"weights"``: each site finds them in its base model, with no bytes sent. Or
-    a file of a LoRA adapter's tensors, relative to this file, which the coordinator hands out; on
-    record with ``#`` and its sha256.
+    """With ``core``. ``"weights"``: each site finds them in its base model, with no bytes sent.
+    ``"RUN@ROUND"``: those that a ``range-finder`` run of the same store made, ``"RUN"``: in its
+    last round. Or a file of a LoRA adapter's tensors, relative to this file (``"./NAME"`` where it
+    could be a run). The coordinator hands both out; on record with ``#`` and their sha256.
     """
     rank: Annotated[int, Field(ge=1, le=8192)] = 64
     """r of the adapter."""

@@ -195,28 +195,44 @@ def test_a_core_run_with_given_bases_is_exported_with_them(given, tmp_path):
             assert (found[name] == value).all()
 
 
-def test_bases_of_the_mean_gradient_are_those_of_a_core_run(model, tmp_path):
-    """A run of two rounds makes them; its file, of a higher rank, gives their first directions."""
-    made = simulate(tmp_path / "made", model, "lora", "--set", "aggregation.averaging=range-finder")
-    made += ["--set", "lora.rank=12", "--set", "lora.dropout=0", "--set", "run.rounds=2"]
-    sha = summary(gradualdiff("simulate", *made, "--json"))["adapter_sha"]
-    store = tmp_path / "made" / "store"
-    refused = gradualdiff("runs", "export", "tiny", "--store", store, "--to", tmp_path / "no")
-    key = topology.adapter_key("tiny", sha)
-    assert f"the bases are {key} in the store" in refused.stderr
-    folder = tmp_path / "core"
-    folder.mkdir()
-    shutil.copy(store / key, folder / "bases.safetensors")
-    arguments = simulate(folder, model, "core", "--set", "lora.bases=bases.safetensors")
-    summary(gradualdiff("simulate", *arguments, "--json"))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model):
+    """A folder with a finished run ``grad`` that made bases of rank 12, and their sha256."""
+    folder = tmp_path_factory.mktemp("made")
+    arguments = simulate(folder, model, "lora", "--set", "aggregation.averaging=range-finder")
+    for one in ("run.name=grad", "lora.rank=12", "lora.dropout=0", "run.rounds=2"):
+        arguments += ["--set", one]
+    return folder, summary(gradualdiff("simulate", *arguments, "--json"))["adapter_sha"]
+
+
+def test_bases_of_the_mean_gradient_are_those_of_a_core_run(made, model, tmp_path):
+    """A run of two rounds makes them; named, of a higher rank, it gives their first directions."""
+    folder, sha = tmp_path / "core", made[1]
+    shutil.copytree(made[0], folder)
+    store = folder / "store"
+    refused = gradualdiff("runs", "export", "grad", "--store", store, "--to", tmp_path / "no")
+    assert 'lora.bases = "grad@2"' in refused.stderr
+    arguments = simulate(folder, model, "core", "--set", "lora.bases=grad@2")
+    checked = gradualdiff("check", arguments[0])  # with other settings: it leaves the run alone
+    assert checked.returncode == 0, checked.stderr
+    done = summary(gradualdiff("simulate", *arguments, "--json"))
     assert losses(folder)[-1] < losses(folder)[0]
-    done = gradualdiff(
-        "runs", "export", "tiny", "--store", folder / "store", "--to", tmp_path / "x"
-    )
+    settings = Ledger(DirectoryStore(store), "tiny", "t", lambda: 0.0).federation().config
+    assert settings["lora"]["bases"] == f"grad@2#{sha}"
+    assert settings["base"]["fingerprint"] is not None
+    bases = tmp_path / "bases.safetensors"
+    shutil.copy(store / topology.adapter_key("grad", sha), bases)
+    deleted = gradualdiff("runs", "delete", "grad", "--yes", "--store", store)
+    assert deleted.returncode == 0, deleted.stderr
+    again = gradualdiff("simulate", *arguments, "--resume", "--json")  # it needs that run no more
+    assert summary(again) == done
+    assert not list(folder.glob(".gradualdiff-bases-*"))
+    verified = gradualdiff("runs", "verify", "tiny", "--store", store)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    done = gradualdiff("runs", "export", "tiny", "--store", store, "--to", tmp_path / "x")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "x" / "adapter_model.safetensors")
-    bases = load_file(folder / "bases.safetensors")
-    for name, value in bases.items():
+    for name, value in load_file(bases).items():
         if ".lora_A." in name:
             assert len(value) == 12
             assert (found[name] == value[:4]).all()
@@ -254,7 +270,7 @@ def test_a_run_goes_on_without_the_file_and_not_with_another_one(given, tmp_path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("missing", r'lora.bases: expected "weights" or a file'),
+        ("missing", r'lora.bases: expected "weights", a run of this store or a file'),
         ("no-bases", r"expected a LoRA adapter's safetensors file"),
         ("another-rank", r"expected float32 \(\d+, 4\).*lora.rank"),
         ("too-few-layers", r"expected a tensor .*lora_B.weight, found none"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from coordinator.history import read_history
+from coordinator.runs.bases import bases_here, named_bases, put_bases
 from coordinator.runs.branching import branch_run
 from coordinator.runs.captured import captured
 from coordinator.runs.export import export_adapter
 from shared import topology
-from shared.errors import ConfigError
+from shared.disk.files import digest_file
+from shared.errors import ConfigError, LedgerDamagedError
 from shared.methods.averaging.range_finder import depths
 from shared.protocol.ledger import Ledger
 from shared.protocol.manifest import Manifest, TensorSpec
@@ -221,11 +225,98 @@ def test_bases_are_no_model(tmp_path):
     store = store_of(tmp_path)
     history = read_history(store, "test")
     assert not any(history.held_out(number) for number in history.rounds)
-    with pytest.raises(ConfigError, match=r"run test makes bases .* lora\.bases"):
+    with pytest.raises(ConfigError, match=r'run test makes bases .* lora\.bases = "test@2"'):
         export_adapter(history, store, tmp_path / "out", None)
     ledgers = [Ledger(store, name, "operator", lambda: 7.0) for name in ("test", "child")]
     with pytest.raises(ConfigError, match="bases and no model"):
         branch_run(ledgers[0], 2, ledgers[1])
+
+
+def named(folder, bases, scratch="scratch", **sections):
+    """The settings of a core run by the bases that it names, and their file."""
+    lora = {"kind": "core", "rank": 16, "bases": bases, **sections.pop("lora", {})}
+    chosen = config(rounds=1, name="core", lora=lora, **sections)
+    (folder / scratch).mkdir(exist_ok=True)
+    return named_bases(chosen, store_of(folder), folder, folder / scratch)
+
+
+def test_a_core_run_takes_its_bases_of_a_run_by_name(tmp_path):
+    """Of a round, or of the last one; the sha256 and the base model are pinned on record."""
+    chosen = settings(rounds=4)
+    last = run(chosen, tmp_path, sites_of(chosen)).adapter_sha
+    shas = [record.adapter_sha for record in records(tmp_path, ClosedRecord)]
+    (genesis,) = records(tmp_path, GenesisRecord)
+    for bases, sha in (("test", last), ("test@4", last), ("test@2", shas[1])):
+        found, path = named(tmp_path, bases)
+        assert (found.lora.bases, found.lora.bases_sha) == (f"{bases}#{sha}", sha)
+        assert found.base.fingerprint == genesis.fingerprint
+        assert digest_file(path)[0] == sha
+    (tmp_path / "test").write_bytes(path.read_bytes())  # what could be a run is one
+    assert named(tmp_path, "./test")[0].lora.bases == f"./test#{sha}"
+    assert named(tmp_path, "test")[0].lora.bases_sha == last
+
+
+def test_a_run_on_record_keeps_its_bases_when_the_run_that_made_them_is_gone(tmp_path):
+    """What is on record counts, and it has a copy of its own."""
+    chosen = settings()
+    first = run(chosen, tmp_path, sites_of(chosen)).adapter_sha
+    found, path = named(tmp_path, "test")
+    put_bases(found, store_of(tmp_path), path)
+    Ledger(store_of(tmp_path), "core", "w", lambda: 0.0).begin(found)
+    shutil.rmtree(tmp_path / "store" / "runs" / "test")
+    again, nothing = named(tmp_path, "test")
+    assert (again.digest, again.lora.bases_sha, nothing) == (found.digest, first, None)
+    with bases_here(core_settings("test"), store_of(tmp_path), tmp_path) as (same, here):
+        assert (same.digest, digest_file(here)[0]) == (found.digest, first)
+    assert not here.exists()
+
+
+def core_settings(bases):
+    return config(rounds=1, name="core", lora={"kind": "core", "rank": 16, "bases": bases})
+
+
+@pytest.mark.parametrize(
+    ("bases", "sections", "says"),
+    [
+        ("grad", {}, r"lora.bases: expected .*a run of this store.* got 'grad', .*runs list"),
+        ("test@1", {}, r"lora.bases: expected a round that made bases .*'test@1'.*rounds list"),
+        ("test@6", {}, r"lora.bases: expected a round that made bases .*'test@6'.*rounds list"),
+        ("plain", {}, r"lora.bases: expected a run that makes bases, got 'plain', .*\"fedavg\""),
+        ("open", {}, r"lora.bases: expected a finished run, got 'open'.*wait.*\"open@2\""),
+        ("test", {"lora": {"rank": 25}}, r"lora.rank: expected at most 24.*'test'.*got 25; lower"),
+        (
+            "test",
+            {"base": {"model": "none", "quantisation": "int8"}},
+            r"base.quantisation: expected nf4, as of run test.*got int8",
+        ),
+        (
+            "test",
+            {"base": {"model": "none", "fingerprint": "0" * 64}},
+            r"base.fingerprint: expected .*, as of run test.*got 0+; use",
+        ),
+    ],
+)
+def test_a_run_that_has_no_such_bases_is_refused(tmp_path, bases, sections, says):
+    """With the field, what was expected, what came and what to do."""
+    chosen = settings()
+    run(chosen, tmp_path, sites_of(chosen))
+    run(config(rounds=1, name="plain"), tmp_path)
+    store = store_of(tmp_path)
+    Ledger(store, "open", "w", lambda: 0.0).begin(settings(run={"name": "open"}))
+    with pytest.raises(ConfigError, match=says):
+        named(tmp_path, bases, **sections)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_bases_that_the_store_altered_are_not_handed_on(tmp_path):
+    """The adapter of the run that made them is damaged: the new run does not begin."""
+    chosen = settings()
+    sha = run(chosen, tmp_path, sites_of(chosen)).adapter_sha
+    path = tmp_path / "store" / topology.adapter_key("test", sha)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(LedgerDamagedError, match="does not have its sha256"):
+        named(tmp_path, "test")
 
 
 @pytest.mark.parametrize(
