@@ -73,6 +73,9 @@ def bases_here(
     config: FederationConfig, store: ObjectStore | None, folder: Path
 ) -> Iterator[tuple[FederationConfig, Path | None]]:
     """As ``named_bases``; the file is there in any case, for as long as the context lasts."""
+    if not kind_of(config.lora).has_bases:
+        yield config, None
+        return
     with tempfile.TemporaryDirectory(prefix=".gradualdiff-bases-", dir=folder) as scratch:
         config, path = named_bases(config, store, folder, Path(scratch))
         sha = config.lora.bases_sha
