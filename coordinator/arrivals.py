@@ -155,7 +155,7 @@ class Arrivals:
 
     def _uploads_of(self, key: str) -> Iterator[PartUpload]:
         """Those of this process; the store is asked for others only by who wants more of them."""
-        yield from [one for one in self._begun if one.key == key]
+        yield from [one for one in tuple(self._begun) if one.key == key]
         yield from self._under_way(key)
 
     def _under_way(self, prefix: str) -> list[PartUpload]:
@@ -184,7 +184,7 @@ class Arrivals:
 
     def expects(self, upload: Upload) -> bool:
         """Whether this process began an upload in parts of it that is not complete."""
-        return any(one.key == upload.key for one in self._begun)
+        return any(one.key == upload.key for one in tuple(self._begun))
 
     def missing_chunks(self, upload: Upload) -> list[int]:
         """The chunks that are not in the inbox yet, or have the wrong size."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.admission import admit
+from coordinator.batching import BATCH, PREFETCH, Outbox
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
@@ -18,7 +19,7 @@ from shared.log import get_logger
 from shared.protocol.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.protocol.events import CoordinatorTick, MessageRefused
 from shared.protocol.ledger import Ledger
-from shared.protocol.messages import to_coordinator, to_refused
+from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,22 +67,24 @@ def build_coordinator(
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
     ledger = Ledger(store, run, writer, clock)
     intake = Intake(store, spool / run)
-    effects = Effects(config, ledger, broker, intake, clock)
+    effects = Effects(config, ledger, Outbox(broker), intake, clock)
     coordinator = Coordinator(config, ledger, intake, effects, clock)
     failpoint("queues.before")
     broker.declare(topology.run_topology(run, config.run.participants))
     failpoint("queues.after")
     coordinator.begin()
 
-    consumer = broker.consume(topology.coordinator_queue(run))
+    consumer = broker.consume(topology.coordinator_queue(run), PREFETCH)
     dispatcher = Dispatcher(
         consumer,
         coordinator.handlers,
         partial(admit, config),
-        partial(_refuse, broker, run, clock),
+        partial(_refuse, effects, run),
         patience.seconds,
         patience.pause,
         partial(_admits, coordinator, timer),
+        coordinator,
+        BATCH,
     )
     return CoordinatorRole(
         coordinator,
@@ -123,9 +126,7 @@ def _look(broker: Broker, coordinator: Coordinator, clock: Callable[[], float]) 
     coordinator.liveness.write(coordinator.state, now)
 
 
-def _refuse(
-    broker: Broker, run: str, clock: Callable[[], float], delivery: Delivery, reason: str
-) -> None:
+def _refuse(effects: Effects, run: str, delivery: Delivery, reason: str) -> None:
     event = MessageRefused(
         run=run,
         queue=delivery.queue,
@@ -134,7 +135,7 @@ def _refuse(
         reason=reason,
         data=delivery.body[: topology.REFUSED_BYTES],
     )
-    broker.publish([to_refused(event, clock())])
+    effects.keep_refused(event)
 
 
 def _leave(broker: Broker, intake: Intake, run: str) -> None:

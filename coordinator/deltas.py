@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.server_optimizer import wants_more_than_zeros
 from coordinator.arrivals import Upload
+from coordinator.batching import at_once
 from coordinator.effects import answer_of
 from coordinator.round.state import Aggregate
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
 from shared.log import get_logger
 from shared.methods.averaging import delta_manifest
+from shared.protocol.events import DeltaSubmitted, UploadRequested
 from shared.protocol.records import AcceptedRecord, RefusedRecord
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader
 from shared.topology import accepted_key
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
     from coordinator.live_run import LiveRun
-    from shared.protocol.events import DeltaSubmitted, UploadRequested
+    from shared.protocol.events import Event
     from shared.protocol.records import OpenedRecord
 
 
@@ -27,6 +34,7 @@ class Deltas:
 
     def __init__(self, run: LiveRun) -> None:
         self._run = run
+        self._ahead: dict[Upload, Future[float]] = {}  # of this batch, until its turn comes
 
     def on_upload_requested(self, event: UploadRequested, sender: str) -> None:
         """Sign a URL for each missing piece. Idempotent: an upload in parts is found again."""
@@ -34,8 +42,8 @@ class Deltas:
         if upload in self._run.lost:  # what is damaged at its key is replaced, not created
             self._run.effects.grant(upload)
             return
-        opened = self._takes(sender, event.round)
-        if opened is None or (sender, event.round) in self._run.state.uncounted:
+        opened = self._waits_for(upload)
+        if opened is None:
             self._answer_closed(upload, record=False)
             return
         present = self._present(upload, opened, direct=event.creates)
@@ -44,7 +52,13 @@ class Deltas:
             verdict = RefusedRecord(round=event.round, site=sender, sha=event.sha, reason=reason)
             self._run.effects.tell({sender: answer_of(upload.run, verdict)})
             return
-        self._run.effects.grant(upload, direct=event.creates, seen=upload.sha in present)
+        grant = partial(
+            self._run.effects.granted,
+            upload,
+            direct=event.creates,
+            seen=upload.sha in present,
+        )
+        self._run.later(sender, grant, lambda granted: self._run.effects.tell({sender: granted}))
 
     def _present(self, upload: Upload, opened: OpenedRecord, *, direct: bool) -> set[str]:
         """The shas of which this site's bytes may be at the store for the round."""
@@ -59,19 +73,10 @@ class Deltas:
         if upload in self._run.lost:
             self._restore(upload)
             return
-        opened = self._takes(sender, event.round)
-        if opened is None or (sender, event.round) in self._run.state.uncounted:
+        opened = self._waits_for(upload)
+        if opened is None:
             self._answer_closed(upload)
             return
-        codec = get_codec(self._run.config.codec.name)
-        expected = DeltaHeader(
-            run=upload.run,
-            round=upload.round,
-            site=sender,
-            source_sha=opened.source_sha,
-            codec=codec.name,
-            codec_version=codec.version,
-        )
         if event.source_sha != opened.source_sha:
             self._refuse(
                 upload,
@@ -79,13 +84,9 @@ class Deltas:
                 "the delta was trained from another adapter",
             )
             return
-        limit = self._run.config.aggregation.max_delta_norm
+        ahead = self._ahead.pop(upload, None)
         try:
-            manifest = delta_manifest(
-                self._run.genesis().manifest, self._run.config, sender, event.round
-            )
-            not_zero = wants_more_than_zeros(self._run.config, opened)
-            norm = self._run.intake.take(upload, manifest, expected, limit, not_zero)
+            norm = self._norm(upload, opened) if ahead is None else ahead.result()
         except DeltaRefusedError as error:
             self._refuse(upload, str(error))
             return
@@ -105,6 +106,41 @@ class Deltas:
                 traffic=event.traffic,
             )
         )
+
+    def check_ahead(self, told: Sequence[tuple[Event, str]]) -> None:
+        """Read and check what is submitted, each beside the others, before its turn comes.
+
+        One delta a site: what becomes of a second one follows from the first.
+        """
+        submitted: dict[str, DeltaSubmitted] = {}
+        for event, sender in told:
+            if isinstance(event, DeltaSubmitted):
+                submitted.setdefault(sender, event)
+        checks: dict[Upload, Callable[[], float]] = {}
+        for sender, event in submitted.items():
+            with contextlib.suppress(ProtocolError):  # its turn says so
+                upload = self._upload(event, sender)
+                opened = self._waits_for(upload)
+                if opened is not None and event.source_sha == opened.source_sha:
+                    checks[upload] = partial(self._norm, upload, opened)
+        self._ahead = dict(zip(checks, at_once(list(checks.values())), strict=True))
+
+    def _norm(self, upload: Upload, opened: OpenedRecord) -> float:
+        """The norm of a delta that is as it should be. Raises DeltaRefusedError, StoreError."""
+        config = self._run.config
+        codec = get_codec(config.codec.name)
+        expected = DeltaHeader(
+            run=upload.run,
+            round=upload.round,
+            site=upload.site,
+            source_sha=opened.source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+        manifest = delta_manifest(self._run.genesis().manifest, config, upload.site, upload.round)
+        limit = config.aggregation.max_delta_norm
+        not_zero = wants_more_than_zeros(config, opened)
+        return self._run.intake.take(upload, manifest, expected, limit, not_zero)
 
     def _restore(self, upload: Upload) -> None:
         """Store what a site sent again. Idempotent: it is the same bytes, or nothing."""
@@ -163,10 +199,11 @@ class Deltas:
         else:
             self._run.effects.tell({upload.site: answer_of(upload.run, late)})
 
-    def _takes(self, site: str, number: int) -> OpenedRecord | None:
-        """The round, if a delta of this site for it may still count; operators may say no."""
-        opened = self._run.state.takes(site, number)
-        if opened is None or site not in self._run.state.steering.in_force(opened.selected):
+    def _waits_for(self, upload: Upload) -> OpenedRecord | None:
+        """The round, if it still waits for a delta of this site; operators may say no."""
+        state, site, number = self._run.state, upload.site, upload.round
+        opened = state.takes(site, number)
+        if opened is None or site in state.steering.excluded or (site, number) in state.uncounted:
             return None
         return opened
 

@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.arrivals import Upload
+    from coordinator.batching import Outbox
     from coordinator.intake import Intake
     from coordinator.round.state import Notification, RunState, Step
     from shared.adapters import AdapterSettings
-    from shared.brokers.port import Broker
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
     from shared.protocol.record import Record
@@ -74,13 +74,13 @@ class Effects:
         self,
         config: FederationConfig,
         ledger: Ledger,
-        broker: Broker,
+        outbox: Outbox,
         intake: Intake,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._ledger = ledger
-        self._broker = broker
+        self._outbox = outbox
         self._intake = intake
         self._clock = clock
         self._method = Method.of(config)
@@ -223,21 +223,25 @@ class Effects:
     # Notifications ----------------------------------------------------------------------------
 
     def notify(self, notification: Notification, state: RunState) -> None:
-        """Publish one announcement to all it concerns, confirmed as one batch."""
+        """Have one announcement published to all it concerns."""
         events = self._events(notification, state)
         if events:
             self.tell(events)
 
     def tell(self, events: Mapping[str, Event]) -> None:
-        """Publish one event to each site. Raises UnroutableError naming a site without a queue."""
+        """Have one event published to each site."""
         now = self._clock()
-        self._broker.publish([to_site(site, event, now) for site, event in events.items()])
+        self._outbox.put([to_site(site, event, now) for site, event in events.items()])
 
     def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
         """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""
+        self.tell({upload.site: self.granted(upload, direct=direct, seen=seen)})
+
+    def granted(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> UploadGranted:
+        """The word by which a site may upload what is missing. Raises StoreError."""
         expires_at = self._clock() + GRANT_SECONDS
         given = self._intake.arrivals.grant(upload, expires_at, direct=direct, seen=seen)
-        grant = UploadGranted(
+        return UploadGranted(
             run=upload.run,
             round=upload.round,
             sha=upload.sha,
@@ -245,11 +249,17 @@ class Effects:
             urls=given.urls,
             expires_at=expires_at,
         )
-        self.tell({upload.site: grant})
+
+    def say(self) -> None:
+        """Publish what there is to say, as one, and return once it is confirmed.
+
+        Raises UnroutableError naming a site without a queue, BrokerUnavailableError.
+        """
+        self._outbox.flush()
 
     def keep_refused(self, event: MessageRefused) -> None:
-        """Put a site's refusal into the refused queue, beside the coordinator's own."""
-        self._broker.publish([to_refused(event, self._clock())])
+        """Have a refusal put into the refused queue."""
+        self._outbox.put([to_refused(event, self._clock())])
 
     def _events(self, notification: Notification, state: RunState) -> dict[str, Event]:
         run = self._config.run.name

@@ -1,8 +1,8 @@
 """The coordinator: one handler per event; what it learns goes through the ledger into the state.
 
-Every handler follows one order: check the sender's claim, make it durable (a record), fold the
-record in, and let the effects notify. All are idempotent: a record that exists is adopted, a fact
-that is known changes nothing, an answer may be given twice.
+Every handler follows one order: check the sender's claim, say what goes on record; that is made
+durable and folded in before the effects notify anybody. All are idempotent: a record that exists is
+adopted, a fact that is known changes nothing, an answer may be given twice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from shared.protocol.records import (
 from shared.topology import site_queue
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
@@ -67,7 +67,7 @@ class Coordinator(LiveRun):
     ) -> None:
         super().__init__(config, ledger, intake, effects, clock)
         self.active = False
-        deltas = Deltas(self)
+        self._deltas = deltas = Deltas(self)
         handlers: Mapping[type[Event], Handler] = {
             SiteOnline: self.on_site_online,
             ParticipantReady: self.on_participant_ready,
@@ -95,8 +95,14 @@ class Coordinator(LiveRun):
         failpoint("start.reloaded")
         self.carry_out(resume(self.state))
         self._say_unfit()
+        self.publish()
         self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
+
+    def prepare(self, told: Sequence[tuple[Event, str]]) -> None:
+        """Check what was submitted, each beside the others."""
+        if self.active:
+            self._deltas.check_ahead(told)
 
     def _entry(self, handler: Handler) -> Handler:
         """What precedes every handler."""
@@ -104,6 +110,8 @@ class Coordinator(LiveRun):
         def handle(event: Event, sender: str) -> None:
             if not self.active:
                 self.start()
+            if self.state.closing is not None or self.awaits(sender):
+                self.settle()
             if self.state.closing is not None:
                 # A store that was away left the decision undone; this may be of the next round.
                 self.carry_out((Aggregate(self.state.closing),))
@@ -140,6 +148,7 @@ class Coordinator(LiveRun):
                 )
             return
         if genesis is not None:
+            self.settle()  # it has to fit to others that may have come just before
             self._check_joins(event, sender)
         self.record(self._member(event, sender))
         self._say_unfit()
@@ -239,7 +248,8 @@ class Coordinator(LiveRun):
         """
         del sender  # a tick comes from a coordinator's own account, checked by the dispatcher
         if event.writer == self.ledger.writer:
-            self.notice_controls()
+            self.settle()
+            self.carry_out(self._fold_controls() or ())
             self.feed(Ticked(event.now))
 
     # What is known -----------------------------------------------------------------------------

@@ -7,8 +7,10 @@ out before the call returns.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from coordinator.batching import Task, at_once
 from coordinator.limits import Limits
 from coordinator.liveness import Liveness
 from coordinator.round.machine import apply, replay
@@ -21,26 +23,46 @@ from shared.errors import (
     ProtocolError,
     RunFailedError,
 )
+from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.protocol.bounds import prose
-from shared.protocol.dispatch import ABOUT_THE_MESSAGE
+from shared.protocol.dispatch import ABOUT_THE_MESSAGE, Desk, UnsettledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from coordinator.arrivals import Upload
+    from coordinator.batching import Result
     from coordinator.effects import Effects
     from coordinator.intake import Intake
     from coordinator.round.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
     from shared.protocol.record import Record
-    from shared.protocol.records import ClosingRecord, GenesisRecord
+    from shared.protocol.records import (
+        AcceptedRecord,
+        ClosingRecord,
+        DeclinedRecord,
+        EvaluatedRecord,
+        FailedRecord,
+        GenesisRecord,
+        MemberRecord,
+        RefusedRecord,
+    )
+
+    SiteRecord = (
+        AcceptedRecord
+        | DeclinedRecord
+        | EvaluatedRecord
+        | FailedRecord
+        | MemberRecord
+        | RefusedRecord
+    )
 
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more
 
 
-class LiveRun:
+class LiveRun(Desk):
     """One run. It holds nothing that ``reload()`` could not rebuild."""
 
     def __init__(
@@ -62,6 +84,9 @@ class LiveRun:
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self.lost: dict[Upload, tuple[float, str]] = {}
         self._cleared: Mapping[str, str] = {}  # the excluded sites whose uploads are deleted
+        # What a batch left for its end, in the order of delivery, and the state before all of it.
+        self._tasks: list[Task[Any]] = []
+        self._settled = self.state
 
     @property
     def damage(self) -> str | None:
@@ -76,6 +101,7 @@ class LiveRun:
         """Rebuild the state from the ledger."""
         self.state = replay(self.config, self.ledger.history())
         self.lost, self._cleared = {}, {}  # whoever noticed an exclusion may have died at it
+        self._tasks = []
 
     def feed(self, fact: Fact) -> None:
         """Fold a fact in and carry out what follows from it."""
@@ -83,9 +109,10 @@ class LiveRun:
         self.carry_out(effects)
 
     def notice_controls(self) -> bool:
-        """Fold in what operators asked since the last look and carry it out; whether it was any."""
+        """Carry out what operators asked since the last look, between batches; whether any was."""
         asked = self._fold_controls()
         self.carry_out(asked or ())
+        self.effects.say()
         return asked is not None
 
     def _fold_controls(self) -> tuple[Effect, ...] | None:
@@ -123,6 +150,8 @@ class LiveRun:
             elif isinstance(effect, Aggregate) and not self._holds_all(effect.closing):
                 pass  # it is asked for again, and this again with every tick
             elif isinstance(effect, MakeGenesis | WriteRecord | Aggregate):
+                if not isinstance(effect, WriteRecord):
+                    self.effects.say()  # nobody waits for an answer while this is computed
                 self.state, following = apply(self.state, self._perform(effect))
             else:
                 self.effects.notify(effect, self.state)
@@ -168,9 +197,69 @@ class LiveRun:
             self.liveness.write(self.state, now)
         return not lost
 
-    def record(self, record: Record) -> None:
-        """Put it on record and fold it in."""
-        self.feed(self.ledger.write(record))
+    # Until a batch's end --------------------------------------------------------------------
+
+    def later(self, site: str, do: Callable[[], Result], then: Callable[[Result], None]) -> None:
+        """Have ``do`` done beside what other sites wait for; ``then``, in order, what came of it.
+
+        Before the next message of this site is handled, and before the end of the batch.
+        """
+        if not self._tasks:
+            self._settled = self.state
+        self._tasks.append(Task(site, do, then))
+
+    def record(self, record: SiteRecord) -> None:
+        """Put it on record: folded in now, written with the others, and then carried out.
+
+        A step that follows is taken at once: so it is the one that would follow without batches.
+        """
+        before, mine = self.state, self.ledger.stamped(record)
+        after, effects = apply(before, mine)
+
+        def fold(written: Record) -> None:
+            if written is mine and self.state is before:  # all went as was foreseen
+                self.state = after
+                self.carry_out(effects)
+            else:
+                self.feed(written)
+
+        self.later(record.site, partial(self.ledger.put, mine), fold)
+        self.state = after
+        if any(isinstance(effect, MakeGenesis | WriteRecord | Aggregate) for effect in effects):
+            self.settle()
+
+    def awaits(self, site: str) -> bool:
+        """Whether something of this site is left for later."""
+        return any(task.site == site for task in self._tasks)
+
+    def settle(self) -> None:
+        """Do what was left for later and fold in, in order, what came of it.
+
+        What was written is folded also where something else was not; then the first error is
+        raised: an error of ours, or UnsettledError for one that only a message can be the cause of.
+        """
+        if not self._tasks:
+            return
+        tasks, self._tasks = self._tasks, []
+        done = at_once([task.do for task in tasks])
+        if len(tasks) > 1:
+            failpoint("batch.written")
+        self.state = self._settled
+        failures: list[Exception] = []
+        for task, outcome in zip(tasks, done, strict=True):
+            try:
+                task.then(outcome.result())
+            except Exception as error:  # noqa: BLE001 - the others were done all the same
+                failures.append(error)
+        if failures:
+            first = failures[0]
+            if _is_foreseen(first):
+                raise first
+            raise UnsettledError from first
+
+    def publish(self) -> None:
+        """Say what there is to say, and return once it is confirmed."""
+        self.effects.say()
 
     def genesis(self) -> GenesisRecord:
         """What the run began with. Raises ProtocolError before that."""

@@ -129,9 +129,9 @@ class MeteredBroker:
         self._inner.publish(messages)
         self._meter.count(self._site, messages_up=sum(len(m.body) for m in messages))
 
-    def consume(self, queue: str) -> Consumer:
+    def consume(self, queue: str, prefetch: int = 1) -> Consumer:
         """See the port."""
-        return _MeteredConsumer(self._inner.consume(queue), self._meter, self._site)
+        return _MeteredConsumer(self._inner.consume(queue, prefetch), self._meter, self._site)
 
     def delete(self, queue: str) -> None:
         """See the port."""
@@ -167,6 +167,12 @@ class _MeteredConsumer:
         if delivery is not None:
             self._meter.count(self._site, messages_down=len(delivery.body))
         return delivery
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        self._inner.acknowledge(deliveries)
+
+    def requeue(self, deliveries: Sequence[Delivery]) -> None:
+        self._inner.requeue(deliveries)
 
     def close(self) -> None:
         self._inner.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from shared.brokers.embedded_state import BrokerState, QueueState, StoredMessage
 from shared.brokers.port import MAX_MESSAGE_BYTES
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Sequence
 
-    from shared.brokers.port import Message
+    from shared.brokers.port import Delivery, Message
     from shared.topology import Rights, Topology
 
 
@@ -138,12 +138,12 @@ class EmbeddedConnection:
                 self.close()
                 self._check_open()
 
-    def consume(self, queue: str) -> EmbeddedConsumer:
+    def consume(self, queue: str, prefetch: int = 1) -> EmbeddedConsumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""
         with self._server.changed:
             self._check_open()
             self._check_right(self._rights.read, "read", queue)
-            consumer = EmbeddedConsumer(self._server, self._server.state.queue(queue))
+            consumer = EmbeddedConsumer(self._server, self._server.state.queue(queue), prefetch)
             self._consumers.append(consumer)
             return consumer
 
@@ -198,17 +198,18 @@ class EmbeddedConnection:
 class EmbeddedConsumer:
     """A subscription: the ``Consumer`` port. Made by :meth:`EmbeddedConnection.consume`."""
 
-    def __init__(self, server: _Server, queue: QueueState) -> None:
+    def __init__(self, server: _Server, queue: QueueState, prefetch: int) -> None:
         self._server = server
         self._queue = queue
+        self._prefetch = prefetch
         self._open = True
-        self._held: tuple[EmbeddedDelivery, StoredMessage] | None = None
+        self._held: dict[EmbeddedDelivery, StoredMessage] = {}  # oldest first
         queue.subscribers.append(self)
 
     @property
     def held_sequence(self) -> int:
-        """Age of the unacknowledged delivery, lower is older; -1 without one."""
-        return self._held[1].sequence if self._held else -1
+        """Age of the oldest unsettled delivery, lower is older; -1 without one."""
+        return next((stored.sequence for stored in self._held.values()), -1)
 
     def receive(self, timeout_seconds: float = 0.0) -> EmbeddedDelivery | None:
         """The next delivery, or None when none came in time. Raises BrokerUnavailableError."""
@@ -229,8 +230,27 @@ class EmbeddedConsumer:
                 attempt=stored.attempt,
                 consumer=self,
             )
-            self._held = (delivery, stored)
+            self._held[delivery] = stored
             return delivery
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """Take them off the queue together. Raises StaleDeliveryError if one was settled."""
+        self._settled(deliveries)
+
+    def requeue(self, deliveries: Sequence[Delivery]) -> None:
+        """Put them back at the head in the order given. Raises StaleDeliveryError."""
+        with self._server.changed:
+            taken = self._settled(deliveries)
+            for delivery, stored in zip(reversed(deliveries), reversed(taken), strict=True):
+                if not self._queue.give_back(stored, self._server.clock()):
+                    get_logger().warning(
+                        "message.dropped",
+                        queue=delivery.queue,
+                        routing_key=delivery.routing_key,
+                        sender=delivery.sender,
+                        attempt=delivery.attempt,
+                        reason="delivery limit",
+                    )
 
     def close(self) -> None:
         """End the subscription; an unacknowledged delivery comes again to another consumer."""
@@ -239,35 +259,26 @@ class EmbeddedConsumer:
                 return
             self._open = False
             self._queue.subscribers.remove(self)
-            if self._held is not None:
-                self.settle(self._held[0], requeue=True)
-            self._server.changed.notify_all()
+            self.requeue(list(self._held))
 
-    def settle(self, delivery: EmbeddedDelivery, *, requeue: bool) -> None:
-        """Take the unacknowledged delivery off, or give it back. Raises StaleDeliveryError."""
+    def _settled(self, deliveries: Sequence[Delivery]) -> list[StoredMessage]:
+        """What the deliveries are of; they are held no more. All of them, or an error and none."""
         with self._server.changed:
-            if self._held is None or self._held[0] is not delivery:
-                raise StaleDeliveryError(
-                    f"{delivery.queue}: this delivery ({delivery.routing_key}) was acknowledged or "
-                    "rejected before, or its connection is closed; receive it again"
-                )
-            stored, self._held = self._held[1], None
-            if requeue and not self._queue.give_back(stored, self._server.clock()):
-                get_logger().warning(
-                    "message.dropped",
-                    queue=delivery.queue,
-                    routing_key=delivery.routing_key,
-                    sender=delivery.sender,
-                    attempt=delivery.attempt,
-                    reason="delivery limit",
-                )
+            for delivery in deliveries:
+                if delivery not in self._held:
+                    raise StaleDeliveryError(
+                        f"{delivery.queue}: this delivery ({delivery.routing_key}) was "
+                        "acknowledged or rejected before, or its connection is closed; receive it "
+                        "again"
+                    )
             self._server.changed.notify_all()
+            return [self._held.pop(cast("EmbeddedDelivery", one)) for one in deliveries]
 
     def _must_wake(self) -> bool:
         return not self._open or self._is_fed()
 
     def _is_fed(self) -> bool:
-        return self._held is None and self._queue.feeds(self, self._server.clock())
+        return len(self._held) < self._prefetch and self._queue.feeds(self, self._server.clock())
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +294,11 @@ class EmbeddedDelivery:
 
     def acknowledge(self) -> None:
         """Take it off the queue. Raises StaleDeliveryError."""
-        self.consumer.settle(self, requeue=False)
+        self.consumer.acknowledge([self])
 
     def requeue(self) -> None:
         """Put it back at the head of the queue. Raises StaleDeliveryError."""
-        self.consumer.settle(self, requeue=True)
+        self.consumer.requeue([self])
 
 
 def _check_size(message: Message) -> None:

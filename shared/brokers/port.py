@@ -70,10 +70,16 @@ class Delivery(Protocol):
 
 
 class Consumer(Protocol):
-    """A subscription to one queue, one unacknowledged delivery at a time (prefetch 1)."""
+    """A subscription to one queue, with at most ``prefetch`` unsettled deliveries at a time."""
 
     def receive(self, timeout_seconds: float = 0.0) -> Delivery | None:
         """The next delivery, or None when none came in time. Raises BrokerUnavailableError."""
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """Take them off the queue together. Raises StaleDeliveryError if one was settled."""
+
+    def requeue(self, deliveries: Sequence[Delivery]) -> None:
+        """Put them back at the head in the order given. Raises StaleDeliveryError."""
 
     def close(self) -> None:
         """End the subscription; an unacknowledged delivery comes again to another consumer."""
@@ -95,7 +101,7 @@ class Broker(Protocol):
     def publish(self, messages: Sequence[Message]) -> None:
         """Publish and wait until the broker confirmed all. Raises UnroutableError and others."""
 
-    def consume(self, queue: str) -> Consumer:
+    def consume(self, queue: str, prefetch: int = 1) -> Consumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""
 
     def depth(self, queue: str) -> int:

@@ -1,5 +1,10 @@
 """The one consume loop: decode -> bind the log's context -> handler -> error type -> outcome.
 
+Deliveries are taken as they lie there, up to ``most`` at once; a batch of one is the usual case of
+a site. A batch is handled in the order of delivery, then what it put on record is written
+(``settle``), then what it has to say is published, then all of it is acknowledged together. So
+whatever is said is on record, and whatever is acknowledged was said.
+
 Handlers never acknowledge; what becomes of a delivery is decided here, by the type of the error:
 
 - none: acknowledged, because the handler's durable write is done.
@@ -7,9 +12,13 @@ Handlers never acknowledge; what becomes of a delivery is decided here, by the t
   ``patience_seconds``, then requeued; the error goes on to whoever runs the loop. When the broker
   is away it goes on at once: only a new connection helps.
 - about this message (DecodeError, ProtocolError, or an error nobody foresaw): refused, that is
-  published with its bytes and the reason, and acknowledged only after that was confirmed.
+  published with its bytes and the reason, and acknowledged only after that was confirmed. Its
+  neighbours are handled as if it had not been there.
 - anything else of ours (a damaged ledger, a fenced writer, a person's interrupt): requeued, and
   the error goes on; it is not the message's fault.
+
+After an error, what came before in the batch is settled and acknowledged if it can be. Where it
+cannot, more is handled twice than had to be, which does no harm: every handler is idempotent.
 """
 
 from __future__ import annotations
@@ -36,7 +45,7 @@ from shared.log import get_logger
 from shared.protocol import wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from shared.brokers.port import Consumer, Delivery
     from shared.protocol.events import Event
@@ -66,12 +75,48 @@ class Patience:
 NO_PATIENCE = Patience(0.0, time.sleep)
 
 
+class UnsettledError(Exception):
+    """What a batch put on record came to grief, and nobody can say by which of its messages."""
+
+
+class Desk:
+    """Where a role keeps what its handlers leave undone until the end of a batch: here, nothing."""
+
+    def prepare(self, told: Sequence[tuple[Event, str]]) -> None:
+        """Do ahead what does not depend on the batch's order. ``told``: event and sender."""
+
+    def settle(self) -> None:
+        """Write all that is to be on record. Raises UnsettledError, or any error of ours."""
+
+    def publish(self) -> None:
+        """Say all that is to be said, and return once it is confirmed."""
+
+
+@dataclass(eq=False)
+class _Item:
+    """One delivery under way. ``event`` and ``handler``: None where it is refused."""
+
+    delivery: Delivery
+    started: float = field(default_factory=time.monotonic)
+    name: str = "unknown"
+    sender: str = ""
+    event: Event | None = None
+    handler: Handler = None
+    outcome: Outcome = Outcome.DONE
+    reason: str = ""
+
+    def refuse(self, reason: str) -> None:
+        """It is not handled, and this is why."""
+        self.outcome, self.reason = Outcome.REFUSED, reason
+
+
 @dataclass(frozen=True)
 class Dispatcher:
     """One queue's loop. ``sender_of``: who may have sent this; raises ProtocolError otherwise.
 
-    ``refuse`` publishes the refusal and returns once it is confirmed. ``admits``: whether it is
-    looked at at all; what is not is taken off the queue and forgotten, before it costs anything.
+    ``refuse`` publishes the refusal and returns once it is confirmed, or has ``desk`` do so.
+    ``admits``: whether it is looked at at all; what is not is taken off the queue and forgotten,
+    before it costs anything. ``most``: so many deliveries are handled together.
     """
 
     consumer: Consumer
@@ -81,60 +126,65 @@ class Dispatcher:
     patience_seconds: float = 0.0
     pause: Callable[[float], None] = field(default=time.sleep)
     admits: Callable[[Delivery], bool] = lambda _delivery: True
+    desk: Desk = field(default_factory=Desk)
+    most: int = 1
 
     def drain(self) -> int:
         """Handle what is there now; how many deliveries."""
         count = 0
-        while self.handle_next(0.0) is not None:
-            count += 1
+        while handled := self.handle_next(0.0):
+            count += handled
         return count
 
-    def handle_next(self, timeout_seconds: float) -> Outcome | None:
-        """Wait for one delivery and handle it; None when none came."""
-        delivery = self.consumer.receive(timeout_seconds)
-        if delivery is None:
-            return None
-        if not self.admits(delivery):
-            delivery.acknowledge()
-            return Outcome.DROPPED
-        started = time.monotonic()
-        outcome, name, reason = self._outcome(delivery)
-        failpoint("acknowledge.before", name)
-        delivery.acknowledge()
-        failpoint("acknowledge.after", name)  # handed over; it may not be on the wire yet
-        get_logger().debug(
-            "message.handled",
-            event_type=name,
-            sender=delivery.sender,
-            outcome=outcome.value,
-            reason=reason,
-            seconds=round(time.monotonic() - started, 3),
-        )
-        return outcome
+    def handle_next(self, timeout_seconds: float) -> int:
+        """Wait for a delivery, handle it and those behind it that are there already; how many."""
+        batch = self._take(timeout_seconds)
+        if not batch:
+            return 0
+        todo = [item for item in batch if item.outcome is not Outcome.DROPPED]
+        failure: BaseException | None = None
+        try:
+            self._patiently(todo)
+        except (GradualDiffError, KeyboardInterrupt) as error:
+            failure = error
+        try:
+            self._finish([item for item in batch if item not in todo])
+        except GradualDiffError as error:
+            failure, todo = failure or error, batch
+        if failure is not None:
+            # A connection that is gone has returned them already; that must not hide the cause.
+            with contextlib.suppress(StaleDeliveryError):
+                self.consumer.requeue([item.delivery for item in todo])
+            raise failure
+        return len(batch)
 
-    def _outcome(self, delivery: Delivery) -> tuple[Outcome, str, str]:
-        name = "unknown"
+    def _take(self, timeout_seconds: float) -> list[_Item]:
+        """What is there, up to ``most``, each looked at; nothing is waited for but the first."""
+        batch: list[_Item] = []
+        while len(batch) < self.most:
+            delivery = self.consumer.receive(0.0 if batch else timeout_seconds)
+            if delivery is None:
+                break
+            batch.append(self._opened(delivery))
+        return batch
+
+    def _opened(self, delivery: Delivery) -> _Item:
+        item = _Item(delivery)
+        if not self.admits(delivery):
+            item.outcome = Outcome.DROPPED
+            return item
         try:
             event = wire.decode(delivery.body).event
-            name = type(event).__name__
-            sender = self.sender_of(delivery, event)
-            handler = self._handler(delivery, event)
-            context = {
-                key: getattr(event, key) for key in ("run", "round") if getattr(event, key, None)
-            }
-            with bound_contextvars(**context, sender=sender):
-                self._patiently(handler, event, sender)
+            item.name = type(event).__name__
+            item.sender = self.sender_of(delivery, event)
+            item.handler = self._handler(delivery, event)
+            item.event = event
         except ABOUT_THE_MESSAGE as error:
-            return self._refuse(delivery, name, str(error))
-        except (GradualDiffError, KeyboardInterrupt):
-            # A connection that is gone has returned it already; that must not hide the cause.
-            with contextlib.suppress(StaleDeliveryError):
-                delivery.requeue()
-            raise
-        except Exception as error:  # noqa: BLE001 - the one place that may: refused, never lost
-            get_logger().exception("handler.crashed", event_type=name)
-            return self._refuse(delivery, name, f"{type(error).__name__}: {error}")
-        return Outcome.DONE, name, ""
+            item.refuse(str(error))
+        except Exception as error:  # noqa: BLE001 - here and below, the places that may
+            get_logger().exception("handler.crashed", event_type=item.name)
+            item.refuse(f"{type(error).__name__}: {error}")
+        return item
 
     def _handler(self, delivery: Delivery, event: Event) -> Handler:
         name = type(event).__name__
@@ -145,11 +195,12 @@ class Dispatcher:
             raise ProtocolError(f"{name}: is not for this queue ({delivery.queue})")
         return handler
 
-    def _patiently(self, handler: Handler, event: Event, sender: str) -> None:
+    def _patiently(self, todo: list[_Item]) -> None:
+        """Handle it all, which empties ``todo``; after an error that is where the rest is left."""
         pauses, waited = Backoff(), 0.0
-        while True:
+        while todo:
             try:
-                handler(event, sender)
+                self._attempt(todo)
             except GradualDiffError as error:
                 # A connection that is lost is never found again by waiting: only the store is.
                 waits = error.retryable and not isinstance(error, BrokerError)
@@ -159,12 +210,80 @@ class Dispatcher:
                     raise
                 get_logger().warning("handler.waits", reason=str(error), seconds=round(pause, 1))
                 self.pause(pause)
-            else:
-                return
 
-    def _refuse(self, delivery: Delivery, name: str, reason: str) -> tuple[Outcome, str, str]:
-        self.refuse(delivery, reason)
-        get_logger().warning(
-            "message.refused", event_type=name, sender=delivery.sender, reason=reason
-        )
-        return Outcome.REFUSED, name, reason
+    def _attempt(self, todo: list[_Item]) -> None:
+        """Handle and settle in order; ``todo`` loses what is done with, however this ends."""
+        try:
+            self._together(todo)
+        except UnsettledError as error:
+            if len(todo) == 1:
+                cause = error.__cause__
+                todo.pop().refuse(f"{type(cause).__name__}: {cause}")
+                return
+            while todo:  # one by one it is known whose fault it is
+                first = todo[:1]
+                self._attempt(first)
+                del todo[0]
+
+    def _together(self, todo: list[_Item]) -> None:
+        self.desk.prepare([(item.event, item.sender) for item in todo if item.event is not None])
+        handled, failure = 0, None
+        for item in todo:
+            try:
+                self._handle(item)
+            except (GradualDiffError, UnsettledError) as error:
+                failure = error
+                break
+            handled += 1
+        self.desk.settle()
+        del todo[:handled]
+        if failure is not None:
+            raise failure
+
+    def _handle(self, item: _Item) -> None:
+        if item.event is None:
+            return  # it is refused as it is
+        item.outcome = Outcome.DONE
+        context = {
+            key: getattr(item.event, key)
+            for key in ("run", "round")
+            if getattr(item.event, key, None)
+        }
+        try:
+            with bound_contextvars(**context, sender=item.sender):
+                item.handler(item.event, item.sender)
+        except ABOUT_THE_MESSAGE as error:
+            item.refuse(str(error))
+        except (GradualDiffError, UnsettledError):
+            raise
+        except Exception as error:  # noqa: BLE001 - refused, never lost
+            get_logger().exception("handler.crashed", event_type=item.name)
+            item.refuse(f"{type(error).__name__}: {error}")
+
+    def _finish(self, done: list[_Item]) -> None:
+        """Refuse, say what is to be said, and acknowledge it all."""
+        for item in done:
+            if item.outcome is Outcome.REFUSED:
+                self.refuse(item.delivery, item.reason)
+                get_logger().warning(
+                    "message.refused",
+                    event_type=item.name,
+                    sender=item.delivery.sender,
+                    reason=item.reason,
+                )
+        self.desk.publish()
+        looked_at = [item for item in done if item.outcome is not Outcome.DROPPED]
+        for item in looked_at:
+            failpoint("acknowledge.before", item.name)
+        if done:
+            self.consumer.acknowledge([item.delivery for item in done])
+        for item in looked_at:
+            failpoint("acknowledge.after", item.name)  # handed over; maybe not on the wire yet
+            get_logger().debug(
+                "message.handled",
+                event_type=item.name,
+                sender=item.delivery.sender,
+                outcome=item.outcome.value,
+                reason=item.reason,
+                seconds=round(time.monotonic() - item.started, 3),
+            )

@@ -116,12 +116,22 @@ class Ledger:
     def write(self, record: AnyRecord) -> AnyRecord:
         """Write a record once; on meeting an earlier one, adopt that.
 
-        Raises FencedError when a deciding record is another writer's, and LedgerDamagedError when
-        a result on record is not the one computed here.
+        Raises as :meth:`put`.
         """
-        if isinstance(record, StampedRecord):
-            stamp = {"writer": self.writer, "time": self._clock()}
-            record = record.model_copy(update=stamp)
+        return self.put(self.stamped(record))
+
+    def stamped(self, record: AnyRecord) -> AnyRecord:
+        """The record with writer and time, if its kind has them."""
+        if not isinstance(record, StampedRecord):
+            return record
+        return record.model_copy(update={"writer": self.writer, "time": self._clock()})
+
+    def put(self, record: AnyRecord) -> AnyRecord:
+        """Write a record as it is: this very object, or an earlier one that is adopted.
+
+        Several threads may do so at once. Raises FencedError when a deciding record is another
+        writer's, and LedgerDamagedError when a result on record is not the one computed here.
+        """
         key = record.key(self.run)
         data = canonical_json(record.model_dump(mode="json"))
         word = type(record).__name__.removesuffix("Record").lower()

@@ -71,10 +71,10 @@ def federation(rabbit_server, vhost, tmp_path):
         key = topology.event_key(RUN, MALLORY, RunDeclined.word)
         for _ in range(count):
             channel.basic_publish(topology.EVENTS_EXCHANGE, key, body, Forged(inside))
-        for _ in range(count):
-            for dispatcher in (role.dispatcher, mirror) if mirrored else (role.dispatcher,):
-                while dispatcher.handle_next(5.0) is None:
-                    pass
+        for dispatcher in (role.dispatcher, mirror) if mirrored else (role.dispatcher,):
+            left = count
+            while left > 0:
+                left -= dispatcher.handle_next(5.0)
 
     yield SimpleNamespace(
         office=office, folder=tmp_path, say=say, mirror=mirror, server=rabbit_server

@@ -119,14 +119,17 @@ class RabbitConnection:
                     f"got {len(message.body)}; put large data into the store"
                 )
         if messages:
-            failpoint("publish.before", messages[0].event)
+            words = dict.fromkeys(message.event for message in messages)
+            for word in words:
+                failpoint("publish.before", word)
             with self._publishing:
                 self._io.ask(lambda future: self._publisher.send(messages, future))
-            failpoint("publish.confirmed", messages[0].event)
+            for word in words:
+                failpoint("publish.confirmed", word)
 
-    def consume(self, queue: str) -> RabbitConsumer:
+    def consume(self, queue: str, prefetch: int = 1) -> RabbitConsumer:
         """Subscribe. Raises AccessRefusedError when this identity may not read the queue."""
-        consumer = RabbitConsumer(self._io, queue)
+        consumer = RabbitConsumer(self._io, queue, prefetch)
         self._io.watch(consumer)  # before it is asked for: the end may come meanwhile
         self._io.ask(consumer.subscribe)
         return consumer

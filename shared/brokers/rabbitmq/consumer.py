@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import queue as arrivals
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shared.brokers.rabbitmq.decoding import as_text
 from shared.brokers.rabbitmq.futures import answer, fail, guarded
@@ -15,10 +16,12 @@ from shared.brokers.rabbitmq.translation import translate
 from shared.errors import BrokerUnavailableError, StaleDeliveryError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from pika.channel import Channel
 
+    from shared.brokers.port import Delivery
     from shared.brokers.rabbitmq.io_thread import IoThread
 
 _MOST_DELIVERIES = 2**31
@@ -28,21 +31,22 @@ _COUNTS = ("x-delivery-count", "x-acquired-count")
 class RabbitConsumer:
     """A subscription: the ``Consumer`` port. Made by :meth:`RabbitConnection.consume`."""
 
-    def __init__(self, io: IoThread, queue: str) -> None:
+    def __init__(self, io: IoThread, queue: str, prefetch: int) -> None:
         self._io = io
         self._queue = queue
+        self._prefetch = prefetch
         self._arrived: arrivals.Queue[RabbitDelivery | None] = arrivals.Queue()
         self._channel: Channel | None = None
-        self._held: RabbitDelivery | None = None
+        self._held: dict[RabbitDelivery, int] = {}  # to its tag, oldest first
         self._lock = threading.Lock()
         self._open = True
         self._why = ""
 
     def subscribe(self, future: Future[None]) -> None:
-        """In the I/O thread: a channel of its own, one unacknowledged message at a time."""
+        """In the I/O thread: a channel of its own, ``prefetch`` unsettled messages at a time."""
 
         def on_open(channel: Channel) -> None:
-            channel.basic_qos(prefetch_count=1, callback=lambda _: begin(channel))
+            channel.basic_qos(prefetch_count=self._prefetch, callback=lambda _: begin(channel))
 
         def begin(channel: Channel) -> None:
             # A queue that was deleted cancels its consumers.
@@ -73,8 +77,9 @@ class RabbitConsumer:
         except arrivals.Empty:
             return None
         self._check_open()
-        with self._lock:
-            self._held = delivery
+        if delivery is not None:
+            with self._lock:
+                self._held[delivery] = delivery.tag
         return delivery
 
     def close(self) -> None:
@@ -87,27 +92,41 @@ class RabbitConsumer:
             if channel is not None:
                 self._io.ask(functools.partial(_close_channel, channel))
 
-    def settle(self, delivery: RabbitDelivery, *, requeue: bool) -> None:
-        """Take the unacknowledged delivery off, or give it back. Raises StaleDeliveryError."""
-        with self._lock:
-            if self._held is not delivery or not self._open:
-                raise StaleDeliveryError(
-                    f"{self._queue}: this delivery ({delivery.routing_key}) was acknowledged or "
-                    "rejected before, or its connection is closed; receive it again"
-                )
-            self._held = None
-        channel, tag = self._channel, delivery.tag
-        assert channel is not None  # it delivered this
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """Take them off the queue together. Raises StaleDeliveryError if one was settled."""
+        tags, oldest = self._settled(deliveries)
+        if tags and max(tags) < oldest:  # nothing that is held lies between them: one frame
+            self._tell(lambda channel: channel.basic_ack(max(tags), multiple=True))
+        else:
+            self._tell(lambda channel: [channel.basic_ack(tag) for tag in tags])
 
-        def call() -> None:
+    def requeue(self, deliveries: Sequence[Delivery]) -> None:
+        """Put them back at the head in the order given. Raises StaleDeliveryError."""
+        tags, _ = self._settled(deliveries)
+        self._tell(lambda channel: [channel.basic_nack(tag, requeue=True) for tag in tags])
+
+    def _settled(self, deliveries: Sequence[Delivery]) -> tuple[list[int], float]:
+        """Their tags, and the lowest of those that stay held. All of them, or an error and none."""
+        with self._lock:
+            for delivery in deliveries:
+                if delivery not in self._held or not self._open:
+                    raise StaleDeliveryError(
+                        f"{self._queue}: this delivery ({delivery.routing_key}) was acknowledged "
+                        "or rejected before, or its connection is closed; receive it again"
+                    )
+            tags = [self._held.pop(cast("RabbitDelivery", one)) for one in deliveries]
+            return tags, min(self._held.values(), default=math.inf)
+
+    def _tell(self, call: Callable[[Channel], object]) -> None:
+        channel = self._channel
+        assert channel is not None  # it delivered what is settled
+
+        def told() -> None:
             if channel.is_open:
-                if requeue:
-                    channel.basic_nack(tag, requeue=True)
-                else:
-                    channel.basic_ack(tag)
+                call(channel)
 
         try:
-            self._io.hand_over(call)
+            self._io.hand_over(told)
         except BrokerUnavailableError as error:
             raise StaleDeliveryError(f"{self._queue}: {error}") from None
 
@@ -170,11 +189,11 @@ class RabbitDelivery:
 
     def acknowledge(self) -> None:
         """Take it off the queue. Raises StaleDeliveryError."""
-        self.consumer.settle(self, requeue=False)
+        self.consumer.acknowledge([self])
 
     def requeue(self) -> None:
         """Put it back at the head of the queue. Raises StaleDeliveryError."""
-        self.consumer.settle(self, requeue=True)
+        self.consumer.requeue([self])
 
 
 def _close_channel(channel: Channel, future: Future[None]) -> None:

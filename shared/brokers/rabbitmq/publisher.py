@@ -82,9 +82,9 @@ class Publisher:
         else:
             batch.outstanding.discard(tag)
         if not batch.outstanding:
-            # The broker has all of it, and whoever published does not know that yet. One batch
-            # tells several sites of one thing.
-            failpoint("publish.sent", batch.messages[0].event)
+            # The broker has all of it, and whoever published does not know that yet.
+            for word in dict.fromkeys(message.event for message in batch.messages):
+                failpoint("publish.sent", word)
             self._batch = None
             batch.finish()
 

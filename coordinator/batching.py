@@ -1,0 +1,63 @@
+"""What a batch of messages leaves for its end: calls to make beside each other, words to say.
+
+Handlers run one after another in the order of delivery, so the state is what it would be without
+batches. What waits for the store (an object read, a record written, an upload begun) is independent
+from one site to the next and runs on a few threads; its results are folded in the order of
+delivery, whatever came first.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from shared.brokers.port import Broker, Message
+
+BATCH = 32
+PREFETCH = 2 * BATCH  # the next batch comes over the line while one is worked at
+THREADS = 4
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Task(Generic[Result]):
+    """Of ``site``: ``do`` at any time beside those of others, ``then`` in the order of delivery."""
+
+    site: str
+    do: Callable[[], Result]
+    then: Callable[[Result], None]
+
+
+def at_once(calls: Sequence[Callable[[], Result]]) -> list[Future[Result]]:
+    """Make the calls beside each other and wait for all; what each gave or raised, in order."""
+    if not calls:
+        return []
+    with ThreadPoolExecutor(min(THREADS, len(calls)), "batch") as pool:
+        return [pool.submit(copy_context().run, call) for call in calls]
+
+
+class Outbox:
+    """Messages of a batch, which go out as one confirmed publish."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._messages: list[Message] = []
+
+    def put(self, messages: Sequence[Message]) -> None:
+        """Have them published with the others, after those that are here."""
+        self._messages += messages
+
+    def flush(self) -> None:
+        """Publish and wait for the confirms. Raises as ``Broker.publish``; then they are gone.
+
+        Whoever meets that error connects anew, and a start says all of it again.
+        """
+        messages, self._messages = self._messages, []
+        if messages:
+            self._broker.publish(messages)
