@@ -13,7 +13,10 @@ Baselines, in the same run on the same servers:
   queues of the same kind, and consumed and acknowledged meanwhile; plain pika, a thread each.
 - ``puts``: as many presigned PUTs of the same small objects by the same threads.
 
-    python benchmarks/thousand_participants.py [--participants 1000] [--rounds 6]
+    python benchmarks/thousand_participants.py [--participants 1000 ...] [--rounds 6]
+
+Several numbers of participants are measured one after another, each on fresh servers; the last
+lines are a table over them, with the coordinator's cost.
 
 A round's seconds are from its ``opened`` record to the next one's. ``--rounds 20`` may take a
 quarter of an hour on two cores. Starts its own servers through ``tests/servers`` unless they are
@@ -34,7 +37,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pika
 import urllib3
@@ -352,7 +355,28 @@ def bare_puts(place: Servers, sites: Sequence[str], size: int) -> float:
 # The measurement ---------------------------------------------------------------------------------
 
 
-def measure(place: Servers, folder: Path, participants: int, rounds: int) -> None:
+class Figures(NamedTuple):
+    """Of one number of participants; memory and processor time are the coordinator's."""
+
+    participants: int
+    round_seconds: float
+    floor_seconds: float
+    peak_mb: float
+    cpu_seconds: float
+
+    def line(self) -> str:
+        """One line of the table."""
+        each = 1000 * self.cpu_seconds / self.participants
+        return (
+            f"{self.participants:12} {self.round_seconds:9.2f} {self.floor_seconds:9.2f} "
+            f"{self.round_seconds / self.floor_seconds:7.2f} {self.peak_mb:9.0f} {each:16.2f}"
+        )
+
+
+HEAD = "participants   round s   floor s   ratio   peak MB   CPU ms a participant and round"
+
+
+def measure(place: Servers, folder: Path, participants: int, rounds: int) -> Figures:
     """Baselines, the run, baselines again; print what came."""
     sites = [site_name(number) for number in range(participants)]
     count = MESSAGES * participants
@@ -394,15 +418,16 @@ def measure(place: Servers, folder: Path, participants: int, rounds: int) -> Non
     )
     print(f"puts     {statistics.median(puts):7.2f} s of {listed(puts)}")
     print(f"round / (messages + puts) = {figure / bare:.2f}")
-    early = min(2, rounds)
+    early, peak = min(2, rounds), phases.pop("peak_rss_mb")
     print(
         f"coordinator's memory: {crowd.memory[early]:.1f} MB after round {early}, "
-        f"{crowd.memory[rounds]:.1f} MB after round {rounds}; peak {phases.pop('peak_rss_mb'):.0f}"
+        f"{crowd.memory[rounds]:.1f} MB after round {rounds}; peak {peak:.0f}"
     )
     phases.pop("peak_anonymous_mb")
     cpu["coordinator"] = phases.pop("cpu_seconds") / max(rounds - 1, 1)
     print(f"processor seconds a round: {told(cpu)}")
     print(f"the coordinator's seconds a round: {told(Counter(phases), max(rounds - 1, 1))}")
+    return Figures(participants, figure, bare, peak, cpu["coordinator"])
 
 
 @contextlib.contextmanager
@@ -417,17 +442,23 @@ def product(place: Servers) -> Any:
 def main() -> None:
     """Start the servers, measure, leave nothing behind."""
     parser = argparse.ArgumentParser(description="A thousand participants over RabbitMQ and S3.")
-    parser.add_argument("--participants", type=int, default=1000)
+    parser.add_argument("--participants", type=int, nargs="+", default=[1000])
     parser.add_argument("--rounds", type=int, default=6)
     add_server_options(parser)
     given = parser.parse_args()
     end_on_signals()
     if given.dir is not None:
         given.dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        name = stack.enter_context(tempfile.TemporaryDirectory(dir=given.dir, prefix="thousand-"))
-        place = stack.enter_context(servers(given, Path(name)))
-        measure(place, Path(name), given.participants, given.rounds)
+    found = []
+    for participants in given.participants:
+        with (
+            tempfile.TemporaryDirectory(dir=given.dir, prefix="thousand-") as name,
+            servers(given, Path(name)) as place,
+        ):
+            found.append(measure(place, Path(name), participants, given.rounds))
+    print(HEAD)
+    for figures in found:
+        print(figures.line())
 
 
 if __name__ == "__main__":

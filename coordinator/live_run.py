@@ -235,8 +235,8 @@ class LiveRun(Desk):
     def settle(self) -> None:
         """Do what was left for later and fold in, in order, what came of it.
 
-        What was written is folded also where something else was not; then the first error is
-        raised: an error of ours, or UnsettledError for one that only a message can be the cause of.
+        What was written is folded also where something else was not. Raises UnsettledError from
+        the first error.
         """
         if not self._tasks:
             return
@@ -252,10 +252,7 @@ class LiveRun(Desk):
             except Exception as error:  # noqa: BLE001 - the others were done all the same
                 failures.append(error)
         if failures:
-            first = failures[0]
-            if _is_foreseen(first):
-                raise first
-            raise UnsettledError from first
+            raise UnsettledError from failures[0]
 
     def publish(self) -> None:
         """Say what there is to say, and return once it is confirmed."""

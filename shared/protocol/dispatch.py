@@ -76,7 +76,10 @@ NO_PATIENCE = Patience(0.0, time.sleep)
 
 
 class UnsettledError(Exception):
-    """What a batch put on record came to grief, and nobody can say by which of its messages."""
+    """Not all that a batch left for later could be done; the cause is chained.
+
+    It may come to light in the handler of another message than the one that it is about.
+    """
 
 
 class Desk:
@@ -86,7 +89,7 @@ class Desk:
         """Do ahead what does not depend on the batch's order. ``told``: event and sender."""
 
     def settle(self) -> None:
-        """Write all that is to be on record. Raises UnsettledError, or any error of ours."""
+        """Do what handlers left for later, above all write records. Raises UnsettledError."""
 
     def publish(self) -> None:
         """Say all that is to be said, and return once it is confirmed."""
@@ -216,8 +219,10 @@ class Dispatcher:
         try:
             self._together(todo)
         except UnsettledError as error:
+            cause = error.__cause__
+            if isinstance(cause, GradualDiffError) and not isinstance(cause, ABOUT_THE_MESSAGE):
+                raise cause from cause.__cause__
             if len(todo) == 1:
-                cause = error.__cause__
                 todo.pop().refuse(f"{type(cause).__name__}: {cause}")
                 return
             while todo:  # one by one it is known whose fault it is
@@ -231,7 +236,7 @@ class Dispatcher:
         for item in todo:
             try:
                 self._handle(item)
-            except (GradualDiffError, UnsettledError) as error:
+            except GradualDiffError as error:
                 failure = error
                 break
             handled += 1

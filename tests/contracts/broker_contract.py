@@ -251,6 +251,65 @@ class BrokerContract:
         first.acknowledge()
         assert self.expect(consumer).body == b"2"
 
+    def test_prefetch_is_what_is_asked_for(self, coordinator):
+        """So many are handed over unsettled; settled together, the next ones come."""
+        bodies = [b"%d" % number for number in range(5)]
+        coordinator.publish([event("r1.a.ready", body) for body in bodies])
+        consumer = coordinator.consume(coordinator_queue("r1"), 3)
+        first = [self.expect(consumer) for _ in range(3)]
+        assert [one.body for one in first] == bodies[:3]
+        self.expect_nothing(consumer)
+        consumer.acknowledge(first)
+        rest = [self.expect(consumer) for _ in range(2)]
+        assert [one.body for one in rest] == bodies[3:]
+        consumer.acknowledge(rest)
+        self.expect_nothing(consumer)
+        assert coordinator.depth(coordinator_queue("r1")) == 0
+
+    def test_acknowledging_some_leaves_the_ones_between(self, bus, coordinator):
+        """Only those that were named are off the queue."""
+        coordinator.publish([event("r1.a.ready", b"%d" % number) for number in range(4)])
+        reader = bus.connect("reader", coordinator_rights())
+        consumer = reader.consume(coordinator_queue("r1"), 4)
+        held = [self.expect(consumer) for _ in range(4)]
+        consumer.acknowledge([held[0], held[2]])
+        consumer.acknowledge([])
+        reader.close()
+        again = coordinator.consume(coordinator_queue("r1"), 4)
+        assert [self.expect(again).body for _ in range(2)] == [b"1", b"3"]
+        self.expect_nothing(again)
+
+    @pytest.mark.parametrize("how", ["requeue", "close"])
+    def test_what_is_given_back_together_comes_again_in_its_order(self, bus, coordinator, how):
+        """Ahead of the rest, one attempt more each."""
+        coordinator.publish([event("r1.a.ready", b"%d" % number) for number in range(5)])
+        reader = bus.connect("reader", coordinator_rights())
+        consumer = reader.consume(coordinator_queue("r1"), 3)
+        held = [self.expect(consumer) for _ in range(3)]
+        if how == "requeue":
+            consumer.requeue(held)
+        else:
+            reader.close()
+            consumer = coordinator.consume(coordinator_queue("r1"), 5)
+        again = [self.expect(consumer) for _ in range(3)]
+        assert [one.body for one in again] == [one.body for one in held]
+        assert all(one.attempt > 1 for one in again)
+        consumer.acknowledge(again)
+        rest = [self.expect(consumer) for _ in range(2)]
+        assert [(one.body, one.attempt) for one in rest] == [(b"3", 1), (b"4", 1)]
+
+    @pytest.mark.parametrize("settle", ["acknowledge", "requeue"])
+    def test_one_stale_delivery_among_others_settles_none(self, coordinator, settle):
+        """StaleDeliveryError, and the others can be settled after that."""
+        coordinator.publish([event("r1.a.ready", b"%d" % number) for number in range(2)])
+        consumer = coordinator.consume(coordinator_queue("r1"), 2)
+        stale, other = self.expect(consumer), self.expect(consumer)
+        stale.acknowledge()
+        with pytest.raises(StaleDeliveryError):
+            getattr(consumer, settle)([other, stale])
+        other.acknowledge()
+        self.expect_nothing(consumer)
+
     def test_an_acknowledged_message_never_comes_again(self, bus, coordinator):
         """Not even to the next connection."""
         coordinator.publish([event("r1.a.ready")])

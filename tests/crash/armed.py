@@ -5,7 +5,8 @@ participant with the trainer of this folder. From the environment: ``CRASH_TRACE
 every point reached is appended with its time), ``CRASH_POINT``, ``CRASH_HIT`` (at which of its hits
 to die by SIGKILL, 1 if unset), ``CRASH_PAUSE`` (seconds between the point and the kill in which
 other threads go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer; for ``coordinator``:
-``parts``, every delta is uploaded in parts, or ``inbox``, the store takes none straight).
+``parts``, every delta is uploaded in parts, ``inbox``, the store takes none straight, or
+``together``, both sites' deltas are in one batch).
 """
 
 from __future__ import annotations
@@ -98,8 +99,28 @@ def run(arguments: list[str], orders: Orders) -> None:
         s3_parts.WHOLE_BYTES = 0
     if orders.fault == "inbox":
         s3_parts.S3Parts.why_not = lambda *_: "as was ordered"
+    if orders.fault == "together":
+        hold_deltas()
     sys.argv = ["gradualdiff", *arguments]
     main()
+
+
+def hold_deltas() -> None:
+    """Let a delta that is submitted wait, unsettled, until the other site's is there too."""
+    from shared.protocol.dispatch import Dispatcher
+
+    take, held = Dispatcher._take, []
+
+    def taken(self, timeout_seconds):
+        batch = take(self, timeout_seconds)
+        held.extend(item for item in batch if item.name == "DeltaSubmitted")
+        batch = [item for item in batch if item.name != "DeltaSubmitted"]
+        if len({item.sender for item in held}) == 2:
+            batch += held
+            held.clear()
+        return batch
+
+    Dispatcher._take = taken
 
 
 def run_forked(arguments: list[str], orders: Orders, log: str) -> None:

@@ -280,7 +280,9 @@ def carry_out(drill: Drill, row: Row) -> float | None:
     reached = [name for _, name in victim.points()]
     assert reached[-1] == row.point, f"{row.name}: {reached[-3:]}"
     assert reached.count(row.point) == row.hit, row.name
-    fault = row.fault if victim_name == _sick(row) else ""
+    if row.fault == "together":
+        assert reached.count("delta.checked") == len(SITES), f"{row.name}: no batch"
+    fault = row.fault if victim_name == _sick(row) and row.fault != "together" else ""
     reborn = drill.start(victim_name, real=row.real, fault=fault)
     if victim_name == "coordinator" and row.fault in MENDED_BY_RESTART:
         _mend(drill, row)

@@ -131,8 +131,8 @@ PARTICIPANT = [
 ]
 
 # What is reached only where something else goes wrong first: FAULT -> role -> points.
-# garbage: a message nobody can read lies in the site's queue; parts, inbox: see the coordinator in
-# armed.py; the others: see the tiny trainer.
+# garbage: a message nobody can read lies in the site's queue; parts, inbox, together: see the
+# coordinator in armed.py; the others: see the tiny trainer.
 FAULTS: dict[str, dict[str, list[str]]] = {
     "garbage": {
         "participant": [
@@ -161,13 +161,23 @@ FAULTS: dict[str, dict[str, list[str]]] = {
     },
     "parts": {"coordinator": ["parts.begun", "parts.completed"]},
     "inbox": {"coordinator": ["delta.stored", "inbox.cleared"]},
+    "together": {
+        "coordinator": [
+            *around(RECORDED, "accepted"),
+            "batch.written",
+            *around(PUBLISHED, "DeltaAnswered"),
+            *around(RECORDED, "closing", "closed"),
+            *around(PUBLISHED, "RoundClosed"),
+            *around(ACKNOWLEDGED, "DeltaSubmitted"),
+        ]
+    },
     "spoilt": {
         "participant": ["forget.before", "forget.after"],
         "coordinator": around(RECORDED, "refused"),
     },
 }
-# Faults that are the coordinator's, in each of its lives.
-OF_COORDINATOR = ("parts", "inbox")
+# Faults that are the coordinator's, in each of its lives; together: in the first.
+OF_COORDINATOR = ("parts", "inbox", "together")
 
 # What a kill at a point costs, and points that are worth a second kill, later in the run.
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {

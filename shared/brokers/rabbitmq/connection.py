@@ -11,7 +11,7 @@ import pika
 from shared.brokers.port import MAX_MESSAGE_BYTES
 from shared.brokers.rabbitmq import decoding
 from shared.brokers.rabbitmq.consumer import RabbitConsumer
-from shared.brokers.rabbitmq.declaring import declare
+from shared.brokers.rabbitmq.declaring import MOST_AT_ONCE, declare, in_parts
 from shared.brokers.rabbitmq.io_thread import IoThread
 from shared.brokers.rabbitmq.publisher import Publisher
 from shared.brokers.rabbitmq.reviving import PROBE_SECONDS, dead_queues
@@ -64,6 +64,10 @@ class RabbitConnection:
 
         A queue that an earlier release declared with other limits is made anew if it may be.
         """
+        for part in in_parts(topology):
+            self._declare(part)
+
+    def _declare(self, topology: Topology) -> None:
         remade = {queue.name for queue in topology.queues if queue.remade}
         while True:
             try:
@@ -148,8 +152,14 @@ class RabbitConnection:
     def consumers(self, queues: Sequence[str]) -> dict[str, int]:
         """How many consumers each of these queues has. Raises BrokerError when one is missing.
 
-        On one channel: a federation of a thousand sites asks for all of them every few seconds.
+        Hundreds on one channel: a federation of thousands asks for all of them every few seconds.
         """
+        found: dict[str, int] = {}
+        for start in range(0, len(queues), MOST_AT_ONCE):
+            found |= self._consumers(set(queues[start : start + MOST_AT_ONCE]))
+        return found
+
+    def _consumers(self, wanted: set[str]) -> dict[str, int]:
         found: dict[str, int] = {}
 
         def start(channel: Channel, done: Callable[[object], None]) -> None:
@@ -161,9 +171,7 @@ class RabbitConnection:
             for queue in wanted:
                 channel.queue_declare(queue, passive=True, callback=take)
 
-        wanted = set(queues)
-        if wanted:
-            self._io.on_own_channel(start)
+        self._io.on_own_channel(start)
         return found
 
     def peek(self, queue: str, limit: int) -> list[tuple[str, str | None, bytes]]:

@@ -5,14 +5,31 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from shared.topology import Topology
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pika.channel import Channel
 
-    from shared.topology import Binding, Exchange, Queue, Topology
+    from shared.topology import Binding, Exchange, Queue
 
     Done = Callable[[object], None]
+
+MOST_AT_ONCE = 500  # queues: a broker makes a few hundred in the time that one question has
+
+
+def in_parts(topology: Topology) -> Iterator[Topology]:
+    """The same in several topologies of at most ``MOST_AT_ONCE`` queues, each with its bindings."""
+    bindings: dict[str, list[Binding]] = {}
+    for binding in topology.bindings:
+        bindings.setdefault(binding.queue, []).append(binding)
+    yield Topology(topology.exchanges, (), ())
+    for start in range(0, len(topology.queues), MOST_AT_ONCE):
+        queues = topology.queues[start : start + MOST_AT_ONCE]
+        bound = [one for queue in queues for one in bindings.pop(queue.name, ())]
+        yield Topology((), queues, tuple(bound))
+    yield Topology((), (), tuple(one for several in bindings.values() for one in several))
 
 
 def declare(channel: Channel, done: Done, topology: Topology) -> None:
