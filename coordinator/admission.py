@@ -10,23 +10,22 @@ from shared.topology import COORDINATOR, site_of_key
 
 if TYPE_CHECKING:
     from shared.brokers.port import Delivery
-    from shared.config import FederationConfig
     from shared.protocol.events import Event
 
 
-def admit(config: FederationConfig, delivery: Delivery, event: Event) -> str:
+def admit(run: str, participants: frozenset[str], delivery: Delivery, event: Event) -> str:
     """The sender, if it may speak to this run at all. Raises ProtocolError.
 
     A site that comes online speaks to every run; all else is for one run, from its participants.
     """
     sender = sender_of(delivery, event)
-    run = getattr(event, "run", None)
+    meant = getattr(event, "run", None)
     if isinstance(event, SiteOnline):
         return sender
-    if run is not None and run != config.run.name:
-        raise ProtocolError(f"run: expected {config.run.name}, got {run} from {sender}")
-    if sender not in (*config.run.participants, COORDINATOR):
-        raise ProtocolError(f"sender: {sender} is not a participant of {config.run.name}")
+    if meant is not None and meant != run:
+        raise ProtocolError(f"run: expected {run}, got {meant} from {sender}")
+    if sender not in participants and sender != COORDINATOR:
+        raise ProtocolError(f"sender: {sender} is not a participant of {run}")
     return sender
 
 

@@ -78,7 +78,7 @@ def build_coordinator(
     dispatcher = Dispatcher(
         consumer,
         coordinator.handlers,
-        partial(admit, config),
+        partial(admit, run, frozenset(config.run.participants)),
         partial(_refuse, effects, run),
         patience.seconds,
         patience.pause,

@@ -258,7 +258,8 @@ class Coordinator(LiveRun):
         opened = self.state.open_round
         if opened is None or opened.round != number:
             return None
-        return opened if site in self.state.steering.in_force(opened.selected) else None
+        there = site in opened.selected and site not in self.state.steering.excluded
+        return opened if there else None
 
     def _next_round(self) -> int:
         """The first round that is not open yet."""

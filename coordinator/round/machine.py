@@ -109,7 +109,7 @@ def pending(state: RunState, site: str, *, first: bool = True) -> tuple[Notifica
         return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
     notifications: list[Notification] = [AnnounceRun((site,))]
     opened = state.open_round
-    if opened is not None and site in state.steering.in_force(opened.selected):
+    if opened is not None and site in opened.selected and site not in state.steering.excluded:
         mine = state.uncounted.get((site, opened.round))
         trouble = state.troubles.get(site)
         if mine is not None:
@@ -331,6 +331,10 @@ def _open_next(state: RunState) -> Step:
 
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
     policy, steering = state.config.policy, state.steering
+    there = len(state.uncounted) + len(state.troubles) + len(steering.excluded)
+    with modes.at_work("policies", policy.kind):
+        if there < get_policy(policy.kind).least(policy, opened, state.now):
+            return None
     uncounted = steering.reachable(state.uncounted)
     here = opened.model_copy(update={"selected": steering.in_force(opened.selected)})
     section = state.config.aggregation

@@ -19,6 +19,7 @@ import pytest
 
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
+from shared.brokers.rabbitmq.io_thread import IoThread
 from shared.credentials import BrokerAddress
 from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError, UnroutableError
 from shared.topology import (
@@ -94,6 +95,24 @@ def bus(rabbit_server, vhost):
 
 
 class TestRabbitMQ(BrokerContract):
+    def test_many_queues_are_declared_and_counted_in_parts(self, coordinator, monkeypatch):
+        """A few in each question, with their bindings; asked for their consumers likewise."""
+        monkeypatch.setattr("shared.brokers.rabbitmq.declaring.MOST_AT_ONCE", 3)
+        sites = tuple(f"site-{number}" for number in range(8))
+        asked, ask = [], IoThread.on_own_channel
+        monkeypatch.setattr(
+            IoThread, "on_own_channel", lambda io, start: (asked.append(start), ask(io, start))[1]
+        )
+        coordinator.declare(run_topology("r2", sites))
+        assert len(asked) == 1 + 4  # exchanges, 11 queues
+        coordinator.publish([Message(SITES_EXCHANGE, site, b"x") for site in sites])
+        coordinator.publish([event("r2.site-0.ready")])
+        assert coordinator.depth(coordinator_queue("r2")) == 1
+        asked.clear()
+        queues = [site_queue(site) for site in sites]
+        assert coordinator.consumers(queues) == dict.fromkeys(queues, 0)
+        assert len(asked) == 3
+
     """The suite, unchanged."""
 
     quiet_seconds = 0.3

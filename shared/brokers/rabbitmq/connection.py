@@ -11,7 +11,7 @@ import pika
 from shared.brokers.port import MAX_MESSAGE_BYTES
 from shared.brokers.rabbitmq import decoding
 from shared.brokers.rabbitmq.consumer import RabbitConsumer
-from shared.brokers.rabbitmq.declaring import MOST_AT_ONCE, declare, in_parts
+from shared.brokers.rabbitmq.declaring import declare, in_parts, parts
 from shared.brokers.rabbitmq.io_thread import IoThread
 from shared.brokers.rabbitmq.publisher import Publisher
 from shared.brokers.rabbitmq.reviving import PROBE_SECONDS, dead_queues
@@ -155,8 +155,8 @@ class RabbitConnection:
         Hundreds on one channel: a federation of thousands asks for all of them every few seconds.
         """
         found: dict[str, int] = {}
-        for start in range(0, len(queues), MOST_AT_ONCE):
-            found |= self._consumers(set(queues[start : start + MOST_AT_ONCE]))
+        for some in parts(queues):
+            found |= self._consumers(set(some))
         return found
 
     def _consumers(self, wanted: set[str]) -> dict[str, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from shared.topology import Topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pika.channel import Channel
 
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     Done = Callable[[object], None]
 
+Some = TypeVar("Some")
+
 MOST_AT_ONCE = 500  # queues: a broker makes a few hundred in the time that one question has
+
+
+def parts(queues: Sequence[Some]) -> Iterator[Sequence[Some]]:
+    """The same in several sequences, each for one question."""
+    for start in range(0, len(queues), MOST_AT_ONCE):
+        yield queues[start : start + MOST_AT_ONCE]
 
 
 def in_parts(topology: Topology) -> Iterator[Topology]:
@@ -24,12 +32,13 @@ def in_parts(topology: Topology) -> Iterator[Topology]:
     bindings: dict[str, list[Binding]] = {}
     for binding in topology.bindings:
         bindings.setdefault(binding.queue, []).append(binding)
-    yield Topology(topology.exchanges, (), ())
-    for start in range(0, len(topology.queues), MOST_AT_ONCE):
-        queues = topology.queues[start : start + MOST_AT_ONCE]
+    if topology.exchanges:
+        yield Topology(topology.exchanges, (), ())
+    for queues in parts(topology.queues):
         bound = [one for queue in queues for one in bindings.pop(queue.name, ())]
-        yield Topology((), queues, tuple(bound))
-    yield Topology((), (), tuple(one for several in bindings.values() for one in several))
+        yield Topology((), tuple(queues), tuple(bound))
+    if bindings:
+        yield Topology((), (), tuple(one for several in bindings.values() for one in several))
 
 
 def declare(channel: Channel, done: Done, topology: Topology) -> None:

@@ -83,6 +83,13 @@ class Policy:
         """
         raise NotImplementedError
 
+    def least(self, _section: PolicySection, _opened: OpenedRecord, _now: float, /) -> int:
+        """Below so many deltas and sites that failed or were taken out, :meth:`decide` says None.
+
+        It is asked first, with every delta: in a large federation that is a round's cost.
+        """
+        return 1
+
     def deadline(self, _section: PolicySection, _times: Sequence[float], /) -> float | None:
         """How long the next round waits for everybody; ``_times``: what past deltas took."""
         return None

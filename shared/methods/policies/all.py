@@ -43,6 +43,10 @@ class Everybody(Policy):
 
     reasons_on_record = True
 
+    def least(self, _section: PolicySection, opened: OpenedRecord, _now: float, /) -> int:
+        """All of them."""
+        return len(opened.selected)
+
     def decide(
         self,
         section: PolicySection,

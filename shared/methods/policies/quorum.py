@@ -36,6 +36,10 @@ class Quorum(Policy):
         """Where it is asked for."""
         return 'late = "carry"' if section.late == "carry" else ""
 
+    def least(self, section: PolicySection, opened: OpenedRecord, now: float, /) -> int:
+        """All of them, or the quorum once time is over."""
+        return (section.quorum or 1) if _is_over(opened, now) else len(opened.selected)
+
     def decide(
         self,
         section: PolicySection,
@@ -49,8 +53,7 @@ class Quorum(Policy):
         assert section.quorum is not None  # the config says so
         complete = all_in(section, opened, uncounted, troubles)
         fresh = fresh_deltas(opened, uncounted)
-        over = opened.closes_at is not None and now >= opened.closes_at
-        if complete is None and not (over and len(fresh) >= section.quorum):
+        if complete is None and not (_is_over(opened, now) and len(fresh) >= section.quorum):
             return None
         waited = (opened.deadline_seconds or 0.0) + opened.grace_seconds
         missing = f"no delta within {waited:.0f} s"
@@ -97,6 +100,10 @@ class Quorum(Policy):
             yield f"inputs: expected a quorum of {section.quorum}, got {len(fresh)}"
         if opened.closes_at is not None and closing.time < opened.closes_at:
             yield f"excluded: left out {sorted(left_out)} before deadline and grace were over"
+
+
+def _is_over(opened: OpenedRecord, now: float) -> bool:
+    return opened.closes_at is not None and now >= opened.closes_at
 
 
 MODE = Quorum()
