@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import uuid
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.messages import to_coordinator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from shared.brokers.port import Broker, Delivery
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 TICK_SECONDS = 5.0
+LOOKED_AT = 500  # queues of awaited sites that are asked about with one tick, in turn
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def build_coordinator(
         coordinator,
         dispatcher,
         tick=partial(_tick, broker, run, writer, clock),
-        look=partial(_look, broker, coordinator, clock),
+        look=partial(_look, broker, coordinator, clock, itertools.count()),
         leave=partial(_leave, broker, intake, run),
     )
 
@@ -108,9 +111,13 @@ def _tick(broker: Broker, run: str, writer: str, clock: Callable[[], float]) -> 
     return True
 
 
-def _look(broker: Broker, coordinator: Coordinator, clock: Callable[[], float]) -> None:
+def _look(
+    broker: Broker, coordinator: Coordinator, clock: Callable[[], float], turns: Iterator[int]
+) -> None:
     own = topology.coordinator_queue(coordinator.state.config.run.name)
-    queues = {site: topology.site_queue(site) for site in coordinator.state.waiting_for}
+    waiting = coordinator.state.waiting_for
+    shares = max(1, math.ceil(len(waiting) / LOOKED_AT))
+    queues = {site: topology.site_queue(site) for site in waiting[next(turns) % shares :: shares]}
     try:
         consumers = broker.consumers([own, *queues.values()])
     except BrokerUnavailableError:
@@ -122,7 +129,7 @@ def _look(broker: Broker, coordinator: Coordinator, clock: Callable[[], float]) 
         consumers = {}  # RabbitMQ says 0 as well when a queue's leader gives it no answer
     now = clock()
     told = {site: consumers[queue] for site, queue in queues.items() if queue in consumers}
-    coordinator.liveness.counted(told, now)
+    coordinator.liveness.counted(told, waiting, now)
     coordinator.liveness.write(coordinator.state, now)
 
 

@@ -20,7 +20,7 @@ from shared.log import get_logger
 from shared.protocol.manifest import Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from coordinator.round.state import RunState
     from shared.protocol.events import TrainingProgressed
@@ -97,13 +97,17 @@ class Liveness:
         told = event.model_dump(exclude={"run"})
         self._sites[site] = SiteStatus(seen=now, progress_at=now, **told)
 
-    def counted(self, consumers: Mapping[str, int], now: float) -> None:
-        """How many consumers the broker counts on each awaited site's queue.
+    def counted(self, consumers: Mapping[str, int], awaited: Iterable[str], now: float) -> None:
+        """How many consumers the broker counts on the queues of some of the awaited sites.
 
         A process that was killed is gone from there at once; its last words say nothing of that.
+        Without any count nobody can say who is there.
         """
-        gone = (site for site, count in consumers.items() if count == 0)
-        self._absent = {site: self._absent.get(site, now) for site in gone}
+        known = set(awaited) - {site for site, count in consumers.items() if count}
+        absent = {site: now for site, count in consumers.items() if not count}
+        if consumers:
+            absent |= {site: since for site, since in self._absent.items() if site in known}
+        self._absent = absent
 
     def write(self, state: RunState, now: float) -> None:
         """Write the status object. A store that is away is no error: the next tick comes."""

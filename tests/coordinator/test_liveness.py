@@ -64,3 +64,20 @@ def test_a_line_that_is_gone_is_no_look(world):
     broker.cut(COORDINATOR)
     with pytest.raises(BrokerUnavailableError):
         role.look()
+
+
+def test_of_many_awaited_sites_some_are_asked_about_with_each_tick(world, monkeypatch):
+    """In turn, so that all are; what is known of the others stays."""
+    monkeypatch.setattr("coordinator.bootstrap.LOOKED_AT", 1)
+    broker, store, role, _ = world
+    seen = []
+    for _ in range(4):
+        role.look()
+        seen.append(set(absent(store)))
+    assert {"a", "c"} in seen
+    assert seen[0] < {"a", "c"}
+    assert seen[-1] == {"a", "c"}
+    broker.connect("a", site_rights("a")).consume(site_queue("a"))
+    for _ in range(4):
+        role.look()
+    assert set(absent(store)) == {"c"}

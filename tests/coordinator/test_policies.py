@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 
@@ -161,3 +162,29 @@ def test_an_adaptive_deadline_by_hand():
 def test_settings_that_cannot_work_are_refused(policy, message):
     with pytest.raises(ConfigError, match=message):
         federations.config(policy=policy)
+
+
+@pytest.mark.parametrize("now", [1000.0, 2000.0])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "all"},
+        {"kind": "all", "on_failure": "exclude"},
+        QUORUM,
+        {**QUORUM, "late": "carry"},
+        {"kind": "buffered", "buffer": 2},
+    ],
+)
+def test_below_the_least_that_a_policy_names_it_decides_nothing(policy, now):
+    """So nobody has to ask it: every choice of deltas and troubles of three sites."""
+    section, below = PolicySection.model_validate(policy), 0
+    for found in product((None, "delta", "trouble"), repeat=3):
+        by_site = dict(zip("abc", found, strict=True))
+        there = [(site, 5) for site, what in by_site.items() if what == "delta"]
+        trouble = Trouble(3, final=True, reason="no")
+        troubles = {site: trouble for site, what in by_site.items() if what == "trouble"}
+        least = get_policy(section.kind).least(section, opened(), now)
+        if len(there) + len(troubles) < least:
+            below += 1
+            assert decide(policy, there, now, troubles) is None
+    assert below
