@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BATCH = 32
 PREFETCH = 2 * BATCH  # the next batch comes over the line while one is worked at
+BATCH_BYTES = 256 * 1024 * 1024  # of deltas; meanwhile nobody is answered and no time is told
 THREADS = 4
 
 Result = TypeVar("Result")

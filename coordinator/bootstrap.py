@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.admission import admit
-from coordinator.batching import BATCH, PREFETCH, Outbox
+from coordinator.batching import PREFETCH, Outbox
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
@@ -87,7 +87,7 @@ def build_coordinator(
         patience.pause,
         partial(_admits, coordinator, timer),
         coordinator,
-        BATCH,
+        coordinator.most,
     )
     return CoordinatorRole(
         coordinator,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation.server_optimizer import wants_more_than_zeros
 from coordinator.arrivals import Upload
-from coordinator.batching import at_once
+from coordinator.batching import BATCH, BATCH_BYTES, THREADS, at_once
 from coordinator.effects import answer_of
 from coordinator.round.state import Aggregate
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
@@ -106,6 +106,10 @@ class Deltas:
                 traffic=event.traffic,
             )
         )
+
+    def most(self) -> int:
+        """How many may be read before the first is answered."""
+        return max(THREADS, min(BATCH, BATCH_BYTES // self._size_limit()))
 
     def check_ahead(self, told: Sequence[tuple[Event, str]]) -> None:
         """Read and check what is submitted, each beside the others, before its turn comes.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from coordinator.batching import BATCH
 from coordinator.deltas import Deltas
 from coordinator.live_run import LiveRun
 from coordinator.round.machine import pending, resume
@@ -98,6 +99,10 @@ class Coordinator(LiveRun):
         self.publish()
         self.active = True  # not before: a store that was away in between has it all done again
         failpoint("start.after")
+
+    def most(self) -> int:
+        """How many messages are handled together: fewer where their deltas take long to read."""
+        return BATCH if self.state.genesis is None else self._deltas.most()
 
     def prepare(self, told: Sequence[tuple[Event, str]]) -> None:
         """Check what was submitted, each beside the others."""

@@ -119,7 +119,7 @@ class Dispatcher:
 
     ``refuse`` publishes the refusal and returns once it is confirmed, or has ``desk`` do so.
     ``admits``: whether it is looked at at all; what is not is taken off the queue and forgotten,
-    before it costs anything. ``most``: so many deliveries are handled together.
+    before it costs anything. ``most``: how many deliveries are handled together, at most.
     """
 
     consumer: Consumer
@@ -130,7 +130,7 @@ class Dispatcher:
     pause: Callable[[float], None] = field(default=time.sleep)
     admits: Callable[[Delivery], bool] = lambda _delivery: True
     desk: Desk = field(default_factory=Desk)
-    most: int = 1
+    most: Callable[[], int] = lambda: 1
 
     def drain(self) -> int:
         """Handle what is there now; how many deliveries."""
@@ -164,7 +164,8 @@ class Dispatcher:
     def _take(self, timeout_seconds: float) -> list[_Item]:
         """What is there, up to ``most``, each looked at; nothing is waited for but the first."""
         batch: list[_Item] = []
-        while len(batch) < self.most:
+        most = self.most()
+        while len(batch) < most:
             delivery = self.consumer.receive(0.0 if batch else timeout_seconds)
             if delivery is None:
                 break

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.batching import BATCH, THREADS
 from coordinator.bootstrap import build_coordinator
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
@@ -74,7 +75,7 @@ class Stand:
 
     def handle(self, count):
         """Handle the next ``count`` deliveries as one batch."""
-        assert replace(self.role.dispatcher, most=count).handle_next(0.0) == count
+        assert replace(self.role.dispatcher, most=lambda: count).handle_next(0.0) == count
 
     def records(self):
         """All records since it began, byte for byte, and which objects lie there beside them."""
@@ -325,7 +326,7 @@ def test_patience_is_for_the_whole_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stand.store, "spool", failing)
     patient = replace(
-        stand.role.dispatcher, most=9, patience_seconds=60.0, pause=lambda _seconds: None
+        stand.role.dispatcher, most=lambda: 9, patience_seconds=60.0, pause=lambda _seconds: None
     )
     assert patient.handle_next(0.0) == len(SITES)
     assert len(failed) == 2
@@ -362,3 +363,14 @@ def test_a_word_in_a_batch_is_refused_beside_its_neighbours(tmp_path):
     stand.handle(len(SITES) + 2)
     assert stand.state.last_round == 1
     assert [data for _, _, data in stand.refused()] == [b"y", b"\x00"]
+
+
+def test_a_batch_of_large_deltas_is_a_small_one(tmp_path, monkeypatch):
+    """Sites are answered, and time is told, while so many bytes are read; all threads have work."""
+    stand = begun(tmp_path)
+    coordinator = stand.role.coordinator
+    assert coordinator.most() == BATCH
+    monkeypatch.setattr("coordinator.deltas.BATCH_BYTES", 6 * coordinator._deltas._size_limit())
+    assert coordinator.most() == 6
+    monkeypatch.setattr("coordinator.deltas.BATCH_BYTES", 1)
+    assert coordinator.most() == THREADS
