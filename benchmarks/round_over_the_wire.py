@@ -133,7 +133,7 @@ class Servers:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Basic {identity}", "Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30):
+        with urllib.request.urlopen(request, timeout=600):
             pass
 
     def new_vhost(self, name: str, tags: str) -> None:

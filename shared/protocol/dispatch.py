@@ -108,9 +108,12 @@ class _Item:
     outcome: Outcome = Outcome.DONE
     reason: str = ""
 
-    def refuse(self, reason: str) -> None:
-        """It is not handled, and this is why."""
-        self.outcome, self.reason = Outcome.REFUSED, reason
+    def refuse(self, error: BaseException) -> None:
+        """It is not handled, and this is why; what nobody foresaw goes to the log."""
+        self.outcome, self.reason = Outcome.REFUSED, str(error)
+        if not isinstance(error, ABOUT_THE_MESSAGE):
+            get_logger().error("handler.crashed", event_type=self.name, exc_info=error)
+            self.reason = f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -183,11 +186,8 @@ class Dispatcher:
             item.sender = self.sender_of(delivery, event)
             item.handler = self._handler(delivery, event)
             item.event = event
-        except ABOUT_THE_MESSAGE as error:
-            item.refuse(str(error))
-        except Exception as error:  # noqa: BLE001 - here and below, the places that may
-            get_logger().exception("handler.crashed", event_type=item.name)
-            item.refuse(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - refused, never lost; as in _handle
+            item.refuse(error)
         return item
 
     def _handler(self, delivery: Delivery, event: Event) -> Handler:
@@ -221,10 +221,11 @@ class Dispatcher:
             self._together(todo)
         except UnsettledError as error:
             cause = error.__cause__
+            assert cause is not None  # it is always raised from what happened
             if isinstance(cause, GradualDiffError) and not isinstance(cause, ABOUT_THE_MESSAGE):
                 raise cause from cause.__cause__
             if len(todo) == 1:
-                todo.pop().refuse(f"{type(cause).__name__}: {cause}")
+                todo.pop().refuse(cause)
                 return
             while todo:  # one by one it is known whose fault it is
                 first = todo[:1]
@@ -232,7 +233,11 @@ class Dispatcher:
                 del todo[0]
 
     def _together(self, todo: list[_Item]) -> None:
-        self.desk.prepare([(item.event, item.sender) for item in todo if item.event is not None])
+        told = [(item.event, item.sender) for item in todo if item.event is not None]
+        try:
+            self.desk.prepare(told)
+        except Exception as error:
+            raise UnsettledError from error
         handled, failure = 0, None
         for item in todo:
             try:
@@ -259,12 +264,11 @@ class Dispatcher:
             with bound_contextvars(**context, sender=item.sender):
                 item.handler(item.event, item.sender)
         except ABOUT_THE_MESSAGE as error:
-            item.refuse(str(error))
+            item.refuse(error)
         except (GradualDiffError, UnsettledError):
             raise
-        except Exception as error:  # noqa: BLE001 - refused, never lost
-            get_logger().exception("handler.crashed", event_type=item.name)
-            item.refuse(f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001
+            item.refuse(error)
 
     def _finish(self, done: list[_Item]) -> None:
         """Refuse, say what is to be said, and acknowledge it all."""

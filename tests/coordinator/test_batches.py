@@ -374,3 +374,22 @@ def test_a_batch_of_large_deltas_is_a_small_one(tmp_path, monkeypatch):
     assert coordinator.most() == 6
     monkeypatch.setattr("coordinator.deltas.BATCH_BYTES", 1)
     assert coordinator.most() == THREADS
+
+
+def test_a_bug_in_what_is_done_ahead_refuses_its_message_alone(tmp_path, monkeypatch):
+    """As one in a handler would; the neighbours' deltas count."""
+    stand = begun(tmp_path)
+    deltas = stand.role.coordinator._deltas
+    waits_for = deltas._waits_for
+
+    def broken(upload):
+        if upload.site == "b":
+            raise ValueError("a bug")
+        return waits_for(upload)
+
+    monkeypatch.setattr(deltas, "_waits_for", broken)
+    stand.handle(len(SITES))
+    assert [(sender, reason) for sender, reason, _ in stand.refused()] == [
+        ("b", "ValueError: a bug")
+    ]
+    assert {site for site, _ in stand.state.uncounted} == {"a", "c", "d"}
