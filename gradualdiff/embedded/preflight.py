@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from coordinator.effects import announcement
+from coordinator.announcing import announcement
 from coordinator.round.members import misfit, unfit
 from shared import topology
 from shared.adapters import kind_of

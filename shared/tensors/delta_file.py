@@ -106,6 +106,7 @@ class DeltaFile:
         except DecodeError as error:
             raise DeltaRefusedError(f"not a delta file: {error}") from None
         self.header = _decode_header(self._file.metadata)
+        self.manifest = manifest
         self._codec = _codec(self.header)
         places = _layouts(manifest, self._codec)
         _match(self._file.layouts, {name: layout for name, (layout, _) in places.items()})
@@ -140,6 +141,14 @@ class DeltaFile:
         return values
 
 
+def check_header(delta: DeltaFile, expected: DeltaHeader) -> None:
+    """Raises DeltaRefusedError for a delta that says to be another."""
+    for field in DeltaHeader.model_fields:
+        wanted, got = getattr(expected, field), getattr(delta.header, field)
+        if got != wanted:
+            raise DeltaRefusedError(f"header {field}: expected {wanted}, got {got}")
+
+
 def check_delta(
     path: Path,
     manifest: Manifest,
@@ -153,10 +162,7 @@ def check_delta(
     """
     squares = []
     with DeltaFile(path, manifest) as delta:
-        for field in DeltaHeader.model_fields:
-            wanted, got = getattr(expected, field), getattr(delta.header, field)
-            if got != wanted:
-                raise DeltaRefusedError(f"header {field}: expected {wanted}, got {got}")
+        check_header(delta, expected)
         for spec in manifest.tensors:
             values = delta.read(spec)
             if not is_finite(values):
