@@ -97,6 +97,9 @@ def _print(run: str, shown: Round) -> None:
     """Site by site, and what is to be remarked."""
     summary = shown.summary
     console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
+    if summary.update_bytes is not None:
+        whole = f"instead of {octets(summary.adapter_bytes or 0)} whole"
+        console().print(f"its update {octets(summary.update_bytes)}, {whole}", soft_wrap=True)
     if summary.server_sha is not None:
         norms = f"mean delta {fixed(summary.mean_norm, 4)}, step {fixed(summary.step_norm, 4)}"
         console().print(f"server state {summary.server_sha}; norms: {norms}", soft_wrap=True)
