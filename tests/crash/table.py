@@ -1,9 +1,9 @@
 """The crash table: one row for each point at which a role's process is killed and started again.
 
 A row is a run of two sites over two rounds, whose codec leaves a residual, whose server's optimiser
-has a state and whose adapters travel as updates, in which one process dies at one point. Points stand in the order in which a
-run reaches them. To add a point: a line in the right list, and where needed
-what is special about it in ``SPECIAL``.
+has a state and whose adapters travel as updates, in which one process dies at one point. Points
+stand in the order in which a run reaches them. To add a point: a line in the right list, and where
+needed what is special about it in ``SPECIAL``.
 """
 
 from __future__ import annotations
