@@ -13,11 +13,7 @@ from coordinator.aggregation.downlink import RoundFiles, close_round
 from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.announcing import Announcer
-from coordinator.round.state import (
-    Aggregate,
-    MakeGenesis,
-    WriteRecord,
-)
+from coordinator.round.state import Aggregate, MakeGenesis, WriteRecord
 from shared import topology
 from shared.adapters import kind_of
 from shared.disk.durable_files import file_errors
@@ -25,11 +21,7 @@ from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
-from shared.protocol.events import (
-    Event,
-    MessageRefused,
-    UploadGranted,
-)
+from shared.protocol.events import Event, MessageRefused, UploadGranted
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.messages import to_refused, to_site
 from shared.protocol.records import ClosedRecord, GenesisRecord

@@ -82,6 +82,7 @@ def _bring_by_updates(
     except GradualDiffError as error:
         if error.retryable or isinstance(error, InterruptedRunError):
             raise
+        site.refused(run)
         get_logger().warning("update.refused", site=site.name, run=run, reason=str(error))
         return False
     size = sum(step.size for step in steps)

@@ -64,7 +64,8 @@ class Participant:
 
     def __init__(self, site: Site) -> None:
         self.meter = Meter(site.workspace)
-        self._site = site = replace(site, transfer=Counted(site.transfer, self.meter))
+        counted = Counted(site.transfer, self.meter)
+        self._site = site = replace(site, transfer=counted, refused=self.meter.refused)
         self._guard = Guard(site.accept, site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.closing import Aggregated, Method, SentDown, aggregate
+from shared.errors import DecodeError, LedgerError
 from shared.methods.averaging import get_averaging
 from shared.modes import WHOLE
 from shared.seeds import derive_seed
@@ -68,5 +69,10 @@ def close_round(
     trained = get_averaging(config.aggregation.averaging).trained_in(manifest, number)
     seed = derive_seed(config.run.seed, "down", number)
     update = write_update(files.update, exact, files.source, trained, header, seed)
-    adapter = apply_update(files.source, files.update, files.target, header)
+    try:
+        adapter = apply_update(files.source, files.update, files.target, header)
+    except DecodeError as error:  # these bytes were written here: what they add up to is the matter
+        raise LedgerError(
+            f"{error}; a delta is too large: set aggregation.max_delta_norm"
+        ) from None
     return replace(made, digest=adapter, sent_down=SentDown(made.digest, update))

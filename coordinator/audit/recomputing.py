@@ -188,7 +188,9 @@ class Recomputing(Evidence):
 
     def _round_files(self, closed: ClosedRecord, source: Path | None) -> RoundFiles | None:
         """What the round went on from, and where it goes again; None if that is not there whole."""
-        server = self._before(closed, "state", self._server_sha, "the server's optimiser")
+        server = self._before(
+            closed, "state", self._server_sha, "the state of the server's optimiser"
+        )
         exact = self._before(closed, "exact", self._exact_sha, "the exact adapter")
         if source is None or server is None or exact is None:
             return None
@@ -203,7 +205,7 @@ class Recomputing(Evidence):
         if sha is None:
             return StateFiles(None, after)
         if sha == UNKNOWN:
-            says = f"cannot be recomputed: the state of {what} before it is on no record"
+            says = f"cannot be recomputed: {what} before it is on no record"
             self._note(closed.round, closed.key(self._ledger.run), says)
             return None
         path = self._scratch / name

@@ -138,6 +138,8 @@ def _remarks(shown: Round) -> Iterator[str]:
                 f"{octets(moved.messages_down)} down, {octets(moved.messages_up)} up"
                 + (f"; {octets(moved.setup)} once, to get ready" if moved.setup else "")
             )
+            if moved.refused:
+                yield f"{row.site}: updates that led to no announced adapter: {moved.refused}"
     yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():
         yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"

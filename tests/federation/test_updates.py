@@ -196,6 +196,10 @@ def test_an_update_that_does_not_lead_there_costs_bytes_and_nothing_else(tmp_pat
     assert store.updates == 4
     results = closed(folder)
     assert all(fetched(folder)[site, 3] == results[2].adapter_size for site in "abc")
+    refused = {(r.site, r.round): r.traffic.refused for r in records(folder, AcceptedRecord)}
+    assert {key for key, count in refused.items() if count} == {(site, 3) for site in "abc"}
+    key = topology.accepted_key("test", 2, "a")
+    assert b"refused" not in store.get(key)
     assert fetched(folder)["a", 4] == results[3].update_size
     (finding,) = verify(folder).findings
     assert topology.update_key("test", results[2].update_sha) == finding.key
