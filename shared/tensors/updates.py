@@ -19,7 +19,13 @@ from shared.errors import DecodeError, DeltaRefusedError, LedgerError
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.arithmetic import difference, is_finite
 from shared.tensors.codecs import get_codec
-from shared.tensors.delta_file import DeltaFile, DeltaHeader, check_header, write_delta
+from shared.tensors.delta_file import (
+    DeltaFile,
+    DeltaHeader,
+    check_header,
+    decode_header,
+    write_delta,
+)
 from shared.tensors.tensor_file import ADAPTER_METADATA, FileDigest, TensorFile, write_tensors
 from shared.topology import COORDINATOR
 
@@ -76,17 +82,20 @@ def apply_update(source: Path, update: Path, target: Path, expected: DeltaHeader
     that is expected, holds what w does not, or gives a value that is not finite.
     """
     try:
-        with TensorFile(source) as held, DeltaFile(update, _held(held, update)) as change:
-            check_header(change, expected)
+        with TensorFile(source) as held, DeltaFile(update, _held(held, update, expected)) as change:
             layouts = [held.layouts[name] for name in sorted(held.layouts)]
             return write_tensors(target, layouts, _added(held, change), ADAPTER_METADATA)
     except (DecodeError, DeltaRefusedError) as error:
         raise DecodeError(f"update of round {expected.round}: {error}") from None
 
 
-def _held(held: TensorFile, update: Path) -> Manifest:
-    """Those of w's tensors that an update names; which others it holds is checked against it."""
+def _held(held: TensorFile, update: Path, expected: DeltaHeader) -> Manifest:
+    """Those of w's tensors that an update names; which others it holds is checked against it.
+
+    Its header comes first: no codec is run but the one that is expected.
+    """
     with TensorFile(update) as file:
+        check_header(decode_header(file.metadata), expected)
         named = file.layouts.keys()
     tensors = [
         TensorSpec(name=name, shape=layout.shape, init="zeros")
