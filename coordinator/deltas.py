@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.server_optimizer import wants_more_than_zeros
+from coordinator.announcing import answer_of
 from coordinator.arrivals import Upload
 from coordinator.batching import BATCH, BATCH_BYTES, THREADS, at_once
-from coordinator.effects import answer_of
 from coordinator.round.state import Aggregate
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
 from shared.log import get_logger

@@ -9,44 +9,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation.closing import Method, aggregate
+from coordinator.aggregation.downlink import RoundFiles, close_round
 from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
-from coordinator.round.state import (
-    Aggregate,
-    AnnounceClosed,
-    AnnounceFinished,
-    AnnounceRound,
-    AnnounceRun,
-    AnswerDelta,
-    MakeGenesis,
-    WriteRecord,
-)
-from shared import modes, topology
+from coordinator.announcing import Announcer
+from coordinator.round.state import Aggregate, MakeGenesis, WriteRecord
+from shared import topology
 from shared.adapters import kind_of
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
-from shared.protocol.events import (
-    BasesOffered,
-    DeltaAnswered,
-    Event,
-    MessageRefused,
-    RoundClosed,
-    RoundStarted,
-    RunAnnounced,
-    RunFinished,
-    UploadGranted,
-    WireBase,
-    WireLora,
-    WireTraining,
-)
+from shared.protocol.events import Event, MessageRefused, UploadGranted
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.messages import to_refused, to_site
-from shared.protocol.records import AcceptedRecord, ClosedRecord, GenesisRecord, RefusedRecord
-from shared.tensors.codecs import get_codec
+from shared.protocol.records import ClosedRecord, GenesisRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +40,6 @@ if TYPE_CHECKING:
     from shared.protocol.record import Record
     from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord
 
-URL_SECONDS = 6 * 3600.0
 # A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
 GRANT_SECONDS = 900.0
 
@@ -83,7 +60,7 @@ class Effects:
         self._outbox = outbox
         self._intake = intake
         self._clock = clock
-        self._method = Method.of(config)
+        self._announcer = Announcer(config, ledger.store, clock)
 
     # Durable steps -----------------------------------------------------------------------------
 
@@ -135,7 +112,6 @@ class Effects:
     def _aggregate(self, closing: ClosingRecord, state: RunState) -> ClosedRecord:
         assert state.genesis is not None  # a round cannot be closing before genesis
         run, manifest = self._config.run.name, state.genesis.manifest
-        source = self._intake.local_adapter(run, closing.source_sha)
         deltas = [
             WeightedDelta(
                 item.label(closing.round),
@@ -146,15 +122,18 @@ class Effects:
             )
             for item in closing.inputs
         ]
-        target = self._intake.scratch(f"closing-{closing.round:05d}.safetensors")
-        files = self._state_files(state)
-        result = aggregate(source, deltas, manifest, target, method=self._method, state=files)
+        files = self._round_files(closing, state)
+        result = close_round(self._config, closing, deltas, manifest, files)
         failpoint("round.aggregated")
         server_sha = result.stepped.state.sha256 if result.stepped else None
         if server_sha is not None:
-            self._store_state(server_sha, files.after)
-        self._store_adapter(result.digest.sha256, target, state)
-        target.unlink()
+            self._store_state(server_sha, files.state.after)
+        sent = result.sent_down
+        if sent is not None:
+            self._store_exact(sent.exact.sha256, files.exact.after)
+            self._store_update(sent.update.sha256, files.update)
+        self._store_adapter(result.digest.sha256, files.target, state)
+        files.target.unlink()
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
         record = ClosedRecord(
             round=closing.round,
@@ -169,6 +148,9 @@ class Effects:
             server_sha=server_sha,
             step_norm=result.stepped.norm if result.stepped else None,
             gradient_energy=result.gradient_energy,
+            exact_sha=sent.exact.sha256 if sent else None,
+            update_sha=sent.update.sha256 if sent else None,
+            update_size=sent.update.size if sent else None,
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.
@@ -177,20 +159,27 @@ class Effects:
             closed.round - self._config.policy.late_rounds,
             self._clock(),
             keep_adapter=closed.adapter_sha,
-            keep_state=closed.server_sha,
+            keep_states=(closed.server_sha, closed.exact_sha),
         )
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
 
-    def _state_files(self, state: RunState) -> StateFiles:
-        """The server optimiser's state after the last closed round, and where the next one goes.
+    def _round_files(self, closing: ClosingRecord, state: RunState) -> RoundFiles:
+        """What the last closed round left, and where the next one's files go.
 
-        A run begins without one, also a branch: its settings may be others than its parent's.
+        A run begins without any state, also a branch: its settings may be others than its parent's,
+        and it has the parent's adapter as the sites have it.
         """
-        before = None
-        if state.closed is not None and state.closed.server_sha is not None:
-            before = self._intake.local_state(self._config.run.name, state.closed.server_sha)
-        return StateFiles(before, self._intake.scratch("state-next"))
+        run, scratch = self._config.run.name, self._intake.scratch
+        shas = (state.closed.server_sha, state.closed.exact_sha) if state.closed else (None, None)
+        server, exact = (self._intake.local_state(run, sha) if sha else None for sha in shas)
+        return RoundFiles(
+            source=self._intake.local_adapter(run, closing.source_sha),
+            target=scratch(f"closing-{closing.round:05d}.safetensors"),
+            state=StateFiles(server, scratch("state-next")),
+            exact=StateFiles(exact, scratch("exact-next")),
+            update=scratch("update-next"),
+        )
 
     def _store_state(self, sha: str, path: Path) -> None:
         """Store it under its name, and keep the file for the next round."""
@@ -199,6 +188,21 @@ class Effects:
         self._ledger.store.put_file(key, path)
         failpoint("server_state.after")
         self._intake.adopt_state(sha, path)
+
+    def _store_exact(self, sha: str, path: Path) -> None:
+        """Likewise the exact adapter."""
+        failpoint("exact.before")
+        key = topology.server_state_key(self._config.run.name, sha)
+        self._ledger.store.put_file(key, path)
+        failpoint("exact.after")
+        self._intake.adopt_state(sha, path)
+
+    def _store_update(self, sha: str, path: Path) -> None:
+        """Store what leads to the round's adapter, before there is word of it."""
+        failpoint("update.before")
+        self._ledger.store.put_file(topology.update_key(self._config.run.name, sha), path)
+        failpoint("update.after")
+        path.unlink()
 
     def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
         """Both files of a PEFT directory; the tensors last, since their presence means complete."""
@@ -224,7 +228,7 @@ class Effects:
 
     def notify(self, notification: Notification, state: RunState) -> None:
         """Have one announcement published to all it concerns."""
-        events = self._events(notification, state)
+        events = self._announcer.events(notification, state)
         if events:
             self.tell(events)
 
@@ -260,118 +264,3 @@ class Effects:
     def keep_refused(self, event: MessageRefused) -> None:
         """Have a refusal put into the refused queue."""
         self._outbox.put([to_refused(event, self._clock())])
-
-    def _events(self, notification: Notification, state: RunState) -> dict[str, Event]:
-        run = self._config.run.name
-        match notification:
-            case AnnounceRun(sites):
-                bases = self._offered_bases()
-                return {site: announcement(self._config, site, bases) for site in sites}
-            case AnnounceRound(sites):
-                return {site: self._round_for(site, state) for site in sites}
-            case AnswerDelta(record):
-                return {record.site: answer_of(run, record)}
-            case AnnounceClosed(closed, sites):
-                event = RoundClosed(
-                    run=run,
-                    round=closed.round,
-                    result_sha=closed.adapter_sha,
-                    late_counts=self._config.policy.carries,
-                )
-                return dict.fromkeys(sites, event)
-            case AnnounceFinished(sites):
-                return {site: self._finish_for(site, state) for site in sites}
-
-    def _round_for(self, site: str, state: RunState) -> RoundStarted:
-        opened = state.opened
-        assert opened is not None  # this is only sent while a round is open
-        url, expires_at = self._sign_adapter(opened.source_sha)
-        trouble = state.troubles.get(site)
-        feedback = has_feedback(self._config)
-        return RoundStarted(
-            run=self._config.run.name,
-            round=opened.round,
-            source_sha=opened.source_sha,
-            get_url=url,
-            expires_at=expires_at,
-            training=WireTraining(**self._config.training.model_dump(exclude_none=True)),
-            progress_from=opened.progress_from,
-            progress_to=opened.progress_to,
-            seed=opened.seed,
-            codec=self._config.codec.name,
-            attempt=trouble.attempts + 1 if trouble else 1,
-            last_counted=state.last_counted.get(site),
-            averaging=self._config.aggregation.averaging,
-            feedback=feedback,
-            last_accepted=state.last_accepted(site) if feedback else None,
-        )
-
-    def _finish_for(self, site: str, state: RunState) -> RunFinished:
-        finished = state.finished
-        assert finished is not None  # this is only sent at the end
-        url, expires_at = None, None
-        mode = get_averaging(self._config.aggregation.averaging)
-        if finished.sha is not None and site not in state.evaluated and not mode.makes_bases:
-            url, expires_at = self._sign_adapter(finished.sha)
-        return RunFinished(
-            run=self._config.run.name,
-            round=finished.round,
-            sha=finished.sha,
-            reason=finished.reason,
-            get_url=url,
-            expires_at=expires_at,
-        )
-
-    def _offered_bases(self) -> BasesOffered | None:
-        sha = self._config.lora.bases_sha
-        if sha is None:
-            return None
-        url, expires_at = self._sign(topology.bases_key(self._config.run.name, sha))
-        return BasesOffered(sha=sha, get_url=url, expires_at=expires_at)
-
-    def _sign_adapter(self, adapter_sha: str) -> tuple[str, float]:
-        return self._sign(topology.adapter_key(self._config.run.name, adapter_sha))
-
-    def _sign(self, key: str) -> tuple[str, float]:
-        expires_at = self._clock() + URL_SECONDS
-        return self._ledger.store.sign_get(key, expires_at), expires_at
-
-
-def has_feedback(config: FederationConfig) -> bool:
-    """Whether sites make up for what the codec leaves out of a delta.
-
-    Not where factors are made anew in each round: a residual belongs to those that it was left of.
-    """
-    averaging = get_averaging(config.aggregation.averaging)
-    return config.codec.feedback and averaging.by_value and not get_codec(config.codec.name).exact
-
-
-def announcement(
-    config: FederationConfig, site: str, bases: BasesOffered | None = None
-) -> RunAnnounced:
-    """The run as a site is told of it. ``bases``: where they are, if the settings name a file."""
-    return RunAnnounced(
-        run=config.run.name,
-        config_digest=config.digest,
-        base=WireBase(**config.base.model_dump()),
-        lora=WireLora(**kind_of(config.lora).for_site(config.lora, site).model_dump()),
-        training=WireTraining(**config.training.model_dump(exclude_none=True)),
-        rounds=config.run.rounds,
-        participants=len(config.run.participants),
-        averaging=config.aggregation.averaging,
-        modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
-        bases=bases,
-    )
-
-
-def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:
-    """The answer to a site about its delta."""
-    if isinstance(record, AcceptedRecord):
-        return DeltaAnswered(run=run, round=record.round, sha=record.sha, verdict="accepted")
-    return DeltaAnswered(
-        run=run,
-        round=record.round,
-        sha=record.sha,
-        verdict=record.verdict,
-        reason=record.reason,
-    )

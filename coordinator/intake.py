@@ -107,7 +107,7 @@ class Intake:
         return self._local(key, self.spool / f"adapter-{adapter_sha}", adapter_sha)
 
     def local_state(self, run: str, sha: str) -> Path:
-        """A local copy of a server optimiser's state. Raises LedgerDamagedError."""
+        """A local copy of what the coordinator alone goes on from. Raises LedgerDamagedError."""
         return self._local(topology.server_state_key(run, sha), self._state_path(sha), sha)
 
     def adopt_state(self, sha: str, path: Path) -> None:
@@ -125,14 +125,14 @@ class Intake:
         round_number: int,
         now: float,
         keep_adapter: str,
-        keep_state: str | None = None,
+        keep_states: Iterable[str | None] = (),
     ) -> None:
         """After a round closed: sweep what was sent in vain, and the spool.
 
-        The round's adapter and state stay. ``round_number``: the newest that takes no more deltas.
+        The round's adapter and states stay. ``round_number``: the newest that takes no more deltas.
         """
         self.arrivals.sweep_closed(run, round_number, now)
-        kept = {f"adapter-{keep_adapter}", f"state-{keep_state}"}
+        kept = {f"adapter-{keep_adapter}", *(f"state-{sha}" for sha in keep_states)}
         self._hashed = {p for p in self._hashed if p.name in kept}
         for path in self.spool.iterdir():
             if path.name not in kept:

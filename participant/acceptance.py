@@ -166,8 +166,7 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
             f"aggregation.averaging: expected {announced.averaging} as announced, "
             f"got {task.averaging}"
         )
-    if _is_unannounced("codecs", task.codec, announced):
-        found.append(f"codec.name: {_UNANNOUNCED}, got {task.codec}")
+    found += filter(None, [objection_to_codec(task.codec, announced)])
     # Beyond the end of a schedule the rate is 0: a round across it would be one of few steps.
     if not 0.0 <= task.progress_from < task.progress_to <= 1.0:
         found.append(
@@ -180,6 +179,12 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
         f"this site does not take part in round {task.round}: {'; '.join(found)}. Exclude the "
         "site, or ask it to change [accept] in its site.toml"
     )
+
+
+def objection_to_codec(name: str, announced: RunAnnounced) -> str:
+    """Why this site does not run a codec; empty when it does."""
+    unannounced = _is_unannounced("codecs", name, announced)
+    return f"codec.name: {_UNANNOUNCED}, got {name}" if unannounced else ""
 
 
 def objection_to_delta(learned: Learned, accept: AcceptSection) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from participant.acceptance import (
     FAILURES_PER_ROUND,
     TRAININGS_PER_ROUND,
+    objection_to_codec,
     objection_to_delta,
     objection_to_round,
     objections,
@@ -93,6 +94,11 @@ class Guard:
             )
         update = {"trainings": (*taken.trainings, this)}
         self._workspace.keep_taken_part(task.run, taken.model_copy(update=update))
+
+    def check_codec(self, run: str, codec: str) -> None:
+        """Raises NotAcceptedError for a codec that the run was not announced with."""
+        if self._accept is not None:
+            _refuse(objection_to_codec(codec, self._announced[run]))
 
     def check_delta(self, learned: Learned) -> None:
         """Raises NotAcceptedError where this training may not leave."""

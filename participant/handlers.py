@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from participant.agenda import Agenda, is_overtaken
+from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
-from participant.local_round import fetch_adapter, fetch_bases, train_and_commit
+from participant.local_round import train_and_commit
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -63,7 +64,8 @@ class Participant:
 
     def __init__(self, site: Site) -> None:
         self.meter = Meter(site.workspace)
-        self._site = site = replace(site, transfer=Counted(site.transfer, self.meter))
+        counted = Counted(site.transfer, self.meter)
+        self._site = site = replace(site, transfer=counted, refused=self.meter.refused)
         self._guard = Guard(site.accept, site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
@@ -149,7 +151,11 @@ class Participant:
         if waiting is not None and waiting.round <= event.round:
             self._agenda.drop(waiting)
         lost = self._site.workspace.sweep(
-            event.run, event.round, event.result_sha, keep_unanswered=event.late_counts
+            event.run,
+            event.round,
+            event.result_sha,
+            keep_unanswered=event.late_counts,
+            keep_source=event.by_update,
         )
         for number in lost:
             get_logger().warning("delta.late", run=event.run, round=number, reason="round closed")
@@ -326,14 +332,14 @@ class Participant:
         self.handed_over = True
 
     def _evaluate(self, task: RunFinished) -> None:
-        if task.sha is None or task.fetched_sha is None or task.get_url is None:
+        if task.sha is None or task.get_url is None:
             return
         try:
             told = self._guard.evaluated(task)
             if told is not None:
                 self._publish(told)
                 return
-            source = fetch_adapter(self._site, task.run, task.sha, task.get_url, task.fetched_sha)
+            source = fetch_adapter(self._site, self._guard, task)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return

@@ -6,11 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from participant.checkpoints import settings_digest
+from participant.fetching import fetch_adapter
 from participant.learner.port import RESIDUAL_FILE
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
-from shared.disk.files import digest_file
-from shared.errors import ProtocolError
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.tensors.residual import Feedback
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from participant.learner.port import Learned, Progress
     from participant.site import Site
     from participant.workspace import Workspace
-    from shared.protocol.events import RoundStarted, RunAnnounced
+    from shared.protocol.events import RoundStarted
 
 
 def train_and_commit(
@@ -40,7 +39,7 @@ def train_and_commit(
     workspace = site.workspace
     guard.check_round(task)
     started = time.monotonic()
-    source = fetch_adapter(site, task.run, task.source_sha, task.get_url, task.fetched_sha)
+    source = fetch_adapter(site, guard, task)
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
@@ -72,17 +71,6 @@ def train_and_commit(
     return submission
 
 
-def fetch_adapter(site: Site, run: str, adapter_sha: str, url: str, fetched_sha: str) -> Path:
-    """Where it lies in the workspace, fetched unless it is there already."""
-    path = site.workspace.adapter_path(run, adapter_sha)
-    # What lies there from before is trusted no more than what comes over the wire.
-    if not path.is_file() or digest_file(path)[0] != adapter_sha:
-        failpoint("download.before")
-        site.transfer.download(url, path, fetched_sha)
-        failpoint("download.after")
-    return path
-
-
 def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedback | None:
     """From the residual that the coordinator names; from zeros where there is none, or it is lost.
 
@@ -93,28 +81,6 @@ def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedbac
     last = task.last_accepted
     before = workspace.residual_path(task.run, last) if last is not None else None
     return Feedback(before, making / RESIDUAL_FILE, owed=last is not None)
-
-
-def fetch_bases(site: Site, announced: RunAnnounced) -> None:
-    """Give the learner the bases that a run names, fetched once; nothing where it names none.
-
-    Raises ProtocolError for an announcement that contradicts itself, and what a download raises.
-    """
-    wanted, offered = announced.lora.bases_sha, announced.bases
-    if wanted is None:
-        return
-    if offered is None or offered.sha != wanted:
-        raise ProtocolError(
-            f"bases.sha: expected {wanted[:12]}, which lora.bases names, got "
-            f"{offered.sha[:12] if offered else 'none'}; announce the run with its bases"
-        )
-    path = site.workspace.bases_path(announced.run, wanted)
-    if not path.is_file() or digest_file(path)[0] != wanted:
-        failpoint("download.before")
-        size = site.transfer.download(offered.get_url, path, wanted)
-        failpoint("download.after")
-        get_logger().info("bases.fetched", site=site.name, run=announced.run, size=size)
-    site.learner.take_bases(announced.run, path)
 
 
 def _submission(task: RoundStarted, learned: Learned, feedback: Feedback | None) -> Submission:

@@ -29,7 +29,7 @@ class Publishing(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """``report(site, round, progress)`` feeds a display.
+    """``report(site, round, progress)`` feeds a display; ``refused(run)`` counts useless updates.
 
     ``accept``: what this site takes part in; None where coordinator and site are one owner's.
     """
@@ -43,3 +43,4 @@ class Site:
     accept: AcceptSection | None = field(default_factory=AcceptSection)
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[str, int | None, Progress], None] = _ignore
+    refused: Callable[[str], None] = lambda _run: None

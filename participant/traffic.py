@@ -65,6 +65,10 @@ class Meter:
         """A message came."""
         self._count(run, Traffic(messages_down=size))
 
+    def refused(self, run: str) -> None:
+        """An update did not lead to the announced adapter."""
+        self._count(run, Traffic(refused=1))
+
     def tell(self, run: str, sha: str) -> Traffic:
         """What is to be told with ``sha``: all that was not told; the same when asked again."""
         with self._turn:

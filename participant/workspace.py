@@ -5,6 +5,7 @@ either all of it or nothing. Folders without a commit are swept at the next star
 needed for ever: what is lost is asked for again or trained again, to the same bytes.
 
     <root>/<run>/adapters/<sha>.safetensors      global adapters fetched
+    <root>/<run>/updates/<sha>                   what leads from one to the next, while it is added
     <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...,
                                                  residual.safetensors: what the codec left out
     <root>/<run>/bases/<sha>.safetensors         of core adapters, fetched once
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 SUBMISSION_FILE = "submission.json"
 DIGEST_FILE = "config"  # of which settings all of a run's folder is
-WORK = ("adapters", "trained", "making", "checkpoints")
+WORK = ("adapters", "updates", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
@@ -121,6 +122,10 @@ class Workspace:
     def adapter_path(self, run: str, adapter_sha: str) -> Path:
         """Where a global adapter lies or is to be put."""
         return self._folder(run, "adapters") / f"{adapter_sha}.safetensors"
+
+    def update_path(self, run: str, sha: str) -> Path:
+        """Where an update is put while it is added to an adapter."""
+        return self._folder(run, "updates") / sha
 
     def bases_path(self, run: str, sha: str) -> Path:
         """Where the bases of a run lie or are to be put."""
@@ -272,15 +277,22 @@ class Workspace:
         failpoint("forget.after")
 
     def sweep(
-        self, run: str, closed_round: int, adapter_sha: str, *, keep_unanswered: bool = False
+        self,
+        run: str,
+        closed_round: int,
+        adapter_sha: str,
+        *,
+        keep_unanswered: bool = False,
+        keep_source: bool = False,
     ) -> list[int]:
         """After a round closed keep the new adapter and the newest round trained here.
 
         That one's optimiser state may be needed, however many rounds this site is not selected in.
         So may the residual of the newest delta that was accepted.
-        ``keep_unanswered``: and every delta that the coordinator did not take yet. Returns the
-        rounds whose delta was removed though nobody had taken it. A training of a closed round is
-        not resumed after a kill: its checkpoints go.
+        ``keep_unanswered``: and every delta that the coordinator did not take yet. ``keep_source``:
+        and the adapter that the newest round here began with, which an update may lead on from.
+        Returns the rounds whose delta was removed though nobody had taken it. A training of a
+        closed round is not resumed after a kill: its checkpoints go.
         """
         lost = []
         failpoint("sweep.before")
@@ -300,8 +312,9 @@ class Workspace:
             number, _, _ = folder.name.partition("-")
             if number.isdigit() and int(number) <= closed_round:
                 shutil.rmtree(folder, ignore_errors=True)
+        kept = {adapter_sha, found.source_sha if found is not None and keep_source else ""}
         for path in self._folder(run, "adapters").iterdir():
-            if path.name != f"{adapter_sha}.safetensors" and path.is_file():
+            if path.name.removesuffix(".safetensors") not in kept and path.is_file():
                 path.unlink(missing_ok=True)
         failpoint("sweep.after")
         return lost

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 
+WHOLE: Final = "whole"  # where a codec may be named: none, the adapter as it is
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._+!-]{1,100}$")]
 
 
@@ -39,20 +40,21 @@ class Kind:
     """One sort of modes.
 
     ``contract``: the class in ``package`` whose parts a mode must have. ``at_sites``: whether sites
-    run its code too.
+    run its code too. ``also``: a further setting that names one, or says ``WHOLE``.
     """
 
     package: str
     contract: str
     setting: str
     at_sites: bool = False
+    also: str = ""
 
 
 KINDS: Final = {
     "averaging": Kind(
         "shared.methods.averaging", "Averaging", "aggregation.averaging", at_sites=True
     ),
-    "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name", at_sites=True),
+    "codecs": Kind("shared.tensors.codecs", "Codec", "codec.name", True, "codec.down"),
     "policies": Kind("shared.methods.policies", "Policy", "policy.kind"),
     "rules": Kind("shared.methods.rules", "Rule", "aggregation.rule"),
     "server_optimizers": Kind(
@@ -155,14 +157,15 @@ def origins(config: BaseModel) -> tuple[Origin, ...]:
     Each is imported: one that does not work is told before a run begins with it. Raises as
     :func:`get` does.
     """
-    found = []
+    found: dict[Origin, None] = {}
     for kind, about in KINDS.items():
-        table, field = about.setting.split(".")
-        name = getattr(getattr(config, table), field)
-        where = origin(kind, name)
-        if where is not None:
-            get(kind, name)
-            found.append(where)
+        for setting in filter(None, (about.setting, about.also)):
+            table, field = setting.split(".")
+            name = getattr(getattr(config, table), field)
+            where = None if (setting, name) == (about.also, WHOLE) else origin(kind, name)
+            if where is not None:
+                get(kind, name)
+                found[where] = None
     return tuple(found)
 
 

@@ -220,13 +220,26 @@ def bases_key(run: str, sha256: str) -> str:
 
 
 def server_state_prefix(run: str) -> str:
-    """Every state of the server optimiser."""
+    """All that the coordinator alone goes on from."""
     return f"runs/{run}/server_state/"
 
 
 def server_state_key(run: str, sha256: str) -> str:
-    """The server optimiser's state after a round, named by its sha256."""
+    """What the coordinator alone goes on from after a round, named by its sha256.
+
+    The state of the server's optimiser, and with ``codec.down`` the exact adapter.
+    """
     return f"{server_state_prefix(run)}{sha256}"
+
+
+def updates_prefix(run: str) -> str:
+    """Every update that led from one global adapter to the next."""
+    return f"runs/{run}/updates/"
+
+
+def update_key(run: str, sha256: str) -> str:
+    """An update as its round made it, named by its sha256."""
+    return f"{updates_prefix(run)}{sha256}"
 
 
 def deltas_prefix(run: str, round_number: int | None = None) -> str:

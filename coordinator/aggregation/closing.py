@@ -81,6 +81,14 @@ class Method:
 
 
 @dataclass(frozen=True)
+class SentDown:
+    """Beside the run's adapter: the coordinator's exact one, and the update that sites add."""
+
+    exact: FileDigest
+    update: FileDigest
+
+
+@dataclass(frozen=True)
 class Aggregated:
     """What came of it. Norms are L2 over all tensors; all floats have 9 significant digits.
 
@@ -89,7 +97,8 @@ class Aggregated:
     what the rule made, 0 where either is all zeros. ``left_out``: whose delta is no part of it, and
     why. ``stepped``: what the server's optimiser made of the mean, if the run has one.
     ``exactness_gap``: see ``coordinator/aggregation/exactness.py``. ``gradient_energy``: by layer,
-    see ``shared/methods/averaging/range_finder.py``.
+    see ``shared/methods/averaging/range_finder.py``. ``sent_down``: with ``codec.down``, where
+    ``digest`` is of what the update gives: ``coordinator/aggregation/downlink.py``.
     """
 
     digest: FileDigest
@@ -100,6 +109,7 @@ class Aggregated:
     exactness_gap: float | None = None
     stepped: Stepped | None = None
     gradient_energy: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    sent_down: SentDown | None = None
 
 
 def aggregate(

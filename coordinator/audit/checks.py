@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coordinator.aggregation.downlink import sends_updates
 from coordinator.audit.chain import MOST_LOST_ROUNDS, Finding
 from coordinator.round.controls import steer
 from coordinator.round.members import unfit
@@ -44,6 +45,7 @@ def check_records(chain: Chain, config: FederationConfig) -> None:
         _check_opened(chain, config, number)
         _check_decision(chain, config, number)
         _check_server(chain, config, number)
+        _check_down(chain, config, number)
         _check_evaluated(chain, number)
     _check_end(chain, config)
 
@@ -197,6 +199,19 @@ def _check_server(chain: Chain, config: FederationConfig, number: int) -> None:
             wanted = "one" if steps else "none"
             key = closed.key(chain.run)
             chain.find(number, key, f"{name}: expected {wanted} with {optimizer}, got {value}")
+
+
+def _check_down(chain: Chain, config: FederationConfig, number: int) -> None:
+    """An update and the exact adapter beside it, where the run sends updates and nowhere else."""
+    closed = chain.history.round(number).closed
+    if closed is None:
+        return
+    for name in ("exact_sha", "update_sha", "update_size"):
+        value = getattr(closed, name)
+        if (value is not None) != sends_updates(config):
+            wanted = "one" if sends_updates(config) else "none"
+            problem = f'{name}: expected {wanted} with codec.down = "{config.codec.down}"'
+            chain.find(number, closed.key(chain.run), f"{problem}, got {value}")
 
 
 def _check_policy(

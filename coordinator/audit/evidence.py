@@ -58,6 +58,7 @@ class Evidence:
         # The server optimiser's state after the last round: None where a round begins without
         # one, UNKNOWN where no record says which it is.
         self._server_sha: str | None = None
+        self._exact_sha: str | None = None  # likewise the exact adapter; None: the run's own
 
     @property
     def _keeps_state(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from coordinator.aggregation.closing import Aggregated, Method, aggregate
+from coordinator.aggregation.downlink import RoundFiles, close_round, sends_updates
 from coordinator.aggregation.exactness import ROUNDING
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.audit.evidence import UNKNOWN, Evidence
@@ -18,8 +18,10 @@ from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, check_delta
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from coordinator.aggregation.closing import Aggregated
     from shared.adapters import AdapterSettings
     from shared.protocol.records import ClosedRecord, ClosingRecord
 
@@ -34,24 +36,19 @@ class Recomputing(Evidence):
         self,
         closing: ClosingRecord,
         closed: ClosedRecord,
-        source: Path,
         deltas: list[WeightedDelta],
-        state: StateFiles,
+        files: RoundFiles,
     ) -> Aggregated | None:
         assert self._genesis is not None  # without it no delta was found whole
         number, key = closed.round, closed.key(self._ledger.run)
         try:
-            target = self._scratch / "again"
-            method = Method.of(self._config)
-            again = aggregate(
-                source, deltas, self._genesis.manifest, target, method=method, state=state
-            )
+            again = close_round(self._config, closing, deltas, self._genesis.manifest, files)
         except LedgerError as error:  # the decision itself cannot be carried out
             self._find(number, closing.key(self._ledger.run), str(error))
             return None
         self.result.recomputed += 1
         sha = again.digest.sha256
-        if sha != closed.adapter_sha and self._is_as_good(closed, target):
+        if sha != closed.adapter_sha and self._is_as_good(closed, files.target):
             sha = closed.adapter_sha
         self._expect(number, key, "adapter_sha", sha, closed.adapter_sha)
         self._expect(number, key, "adapter_size", again.digest.size, closed.adapter_size)
@@ -60,6 +57,10 @@ class Recomputing(Evidence):
         if again.stepped is not None:
             self._expect(number, key, "server_sha", again.stepped.state.sha256, closed.server_sha)
             mine["norm of the step"] = again.stepped.norm
+        if (sent := again.sent_down) is not None:
+            self._expect(number, key, "exact_sha", sent.exact.sha256, closed.exact_sha)
+            self._expect(number, key, "update_sha", sent.update.sha256, closed.update_sha)
+            self._expect(number, key, "update_size", sent.update.size, closed.update_size)
         if closed.step_norm is not None:
             theirs["norm of the step"] = closed.step_norm
         self._compare(number, key, mine, theirs)
@@ -185,29 +186,61 @@ class Recomputing(Evidence):
         mode = get_averaging(self._config.aggregation.averaging)
         return mode.settings_after(closings, self._config.lora)
 
-    def _state_files(self, closed: ClosedRecord) -> StateFiles | None:
-        """The state the round went on from; None if it is not there whole."""
-        if not self._keeps_state or self._server_sha is None:
-            return StateFiles(None, self._scratch / "state-again")
-        if self._server_sha == UNKNOWN:
-            says = "the state of the server's optimiser before it is on no record"
-            key = closed.key(self._ledger.run)
-            self._note(closed.round, key, f"cannot be recomputed: {says}")
+    def _round_files(self, closed: ClosedRecord, source: Path | None) -> RoundFiles | None:
+        """What the round went on from, and where it goes again; None if that is not there whole."""
+        server = self._before(
+            closed, "state", self._server_sha, "the state of the server's optimiser"
+        )
+        exact = self._before(closed, "exact", self._exact_sha, "the exact adapter")
+        if source is None or server is None or exact is None:
             return None
-        path = self._scratch / "state"
-        key = topology.server_state_key(self._ledger.run, self._server_sha)
+        again, update = self._scratch / "again", self._scratch / "update-again"
+        return RoundFiles(source, again, server, exact, update)
+
+    def _before(
+        self, closed: ClosedRecord, name: str, sha: str | None, what: str
+    ) -> StateFiles | None:
+        """One of the coordinator's states before a round, if it is there, and where it goes."""
+        after = self._scratch / f"{name}-again"
+        if sha is None:
+            return StateFiles(None, after)
+        if sha == UNKNOWN:
+            says = f"cannot be recomputed: {what} before it is on no record"
+            self._note(closed.round, closed.key(self._ledger.run), says)
+            return None
+        path = self._scratch / name
+        key = topology.server_state_key(self._ledger.run, sha)
         try:
-            whole = self._ledger.store.spool([key], path).sha256 == self._server_sha
+            whole = self._ledger.store.spool([key], path).sha256 == sha
         except ObjectMissingError:
             return None  # said of the round that it came from
-        return StateFiles(path, self._scratch / "state-again") if whole else None
+        return StateFiles(path, after) if whole else None
 
-    def _check_state(self, number: int, sha: str | None) -> None:
-        """What the next round goes on from is there, and is what its name says."""
-        self._server_sha = sha or UNKNOWN
+    def _check_states(self, closed: ClosedRecord, again: Aggregated | None) -> None:
+        """What the next round and the sites go on from is there, and is what its name says.
+
+        ``again``: what is to be believed where the record says something else.
+        """
+        number = closed.round
+        server, exact, update = closed.server_sha, closed.exact_sha, closed.update_sha
+        if again is not None and again.stepped is not None:
+            server = again.stepped.state.sha256
+        if again is not None and again.sent_down is not None:
+            exact, update = again.sent_down.exact.sha256, again.sent_down.update.sha256
+        if self._keeps_state:
+            self._server_sha = server or UNKNOWN
+            self._check_object(number, server, topology.server_state_key)
+        if sends_updates(self._config):
+            self._exact_sha = exact or UNKNOWN
+            self._check_object(number, exact, topology.server_state_key)
+            self._check_object(number, update, topology.update_key)
+
+    def _check_object(
+        self, number: int, sha: str | None, key_of: Callable[[str, str], str]
+    ) -> None:
         if sha is None:
             return  # said of the record
-        key = topology.server_state_key(self._ledger.run, sha)
+        key = key_of(self._ledger.run, sha)
         try:
             self._expect(number, key, "sha256", sha, self._ledger.store.sha256(key))
         except ObjectMissingError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coordinator.aggregation.downlink import sends_updates
 from coordinator.aggregation.genesis import draw_adapter
 from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.audit.evidence import UNKNOWN, Verification
@@ -95,22 +96,22 @@ class _Verifier(Recomputing):
         self.result.adapter_sha = sha
         if number > 0 and self._keeps_state:
             self._server_sha = UNKNOWN
+        if number > 0 and sends_updates(self._config):
+            self._exact_sha = UNKNOWN
 
     def _settle(self, closed: ClosedRecord, again: Aggregated | None) -> None:
         """Which adapter the round produced: of two words the one that the run went on from.
 
-        Nothing but closed.json names the state beside it: of two words the recomputed one, if
+        Nothing but closed.json names the states beside it: of two words the recomputed one, if
         that comes with the adapter that the run went on from.
         """
-        sha, server_sha = closed.adapter_sha, closed.server_sha
+        sha = closed.adapter_sha
         if again is not None and again.digest.sha256 == self._chain.result_after(closed.round):
             sha = again.digest.sha256
-        if again is not None and again.stepped is not None and again.digest.sha256 == sha:
-            server_sha = again.stepped.state.sha256
         self._check_adapter(closed.round, sha)
         self.result.adapter_sha = sha
-        if self._keeps_state:
-            self._check_state(closed.round, server_sha)
+        believed = again if again is not None and again.digest.sha256 == sha else None
+        self._check_states(closed, believed)
 
     def _check_genesis(self, record: GenesisRecord) -> None:
         self._genesis = record
@@ -180,11 +181,11 @@ class _Verifier(Recomputing):
         source = self._adapter_file(number, self._sources.get(number, closing.source_sha))
         deltas = [self._delta(closing, index) for index in range(len(closing.inputs))]
         self._check_held_out(closing, closed)
-        state = self._state_files(closed)
+        files = self._round_files(closed, source)
         whole = [delta for delta in deltas if delta is not None]
         again = None
-        if decided and source is not None and state is not None and len(whole) == len(deltas):
-            again = self._recompute(closing, closed, source, whole, state)
+        if decided and files is not None and len(whole) == len(deltas):
+            again = self._recompute(closing, closed, whole, files)
         for path in self._scratch.iterdir():
             path.unlink()
         return again

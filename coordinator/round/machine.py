@@ -30,12 +30,14 @@ from coordinator.round.state import (
     RunState,
     Step,
     Ticked,
+    Update,
     WriteRecord,
 )
 from coordinator.round.weighting import clips, shares
 from shared import modes
 from shared.methods.policies import Trouble, get_policy, given_up, weighting
 from shared.methods.rules import too_few
+from shared.protocol.events import MOST_UPDATES
 from shared.protocol.record import delta_label
 from shared.protocol.records import (
     AcceptedRecord,
@@ -57,7 +59,7 @@ from shared.protocol.records import (
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from shared.config import FederationConfig
     from shared.protocol.record import Record
@@ -276,8 +278,14 @@ def _fold_closed(
         counted_rounds=rounds,
         last_counted=last,
         times=(*state.times, _arrivals(state, closing))[-REMEMBERED_ROUNDS:],
+        updates=(*state.updates, *_update_of(closing, fact))[-MOST_UPDATES:],
     )
     return after, (AnnounceClosed(fact, tuple(sorted(state.members))),)
+
+
+def _update_of(closing: ClosingRecord, fact: ClosedRecord) -> Iterator[Update]:
+    if fact.update_sha is not None and fact.update_size is not None:
+        yield Update(fact.round, closing.source_sha, fact.update_sha, fact.update_size)
 
 
 def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:

@@ -36,6 +36,16 @@ class Ticked:
     now: float
 
 
+@dataclass(frozen=True)
+class Update:
+    """What led from the adapter ``source_sha`` to the one of a round. ``size`` in bytes."""
+
+    round: int
+    source_sha: str
+    sha: str
+    size: int
+
+
 # Effects: durable steps ------------------------------------------------------------------------
 
 
@@ -111,7 +121,8 @@ class RunState:
 
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
-    ``verdicts``: the shas that were refused or late, by site and round.
+    ``verdicts``: the shas that were refused or late, by site and round. ``updates``: the newest, in
+    order, without a gap.
     """
 
     config: FederationConfig
@@ -132,6 +143,7 @@ class RunState:
     last_counted: Mapping[str, str] = field(default_factory=dict)
     openings: Mapping[int, OpenedRecord] = field(default_factory=dict)
     times: tuple[tuple[float, ...], ...] = ()
+    updates: tuple[Update, ...] = ()
     controls: tuple[ControlRecord, ...] = ()
     origin: OriginRecord | None = None
     finished: FinishedRecord | None = None
@@ -172,11 +184,14 @@ class RunState:
 
     def last_accepted(self, site: str) -> str | None:
         """Sha of the site's delta of the highest round, whether it was counted or may be later."""
+        waiting = self.uncounted.get((site, self.last_trained(site)))
+        return waiting.sha if waiting else self.last_counted.get(site)
+
+    def last_trained(self, site: str) -> int:
+        """The highest round of which a delta of the site was accepted; 0: none was."""
         counted = max(self.counted_rounds.get(site, ()), default=0)
-        for number in range(self.last_round + 1, counted, -1):
-            if (site, number) in self.uncounted:
-                return self.uncounted[site, number].sha
-        return self.last_counted.get(site)
+        rounds = range(self.last_round + 1, counted, -1)
+        return next((number for number in rounds if (site, number) in self.uncounted), counted)
 
     def members_in(self, number: int) -> tuple[str, ...]:
         """Who takes part in round ``number``: who was there at the start, and who joined since."""

@@ -63,7 +63,9 @@ class RoundSummary:
     ``clipped``: by counted delta, what it was multiplied by. ``left_out``: counted deltas that the
     rule did not take, and why. ``waits_for``: why an open round has too few deltas for its rule.
     ``server_sha`` and ``step_norm``: of the server's optimiser, where there is one. ``bytes``: of
-    the deltas; ``traffic``: all that the sites moved, None where none told.
+    the deltas; ``traffic``: all that the sites moved, None where none told. ``adapter_bytes``: of
+    the adapter that the round produced, ``update_bytes``: of what leads to it from the one before,
+    None where it travels whole.
     """
 
     round: int
@@ -84,6 +86,8 @@ class RoundSummary:
     server_sha: str | None = None
     step_norm: float | None = None
     traffic: Traffic | None = None
+    adapter_bytes: int | None = None
+    update_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,8 @@ def summarise_round(history: History, number: int) -> RoundSummary:
         server_sha=closed.server_sha if closed else None,
         step_norm=closed.step_norm if closed else None,
         traffic=in_round(there),
+        adapter_bytes=there.result.adapter_size if there.result else None,
+        update_bytes=closed.update_size if closed else None,
     )
 
 

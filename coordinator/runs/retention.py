@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from coordinator.history import read_history
 from coordinator.runs.branching import ADAPTER_FILES
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
     from coordinator.history import History
     from shared.protocol.ledger import Ledger
+    from shared.protocol.records import ClosedRecord
 
+# What a result names beside its adapter: how its key is made, and the field.
+_BESIDE_ADAPTERS: Final = (
+    (topology.server_state_key, "server_sha"),
+    (topology.server_state_key, "exact_sha"),
+    (topology.update_key, "update_sha"),
+)
 LAST = re.compile(r"last:([1-9][0-9]{0,8})")
 
 
@@ -73,8 +80,11 @@ def plan(history: History, sizes: Mapping[str, int], keep: str) -> Plan:
     source = last if newest is None else last - newest
     objects, kept = _deltas(history, sizes, source + 1)
     results = {n: there.closed for n, there in history.rounds.items() if there.closed}
-    states = {n: closed.server_sha for n, closed in results.items() if closed.server_sha}
-    gone = [(topology.server_state_key(history.run, s), n) for s, n in _before(source, states)]
+    gone = [
+        (key_of(history.run, sha), number)
+        for key_of, name in _BESIDE_ADAPTERS
+        for sha, number in _before(source, _shas(results, name))
+    ]
     if newest is not None:
         gone += [
             (topology.adapter_key(history.run, sha, file), number)
@@ -90,7 +100,8 @@ def read_plan(ledger: Ledger, keep: str) -> Plan:
     """The plan for a run as it is now. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
     history = read_history(ledger.store, ledger.run)
     prefix = topology.run_prefix(ledger.run)
-    folders = (f"{prefix}adapters/", f"{prefix}deltas/", topology.server_state_prefix(ledger.run))
+    states, updates = topology.server_state_prefix(ledger.run), topology.updates_prefix(ledger.run)
+    folders = (f"{prefix}adapters/", f"{prefix}deltas/", states, updates)
     sizes = {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
     wanted = plan(history, sizes, keep)
     if keep == "all":
@@ -134,6 +145,12 @@ def _rounds_kept(keep: str) -> int | None:
 def _adapters(history: History) -> dict[int, str]:
     """Every adapter by the round that produced it."""
     return {n: there.result.adapter_sha for n, there in history.rounds.items() if there.result}
+
+
+def _shas(results: Mapping[int, ClosedRecord], name: str) -> dict[int, str]:
+    """What a field of the results names, by round."""
+    found = {number: getattr(closed, name) for number, closed in results.items()}
+    return {number: sha for number, sha in found.items() if sha is not None}
 
 
 def _before(oldest: int, shas: Mapping[int, str]) -> list[tuple[str, int]]:

@@ -75,7 +75,7 @@ def _rehearse(
     found: list[CheckResult],
     errors: list[GradualDiffError],
 ) -> dict[str, Rehearsal]:
-    from coordinator.effects import announcement
+    from coordinator.announcing import announcement
     from participant.data import NOTHING_HELD_OUT
 
     rehearsed: dict[str, Rehearsal] = {}

@@ -97,6 +97,9 @@ def _print(run: str, shown: Round) -> None:
     """Site by site, and what is to be remarked."""
     summary = shown.summary
     console().print(f"adapter {summary.adapter_sha or '-'}", soft_wrap=True)
+    if summary.update_bytes is not None:
+        whole = f"instead of {octets(summary.adapter_bytes or 0)} whole"
+        console().print(f"its update {octets(summary.update_bytes)}, {whole}", soft_wrap=True)
     if summary.server_sha is not None:
         norms = f"mean delta {fixed(summary.mean_norm, 4)}, step {fixed(summary.step_norm, 4)}"
         console().print(f"server state {summary.server_sha}; norms: {norms}", soft_wrap=True)
@@ -135,6 +138,8 @@ def _remarks(shown: Round) -> Iterator[str]:
                 f"{octets(moved.messages_down)} down, {octets(moved.messages_up)} up"
                 + (f"; {octets(moved.setup)} once, to get ready" if moved.setup else "")
             )
+            if moved.refused:
+                yield f"{row.site}: updates that led to no announced adapter: {moved.refused}"
     yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():
         yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from coordinator.effects import announcement
+from coordinator.aggregation.downlink import sends_updates
+from coordinator.announcing import announcement
 from coordinator.round.members import misfit, unfit
 from shared import topology
 from shared.adapters import kind_of
@@ -98,21 +99,30 @@ def _ready(
         ) from None
 
 
+def _encoded_size(codec_name: str, manifest: Manifest) -> int:
+    codec = get_codec(codec_name)
+    return sum(part.size_bytes for spec in manifest.tensors for part in codec.layout(spec))
+
+
 def _check_room(
     config: FederationConfig, manifest: Manifest, store: DirectoryStore, done: int
 ) -> None:
-    """The ledger keeps every delta and every adapter. Sites link to them where they can."""
+    """The ledger keeps every delta and every adapter. Sites link to them where they can.
+
+    With ``codec.down`` also the exact adapter and the update of every round.
+    """
     rounds = max(config.run.rounds - done, 0)
     if config.convergence.patience is not None:
         rounds = min(rounds, config.convergence.patience + 2)
-    codec = get_codec(config.codec.name)
     deltas = sum(
-        part.size_bytes
+        _encoded_size(
+            config.codec.name, kind_of(manifest).manifest_for(manifest, config.lora, site)
+        )
         for site in config.run.participants
-        for spec in kind_of(manifest).manifest_for(manifest, config.lora, site).tensors
-        for part in codec.layout(spec)
     )
-    wanted = rounds * (sum(4 * spec.elements for spec in manifest.tensors) + deltas)
+    adapter = sum(4 * spec.elements for spec in manifest.tensors)
+    beside = adapter + _encoded_size(config.codec.down, manifest) if sends_updates(config) else 0
+    wanted = rounds * (adapter + beside + deltas)
     free = shutil.disk_usage(store.root).free
     if wanted > free:
         raise StoreUnavailableError(

@@ -12,6 +12,7 @@ from shared.config.rounds import CodecSection, ServerSection
 from shared.config.rules import RULES
 from shared.config.tables import FederationTables
 from shared.config.values import RESERVED_NAMES, canonical_json
+from shared.modes import WHOLE
 from shared.topology import ANY_RUN
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "clip_to_median": "off",
     },
     "server": ServerSection().model_dump(mode="json"),
-    "codec": {"feedback": False},
+    "codec": {"feedback": False, "down": WHOLE},
 }
 
 

@@ -13,11 +13,13 @@ from shared.config.section import Section
 from shared.config.values import (
     AveragingName,
     CodecName,
+    DownName,
     PolicyName,
     Positive,
     RuleName,
     ServerOptimizerName,
 )
+from shared.modes import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,6 +167,11 @@ class CodecSection(Section):
     """A site keeps what the codec left out of a delta and adds it to its next one. Without effect
     with ``fp32``, which leaves nothing out, and with ``svd``, ``flora`` and ``range-finder``, which
     make the factors anew in every round.
+    """
+    down: DownName = WHOLE
+    """How an adapter travels to the sites: ``"whole"``, or the codec of the update that a site adds
+    to the one that it holds, such as ``"int4"``. What that leaves out travels in a later round.
+    Only ``"whole"`` with ``svd``, ``flora`` and ``range-finder``.
     """
 
 

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from shared import modes
+from shared.modes import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,6 +154,16 @@ def _server_needs_factors_that_stay(config: FederationTables) -> Iterator[str]:
         )
 
 
+def _updates_lead_from_the_adapter_before(config: FederationTables) -> Iterator[str]:
+    name, down = config.aggregation.averaging, config.codec.down
+    if down != WHOLE and not modes.get("averaging", name).by_value:
+        yield (
+            f'codec.down = "{down}" needs an adapter that each round adds to, but '
+            f'aggregation.averaging = "{name}" makes it anew; use down = "{WHOLE}", or fedavg, '
+            "rolora or ffa"
+        )
+
+
 def _server_word(config: FederationTables) -> str:
     return f'server.optimizer = "{config.server.optimizer}"'
 
@@ -172,4 +183,5 @@ RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _enough_deltas,
     _server_needs_no_more,
     _server_needs_factors_that_stay,
+    _updates_lead_from_the_adapter_before,
 )

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticKnownError
 
 from shared import modes
+from shared.modes import WHOLE
 from shared.topology import ANY_RUN, COORDINATOR
 
 NAME_PATTERN: Final = r"^[a-z0-9-]{1,40}$"
@@ -23,18 +24,23 @@ StoreUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/@\\\s]+/?$")]
 Transport = Literal["tls", "plaintext"]
 
 
-def _known(kind: str, name: str) -> str:
+def _known(kind: str, name: str, *words: str) -> str:
     """As a Literal of all modes would say it."""
-    known = modes.names(kind)
+    known = (*words, *modes.names(kind))
     if name not in known:
         expected = ", ".join(map(repr, known))
         raise PydanticKnownError("literal_error", {"expected": expected})
     return name
 
 
+def _known_or_whole(name: str) -> str:
+    return _known("codecs", name, WHOLE)
+
+
 Word = Annotated[str, StringConstraints(max_length=64)]
 AveragingName = Annotated[Word, AfterValidator(partial(_known, "averaging"))]
 CodecName = Annotated[Word, AfterValidator(partial(_known, "codecs"))]
+DownName = Annotated[Word, AfterValidator(_known_or_whole)]
 PolicyName = Annotated[Word, AfterValidator(partial(_known, "policies"))]
 RuleName = Annotated[Word, AfterValidator(partial(_known, "rules"))]
 ServerOptimizerName = Annotated[Word, AfterValidator(partial(_known, "server_optimizers"))]

@@ -25,6 +25,7 @@ from shared.protocol.manifest import (
 )
 from shared.topology import REFUSED_BYTES
 
+MOST_UPDATES = 32  # of one offer
 Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
 
 
@@ -65,6 +66,26 @@ class BasesOffered(Schema):
     """Where they are."""
     expires_at: Time
     """When the URL ends, seconds since the epoch."""
+
+
+class UpdateOffered(Schema):
+    """Where a site that holds an adapter fetches what leads to the one after it."""
+
+    round: Amount
+    """The round that made it."""
+    source_sha: Sha256
+    """The adapter that it is added to."""
+    sha: Sha256
+    """What it is."""
+    size: Count
+    """Its bytes."""
+    codec: Word
+    """How it is written."""
+    get_url: Url
+    """Where it is."""
+
+
+Updates = Annotated[tuple[UpdateOffered, ...], Strict(False), Most(MOST_UPDATES)]
 
 
 class RunAnnounced(Event):
@@ -128,6 +149,15 @@ class RoundStarted(Event):
     """This site's newest delta that was accepted: with feedback, its residual is added. None: there
     is none yet.
     """
+    updates: Updates = ()
+    """What leads, one after another, from an adapter that the site may hold to the source; together
+    fewer bytes than it. The URLs end with the others.
+    """
+
+    @property
+    def adapter_sha(self) -> str:
+        """The adapter to be fetched."""
+        return self.source_sha
 
     @property
     def fetched_sha(self) -> str:
@@ -173,6 +203,8 @@ class RoundClosed(Event):
     """Identity of the adapter that came out."""
     late_counts: bool = False
     """Whether a delta of a closed round is still taken, so that a site that trains it continues."""
+    by_update: bool = False
+    """Whether an update will lead from the adapter before to the next one, so that it is kept."""
 
 
 class RunFinished(Event):
@@ -186,6 +218,13 @@ class RunFinished(Event):
     reason: Prose
     get_url: Url | None = None
     expires_at: Time | None = None
+    updates: Updates = ()
+    """What leads to the adapter from one that the site may hold, as in ``RoundStarted``."""
+
+    @property
+    def adapter_sha(self) -> str | None:
+        """The adapter to be fetched."""
+        return self.sha
 
     @property
     def fetched_sha(self) -> str | None:

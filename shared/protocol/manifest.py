@@ -176,6 +176,15 @@ class Traffic(Schema):
     """Bytes of messages that went."""
     setup: Amount = 0
     """Bytes fetched before the first round, to get ready."""
+    refused: Amount = 0
+    """Updates that did not lead to the announced adapter. Not there without one."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if not self.refused:
+            values.pop("refused", None)
+        return values
 
     def __add__(self, other: Traffic) -> Traffic:
         """Both together."""

@@ -357,6 +357,7 @@ class ClosingRecord(StampedRecord):
 class ClosedRecord(Record):
     """THE RESULT: a pure function of closing.json and the objects that it names."""
 
+    newer = ("exact_sha", "update_sha", "update_size")
     round: Number
     adapter_sha: Sha256
     adapter_size: Size
@@ -385,6 +386,14 @@ class ClosedRecord(Record):
     estimate of what no direction found holds; in even rounds what the first 8, 16, 32 ..., the
     wanted and all directions hold.
     """
+    exact_sha: Sha256 | None = None
+    """With ``codec.down``: the coordinator's exact adapter, of which the sites' is what the updates
+    gave so far. Not there without.
+    """
+    update_sha: Sha256 | None = None
+    """With ``codec.down``: what led from the adapter before to this one. Not there without."""
+    update_size: Size | None = None
+    """Its bytes. Not there without."""
 
     def key(self, run: str) -> str:
         """One per round."""

@@ -105,7 +105,8 @@ class DeltaFile:
             self._file = TensorFile(path)
         except DecodeError as error:
             raise DeltaRefusedError(f"not a delta file: {error}") from None
-        self.header = _decode_header(self._file.metadata)
+        self.header = decode_header(self._file.metadata)
+        self.manifest = manifest
         self._codec = _codec(self.header)
         places = _layouts(manifest, self._codec)
         _match(self._file.layouts, {name: layout for name, (layout, _) in places.items()})
@@ -140,6 +141,14 @@ class DeltaFile:
         return values
 
 
+def check_header(got: DeltaHeader, expected: DeltaHeader) -> None:
+    """Raises DeltaRefusedError for a delta that says to be another."""
+    for field in DeltaHeader.model_fields:
+        wanted, found = getattr(expected, field), getattr(got, field)
+        if found != wanted:
+            raise DeltaRefusedError(f"header {field}: expected {wanted}, got {found}")
+
+
 def check_delta(
     path: Path,
     manifest: Manifest,
@@ -153,10 +162,7 @@ def check_delta(
     """
     squares = []
     with DeltaFile(path, manifest) as delta:
-        for field in DeltaHeader.model_fields:
-            wanted, got = getattr(expected, field), getattr(delta.header, field)
-            if got != wanted:
-                raise DeltaRefusedError(f"header {field}: expected {wanted}, got {got}")
+        check_header(delta.header, expected)
         for spec in manifest.tensors:
             values = delta.read(spec)
             if not is_finite(values):
@@ -225,7 +231,8 @@ def _check_form(spec: TensorSpec, values: NDArray[np.float32]) -> None:
         )
 
 
-def _decode_header(metadata: Mapping[str, str]) -> DeltaHeader:
+def decode_header(metadata: Mapping[str, str]) -> DeltaHeader:
+    """What a delta's file says of itself; no codec is asked. Raises DeltaRefusedError."""
     if list(metadata) != [HEADER_KEY]:
         got = ", ".join(repr(key[:40]) for key in sorted(metadata)[:5]) or "none"
         raise DeltaRefusedError(f"header: expected the one metadata key {HEADER_KEY!r}, got {got}")

@@ -59,6 +59,7 @@ class RunShape:
     sites: tuple[str, ...]
     rounds: int
     codec: str
+    down: str
 
     @property
     def name(self) -> str:
@@ -94,4 +95,5 @@ def runs(seed: int) -> Iterator[RunShape]:
             sites=draw.choice((("a", "b"), ("a", "b", "c"))),
             rounds=draw.choice((4, 5, 6)),
             codec=draw.choice(("fp32", "int8", "int4", "sign", "topk", "uniform4")),
+            down=draw.choice(("whole", "int4")),
         )

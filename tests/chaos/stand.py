@@ -167,7 +167,7 @@ class Stand:
 
     def wanted(self, shape: RunShape) -> str:
         """The digest of the same federation, undisturbed, in one process."""
-        key = (shape.sites, shape.rounds, shape.codec)
+        key = (shape.sites, shape.rounds, shape.codec, shape.down)
         if key not in self._wanted:
             config = load_federation(self.federation(shape))
             place = self.folder / "undisturbed" / shape.name
@@ -298,7 +298,7 @@ class Stand:
             ("secret-key", server.secret_key),
         ):
             (self.folder / file).write_text(secret + "\n")
-        everybody = RunShape(0, SITES, 1, "fp32")
+        everybody = RunShape(0, SITES, 1, "fp32", "whole")
         self._write(everybody)
         done = self.command("setup", str(self.federation(everybody)))
         assert done.returncode == 0, done.stderr + done.stdout
@@ -323,6 +323,7 @@ model = "none"
 local_steps = 1
 [codec]
 name = "{shape.codec}"
+down = "{shape.down}"
 [broker]
 url = "amqp://coordinator@{links["broker of coordinators"]}/{self.vhost}"
 site_url = "{links["broker of sites"]}"

@@ -172,7 +172,8 @@ def storm(
 
 
 def _one_run(stand: Stand, fury: Storm, shape: RunShape, tally: Tally) -> None:
-    fury.say(f"run {shape.name}: {shape.rounds} rounds, {shape.codec}, {' '.join(shape.sites)}")
+    how = f"{shape.rounds} rounds, {shape.codec} up, {shape.down} down"
+    fury.say(f"run {shape.name}: {how}, {' '.join(shape.sites)}")
     began, before = stand.now, fury.count
     stand.begin(shape)
     stand.copier.watch()

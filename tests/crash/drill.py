@@ -63,7 +63,7 @@ PRELOAD = [
 ]
 # The first of these after a restart is the next useful effect. Ticks and greetings are none.
 USEFUL = ("record.after", "publish.confirmed", "upload.after", "commit.renamed")
-USEFUL += ("adapter.after", "server_state.after")
+USEFUL += ("adapter.after", "server_state.after", "exact.after", "update.after")
 IDLE_WORDS = ("CoordinatorTick", "SiteOnline", "TrainingProgressed")
 
 
@@ -122,7 +122,7 @@ class Ground:
             self.vhost,
             self.s3,
             rounds=ROUNDS,
-            extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\n'
+            extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\ndown = "int4"\n'
             '[server]\noptimizer = "nesterov"\n',
         )
         self._wanted: dict[bool, str] = {}

@@ -1,9 +1,9 @@
 """The crash table: one row for each point at which a role's process is killed and started again.
 
-A row is a run of two sites over two rounds, whose codec leaves a residual and whose server's
-optimiser has a state, in which one process dies at one point. Points stand in the order in which a
-run reaches them. To add a point: a line in the right list, and where needed
-what is special about it in ``SPECIAL``.
+A row is a run of two sites over two rounds, whose codec leaves a residual, whose server's optimiser
+has a state and whose adapters travel as updates, in which one process dies at one point. Points
+stand in the order in which a run reaches them. To add a point: a line in the right list, and where
+needed what is special about it in ``SPECIAL``.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ COORDINATOR = [
     "round.aggregated",
     "server_state.before",
     "server_state.after",
+    "exact.before",
+    "exact.after",
+    "update.before",
+    "update.after",
     *around(RECORDED, "closed"),
     "round.swept",
     *around(PUBLISHED, "RoundClosed"),
@@ -104,6 +108,9 @@ PARTICIPANT = [
     *around(ACKNOWLEDGED, "RoundStarted"),
     "download.before",
     "download.after",
+    "update.before",
+    "update.fetched",
+    "update.applied",
     "learn.before",
     "checkpoint.begun",
     "checkpoint.adapter_written",
@@ -200,6 +207,8 @@ SECOND: dict[str, list[str]] = {
         "record.after:closing",
         "server_state.before",
         "server_state.after",
+        "exact.after",
+        "update.after",
         "record.before:closed",
     ],
     "participant": [
@@ -210,6 +219,8 @@ SECOND: dict[str, list[str]] = {
         "learn.after",
         "commit.renamed",
         "sweep.after",
+        "update.fetched",
+        "update.applied",
     ],
 }
 # With the real model, in the round that starts from a kept optimiser state or the one before.

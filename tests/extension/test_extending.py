@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from coordinator.effects import announcement
+from coordinator.announcing import announcement
 from coordinator.history import read_history
 from coordinator.runs.branching import branch_run
 from coordinator.runs.export import export_adapter

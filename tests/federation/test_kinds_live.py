@@ -26,6 +26,7 @@ from tests.tiny_model import make_tiny_model, write_federation
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 RATE = "training.learning_rate=0.02"
+WIRE = "--set", "codec.name=int8", "--set", "codec.down=int8"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, model):
-    """The folder and the summary of a core run that nothing disturbed; int8 on the wire."""
+    """The folder and the summary of a core run that nothing disturbed; int8 both ways."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = simulate(folder, model, "core", "--set", "codec.name=int8")
+    arguments = simulate(folder, model, "core", *WIRE)
     return folder, summary(gradualdiff("simulate", *arguments, "--json"))
 
 
@@ -72,7 +73,7 @@ def test_what_the_bases_hold_is_shown(whole):
 
 def test_a_core_run_that_is_killed_ends_in_the_same_adapter(whole, model, tmp_path):
     """In round 2, after one of two deltas is in."""
-    arguments = simulate(tmp_path, model, "core", "--set", "codec.name=int8")
+    arguments = simulate(tmp_path, model, "core", *WIRE)
     accepted = tmp_path / "store" / topology.accepted_key("tiny", 2, "a")
     process = subprocess.Popen(
         command("simulate", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

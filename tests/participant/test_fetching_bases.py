@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from coordinator.round.members import unfit
-from participant.local_round import fetch_bases
+from participant.fetching import fetch_bases
 from participant.site import Site
 from participant.workspace import Workspace
 from shared.config import LoraSection

@@ -1,0 +1,198 @@
+"""What the coordinator says to sites: the events of each notification, with signed URLs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.aggregation.downlink import sends_updates
+from coordinator.round.state import (
+    AnnounceClosed,
+    AnnounceFinished,
+    AnnounceRound,
+    AnnounceRun,
+    AnswerDelta,
+)
+from shared import modes, topology
+from shared.adapters import kind_of
+from shared.methods.averaging import get_averaging
+from shared.protocol.events import (
+    BasesOffered,
+    DeltaAnswered,
+    Event,
+    RoundClosed,
+    RoundStarted,
+    RunAnnounced,
+    RunFinished,
+    UpdateOffered,
+    WireBase,
+    WireLora,
+    WireTraining,
+)
+from shared.protocol.records import AcceptedRecord, RefusedRecord
+from shared.tensors.codecs import get_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coordinator.round.state import Notification, RunState
+    from shared.config import FederationConfig
+    from shared.stores.port import ObjectStore
+
+URL_SECONDS = 6 * 3600.0
+
+
+class Announcer:
+    """Makes one run's events."""
+
+    def __init__(
+        self, config: FederationConfig, store: ObjectStore, clock: Callable[[], float]
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._clock = clock
+
+    def events(self, notification: Notification, state: RunState) -> dict[str, Event]:
+        """What each site is told."""
+        run = self._config.run.name
+        match notification:
+            case AnnounceRun(sites):
+                bases = self._offered_bases()
+                return {site: announcement(self._config, site, bases) for site in sites}
+            case AnnounceRound(sites):
+                return {site: self._round_for(site, state) for site in sites}
+            case AnswerDelta(record):
+                return {record.site: answer_of(run, record)}
+            case AnnounceClosed(closed, sites):
+                event = RoundClosed(
+                    run=run,
+                    round=closed.round,
+                    result_sha=closed.adapter_sha,
+                    late_counts=self._config.policy.carries,
+                    by_update=sends_updates(self._config),
+                )
+                return dict.fromkeys(sites, event)
+            case AnnounceFinished(sites):
+                return {site: self._finish_for(site, state) for site in sites}
+
+    def _round_for(self, site: str, state: RunState) -> RoundStarted:
+        opened = state.opened
+        assert opened is not None  # this is only sent while a round is open
+        url, expires_at = self._sign_adapter(opened.source_sha)
+        trouble = state.troubles.get(site)
+        feedback = has_feedback(self._config)
+        return RoundStarted(
+            run=self._config.run.name,
+            round=opened.round,
+            source_sha=opened.source_sha,
+            get_url=url,
+            expires_at=expires_at,
+            training=WireTraining(**self._config.training.model_dump(exclude_none=True)),
+            progress_from=opened.progress_from,
+            progress_to=opened.progress_to,
+            seed=opened.seed,
+            codec=self._config.codec.name,
+            attempt=trouble.attempts + 1 if trouble else 1,
+            last_counted=state.last_counted.get(site),
+            averaging=self._config.aggregation.averaging,
+            feedback=feedback,
+            last_accepted=state.last_accepted(site) if feedback else None,
+            updates=self._updates_for(site, state),
+        )
+
+    def _finish_for(self, site: str, state: RunState) -> RunFinished:
+        finished = state.finished
+        assert finished is not None  # this is only sent at the end
+        url, expires_at = None, None
+        updates: tuple[UpdateOffered, ...] = ()
+        mode = get_averaging(self._config.aggregation.averaging)
+        if finished.sha is not None and site not in state.evaluated and not mode.makes_bases:
+            url, expires_at = self._sign_adapter(finished.sha)
+            updates = self._updates_for(site, state)
+        return RunFinished(
+            run=self._config.run.name,
+            round=finished.round,
+            sha=finished.sha,
+            reason=finished.reason,
+            get_url=url,
+            expires_at=expires_at,
+            updates=updates,
+        )
+
+    def _updates_for(self, site: str, state: RunState) -> tuple[UpdateOffered, ...]:
+        """From the adapter that the site trained from last, or at least from the one before.
+
+        None where they are too many, or no fewer bytes than the adapter.
+        """
+        if state.closed is None or not state.updates:
+            return ()
+        newest = state.closed.round
+        first = min(state.last_trained(site) or newest, newest)
+        wanted = [update for update in state.updates if update.round >= first]
+        if wanted[0].round > first or sum(u.size for u in wanted) >= state.closed.adapter_size:
+            return ()
+        run = self._config.run.name
+        return tuple(
+            UpdateOffered(
+                round=update.round,
+                source_sha=update.source_sha,
+                sha=update.sha,
+                size=update.size,
+                codec=self._config.codec.down,
+                get_url=self._sign(topology.update_key(run, update.sha))[0],
+            )
+            for update in wanted
+        )
+
+    def _offered_bases(self) -> BasesOffered | None:
+        sha = self._config.lora.bases_sha
+        if sha is None:
+            return None
+        url, expires_at = self._sign(topology.bases_key(self._config.run.name, sha))
+        return BasesOffered(sha=sha, get_url=url, expires_at=expires_at)
+
+    def _sign_adapter(self, adapter_sha: str) -> tuple[str, float]:
+        return self._sign(topology.adapter_key(self._config.run.name, adapter_sha))
+
+    def _sign(self, key: str) -> tuple[str, float]:
+        expires_at = self._clock() + URL_SECONDS
+        return self._store.sign_get(key, expires_at), expires_at
+
+
+def has_feedback(config: FederationConfig) -> bool:
+    """Whether sites make up for what the codec leaves out of a delta.
+
+    Not where factors are made anew in each round: a residual belongs to those that it was left of.
+    """
+    averaging = get_averaging(config.aggregation.averaging)
+    return config.codec.feedback and averaging.by_value and not get_codec(config.codec.name).exact
+
+
+def announcement(
+    config: FederationConfig, site: str, bases: BasesOffered | None = None
+) -> RunAnnounced:
+    """The run as a site is told of it. ``bases``: where they are, if the settings name a file."""
+    return RunAnnounced(
+        run=config.run.name,
+        config_digest=config.digest,
+        base=WireBase(**config.base.model_dump()),
+        lora=WireLora(**kind_of(config.lora).for_site(config.lora, site).model_dump()),
+        training=WireTraining(**config.training.model_dump(exclude_none=True)),
+        rounds=config.run.rounds,
+        participants=len(config.run.participants),
+        averaging=config.aggregation.averaging,
+        modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
+        bases=bases,
+    )
+
+
+def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:
+    """The answer to a site about its delta."""
+    if isinstance(record, AcceptedRecord):
+        return DeltaAnswered(run=run, round=record.round, sha=record.sha, verdict="accepted")
+    return DeltaAnswered(
+        run=run,
+        round=record.round,
+        sha=record.sha,
+        verdict=record.verdict,
+        reason=record.reason,
+    )
