@@ -114,7 +114,6 @@ class Effects:
             failpoint("genesis.drawn")
             adapter_sha, size = digest.sha256, digest.size
             self._store_adapter(adapter_sha, path, state)
-            path.unlink()
         else:  # the branch brought the tensors; what stands beside them is this run's own
             adapter_sha, size = origin.adapter_sha, origin.adapter_size
             self._intake.local_adapter(self._config.run.name, adapter_sha)
@@ -154,7 +153,6 @@ class Effects:
         if server_sha is not None:
             self._store_state(server_sha, files.after)
         self._store_adapter(result.digest.sha256, target, state)
-        target.unlink()
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
         record = ClosedRecord(
             round=closing.round,
@@ -201,12 +199,16 @@ class Effects:
         self._intake.adopt_state(sha, path)
 
     def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
-        """Both files of a PEFT directory; the tensors last, since their presence means complete."""
+        """Both files of a PEFT directory; the tensors last, since their presence means complete.
+
+        Their file is kept: the next round is added to it.
+        """
         mode = get_averaging(self._config.aggregation.averaging)
         self._store_adapter_config(adapter_sha, state, mode.settings_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, adapter_sha), path)
         failpoint("adapter.after", "tensors")
+        self._intake.adopt_adapter(adapter_sha, path)
 
     def _store_adapter_config(
         self, adapter_sha: str, state: RunState, settings: AdapterSettings
