@@ -868,10 +868,13 @@ def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) 
 
 
 def print_table(given: argparse.Namespace) -> None:
-    """A row for each number of participants, and for each size of the adapter."""
+    """A row for each number of participants, and for each size of the adapter.
+
+    What else is measured goes to standard error.
+    """
     told_by = ("coordinator", "sites", "store", "broker")
     head = ("participants", "shape", "codec", "a delta", "a round", "sdk", "round / sdk", *told_by)
-    lines = [f"| {' | '.join(head)} |", f"|---:|---|---|{'---:|' * (len(head) - 3)}"]
+    print(f"| {' | '.join(head)} |\n|---:|---|---|{'---:|' * (len(head) - 3)}", flush=True)
     rows = [(number, "small") for number in given.table or TABLE]
     for participants, shape in (*rows, (5, "square"), (5, "llama-2-7b-r64")):
         with tempfile.TemporaryDirectory(prefix="row-") as folder:
@@ -881,7 +884,7 @@ def print_table(given: argparse.Namespace) -> None:
             subprocess.run(
                 [sys.executable, __file__, *words, "--shape", shape, "--to", str(file), "--codecs",
                  *given.codecs],
-                check=True,
+                check=True, stdout=sys.stderr,
             )  # fmt: skip
             for codec, row in json.loads(file.read_text(encoding="utf-8")).items():
                 cells = [
@@ -889,8 +892,7 @@ def print_table(given: argparse.Namespace) -> None:
                     f"{row['round']:.2f} s", f"{row['sdk']:.2f} s",
                     f"{row['round'] / row['sdk']:.2f}", *(f"{row[who]:.2f}" for who in told_by),
                 ]  # fmt: skip
-                lines.append(f"| {' | '.join(cells)} |")
-    print("\n".join(lines))
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def spent(before: dict[str, float], after: dict[str, float], by: int) -> Counter[str]:

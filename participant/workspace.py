@@ -100,6 +100,9 @@ class Workspace:
     def __init__(self, root: Path, checkpoint_seconds: float = DEFAULT_SECONDS) -> None:
         self._root = root
         self._checkpoint_seconds = checkpoint_seconds
+        # The delta this process committed last, and its mtime: unless that changes, what its bytes
+        # hash to is known.
+        self._committed: tuple[Path, int] | None = None
 
     def begin(self, run: str, config_digest: str) -> bool:
         """Clear away what was made for a run of this name under other settings; whether it was.
@@ -182,6 +185,8 @@ class Workspace:
         making.rename(target)
         failpoint("commit.renamed")
         sync_path(target.parent)
+        delta = target / DELTA_FILE
+        self._committed = (delta, delta.stat().st_mtime_ns)
         failpoint("commit.after")
         done = self._checkpoints(submission.run, submission.round, submission.source_sha)
         shutil.rmtree(done, ignore_errors=True)
@@ -333,7 +338,11 @@ class Workspace:
         """What a folder holds; None if anything of it is torn, so that it is trained anew."""
         try:
             found = Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
-            whole = digest_file(folder / DELTA_FILE) == (found.sha, found.size)
+            delta = folder / DELTA_FILE
+            whole = (
+                self._committed == (delta, delta.stat().st_mtime_ns)
+                or digest_file(delta) == (found.sha, found.size)
+            )
         except (OSError, ValidationError):
             return None
         named = folder.name == f"{found.round:05d}-{found.sha}"
