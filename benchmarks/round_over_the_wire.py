@@ -501,7 +501,7 @@ def run_coordinator(federation: Path) -> None:
     peak, done = [0.0], threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.05):
             peak[0] = max(peak[0], memory_mb("RssAnon"))
 
     threading.Thread(target=sample, daemon=True).start()
