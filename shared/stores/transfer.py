@@ -296,8 +296,8 @@ class _Part:
 
     def finish(self, path: Path) -> None:
         """Move to ``path``, read-only."""
-        self._file.flush()
         os.fchmod(self._file.fileno(), 0o444)
+        self._file.close()  # where a file system of another machine tells that it is full
         self._path.replace(path)
 
     def _count(self, chunk: bytes) -> None:
