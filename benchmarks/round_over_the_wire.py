@@ -1,20 +1,26 @@
 """What a round costs over a real RabbitMQ and a real S3 server, beside moving the same bytes bare.
 
-One coordinator and K participants, each a process of its own, on loopback. Nobody trains: a
+One coordinator and K participants, on loopback, each a process of its own up to eight; more share
+eight processes, each with its own threads and connection. Nobody trains: a
 participant writes the same random values every round (67 MB of fp32 adapter in 128 tensors; with
 ``--shape llama-2-7b-r64`` 640 MB in 448), which the product encodes, hashes, syncs, uploads,
 checks, joins, adds up and stores. A round's seconds are from its ``opened`` record to the next
 round's (to ``finished`` for the last); the first round, which waits for everybody, stands apart.
 Three floors are measured in turns with the federation:
 
-- ``sdk``: K processes with the bare minio SDK each get the adapter and put as many bytes as a
-  delta of that codec has, all at once, from and into memory; then numpy's mean of K fp32 arrays.
+- ``sdk``: as many processes and threads with the bare minio SDK each get the adapter and put as
+  many bytes as a delta of that codec has, all at once, from and into memory; then numpy's mean of K
+  fp32 arrays.
 - ``read``: the same, and what no coordinator that checks can leave out: one process gets the K
   uploads back, one after another, and puts the mean; the bare SDK and memory again.
 - ``tcp``: the bytes of ``sdk`` through K loopback connections, K processes at the other ends.
 
     python benchmarks/round_over_the_wire.py [--codecs fp32 int8] [--rounds 4] [--participants 5]
         [--shape llama-2-7b-r64]
+    python benchmarks/round_over_the_wire.py --table [--codecs int8] [--rounds 4]
+
+The second prints a Markdown table: 5, 50 and 500 participants with an adapter of 0.5 MB, then five
+with 67 and 640 MB; each row from servers of its own. ``--table 5 50`` leaves out the 500.
 
 No floor has what else the product adds by intent: encoding, checks, records, files synced. Starts
 its own servers through ``tests/servers`` unless they are named. Needs Linux, some 8 GB of disk and
@@ -42,6 +48,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
@@ -61,7 +68,7 @@ if TYPE_CHECKING:
     from shared.stores.s3 import S3Store
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = ("square", "llama-2-7b-r64")
+SHAPES = ("square", "llama-2-7b-r64", "small")
 SHAPE = os.environ.get("WIRE_SHAPE", SHAPES[0])  # so that processes of this file inherit them
 RANK, LAYERS = 16, 64
 WIDTH = int(os.environ.get("WIRE_WIDTH", "8192"))
@@ -76,13 +83,20 @@ PASSWORD = "for-benchmarks"
 FLOOR_BUCKET = "bare-bytes"
 PATIENCE_SECONDS = 600.0
 PHASES_FILE = "phases.json"
+TABLE = (5, 50, 500)  # participants
+PROCESSES = 8  # of participants, or of the floors
 
 
 def wire_manifest() -> Manifest:
-    """128 tensors of 131,072 values (67 MB in fp32), or LLaMA-2-7B's 448 at rank 64 (640 MB)."""
+    """128 tensors of 131,072 values (67 MB in fp32), or LLaMA-2-7B's 448 at rank 64 (640 MB).
+
+    ``small``: 16 of 8,192 (0.5 MB).
+    """
     layers, rank, modules = LAYERS, RANK, (("q_proj", WIDTH, WIDTH),)
     if SHAPE == "llama-2-7b-r64":
         layers, rank, modules = 32, 64, LLAMA
+    elif SHAPE == "small":
+        layers, rank, modules = 8, 8, (("q_proj", 1024, 1024),)
     specs = []
     for layer, (module, outputs, inputs) in itertools.product(range(layers), modules):
         name = f"base_model.model.layers.{layer}.{module}"
@@ -98,12 +112,22 @@ def wire_manifest() -> Manifest:
 @functools.cache
 def _drawn(site: str) -> NDArray[np.float32]:
     draw = np.random.default_rng(derive_seed("noise", site))
-    return draw.standard_normal(4_000_000, np.float32) * np.float32(1e-3)
+    return draw.standard_normal(_values(), np.float32) * np.float32(1e-3)
+
+
+@functools.cache
+def _values() -> int:
+    return min(4_000_000, 32 * max(spec.elements for spec in wire_manifest().tensors))
+
+
+def shared_out(names: Sequence[str]) -> list[list[str]]:
+    """Names by the process that they belong to, at most PROCESSES."""
+    return [list(names[n::PROCESSES]) for n in range(min(PROCESSES, len(names)))]
 
 
 def noise(site: str, spec: TensorSpec) -> NDArray[np.float32]:
-    """Normal values of rms 1e-3, a function of site and tensor: a stretch of 16 MB of them."""
-    start = derive_seed("start", spec.name) % (4_000_000 - spec.elements)
+    """Normal values of rms 1e-3, a function of site and tensor: a stretch of some MB of them."""
+    start = derive_seed("start", spec.name) % (_values() - spec.elements)
     return _drawn(site)[start : start + spec.elements].reshape(spec.shape)
 
 
@@ -477,7 +501,7 @@ def run_coordinator(federation: Path) -> None:
     peak, done = [0.0], threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.05):
             peak[0] = max(peak[0], memory_mb("RssAnon"))
 
     threading.Thread(target=sample, daemon=True).start()
@@ -532,8 +556,8 @@ class IdleLearner:
         """Nothing to measure."""
 
 
-def run_site(federation: Path, site: str) -> None:
-    """A participant's process with a learner that learns nothing, timed from round 2 on."""
+def run_sites(federation: Path, sites: Sequence[str]) -> None:
+    """A process of participants with learners that learn nothing, timed from round 2 on."""
     import participant.local_round
     import participant.workspace
     from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
@@ -559,21 +583,25 @@ def run_site(federation: Path, site: str) -> None:
     ):
         phases.watch(owner, name, phase)
 
+    first, last = itertools.count(1), itertools.count(1)
+
     def begin(_workspace: object, _run: object, closed: int, _sha: object) -> None:
-        if closed == 1:
+        if closed == 1 and next(first) == 1:
             phases.clear()
 
     def end(*_: object) -> None:
-        phases.write(federation.parent / f"{site}-{PHASES_FILE}")
+        if next(last) == len(sites):
+            phases.write(federation.parent / f"{sites[0]}-{PHASES_FILE}")
 
     phases.before(Workspace, "sweep", begin)
     phases.before(Participant, "on_run_finished", end)
-    folder = federation.parent / "kits" / site
-    config = load_site(folder / "site.toml")
-    broker = config.broker
-    assert broker is not None  # the kit says it
     stopping = threading.Event()
-    with stopped_by_signal(stopping):
+
+    def take_part(site: str) -> None:
+        folder = federation.parent / "kits" / site
+        config = load_site(folder / "site.toml")
+        broker = config.broker
+        assert broker is not None  # the kit says it
         serve(
             ParticipantContext(
                 name=site,
@@ -586,6 +614,16 @@ def run_site(federation: Path, site: str) -> None:
             )
         )
 
+    with stopped_by_signal(stopping):
+        at_once(take_part, sites)
+
+
+def at_once(do: Callable[[Any], object], what: Sequence[Any]) -> None:
+    """Each in a thread of its own; raises what one of them raised."""
+    with ThreadPoolExecutor(len(what)) as pool:
+        for _ in pool.map(do, what):
+            pass
+
 
 # The floors --------------------------------------------------------------------------------------
 
@@ -594,22 +632,30 @@ def run_bare(address: str) -> None:
     """One process of the floors: does what each line of standard input says, answers each."""
     client = bare_client(*json.loads(address))
     data = b""
+
+    def move(key: str) -> None:
+        response = client.get_object(FLOOR_BUCKET, "adapter")
+        for _ in response.stream(1024 * 1024):
+            pass
+        response.release_conn()
+        client.put_object(FLOOR_BUCKET, key, io.BytesIO(data), len(data))
+
+    def exchange(place: tuple[int, int]) -> None:
+        with socket.create_connection(("127.0.0.1", place[0])) as line_:
+            receive(line_, place[1])
+            line_.sendall(data)
+            receive(line_, 1)
+
     for line in sys.stdin:
         word, *rest = json.loads(line)
         match word:
             case "size":
                 data = np.random.default_rng(os.getpid()).bytes(rest[0])
             case "sdk":
-                response = client.get_object(FLOOR_BUCKET, "adapter")
-                for _ in response.stream(1024 * 1024):
-                    pass
-                response.release_conn()
-                client.put_object(FLOOR_BUCKET, rest[0], io.BytesIO(data), len(data))
+                at_once(move, rest)
             case "tcp":
-                with socket.create_connection(("127.0.0.1", rest[0])) as line_:
-                    receive(line_, rest[1])
-                    line_.sendall(data)
-                    receive(line_, 1)
+                count, port, size = rest
+                at_once(exchange, [(port, size)] * count)
         print("done", flush=True)
 
 
@@ -630,13 +676,14 @@ def receive(connection: socket.socket, size: int) -> None:
 
 
 class Floor:
-    """K bare processes that wait for the word; they end with the block."""
+    """Bare processes for K participants that wait for the word; they end with the block."""
 
     def __init__(self, place: Servers, participants: int) -> None:
         self._store = place.store(FLOOR_BUCKET)
         count = sum(spec.elements for spec in wire_manifest().tensors)
         adapter = np.random.default_rng(1).standard_normal(count, np.float32)
         self._arrays = [adapter] * participants
+        self._keys = shared_out([f"delta-{number}" for number in range(participants)])
         self._adapter_bytes = adapter.tobytes()
         self._store.put("adapter", self._adapter_bytes)
         address = json.dumps([place.s3_url, place.access_key, place.secret_key])
@@ -645,7 +692,7 @@ class Floor:
                 [sys.executable, __file__, "--role", "bare", address],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             )
-            for _ in range(participants)
+            for _ in self._keys
         ]  # fmt: skip
         self._size = 0
         self._client = bare_client(place.s3_url, place.access_key, place.secret_key)
@@ -670,7 +717,7 @@ class Floor:
     def sdk(self) -> float:
         """Seconds of one round with the bare SDK and numpy."""
         start = time.perf_counter()
-        self._tell([["sdk", f"delta-{number}"] for number in range(len(self._workers))])
+        self._tell([["sdk", *keys] for keys in self._keys])
         mean = self._arrays[0].copy()
         for array in self._arrays[1:]:
             mean += array
@@ -680,8 +727,8 @@ class Floor:
     def read(self) -> float:
         """Seconds of what a coordinator must do at least after ``sdk``."""
         start = time.perf_counter()
-        for number in range(len(self._workers)):
-            response = self._client.get_object(FLOOR_BUCKET, f"delta-{number}")
+        for key in itertools.chain(*self._keys):
+            response = self._client.get_object(FLOOR_BUCKET, key)
             for _ in response.stream(1024 * 1024):
                 pass
             response.release_conn()
@@ -691,7 +738,7 @@ class Floor:
 
     def tcp(self) -> float:
         """Seconds of the same bytes through plain sockets."""
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_server(("127.0.0.1", 0), backlog=len(self._arrays)) as listener:
 
             def serve() -> None:
                 connection, _ = listener.accept()
@@ -701,11 +748,11 @@ class Floor:
                     connection.sendall(b".")
 
             start = time.perf_counter()
-            threads = [threading.Thread(target=serve) for _ in self._workers]
+            threads = [threading.Thread(target=serve) for _ in self._arrays]
             for thread in threads:
                 thread.start()
             port, size = listener.getsockname()[1], len(self._adapter_bytes)
-            self._tell([["tcp", port, size]] * len(self._workers))
+            self._tell([["tcp", len(keys), port, size] for keys in self._keys])
             for thread in threads:
                 thread.join()
             return time.perf_counter() - start
@@ -744,12 +791,13 @@ def start_federation(federation: Federation, setup: bool = True) -> None:
         # Nothing is trained, so that there is nothing to hide.
         text = re.sub(r"^(min_\w+) = \d+", r"\1 = 1", text, flags=re.MULTILINE)
         toml.write_text(text, encoding="utf-8")
-        federation.start(site, __file__, "--role", "site", str(federation.file), site)
+    for names in shared_out(federation.sites):
+        federation.start(names[0], __file__, "--role", "sites", str(federation.file), *names)
     federation.start_coordinator()
 
 
-def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) -> None:
-    """Floors, the federation, floors again; print what came."""
+def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) -> dict[str, float]:
+    """Floors, the federation, floors again; print what came. What a row of the table says."""
     from shared.tensors.codecs import get_codec
 
     sites = [f"{codec}-{number}" for number in range(given.participants)]
@@ -762,16 +810,21 @@ def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) 
     sdk: list[float] = []
     read: list[float] = []
     tcp: list[float] = []
-    floor_cpu = Counter[str]()
+    floor_cpu = {"sdk": Counter[str](), "read, without sdk's": Counter[str]()}
+
+    def looked() -> dict[str, float]:
+        return {**place.cpu_seconds(), "clients": floor.cpu_seconds() + time.process_time()}
 
     def floors() -> None:
         for _ in range(given.floors):
-            before = {**place.cpu_seconds(), "clients": floor.cpu_seconds()}
+            looks = [looked()]
             sdk.append(floor.sdk())
-            after = {**place.cpu_seconds(), "clients": floor.cpu_seconds()}
-            floor_cpu.update(spent(before, after, 2 * given.floors))
+            looks.append(looked())
             read.append(sdk[-1] + floor.read())
+            looks.append(looked())
             tcp.append(floor.tcp())
+            for which, (before, after) in zip(floor_cpu, itertools.pairwise(looks), strict=True):
+                floor_cpu[which].update(spent(before, after, 2 * given.floors))
 
     floors()
     federation = Federation(place, folder / codec, f"wire-{codec}", sites, given.rounds, codec)
@@ -781,7 +834,7 @@ def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) 
         cpu = spent(before, place.cpu_seconds(), given.rounds)
         seconds = federation.round_seconds()
         coordinator = federation.phases("coordinator")
-        watches = [federation.phases(site) for site in sites]
+        watches = [federation.phases(names[0]) for names in shared_out(sites)]
         if given.keep_logs:
             for log in federation.folder.glob("*.log"):
                 (given.keep_logs / f"{codec}-{log.name}").write_bytes(log.read_bytes())
@@ -804,12 +857,42 @@ def measure(place: Servers, folder: Path, codec: str, floor: Floor, given: Any) 
     cpu["coordinator"] = coordinator.pop("cpu_seconds") / count
     cpu["sites"] = sum(watch.pop("cpu_seconds") for watch in watches) / count
     print(f"  processor seconds a round: {told(cpu)}")
-    print(f"  processor seconds a sdk floor: {told(floor_cpu)}")
+    for which, used in floor_cpu.items():
+        print(f"  processor seconds of the floor {which}: {told(used)}")
     mean = Counter[str]()
     for watch in watches:
-        mean.update({phase: value / len(watches) for phase, value in watch.items()})
+        mean.update({phase: value / len(sites) for phase, value in watch.items()})
     print(f"  a site's seconds a round:        {told(mean, count)}")
     print(f"  the coordinator's, one thread:   {told(Counter(coordinator), count)}", flush=True)
+    return {"round": figure, "sdk": statistics.median(sdk), "delta": size / 1e6, **cpu}
+
+
+def print_table(given: argparse.Namespace) -> None:
+    """A row for each number of participants, and for each size of the adapter.
+
+    What else is measured goes to standard error.
+    """
+    told_by = ("coordinator", "sites", "store", "broker")
+    head = ("participants", "shape", "codec", "a delta", "a round", "sdk", "round / sdk", *told_by)
+    print(f"| {' | '.join(head)} |\n|---:|---|---|{'---:|' * (len(head) - 3)}", flush=True)
+    rows = [(number, "small") for number in given.table or TABLE]
+    for participants, shape in (*rows, (5, "square"), (5, "llama-2-7b-r64")):
+        with tempfile.TemporaryDirectory(prefix="row-") as folder:
+            file = Path(folder) / "row.json"
+            options = {"participants": participants, "rounds": given.rounds, "floors": given.floors}
+            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+            subprocess.run(
+                [sys.executable, __file__, *words, "--shape", shape, "--to", str(file), "--codecs",
+                 *given.codecs],
+                check=True, stdout=sys.stderr,
+            )  # fmt: skip
+            for codec, row in json.loads(file.read_text(encoding="utf-8")).items():
+                cells = [
+                    str(participants), shape, codec, f"{row['delta']:.1f} MB",
+                    f"{row['round']:.2f} s", f"{row['sdk']:.2f} s",
+                    f"{row['round'] / row['sdk']:.2f}", *(f"{row[who]:.2f}" for who in told_by),
+                ]  # fmt: skip
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def spent(before: dict[str, float], after: dict[str, float], by: int) -> Counter[str]:
@@ -835,6 +918,8 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", default=["fp32", "int8"])
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE)
     parser.add_argument("--floors", type=int, default=2, help="of each kind, before and after")
+    parser.add_argument("--table", nargs="*", type=int, default=None, metavar="PARTICIPANTS")
+    parser.add_argument("--to", type=Path, default=None, help="write the figures here, as JSON")
     parser.add_argument("--keep-logs", type=Path, default=None, help="copy the logs here")
     add_server_options(parser)
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
@@ -842,10 +927,12 @@ def main() -> None:
     match given.role:
         case ["coordinator", federation]:
             run_coordinator(Path(federation))
-        case ["site", federation, site]:
-            run_site(Path(federation), site)
+        case ["sites", federation, *sites]:
+            run_sites(Path(federation), sites)
         case ["bare", address]:
             run_bare(address)
+        case None if given.table is not None:
+            print_table(given)
         case None:
             if given.shape != SHAPE:  # read once, when this file is
                 os.environ["WIRE_SHAPE"] = given.shape
@@ -859,8 +946,9 @@ def main() -> None:
                 )
                 place = stack.enter_context(servers(given, Path(name)))
                 floor = stack.enter_context(Floor(place, given.participants))
-                for codec in given.codecs:
-                    measure(place, Path(name), codec, floor, given)
+                rows = {c: measure(place, Path(name), c, floor, given) for c in given.codecs}
+            if given.to is not None:
+                given.to.write_text(json.dumps(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

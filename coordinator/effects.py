@@ -91,7 +91,6 @@ class Effects:
             failpoint("genesis.drawn")
             adapter_sha, size = digest.sha256, digest.size
             self._store_adapter(adapter_sha, path, state)
-            path.unlink()
         else:  # the branch brought the tensors; what stands beside them is this run's own
             adapter_sha, size = origin.adapter_sha, origin.adapter_size
             self._intake.local_adapter(self._config.run.name, adapter_sha)
@@ -133,7 +132,6 @@ class Effects:
             self._store_exact(sent.exact.sha256, files.exact.after)
             self._store_update(sent.update.sha256, files.update)
         self._store_adapter(result.digest.sha256, files.target, state)
-        files.target.unlink()
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
         record = ClosedRecord(
             round=closing.round,
@@ -205,12 +203,16 @@ class Effects:
         path.unlink()
 
     def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
-        """Both files of a PEFT directory; the tensors last, since their presence means complete."""
+        """Both files of a PEFT directory; the tensors last, since their presence means complete.
+
+        Their file is kept: the next round is added to it.
+        """
         mode = get_averaging(self._config.aggregation.averaging)
         self._store_adapter_config(adapter_sha, state, mode.settings_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, adapter_sha), path)
         failpoint("adapter.after", "tensors")
+        self._intake.adopt_adapter(adapter_sha, path)
 
     def _store_adapter_config(
         self, adapter_sha: str, state: RunState, settings: AdapterSettings

@@ -104,11 +104,15 @@ class Intake:
     def local_adapter(self, run: str, adapter_sha: str) -> Path:
         """A local copy of a global adapter's tensors. Raises LedgerDamagedError."""
         key = topology.adapter_key(run, adapter_sha)
-        return self._local(key, self.spool / f"adapter-{adapter_sha}", adapter_sha)
+        return self._local(key, self._adapter_path(adapter_sha), adapter_sha)
 
     def local_state(self, run: str, sha: str) -> Path:
         """A local copy of what the coordinator alone goes on from. Raises LedgerDamagedError."""
         return self._local(topology.server_state_key(run, sha), self._state_path(sha), sha)
+
+    def adopt_adapter(self, adapter_sha: str, path: Path) -> None:
+        """Keep an adapter that this process wrote and stored, for the next round."""
+        self._hashed.add(path.replace(self._adapter_path(adapter_sha)))
 
     def adopt_state(self, sha: str, path: Path) -> None:
         """Keep a state that this process wrote and stored, for the next round."""
@@ -253,6 +257,9 @@ class Intake:
             )
         self._hashed.add(path)
         return path
+
+    def _adapter_path(self, sha: str) -> Path:
+        return self.spool / f"adapter-{sha}"
 
     def _state_path(self, sha: str) -> Path:
         return self.spool / f"state-{sha}"

@@ -74,12 +74,13 @@ def _square(
     for weight, values in zip(weights, projected, strict=True):
         mean += weight * values
     gap, terms = np.zeros((layer.left.shape[0], mean.shape[1])), 0.0
+    product = np.empty(gap.shape, dtype)  # fresh memory for each costs more than multiplying
     for read, weight, scale, values in zip(reads, weights, scales, projected, strict=True):
         b = read(layer.left).astype(dtype, copy=False)
         apart = ((weight * scale) * (values - mean)).astype(dtype)
-        gap += b @ apart
+        gap += np.matmul(b, apart, out=product)
         terms += weight * scale * float(np.linalg.norm(b)) * float(np.linalg.norm(values))
-    square = float(np.sum(np.square(gap)))
+    square = float(np.sum(np.square(gap, out=gap)))
     if not math.isfinite(square + terms):
         return math.inf
     return square if math.sqrt(square) > ROUNDING * terms else 0.0
@@ -93,8 +94,11 @@ def _directions(layer: Layer, dtype: type[np.floating[Any]]) -> NDArray[Any] | N
     generator = np.random.Philox(key=derive_seed("exactness", layer.name))
     words = generator.random_raw(-(-inputs * DIRECTIONS // 64))
     bits = np.unpackbits(words.astype("<u8").view(np.uint8))[: inputs * DIRECTIONS]
-    signs = 2 * bits.reshape(inputs, DIRECTIONS).astype(np.float64) - 1
-    return (signs / math.sqrt(DIRECTIONS)).astype(dtype)
+    signs = bits.reshape(inputs, DIRECTIONS).astype(dtype)
+    size = dtype(1 / math.sqrt(DIRECTIONS))
+    signs *= 2 * size  # a sign that is 0 or 1 becomes one of -size or size, both exactly
+    signs -= size
+    return signs
 
 
 def _times(a: NDArray[Any], signs: NDArray[Any] | None) -> NDArray[Any]:

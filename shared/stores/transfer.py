@@ -2,8 +2,9 @@
 
 Invariants:
 
-- A file is at its path whole and checked, or not there. What has come so far lies beside it as
-  ``.<name>.part`` and is continued after a cut or a restart; only the sha256 decides what it is.
+- A file is at its path whole and checked, or not there; after a power cut it may be torn, so
+  whoever finds one hashes it before use. What has come so far lies beside it as ``.<name>.part``
+  and is continued after a cut or a restart; only the sha256 decides what it is.
 - Trouble that may pass is tried again a few times.
 - No redirect is followed: a signed URL is good for one host.
 """
@@ -22,7 +23,7 @@ from urllib3.exceptions import HTTPError
 
 from shared.credentials import is_loopback
 from shared.disk.durable_files import file_errors, make_directories, read_chunks
-from shared.disk.files import READ_BYTES, sync_path
+from shared.disk.files import READ_BYTES
 from shared.errors import (
     ConfigError,
     GrantError,
@@ -294,12 +295,10 @@ class _Part:
         self.etag, self.size, self._hash = None, 0, hashlib.sha256()
 
     def finish(self, path: Path) -> None:
-        """Move to ``path``, read-only, all of it on disk."""
-        self._file.flush()
+        """Move to ``path``, read-only."""
         os.fchmod(self._file.fileno(), 0o444)
-        os.fsync(self._file.fileno())
+        self._file.close()  # where a file system of another machine tells that it is full
         self._path.replace(path)
-        sync_path(path.parent)
 
     def _count(self, chunk: bytes) -> None:
         self.size += len(chunk)

@@ -59,8 +59,7 @@ def square_and_product(values: NDArray[Any], other: NDArray[Any]) -> tuple[float
     for at in blocks(left.size):
         block, scratch = wide[: at.stop - at.start], product[: at.stop - at.start]
         np.copyto(block, left[at])
-        np.copyto(scratch, right[at])
-        np.multiply(block, scratch, out=scratch)
+        np.multiply(block, right[at], out=scratch)
         products.append(float(np.sum(scratch)))
         np.square(block, out=block)
         squares.append(float(np.sum(block)))

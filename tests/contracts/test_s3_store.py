@@ -631,10 +631,10 @@ def test_a_full_local_disk_is_the_sites_own(payload, store, tmp_path, monkeypatc
     """The path is named, not the store; the older file stays."""
     (tmp_path / "out").write_bytes(b"older")
 
-    def full(_handle: int) -> None:
+    def full(_handle: int, _mode: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fchmod", full)
     for call in (
         lambda: HttpTransfer().download(
             store.sign_get("k", soon()), tmp_path / "out", sha256(payload)
