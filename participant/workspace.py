@@ -101,9 +101,6 @@ class Workspace:
     def __init__(self, root: Path, checkpoint_seconds: float = DEFAULT_SECONDS) -> None:
         self._root = root
         self._checkpoint_seconds = checkpoint_seconds
-        # The files this process committed last, and their mtimes: unless those change, what their
-        # bytes hash to is known.
-        self._committed: dict[Path, int] = {}
 
     def begin(self, run: str, config_digest: str) -> bool:
         """Clear away what was made for a run of this name under other settings; whether it was.
@@ -190,7 +187,6 @@ class Workspace:
         making.rename(target)
         failpoint("commit.renamed")
         sync_path(target.parent)
-        self._committed = {path: path.stat().st_mtime_ns for path in target.iterdir()}
         failpoint("commit.after")
         done = self._checkpoints(submission.run, submission.round, submission.source_sha)
         shutil.rmtree(done, ignore_errors=True)
@@ -261,7 +257,7 @@ class Workspace:
             path = folder / RESIDUAL_FILE
             try:
                 found = Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
-                if self._is(path, found.left_out):
+                if digest_file(path)[0] == found.left_out:
                     (folder / ACCEPTED_FILE).touch()
                     return path
             except (OSError, ValidationError):
@@ -350,14 +346,8 @@ class Workspace:
         """What a folder holds; None if anything of it is torn, so that it is trained anew."""
         try:
             found = Submission.model_validate_json((folder / SUBMISSION_FILE).read_bytes())
-            delta = folder / DELTA_FILE
-            whole = delta.stat().st_size == found.size and self._is(delta, found.sha)
+            whole = digest_file(folder / DELTA_FILE) == (found.sha, found.size)
         except (OSError, ValidationError):
             return None
         named = folder.name == f"{found.round:05d}-{found.sha}"
         return found if whole and named else None
-
-    def _is(self, path: Path, sha256: str | None) -> bool:
-        """Whether a committed file is the one that its submission names. Raises OSError."""
-        known = self._committed.get(path) == path.stat().st_mtime_ns
-        return known or digest_file(path)[0] == sha256

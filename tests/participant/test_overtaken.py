@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from coordinator.aggregation.genesis import draw_adapter
@@ -11,7 +9,6 @@ from participant.agenda import Agenda
 from participant.handlers import Participant
 from participant.site import Site
 from participant.workspace import Workspace
-from shared.disk.files import digest_file
 from shared.protocol.events import (
     DeltaAnswered,
     RoundClosed,
@@ -182,22 +179,3 @@ def test_the_newest_round_is_never_swept(participant, site, started):
         closed = RoundClosed(run="r", round=number, result_sha=started(number).source_sha)
         participant.on_round_closed(closed, "coordinator")
     assert site.workspace.committed("r", 1, kept.sha) == kept
-
-
-def test_a_delta_is_hashed_again_only_if_it_was_altered(participant, site, started, monkeypatch):
-    """What it wrote itself a process knows, until somebody writes there; another one hashes it."""
-    train(participant, started, 1)
-    kept = site.workspace.newest("r")
-    path, hashed = site.workspace.delta_path(kept), []
-    monkeypatch.setattr(
-        "participant.workspace.digest_file", lambda file: hashed.append(file) or digest_file(file)
-    )
-    assert site.workspace.committed("r", 1, kept.sha) == kept
-    assert hashed == []
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    os.utime(path, ns=(0, 0))  # the kernel's own stamps are a few milliseconds coarse
-    assert site.workspace.committed("r", 1, kept.sha) is None
-    path.write_bytes(data)
-    assert Workspace(site.workspace.delta_path(kept).parents[3]).committed("r", 1, kept.sha) == kept
-    assert hashed == [path, path]
