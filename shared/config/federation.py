@@ -6,6 +6,8 @@ import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import model_validator
+
 from shared import modes
 from shared.config.reading import load, parse
 from shared.config.rounds import CodecSection, ServerSection
@@ -24,6 +26,18 @@ NOT_RECORDED = ("limits", "broker", "store", "simulation")  # cannot change a ru
 
 class FederationConfig(FederationTables):
     """A whole ``federation.toml``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_averaging(cls, tables: Any) -> Any:
+        """Where each round makes the adapter anew, nothing waits for a later one: finer, whole."""
+        match tables:
+            case {"aggregation": {"averaging": str(name)}, **others}:
+                codec = others.get("codec", {})
+                known = name in modes.names("averaging")
+                if known and isinstance(codec, dict) and not modes.get("averaging", name).by_value:
+                    return {**tables, "codec": {**_MADE_ANEW, **codec}}
+        return tables
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """What tables must have to do with each other."""
@@ -108,6 +122,8 @@ class FederationConfig(FederationTables):
         """sha256 of the canonical JSON of :meth:`recorded`."""
         return hashlib.sha256(canonical_json(self.recorded())).hexdigest()
 
+
+_MADE_ANEW: dict[str, Any] = {"name": "int8", "down": WHOLE}
 
 # Settings that came later, and what every run did before there were any: so the records of those
 # runs keep their meaning and their digest.

@@ -19,7 +19,6 @@ from shared.config.values import (
     RuleName,
     ServerOptimizerName,
 )
-from shared.modes import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -158,20 +157,21 @@ class ServerSection(Section):
 class CodecSection(Section):
     """How a delta travels."""
 
-    name: CodecName = "fp32"
+    name: CodecName = "int4"
     """How a delta travels: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"``; only with feedback
     ``"sign"`` (one bit a value) and ``"topk"`` (64 values of 4,096); or rounded at random to 256,
-    16 or 4 levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``.
+    16 or 4 levels in each block: ``"uniform256"``, ``"uniform16"``, ``"uniform4"``. By default
+    ``"int8"`` with ``svd``, ``flora`` and ``range-finder``.
     """
     feedback: bool = True
     """A site keeps what the codec left out of a delta and adds it to its next one. Without effect
     with ``fp32``, which leaves nothing out, and with ``svd``, ``flora`` and ``range-finder``, which
     make the factors anew in every round.
     """
-    down: DownName = WHOLE
+    down: DownName = "int4"
     """How an adapter travels to the sites: ``"whole"``, or the codec of the update that a site adds
-    to the one that it holds, such as ``"int4"``. What that leaves out travels in a later round.
-    Only ``"whole"`` with ``svd``, ``flora`` and ``range-finder``.
+    to the one that it holds. What that leaves out travels in a later round. ``"whole"``, and
+    nothing else, with ``svd``, ``flora`` and ``range-finder``.
     """
 
 

@@ -156,7 +156,8 @@ def _server_needs_factors_that_stay(config: FederationTables) -> Iterator[str]:
 
 def _updates_lead_from_the_adapter_before(config: FederationTables) -> Iterator[str]:
     name, down = config.aggregation.averaging, config.codec.down
-    if down != WHOLE and not modes.get("averaging", name).by_value:
+    said = "down" in config.codec.model_fields_set
+    if said and down != WHOLE and not modes.get("averaging", name).by_value:
         yield (
             f'codec.down = "{down}" needs an adapter that each round adds to, but '
             f'aggregation.averaging = "{name}" makes it anew; use down = "{WHOLE}", or fedavg, '
