@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 
 def config(sites=("a", "b", "c"), rounds=3, name="test", **sections) -> FederationConfig:
-    """A federation's config; keyword arguments are further sections."""
+    """A federation's config; keyword arguments are further sections.
+
+    By itself every byte is exact, so that a test can compute what must come out.
+    """
+    exact = {"name": "fp32", "down": "whole"}
     run = {"name": name, "rounds": rounds, "participants": list(sites), **sections.pop("run", {})}
     values = {
         "run": run,
         "base": {"model": "none"},
         "training": {"local_steps": 1},
+        "codec": {**exact, **sections.pop("codec", {})},
         **sections,
     }
     return parse(FederationConfig, values, "test")
