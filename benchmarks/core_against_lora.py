@@ -17,12 +17,14 @@ from pathlib import Path
 
 ROUNDS, STEPS = 5, 4
 LORA = "LoRA r=64"
+EXACT = ["codec.name=fp32", "codec.down=whole"]  # no rounding beside what is compared
 ARMS = {
-    LORA: ["training.learning_rate=3e-3"],
+    LORA: ["training.learning_rate=3e-3", *EXACT],
     "core r=64, bases of the weights": [
         "lora.kind=core",
         "lora.dropout=0",
         "training.learning_rate=1e-2",
+        *EXACT,
     ],
 }
 

@@ -15,6 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# What a rate does, and no rounding beside it.
+EXACT = ["--set", "codec.name=fp32", "--set", "codec.down=whole"]
+
 
 def rounds_of(folder: Path) -> list[dict[str, float]]:
     """Each round of the folder's first run; empty when there is no finished one."""
@@ -47,7 +50,8 @@ def main() -> None:
         folder = options.dir / f"rate-{rate:g}"
         if not rounds_of(folder):
             command = [sys.executable, "-m", "gradualdiff.cli.main", "demo", "--dir", str(folder)]
-            subprocess.run([*command, "--learning-rate", str(rate)], check=True)
+            command += ["--learning-rate", str(rate), *EXACT]
+            subprocess.run(command, check=True)
         losses = [r["held_out_nll"] for r in rounds_of(folder)]
         lines.append((rate, losses))
     count = len(lines[0][1])

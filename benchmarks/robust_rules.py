@@ -187,6 +187,7 @@ def settings(name: str, model: Path, seed: int, options: argparse.Namespace) -> 
         },
         "base": {"model": str(model), "quantisation": "none"},
         "lora": {"rank": 8, "alpha": 16, "dropout": 0.0},
+        "codec": {"name": "fp32", "down": "whole"},  # what a rule does, and no rounding beside it
         "training": {
             "local_steps": options.steps or 12,
             "batch_size": 4,

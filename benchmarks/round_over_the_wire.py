@@ -388,7 +388,7 @@ class Federation:
             "run": {"name": self.name, "rounds": self.rounds, "participants": sites},
             "base": {"model": "none", "quantisation": "none"},
             "training": {"local_steps": 1},
-            "codec": {"name": self.codec},
+            "codec": {"name": self.codec, "down": "whole"},
             "broker": {
                 "url": f"amqp://coordinator@{broker.host}:{broker.port}/{self.name}",
                 "password_file": "broker-password",
