@@ -1,18 +1,20 @@
 """How much of a run's gain is kept on a thin wire: codecs both ways and kinds of adapters.
 
-    python benchmarks/thin_wire.py --dir thin [--jobs 2] [--arms ...] [--seeds 1 2 3]
-    python benchmarks/thin_wire.py --dir thin --table
+    python benchmarks/thin_wire.py --dir thin [--start benchmarks/results/thin_wire.json]
     python benchmarks/thin_wire.py --dir thin --gather benchmarks/results/thin_wire.json
+    python benchmarks/thin_wire_table.py benchmarks/results/thin_wire.json
 
 SmolLM2-135M over NF4 and real dialogues, the demo's: three of its sites, 20 rounds of three AdamW
-steps of two pairs. Each arm's learning rate is chosen with seed 1 by the loss on held-out pairs
-after eight rounds (dev), climbing from a middle value by factors of two; what is reported is the
-loss after 20 rounds on other held-out pairs (test). Bases of the gradient come from an embedded
-federation with ``averaging = "range-finder"``, one for each seed. ``other``: the loss on WordNet's
-definitions, which no site has: what a model forgets.
+steps of two pairs, dropout 0. Each arm's learning rate is chosen with seed 1 by the loss on
+held-out pairs after eight rounds (dev), climbing from a middle value by factors of two; what is
+reported is the loss after 20 rounds on other held-out pairs (test). Bases of the gradient come from
+an embedded federation with ``averaging = "range-finder"``, one for each seed. ``other``: the loss
+on WordNet's definitions, which no site has.
 
-Each result is a file of its own, ARM-SEED-RATE.json, and is not made twice; ``--start`` takes those
-of a gathered file as made. Any number of these programs may work on one --dir at a time.
+Each result is a file of its own in --dir and is not made twice. Several of these programs may work
+on one --dir at a time, a core each; what a killed one was at begins anew. First all arms with seed
+1, then the other seeds. ``--start`` takes what another machine made; ``--gather`` writes all there
+is into one file.
 """
 
 from __future__ import annotations
@@ -25,19 +27,20 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gradualdiff.tuning.arms import Arm
+from gradualdiff.tuning.arms import CORE, IA3, Arm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gradualdiff.tuning.trial import SiteText
+    from gradualdiff.tuning.trial import SiteText, Trial
     from participant.model import LocalModel
 
 SITES, ROUNDS, TUNED_AFTER = 3, 20, 8
@@ -53,6 +56,7 @@ SETS = [
     "training.cpu_threads=1",
 ]
 THIN: dict[str, Any] = {"up": "int4", "down": "int4", "feedback": True}
+MLP = 'lora.target_modules=["gate_proj","up_proj","down_proj"]'
 
 
 @dataclass(frozen=True)
@@ -64,29 +68,38 @@ class Case:
     gradient: bool = False
 
 
-def core(rank: int, bases: str, rate: float, **ways: Any) -> Case:
-    """R's of this rank, 4 bits both ways unless said."""
-    sets = ("lora.kind=core", f"lora.rank={rank}", "training.weight_decay=0")
-    name = f"core-{rank}-{bases}" + ways.pop("named", "")
-    return Case(Arm(name, sets=sets, **{**THIN, **ways}), rate, gradient=bases == "gradient")
+def lora(name: str, says: str, **ways: Any) -> Case:
+    """The demo's adapter, r = 64, through codecs."""
+    return Case(Arm(name, says, **ways), 3e-3)
 
 
-IA3 = ("lora.kind=ia3", "training.weight_decay=0")
+def core(rank: int, bases: str, rate: float, named: str = "", *sets: str) -> Case:
+    """R's of this rank, 4 bits and feedback both ways."""
+    says = f"core, r = {rank}, bases of the {bases}, 4 bits both ways"
+    own = (*CORE, f"lora.rank={rank}", *sets)
+    arm = Arm(f"core-{rank}-{bases}{named}", says, sets=own, **THIN)
+    return Case(arm, rate, gradient=bases == "gradient")
+
+
+# In the order in which they are run: what the table asks for, then the frontier, then what to try.
 CASES = [
-    Case(Arm("fp32", "fp32", None), 3e-3),
-    Case(Arm("int4", **THIN), 3e-3),
+    lora("fp32", "LoRA, r = 64, fp32 both ways"),
+    lora("int4", "LoRA, int4 with feedback both ways", **THIN),
     core(15, "gradient", 6e-3),
+    lora("sign", "LoRA, sign with feedback up, int4 down", up="sign", down="int4", feedback=True),
+    lora("int8", "LoRA, int8 both ways", up="int8", down="int8"),
+    lora("topk", "LoRA, topk with feedback up, int4 down", up="topk", down="int4", feedback=True),
+    Case(Arm("ia3-int8", "(IA)3, int8 both ways", "int8", "int8", sets=IA3), 1e-2),
     core(64, "gradient", 3e-3),
-    Case(Arm("sign", "sign", "int4", feedback=True), 3e-3),
-    Case(Arm("topk", "topk", "int4", feedback=True), 3e-3),
-    Case(Arm("int8", "int8", "int8"), 3e-3),
     core(32, "gradient", 3e-3),
-    Case(Arm("ia3-int8", "int8", "int8", sets=IA3), 1e-2),
+    Case(Arm("ia3-int4", "(IA)3, int4 with feedback both ways", sets=IA3, **THIN), 1e-2),
     core(64, "weights", 1e-2),
     core(32, "weights", 1e-2),
-    Case(Arm("ia3-int4", sets=IA3, **THIN), 1e-2),
-    core(16, "weights", 1e-2),
+    core(15, "weights", 1e-2),
+    core(23, "gradient", 6e-3, "-mlp", MLP),
+    core(15, "gradient", 3e-3, "-keep", "training.optimizer_state=keep"),
     core(16, "gradient", 6e-3),
+    core(16, "weights", 1e-2),
 ]
 ARMS = {case.arm.name: case for case in CASES}
 
@@ -164,22 +177,46 @@ class Folder:
         found: dict[str, str] = json.loads(marker.read_text())
         return Path(found["path"])
 
-    def result(self, name: str, seed: int, rate: float) -> Path:
-        """Where it lies."""
-        return self.root / "results" / f"{name}-{seed}-{rate:.3g}.json"
+    def path(self, arm: str, seed: int, rate: float) -> Path:
+        """Where a result lies."""
+        return self.root / "results" / f"{arm}-{seed}-{rate:.3g}.json"
 
-    def results(self) -> list[dict[str, Any]]:
-        """All there are."""
-        paths = sorted((self.root / "results").glob("*.json"))
-        return [json.loads(path.read_text()) for path in paths]
+    def read(self, arm: str, seed: int, rate: float) -> dict[str, Any]:
+        """A result; one of no rounds where there is none."""
+        path = self.path(arm, seed, rate)
+        empty = {"arm": arm, "seed": seed, "rate": rate, "rounds": 0, "dev": {}, "cpu": 0.0}
+        return json.loads(path.read_text()) if path.exists() else empty
 
     def write(self, result: dict[str, Any]) -> None:
         """Whole or not at all."""
-        path = self.result(result["arm"], result["seed"], result["rate"])
+        path = self.path(result["arm"], result["seed"], result["rate"])
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
         draft.write_text(json.dumps(result, indent=1) + "\n")
         draft.replace(path)
+
+    def gather(self, target: Path) -> None:
+        """All there is, in one file."""
+        paths = sorted((self.root / "results").glob("*.json"))
+        rates = {
+            name: json.loads(path.read_text())
+            for name in ARMS
+            if (path := self.root / f"rate-{name}.json").exists()
+        }
+        results = [json.loads(path.read_text()) for path in paths]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"setting": SETS, "sites": SITES, "rates": rates, "results": results}
+        target.write_text(json.dumps(whole, indent=1) + "\n")
+
+    def start(self, source: Path) -> None:
+        """Take what is there and is not here."""
+        whole = json.loads(source.read_text())
+        for result in whole["results"]:
+            mine = self.read(result["arm"], result["seed"], result["rate"])
+            if mine["rounds"] < result["rounds"] or result["arm"] == "base":
+                self.write(result)
+        for name, rate in whole["rates"].items():
+            (self.root / f"rate-{name}.json").write_text(json.dumps(rate))
 
 
 class Runner:
@@ -187,81 +224,79 @@ class Runner:
 
     def __init__(self, folder: Folder, case: Case, seed: int) -> None:
         self._folder, self._case, self._seed = folder, case, seed
-        self._trials: dict[float, tuple[Any, dict[str, Any]]] = {}
+        self._trials: dict[float, Trial] = {}
+        self._texts: list[SiteText] = []
+
+    @cached_property
+    def _pool(self) -> Any:
+        from gradualdiff.embedded.sites import make_pool
+
+        return make_pool("cpu", self._folder.settings.parent)
 
     def tuned(self) -> float:
         """The best rate after some rounds. Runs what is not known yet."""
-        factor, tried = 2.0, {}
-        best = self._case.rate
+        best, tried = self._case.rate, {}
         while True:
-            for rate in (best, best / factor, best * factor):
-                rate = float(f"{rate:.3g}")
-                if rate not in tried:
-                    tried[rate] = self._dev(rate)
+            for rate in (best, best / 2, best * 2):
+                rounded = float(f"{rate:.3g}")
+                if rounded not in tried:
+                    tried[rounded] = self._dev(rounded)
             found = min(tried, key=tried.__getitem__)
             if found == best or len(tried) > 4:
                 return found
             best = found
 
     def _dev(self, rate: float) -> float:
-        path = self._folder.result(self._case.arm.name, self._seed, rate)
-        if not path.exists():
-            self._advance(rate, TUNED_AFTER)
-        return float(json.loads(path.read_text())["dev"][str(TUNED_AFTER)] or 99)
+        self.advance(rate, TUNED_AFTER)
+        loss = self._read(rate)["dev"][str(TUNED_AFTER)]
+        return float("inf") if loss is None else float(loss)
 
-    def finish(self, rate: float) -> None:
-        """To the last round, unless it is there."""
-        path = self._folder.result(self._case.arm.name, self._seed, rate)
-        if not path.exists() or json.loads(path.read_text())["rounds"] < ROUNDS:
-            self._advance(rate, ROUNDS)
+    def _read(self, rate: float) -> dict[str, Any]:
+        return self._folder.read(self._case.arm.name, self._seed, rate)
 
-    def _advance(self, rate: float, rounds: int) -> None:
-        from gradualdiff.embedded.sites import make_pool
+    def advance(self, rate: float, rounds: int) -> None:
+        """To so many rounds, unless it is there. None: the base's losses."""
         from gradualdiff.tuning.trial import Trial, read_texts
         from shared.errors import DivergedError
 
-        case, seed, folder = self._case, self._seed, self._folder
-        bases = folder.bases(seed) if case.gradient else None
-        more = folder.sets(seed)
-        if bases is not None:
-            more.append(f"lora.bases=bases#{'0' * 64}")
+        result, case, folder = self._read(rate), self._case, self._folder
+        if result["rounds"] >= rounds and (rounds or "test" in result):
+            return
+        bases = folder.bases(self._seed) if case.gradient else None
+        more = folder.sets(self._seed) + ([f"lora.bases=bases#{'0' * 64}"] if bases else [])
         config = case.arm.settings(folder.settings, rate, more)
-        if not hasattr(self, "_pool"):
-            self._pool = make_pool("cpu", folder.settings.parent)
         with self._pool.borrow(config.base, config.lora, 1, bases) as model:
-            if not hasattr(self, "_texts"):
-                self._texts = read_texts(config, folder.settings.parent, model)
-                self._other = other_text(folder, model)
-            trial, result = self._trials.get(rate) or (
-                Trial(config, case.arm, self._texts),
-                {"arm": case.arm.name, "seed": seed, "rate": rate, "dev": {}, "cpu": 0.0},
-            )
+            self._texts = self._texts or read_texts(config, folder.settings.parent, model)
+            trial = self._trials.get(rate)
+            if trial is None:
+                trial = Trial(config, case.arm, self._texts, model.manifest())
+                result["cpu"] = 0.0
+            self._trials[rate] = trial
             began = time.process_time()
             try:
                 while trial.done < rounds:
                     trial.round(model, lambda: False)
                     if trial.done in {TUNED_AFTER, ROUNDS}:
                         result["dev"][str(trial.done)] = self._loss(trial, model, 0, DEV)
-                if trial.done == ROUNDS:
+                if trial.done in {0, ROUNDS}:
                     result["test"] = self._loss(trial, model, DEV, DEV + TEST)
-                    result["other"] = trial.loss(model, self._other)
+                    result["other"] = trial.loss(model, other_text(folder, model))
+                result["rounds"] = trial.done
             except DivergedError as error:
-                result["diverged"] = str(error)
-                result["dev"] |= {str(at): None for at in (TUNED_AFTER, ROUNDS)}
-        result["cpu"] = round(result["cpu"] + time.process_time() - began, 1)
+                lost = {str(at): None for at in (TUNED_AFTER, ROUNDS)}
+                result |= {"diverged": str(error), "rounds": ROUNDS, "dev": lost}
         result |= {
-            "rounds": trial.done if "diverged" not in result else ROUNDS,
-            "up": sum(trial.up) / max(len(trial.up), 1),
-            "down": sum(trial.down) / max(len(trial.down), 1),
-            "values": sum(spec.elements for spec in model.manifest().tensors),
+            "cpu": round(result["cpu"] + time.process_time() - began, 1),
+            "up": trial.up,
+            "down": trial.down,
+            "values": trial.values,
         }
-        self._trials[rate] = trial, result
         folder.write(result)
         print(json.dumps(result), flush=True)
 
-    def _loss(self, trial: Any, model: LocalModel, begin: int, end: int) -> float:
-        texts: list[SiteText] = self._texts
-        return float(trial.loss(model, [one for text in texts for one in text.held_out[begin:end]]))
+    def _loss(self, trial: Trial, model: LocalModel, begin: int, end: int) -> float:
+        held_out = [one for text in self._texts for one in text.held_out[begin:end]]
+        return trial.loss(model, held_out)
 
 
 def other_text(folder: Folder, model: LocalModel) -> list[Any]:
@@ -269,70 +304,43 @@ def other_text(folder: Folder, model: LocalModel) -> list[Any]:
     from participant.data import load_site_data
     from shared.config import DataSection
 
-    section = DataSection(
-        path=str(folder.root.resolve() / "other.jsonl"), prompt="prompt", answer="answer"
-    )
+    section = DataSection(path="other.jsonl", prompt="prompt", answer="answer")
     data = load_site_data(section, folder.root, model.tokenizer, 48, 48)
     return list(data.train[:OTHER])
 
 
-def base(folder: Folder) -> None:
-    """What the base model's losses are."""
-    case = replace(CASES[0], arm=replace(CASES[0].arm, name="base"))
-    if folder.result("base", 1, case.rate).exists():
-        return
-    runner = Runner(folder, case, 1)
-    from gradualdiff.embedded.sites import make_pool
-    from gradualdiff.tuning.trial import Trial, read_texts
-
-    config = case.arm.settings(folder.settings, case.rate, folder.sets(1))
-    with make_pool("cpu", folder.settings.parent).borrow(config.base, config.lora, 1) as model:
-        runner._texts = read_texts(config, folder.settings.parent, model)
-        trial = Trial(config, case.arm, runner._texts)
-        loss = partial(runner._loss, trial, model)
-        result = {"arm": "base", "seed": 1, "rate": case.rate, "rounds": 0}
-        result |= {"dev": {"0": loss(0, DEV)}, "test": loss(DEV, DEV + TEST)}
-        result["other"] = trial.loss(model, other_text(folder, model))
-    folder.write(result)
-
-
 def work(folder: Folder, names: list[str], seeds: list[int]) -> None:
-    """Whatever is left to do and nobody else does: all arms with the first seed, then the others."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Whatever is left to do and nobody else does."""
     folder.prepare()
     with folder.locked("base"):
-        base(folder)
-    for seed in seeds:
-        for name in names:
-            case = ARMS[name]
-            tuned = folder.root / f"rate-{name}.json"
-            with folder.locked(f"task-{name}-{seed}", wait=False) as mine:
-                if not mine:
-                    continue
-                runner = Runner(folder, case, seed)
-                if seed == 1:
-                    rate = runner.tuned()
-                    tuned.write_text(json.dumps(rate))
-                elif not tuned.exists():
-                    continue  # whoever chooses the rate is not done yet
-                runner.finish(json.loads(tuned.read_text()))
+        Runner(folder, Case(Arm("base", "the base model"), 3e-3), 1).advance(3e-3, 0)
+    first = [(name, seed) for name in names for seed in seeds if seed == 1]
+    for name, seed in [*first, *((name, seed) for name in names for seed in seeds if seed > 1)]:
+        tuned = folder.root / f"rate-{name}.json"
+        with folder.locked(f"task-{name}-{seed}", wait=False) as mine:
+            if not mine:
+                continue
+            runner = Runner(folder, ARMS[name], seed)
+            if seed == 1 and not tuned.exists():
+                tuned.write_text(json.dumps(runner.tuned()))
+            if tuned.exists():  # else whoever chooses the rate is not done yet
+                runner.advance(json.loads(tuned.read_text()), ROUNDS)
 
 
 def main() -> None:
-    """Work, or show what is there."""
+    """Work, or gather what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("thin"))
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--start", type=Path, help="a gathered file to go on from")
+    parser.add_argument("--gather", type=Path, help="write all results here, and do nothing else")
     given = parser.parse_args()
     folder = Folder(given.dir.resolve())
-    if given.jobs > 1:
-        command = [sys.executable, __file__, "--dir", str(given.dir), "--arms", *given.arms]
-        command += ["--seeds", *map(str, given.seeds)]
-        workers = [subprocess.Popen(command) for _ in range(given.jobs)]
-        for worker in workers:
-            worker.wait()
+    if given.start:
+        folder.start(given.start)
+    if given.gather:
+        folder.gather(given.gather)
         return
     work(folder, given.arms, given.seeds)
 

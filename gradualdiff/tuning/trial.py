@@ -1,6 +1,5 @@
 """A federation without its ledger: sites train in turn, a codec takes what they send.
 
-
 For comparing arms in the least time. The training, the codecs, the first adapter and every seed are
 those of a run. What a run has beside them is left out: records, messages, checks, clipping to the
 median norm, server optimisers, weights of the sites.
@@ -73,7 +72,7 @@ class Trial:
         self.done = 0
         self.values = sum(spec.elements for spec in manifest.tensors)
         first = Path(self._scratch.name) / "first"
-        draw_adapter(manifest, config.run.seed, first)
+        self._whole = draw_adapter(manifest, config.run.seed, first).size
         with TensorFile(first) as file:
             self._exact: Values = {
                 spec.name: np.array(file.read(spec.name)) for spec in manifest.tensors
@@ -96,7 +95,7 @@ class Trial:
     @property
     def down(self) -> float:
         """Bytes of what each site fetches in a round, mean over rounds."""
-        return mean(self._down.sizes or [0]) if self._down is not None else 4.0 * self.values
+        return mean(self._down.sizes or [0]) if self._down is not None else self._whole
 
     def round(self, model: LocalModel, should_stop: Callable[[], bool]) -> None:
         """Every site trains, every delta arrives, the mean is added, the update goes out.
