@@ -61,6 +61,7 @@ def read_texts(config: FederationConfig, folder: Path, model: LocalModel) -> lis
 class Trial:
     """One arm's federation, round by round. ``done``: rounds so far. ``values``: an adapter's.
 
+    ``ways``: by site what its deltas go through.
     ``model`` is borrowed with the arm's settings wherever it is given, and ``manifest`` is its.
     """
 
@@ -78,7 +79,7 @@ class Trial:
                 spec.name: np.array(file.read(spec.name)) for spec in manifest.tensors
             }
         self._held = self._exact
-        self._up = {text.site: Channel(manifest, arm.up, feedback=arm.feedback) for text in texts}
+        self.ways = {text.site: Channel(manifest, arm.up, feedback=arm.feedback) for text in texts}
         self._down = Channel(manifest, arm.down) if arm.down is not None else None
 
     def __enter__(self) -> Self:
@@ -90,7 +91,7 @@ class Trial:
     @property
     def up(self) -> float:
         """Bytes of a delta, mean over sites and rounds."""
-        return mean([size for channel in self._up.values() for size in channel.sizes] or [0])
+        return mean([size for channel in self.ways.values() for size in channel.sizes] or [0])
 
     @property
     def down(self) -> float:
@@ -108,7 +109,7 @@ class Trial:
         for text in self._texts:
             delta = self._train(model, text, seed, should_stop)
             own = derive_seed(seed, text.site, self.done, "codec")
-            for name, values in self._up[text.site].send(delta, own).items():
+            for name, values in self.ways[text.site].send(delta, own).items():
                 total[name] = total[name] + values if name in total else values
         share = np.float32(1 / len(self._texts))
         self._exact = {name: exact + share * total[name] for name, exact in self._exact.items()}

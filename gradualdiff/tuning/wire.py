@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Channel:
     """What is put in at one end comes out at the other as the codec leaves it.
 
-    ``sizes``: bytes of the file of everything that was sent, header included.
+    ``sizes``: bytes of the file of everything that was sent; ``header``: bytes in each that are no
+    tensor's.
     """
 
     def __init__(self, manifest: Manifest, codec: str, *, feedback: bool = False) -> None:
@@ -37,12 +38,12 @@ class Channel:
         self._manifest = manifest
         self._feedback = feedback
         self._left: Values = {}
-        self._header = _header_bytes(manifest, codec)
+        self.header = _header_bytes(manifest, codec)
         self.sizes: list[int] = []
 
     def send(self, values: Values, seed: int) -> Values:
         """``values`` as they arrive."""
-        size, arrived = self._header, {}
+        size, arrived = self.header, {}
         for spec in self._manifest.tensors:
             wanted = values[spec.name]
             if spec.name in self._left:
