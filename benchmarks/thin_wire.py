@@ -6,10 +6,11 @@
 
 SmolLM2-135M over NF4 and real dialogues, the demo's: three of its sites, 20 rounds of three AdamW
 steps of two pairs, dropout 0. Each arm's learning rate is chosen with seed 1 by the loss on
-held-out pairs after eight rounds (dev), climbing from a middle value by factors of two; what is
-reported is the loss after 20 rounds on other held-out pairs (test). Bases of the gradient come from
-an embedded federation with ``averaging = "range-finder"``, one for each seed. ``other``: the loss
-on WordNet's definitions, which no site has.
+held-out pairs after eight rounds (dev), climbing from a middle value by factors of two; a rate with
+which that loss rises until round 20 is halved. What is reported is the loss after 20 rounds on
+other held-out pairs (test). Bases of the gradient come from an embedded federation with
+``averaging = "range-finder"``, one for each seed. ``other``: the loss on WordNet's definitions,
+which no site has.
 
 Each result is a file of its own in --dir and is not made twice. Several of these programs may work
 on one --dir at a time, a core each; what a killed one was at begins anew. First all arms with seed
@@ -246,9 +247,15 @@ class Runner:
                 return found
             best = found
 
-    def _dev(self, rate: float) -> float:
-        self.advance(rate, TUNED_AFTER)
-        loss = self._read(rate)["dev"][str(TUNED_AFTER)]
+    def settled(self, rate: float) -> float:
+        """``rate``, halved while the loss on dev rises in the later rounds."""
+        while self._dev(rate, ROUNDS) > self._dev(rate, TUNED_AFTER):
+            rate = float(f"{rate / 2:.3g}")
+        return rate
+
+    def _dev(self, rate: float, rounds: int = TUNED_AFTER) -> float:
+        self.advance(rate, rounds)
+        loss = self._read(rate)["dev"][str(rounds)]
         return float("inf") if loss is None else float(loss)
 
     def _read(self, rate: float) -> dict[str, Any]:
@@ -322,7 +329,7 @@ def work(folder: Folder, names: list[str], seeds: list[int]) -> None:
                 continue
             runner = Runner(folder, ARMS[name], seed)
             if seed == 1 and not tuned.exists():
-                tuned.write_text(json.dumps(runner.tuned()))
+                tuned.write_text(json.dumps(runner.settled(runner.tuned())))
             if tuned.exists():  # else whoever chooses the rate is not done yet
                 runner.advance(json.loads(tuned.read_text()), ROUNDS)
 
