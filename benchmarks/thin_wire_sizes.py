@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 from codec_speed import INNER, MODULES, specs
-from thin_wire import ARMS, SITES, Case, Folder
+from thin_wire import SITES, Folder
+from thin_wire_arms import ARMS, Case
 
 from gradualdiff.tuning.wire import Channel
 from shared.protocol.manifest import Manifest, TensorSpec

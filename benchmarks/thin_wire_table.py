@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from thin_wire import ARMS, ROUNDS, TUNED_AFTER
+from thin_wire import ROUNDS, TUNED_AFTER
+from thin_wire_arms import ARMS
 
 from gradualdiff.tuning.outcomes import Outcome, frontier, share_of_gain
 

@@ -33,7 +33,7 @@ class Point(Protocol):
 def write_frontier(points: Sequence[Point], best: Sequence[Point], base: float, path: Path) -> None:
     """Draw ``points``, and a line through ``best``, which are some of them in order of bytes.
 
-    ``base``: the loss without training. Raises MissingPackageError without matplotlib, ConfigError
+    ``base``: the loss without training, told and not drawn: all arms are far from it. Raises MissingPackageError without matplotlib, ConfigError
     on the path.
     """
     figure = new_figure(SIZE)
@@ -52,14 +52,12 @@ def write_frontier(points: Sequence[Point], best: Sequence[Point], base: float, 
     line = [(one.bytes, one.loss) for one in best]
     if line:
         axes.step(*zip(*line, strict=True), where="post", color="grey", linewidth=1, zorder=0)
-    axes.axhline(base, color="black", linewidth=0.8, linestyle=":", label="base model")
     axes.set(
-        title="held-out loss against bytes (line: best for its bytes)",
+        title=f"held-out loss against bytes; base model: {base:.3f}; line: best for its bytes",
         xlabel="bytes of one site in one round, up and down",
         ylabel="nats per answer token",
         xscale="log",
     )
     axes.grid(alpha=0.3)
-    axes.margins(x=0.15)
-    axes.legend(fontsize="small")
+    axes.margins(x=0.15, y=0.1)
     save_figure(figure, path, "--picture")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from coordinator.runs.bases import named_bases
 from gradualdiff.embedded.sites import load_sites, make_pool
 from gradualdiff.tuning.outcomes import Outcome, share_of_gain
 from shared.config import load_federation
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gradualdiff.tuning.arms import Arm
+    from gradualdiff.tuning.trial import SiteText, Trial
     from participant.learner.model_pool import ModelPool
-    from shared.config import FederationConfig
+    from participant.model import LocalModel
 
 
 @dataclass(frozen=True)
@@ -53,59 +55,52 @@ def compare_arms(
         )
     folder = file.resolve().parent
     pool = make_pool(load_sites(config, folder)[0][0].device.kind, folder)
-    trials = _Trials(file, folder, pool, [*sets, f"run.rounds={rounds}"], should_stop)
-    outcomes: list[Outcome] = []
-    for arm in arms:
-        outcome = trials.outcome(arm, config.training.learning_rate * arm.rate, report)
-        reference = outcomes[0].loss if outcomes else outcome.loss
-        share = share_of_gain(trials.base, reference, outcome.loss)
-        outcomes.append(replace(outcome, share=share))
-    return Compared(config.run.name, rounds, len(config.simulation.sites), trials.base, outcomes)
+    bench = _Bench(file, folder, pool, [*sets, f"run.rounds={rounds}"], report, should_stop)
+    found = [bench.outcome(arm, config.training.learning_rate * arm.rate) for arm in arms]
+    shares = [share_of_gain(bench.base, found[0].loss, one.loss) for one in found]
+    outcomes = [replace(one, share=share) for one, share in zip(found, shares, strict=True)]
+    return Compared(config.run.name, rounds, len(config.simulation.sites), bench.base, outcomes)
 
 
-class _Trials:
-    """One base model, and the sites' text as its tokens."""
+@dataclass
+class _Bench:
+    """One base model, the sites' text as its tokens, and its loss on what they hold out."""
 
-    def __init__(
-        self,
-        file: Path,
-        folder: Path,
-        pool: ModelPool,
-        sets: Sequence[str],
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self._file, self._folder, self._pool, self._sets = file, folder, pool, sets
-        self._should_stop = should_stop
-        self.base = float("nan")
+    file: Path
+    folder: Path
+    pool: ModelPool
+    sets: Sequence[str]
+    report: Callable[[str, int], None]
+    should_stop: Callable[[], bool]
+    texts: list[SiteText] = field(default_factory=list)
+    base: float = 0.0
 
-    def outcome(self, arm: Arm, rate: float, report: Callable[[str, int], None]) -> Outcome:
+    def outcome(self, arm: Arm, rate: float) -> Outcome:
         """Of one arm; its share is not known here."""
-        from coordinator.runs.bases import named_bases
         from gradualdiff.tuning.trial import Trial, read_texts
 
-        config, bases = named_bases(arm.settings(self._file, rate, self._sets), None, self._folder)
+        config, bases = named_bases(arm.settings(self.file, rate, self.sets), None, self.folder)
         threads = config.training.cpu_threads
-        with self._pool.borrow(config.base, config.lora, threads, bases) as model:
-            texts = read_texts(config, self._folder, model)
-            held_out = [example for text in texts for example in text.held_out]
-            if not held_out:
-                raise _nothing_held_out(config)
-            with Trial(config, arm, texts, model.manifest()) as trial:
-                if self.base != self.base:
-                    self.base = trial.loss(model, held_out, self._should_stop)
+        with self.pool.borrow(config.base, config.lora, threads, bases) as model:
+            first = not self.texts
+            self.texts = self.texts or read_texts(config, self.folder, model)
+            with Trial(config, arm, self.texts, model.manifest()) as trial:
+                if first:  # an adapter that nobody trained changes nothing
+                    self.base = self._loss(trial, model)
                 try:
                     while trial.done < config.run.rounds:
-                        trial.round(model, self._should_stop)
-                        report(arm.name, trial.done)
-                    loss = trial.loss(model, held_out, self._should_stop)
+                        trial.round(model, self.should_stop)
+                        self.report(arm.name, trial.done)
+                    loss = self._loss(trial, model)
                 except DivergedError:
                     loss = None
-                return Outcome(
-                    arm.name, arm.says, rate, trial.values, trial.up, trial.down, loss, None
-                )
+                told = (rate, trial.values, trial.up, trial.down)
+                return Outcome(arm.name, arm.says, *told, loss, share=None)
 
+    def _loss(self, trial: Trial, model: LocalModel) -> float:
+        from participant.data import NOTHING_HELD_OUT
 
-def _nothing_held_out(config: FederationConfig) -> DataError:
-    from participant.data import NOTHING_HELD_OUT
-
-    return DataError(f"{', '.join(config.run.participants)}: {NOTHING_HELD_OUT}")
+        held_out = [example for text in self.texts for example in text.held_out]
+        if not held_out:
+            raise DataError(f"{', '.join(text.site for text in self.texts)}: {NOTHING_HELD_OUT}")
+        return trial.loss(model, held_out, self.should_stop)
