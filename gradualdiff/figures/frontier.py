@@ -33,8 +33,8 @@ class Point(Protocol):
 def write_frontier(points: Sequence[Point], best: Sequence[Point], base: float, path: Path) -> None:
     """Draw ``points``, and a line through ``best``, which are some of them in order of bytes.
 
-    ``base``: the loss without training, told and not drawn: all arms are far from it. Raises MissingPackageError without matplotlib, ConfigError
-    on the path.
+    ``base``: the loss without training, told and not drawn, as all arms are far from it. Raises
+    MissingPackageError without matplotlib, ConfigError on the path.
     """
     figure = new_figure(SIZE)
     axes = figure.add_subplot()
