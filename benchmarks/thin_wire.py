@@ -109,8 +109,8 @@ class Folder:
         told = [f"run.participants={json.dumps(names)}", f"simulation.sites={json.dumps(files)}"]
         return [*told, *SETS, f"run.seed={seed}"]
 
-    def bases(self, seed: int) -> Path:
-        """The file of bases of the sites' mean gradient, made once."""
+    def bases(self, seed: int) -> tuple[Path, str]:
+        """The file of bases of the sites' mean gradient, made once, and its name on record."""
         from gradualdiff.simulation import load_config, simulate
         from shared import topology
 
@@ -132,7 +132,7 @@ class Folder:
                 path = run.path / topology.adapter_key(run.name, sha)
                 marker.write_text(json.dumps({"path": str(path), "sha": sha}))
         found: dict[str, str] = json.loads(marker.read_text())
-        return Path(found["path"])
+        return Path(found["path"]), f"lora.bases=bases-{seed}#{found['sha']}"
 
     def path(self, arm: str, seed: int, rate: float) -> Path:
         """Where a result lies."""
@@ -225,9 +225,8 @@ class Runner:
         result, case, folder = self._read(rate), self._case, self._folder
         if result["rounds"] >= rounds and (rounds or "test" in result):
             return
-        bases = folder.bases(self._seed) if case.gradient else None
-        more = folder.sets(self._seed) + ([f"lora.bases=bases#{'0' * 64}"] if bases else [])
-        config = case.arm.settings(folder.settings, rate, more)
+        bases, named = folder.bases(self._seed) if case.gradient else (None, "lora.bases=weights")
+        config = case.arm.settings(folder.settings, rate, [*folder.sets(self._seed), named])
         with self._pool.borrow(config.base, config.lora, 1, bases) as model:
             self._texts = self._texts or read_texts(config, folder.settings.parent, model)
             trial = self._trials.get(rate)

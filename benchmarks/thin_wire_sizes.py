@@ -62,9 +62,8 @@ def real_deltas(folder: Folder, case: Case) -> Values:
     from gradualdiff.embedded.sites import make_pool
     from gradualdiff.tuning.trial import Trial, read_texts
 
-    bases = folder.bases(1) if case.gradient else None
-    more = folder.sets(1) + ([f"lora.bases=bases#{'0' * 64}"] if bases else [])
-    config = case.arm.settings(folder.settings, case.rate, more)
+    bases, named = folder.bases(1) if case.gradient else (None, "lora.bases=weights")
+    config = case.arm.settings(folder.settings, case.rate, [*folder.sets(1), named])
     home = folder.settings.parent
     kept: Values = {}
     with make_pool("cpu", home).borrow(config.base, config.lora, 1, bases) as model:

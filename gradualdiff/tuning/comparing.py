@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from coordinator.runs.bases import named_bases
+from coordinator.runs.bases import bases_here
 from gradualdiff.embedded.sites import load_sites, make_pool
 from gradualdiff.tuning.outcomes import Outcome, share_of_gain
 from shared.config import load_federation
 from shared.errors import ConfigError, DataError, DivergedError
+from shared.stores.directory import DirectoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,9 +80,14 @@ class _Bench:
         """Of one arm; its share is not known here."""
         from gradualdiff.tuning.trial import Trial, read_texts
 
-        config, bases = named_bases(arm.settings(self.file, rate, self.sets), None, self.folder)
+        config = arm.settings(self.file, rate, self.sets)
+        place = self.folder / config.store.directory
+        store = DirectoryStore(place) if (place / "runs").is_dir() else None  # which makes nothing
         threads = config.training.cpu_threads
-        with self.pool.borrow(config.base, config.lora, threads, bases) as model:
+        with (
+            bases_here(config, store, self.folder) as (config, bases),
+            self.pool.borrow(config.base, config.lora, threads, bases) as model,
+        ):
             first = not self.texts
             self.texts = self.texts or read_texts(config, self.folder, model)
             with Trial(config, arm, self.texts, model.manifest()) as trial:

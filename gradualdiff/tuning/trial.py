@@ -61,8 +61,8 @@ def read_texts(config: FederationConfig, folder: Path, model: LocalModel) -> lis
 class Trial:
     """One arm's federation, round by round. ``done``: rounds so far. ``values``: an adapter's.
 
-    ``ways``: by site what its deltas go through.
-    ``model`` is borrowed with the arm's settings wherever it is given, and ``manifest`` is its.
+    ``ways``: by site what its deltas go through. ``model`` is borrowed with the arm's settings
+    wherever it is given, and ``manifest`` is its.
     """
 
     def __init__(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -29,7 +27,7 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4", "sign", "topk"])
-def test_the_bytes_counted_are_those_of_a_delta_file(codec, tmp_path: Path):
+def test_the_bytes_counted_are_those_of_a_delta_file(codec, tmp_path):
     """Values, scales and header: what ``write_delta`` writes of the same values, to the byte."""
     values, channel = drawn(1), Channel(MANIFEST, codec)
     channel.send(values, 7)
@@ -78,7 +76,7 @@ def outcome(arm, size, loss):
 
 
 def test_the_frontier_holds_whatever_nothing_cheaper_beats():
-    """In order of bytes; an arm that diverged, or that costs more for no less loss, is not there."""
+    """In order of bytes, without arms that diverged or that cost more for no less loss."""
     arms = [
         outcome("dear", 100, 2.0),
         outcome("dearer", 200, 2.0),
