@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.errors import DivergedError
 from shared.seeds import derive_seed
+from shared.tensors.arithmetic import is_finite
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
 
@@ -42,12 +44,17 @@ class Channel:
         self.sizes: list[int] = []
 
     def send(self, values: Values, seed: int) -> Values:
-        """``values`` as they arrive."""
+        """``values`` as they arrive. Raises DivergedError for values that are not finite."""
         size, arrived = self.header, {}
         for spec in self._manifest.tensors:
             wanted = values[spec.name]
             if spec.name in self._left:
                 wanted = np.add(wanted, self._left[spec.name])
+            if not is_finite(wanted):
+                raise DivergedError(
+                    f"tensor {spec.name!r}: expected finite values to send, got some that are not; "
+                    "lower training.learning_rate"
+                )
             parts = self._codec.encode(spec, wanted, derive_seed(seed, spec.name))
             size += sum(part.nbytes for part in parts)
             arrived[spec.name] = self._codec.decode(spec, parts)

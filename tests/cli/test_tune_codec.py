@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib import image
@@ -79,6 +80,19 @@ def test_fp32_comes_to_the_loss_of_a_run(file):
     run = simulate(file)
     assert found.arms[0].loss == pytest.approx(run.summary.held_out_nll, abs=2e-4)
     assert found.arms[0].loss < found.base - 0.01
+
+
+def test_an_arm_that_diverges_is_told_and_the_others_go_on(file):
+    """It has no loss and no share, is on no frontier, and does not end the comparison."""
+    from gradualdiff.tuning.arms import ARMS
+    from gradualdiff.tuning.comparing import compare_arms
+    from gradualdiff.tuning.outcomes import frontier
+
+    wild = replace(ARMS["int4"], rate=1e8)
+    found = compare_arms(file, [ARMS["fp32"], wild, ARMS["int8"]], rounds=2)
+    assert [one.share is None for one in found.arms] == [False, True, False]
+    assert found.arms[1].loss is None
+    assert "int4" not in [one.arm for one in frontier(found.arms)]
 
 
 @pytest.mark.parametrize(
