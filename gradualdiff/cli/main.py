@@ -21,6 +21,7 @@ from gradualdiff.cli import (
     setup,
     simulate,
     sites,
+    tune_codec,
 )
 from gradualdiff.cli.output import complain
 from shared.errors import GradualDiffError, StoreError
@@ -36,6 +37,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("init")(init.init)
 app.command("check")(check.check)
 app.command("simulate")(simulate.simulate)
+app.command("tune-codec")(tune_codec.tune_codec)
 app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)

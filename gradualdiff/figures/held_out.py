@@ -110,13 +110,20 @@ def new_figure(inches: tuple[float, float], *, shown: bool = False) -> Figure:
 
 def save_figure(figure: Figure, path: Path, option: str) -> None:
     """Write it. Raises ConfigError, which names ``option``, where it cannot be written."""
-    if path.suffix.lower() not in SUFFIXES:  # matplotlib would append one, or write another format
-        raise ConfigError(
-            f"{option} {path}: expected a name that ends in {', '.join(SUFFIXES)}, got another"
-        )
+    check_picture(path, option)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{option} {path}: cannot be written ({error}); give another path"
         ) from None
+
+
+def check_picture(path: Path, option: str) -> None:
+    """What can be known before there is anything to draw. Raises ConfigError naming ``option``."""
+    if path.suffix.lower() not in SUFFIXES:  # matplotlib would append one, or write another format
+        raise ConfigError(
+            f"{option} {path}: expected a name that ends in {', '.join(SUFFIXES)}, got another"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no {path.parent}; give another path")
