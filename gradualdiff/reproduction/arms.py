@@ -33,6 +33,7 @@ ALL_TEXT = "central"  # the participant that holds every participant's text
 
 _CONTINUOUS = {"optimizer_state": "keep"}  # one training, not one for each round
 _NO_DEFENCE = {"clip_to_median": "off"}  # the paper has none
+_EXACT = {"name": "fp32", "down": "whole"}  # the paper's; figures that are on file were made so
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:
         "batch_size": setting.batch_size,
         "learning_rate": setting.learning_rate,
     }
-    tables = {"training": training, "aggregation": _NO_DEFENCE}
+    tables = {"training": training, "aggregation": _NO_DEFENCE, "codec": _EXACT}
     match arm:
         case "local":
             training |= _CONTINUOUS
@@ -117,7 +118,7 @@ def plans(preset: Preset, arm: str, setting: Setting) -> list[RunPlan]:
         case "federated":
             return [RunPlan(name, arm, sites, setting, tables)]
         case "recommended":
-            tables = {"training": training}
+            tables = {"training": training, "codec": _EXACT}
             for table, values in preset.recommended.items():
                 tables[table] = tables.get(table, {}) | values
             return [RunPlan(name, arm, sites, setting, tables)]
