@@ -146,16 +146,16 @@ def test_a_site_whose_model_diverged_says_so_itself():
 def test_a_round_that_cannot_be_closed_says_so_and_blames_no_message(tmp_path, monkeypatch, error):
     """Nothing is refused; error, status, rounds show and its view name round, cause and way on."""
     broken = [True]
-    aggregate = effects.aggregate
+    close_round = effects.close_round
 
     def fail(*arguments, **options):
         if broken:
             raise error
-        return aggregate(*arguments, **options)
+        return close_round(*arguments, **options)
 
     config = federations.config(rounds=1)
     honest = federations.run(config, tmp_path / "honest").adapter_sha
-    monkeypatch.setattr(effects, "aggregate", fail)
+    monkeypatch.setattr(effects, "close_round", fail)
     for _ in "first", "and at each start":
         with pytest.raises(LedgerError) as caught:
             federations.run(config, tmp_path)
@@ -179,7 +179,7 @@ def test_a_round_that_cannot_be_closed_says_so_and_blames_no_message(tmp_path, m
 
 def test_the_message_at_hand_is_kept_when_a_step_fails(tmp_path, monkeypatch):
     """The dispatcher refused it, and the next one, and so on, each time the round did not close."""
-    monkeypatch.setattr(effects, "aggregate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(effects, "close_round", lambda *_, **__: 1 / 0)
     server = EmbeddedBroker()
     office = server.connect(topology.COORDINATOR, topology.coordinator_rights())
     config = federations.config(rounds=1)
