@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from coordinator.runs.bases import bases_here
 from gradualdiff.embedded.sites import load_sites, make_pool
 from gradualdiff.tuning.outcomes import Outcome, share_of_gain
-from shared.config import load_federation
+from shared.config import AggregationSection, load_federation
 from shared.errors import ConfigError, DataError, DivergedError
 from shared.stores.directory import DirectoryStore
 
@@ -49,10 +49,11 @@ def compare_arms(
     MissingPackageError; InterruptedRunError once ``should_stop``.
     """
     config = load_federation(file, sets)
-    if config.aggregation.averaging != "fedavg":
+    mean, got = AggregationSection().averaging, config.aggregation.averaging
+    if got != mean:
         raise ConfigError(
-            f'aggregation.averaging: expected "fedavg", got "{config.aggregation.averaging}": arms '
-            "are compared by the mean of what sites send; add --set aggregation.averaging=fedavg"
+            f'aggregation.averaging: expected "{mean}", got "{got}": arms are compared by the mean '
+            f"of what sites send; add --set aggregation.averaging={mean}"
         )
     folder = file.resolve().parent
     pool = make_pool(load_sites(config, folder)[0][0].device.kind, folder)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from matplotlib import image
 
-from gradualdiff.simulation import simulate
+from gradualdiff.simulation import load_config, simulate
 from shared import errors
 from tests.cli.test_init_and_check import gradualdiff
 from tests.tiny_model import make_tiny_model, write_federation
@@ -77,7 +77,8 @@ def test_fp32_comes_to_the_loss_of_a_run(file):
     from gradualdiff.tuning.comparing import compare_arms
 
     found = compare_arms(file, [ARMS["fp32"]], rounds=2)
-    run = simulate(file)
+    exact = load_config(file, ["codec.name=fp32", "codec.down=whole"])
+    run = simulate(exact, file.parent)
     assert found.arms[0].loss == pytest.approx(run.summary.held_out_nll, abs=2e-4)
     assert found.arms[0].loss < found.base - 0.01
 

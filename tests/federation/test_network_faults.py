@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.patience import wait_until
+from tests.servers.deployment import EXACT
 from tests.servers.proxy import FaultProxy
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def puts(proxy) -> Counter[tuple[str, int]]:
 def test_a_cut_costs_one_chunk_up_and_nothing_down(deploy, proxy_to, s3_server):
     """One connection is cut in the middle of a chunk, one in the middle of an adapter."""
     line = proxy_to(s3_server.url)
-    deployment = deploy(rounds=1, width=THREE_CHUNKS, proxies={"sites store": line})
+    deployment = deploy(rounds=1, width=THREE_CHUNKS, extra=EXACT, proxies={"sites store": line})
     line.cut_after(4 * MIB, direction="up")
     line.cut_after(20 * MIB, direction="down")
     for site in "ab":
@@ -73,7 +74,7 @@ def test_a_cut_costs_one_chunk_up_and_nothing_down(deploy, proxy_to, s3_server):
 def test_after_an_outage_only_the_missing_chunks_are_sent(deploy, proxy_to, s3_server, vhost):
     """The store is out of reach for longer than an upload tries by itself."""
     line = proxy_to(s3_server.url)
-    deployment = deploy(rounds=1, width=THREE_CHUNKS, proxies={"sites store": line})
+    deployment = deploy(rounds=1, width=THREE_CHUNKS, extra=EXACT, proxies={"sites store": line})
     for site in "ab":
         deployment.start_participant(site, slow=3.0)
     deployment.start_coordinator()

@@ -19,7 +19,7 @@ from shared.brokers.rabbitmq import connect
 from shared.credentials import BrokerAddress
 from shared.topology import coordinator_queue, run_topology, site_queue
 from tests.patience import wait_until
-from tests.servers.deployment import COORDINATOR_PASSWORD, Deployment
+from tests.servers.deployment import COORDINATOR_PASSWORD, EXACT, Deployment
 from tests.servers.proxy import FaultProxy
 from tests.servers.rabbitmq import RabbitServer
 from tests.servers.seaweedfs import SeaweedFS
@@ -130,7 +130,7 @@ def test_the_store_is_killed_in_the_middle_of_a_transfer(deploy, servers):
     _, weed = servers
     width = 1_000_000  # more than the kernel's buffers hold, which outlive who filled them
     size = 16 * width
-    deployment = deploy(rounds=2, width=width, store_proxies=["sites store"])
+    deployment = deploy(rounds=2, width=width, extra=EXACT, store_proxies=["sites store"])
     line = deployment.proxies["sites store"]
     deployment.start_coordinator()
     line.throttle(size / 8)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 COORDINATOR_PASSWORD = "for-tests"
 
+EXACT = '[codec]\nname = "fp32"\ndown = "whole"\n'  # an adapter's bytes travel both ways
+
 
 @dataclass
 class Deployment:
