@@ -117,14 +117,7 @@ def anonymous() -> float:
 
 def whole(name: str, tensors: tuple[TensorSpec, ...], folder: Path) -> tuple[float, ...]:
     """Bytes of the delta file, seconds to write and to check it, most memory in MB."""
-    header = DeltaHeader(
-        run="speed",
-        round=1,
-        site="one",
-        source_sha="0" * 64,
-        codec=name,
-        codec_version=get_codec(name).version,
-    )
+    header = DeltaHeader.of(name, run="speed", number=1, site="one", source_sha="0" * 64)
     manifest, drawing = Manifest(tensors=tensors, target_modules=tuple(MODULES)), 0.0
 
     def values(spec: TensorSpec) -> np.ndarray:

@@ -536,15 +536,13 @@ class IdleLearner:
     def learn(self, task: Any, source: Path, state: object, folder: Path, *others: Any) -> object:
         """Encode and write them."""
         from participant.learner.port import DELTA_FILE, Learned
-        from shared.tensors.codecs import get_codec
         from shared.tensors.delta_file import DeltaHeader, write_delta
 
         *_, feedback = others
         del source, state
-        header = DeltaHeader(
-            run=task.run, round=task.round, site=self.site, source_sha=task.source_sha,
-            codec=task.codec, codec_version=get_codec(task.codec).version,
-        )  # fmt: skip
+        header = DeltaHeader.of(
+            task.codec, run=task.run, number=task.round, site=self.site, source_sha=task.source_sha
+        )
         given = self.values
         delta = write_delta(
             folder / DELTA_FILE, wire_manifest(), task.codec, header,

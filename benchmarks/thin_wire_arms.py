@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from gradualdiff.tuning.arms import CORE, IA3, Arm
 
 THIN: dict[str, Any] = {"up": "int4", "down": "int4", "feedback": True}
+KEEP = "training.optimizer_state=keep"
 MLP = 'lora.target_modules=["gate_proj","up_proj","down_proj"]'
 
 
@@ -29,9 +30,9 @@ def lora(name: str, says: str, **ways: Any) -> Case:
     return Case(Arm(name, says, **ways), 3e-3)
 
 
-def core(rank: int, bases: str, rate: float, named: str = "", *sets: str) -> Case:
-    """R's of this rank, 4 bits and feedback both ways."""
-    says = f"core, r = {rank}, bases of the {bases}, 4 bits both ways"
+def core(rank: int, bases: str, rate: float, named: str = "", more: str = "", *sets: str) -> Case:
+    """R's of this rank, 4 bits and feedback both ways. ``more``: what ``sets`` are, in words."""
+    says = f"core, r = {rank}, bases of the {bases}, 4 bits both ways{more}"
     own = (*CORE, f"lora.rank={rank}", *sets)
     arm = Arm(f"core-{rank}-{bases}{named}", says, sets=own, **THIN)
     return Case(arm, rate, gradient=bases == "gradient")
@@ -52,8 +53,8 @@ CASES = [
     core(64, "weights", 1e-2),
     core(32, "weights", 1e-2),
     core(15, "weights", 1e-2),
-    core(23, "gradient", 6e-3, "-mlp", MLP),
-    core(15, "gradient", 3e-3, "-keep", "training.optimizer_state=keep"),
+    core(23, "gradient", 6e-3, "-mlp", ", MLP layers alone", MLP),
+    core(15, "gradient", 3e-3, "-keep", ", optimiser state kept", KEEP),
     core(16, "gradient", 6e-3),
     core(16, "weights", 1e-2),
 ]

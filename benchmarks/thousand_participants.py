@@ -70,7 +70,6 @@ from shared.protocol.events import (
     UploadRequested,
 )
 from shared.protocol.manifest import LocalMetrics, Manifest, Numerics, TensorSpec
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
 
 if TYPE_CHECKING:
@@ -189,10 +188,10 @@ class Crowd:
     def _delta(self, site: str, event: RoundStarted) -> bytes:
         """One file a round is written, and the name in it exchanged: a crowd must be cheap."""
         if event.round not in self._templates:
-            codec, path = get_codec(event.codec), self._folder / "template"
-            header = DeltaHeader(
-                run=event.run, round=event.round, site=site_name(0), source_sha=event.source_sha,
-                codec=codec.name, codec_version=codec.version,
+            path = self._folder / "template"
+            header = DeltaHeader.of(
+                event.codec, run=event.run, number=event.round, site=site_name(0),
+                source_sha=event.source_sha,
             )  # fmt: skip
             import numpy as np
 

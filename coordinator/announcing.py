@@ -128,7 +128,8 @@ class Announcer:
         newest = state.closed.round
         first = min(state.last_trained(site) or newest, newest)
         wanted = [update for update in state.updates if update.round >= first]
-        if wanted[0].round > first or sum(u.size for u in wanted) >= state.closed.adapter_size:
+        size = sum(update.size for update in wanted)
+        if not wanted or wanted[0].round > first or size >= state.closed.adapter_size:
             return ()
         run = self._config.run.name
         return tuple(

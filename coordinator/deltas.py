@@ -16,7 +16,6 @@ from shared.log import get_logger
 from shared.methods.averaging import delta_manifest
 from shared.protocol.events import DeltaSubmitted, UploadRequested
 from shared.protocol.records import AcceptedRecord, RefusedRecord
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader
 from shared.topology import accepted_key
 
@@ -132,14 +131,12 @@ class Deltas:
     def _norm(self, upload: Upload, opened: OpenedRecord) -> float:
         """The norm of a delta that is as it should be. Raises DeltaRefusedError, StoreError."""
         config = self._run.config
-        codec = get_codec(config.codec.name)
-        expected = DeltaHeader(
+        expected = DeltaHeader.of(
+            config.codec.name,
             run=upload.run,
-            round=upload.round,
+            number=upload.round,
             site=upload.site,
             source_sha=opened.source_sha,
-            codec=codec.name,
-            codec_version=codec.version,
         )
         manifest = delta_manifest(self._run.genesis().manifest, config, upload.site, upload.round)
         limit = config.aggregation.max_delta_norm

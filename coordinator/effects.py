@@ -126,10 +126,10 @@ class Effects:
         failpoint("round.aggregated")
         server_sha = result.stepped.state.sha256 if result.stepped else None
         if server_sha is not None:
-            self._store_state(server_sha, files.state.after)
+            self._store_state(server_sha, files.state.after, "optimizer")
         sent = result.sent_down
         if sent is not None:
-            self._store_exact(sent.exact.sha256, files.exact.after)
+            self._store_state(sent.exact.sha256, files.exact.after, "exact")
             self._store_update(sent.update.sha256, files.update)
         self._store_adapter(result.digest.sha256, files.target, state)
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
@@ -179,20 +179,12 @@ class Effects:
             update=scratch("update-next"),
         )
 
-    def _store_state(self, sha: str, path: Path) -> None:
-        """Store it under its name, and keep the file for the next round."""
-        failpoint("server_state.before")
+    def _store_state(self, sha: str, path: Path, whose: str) -> None:
+        """Store what the coordinator alone goes on from, and keep the file for the next round."""
+        failpoint("server_state.before", whose)
         key = topology.server_state_key(self._config.run.name, sha)
         self._ledger.store.put_file(key, path)
-        failpoint("server_state.after")
-        self._intake.adopt_state(sha, path)
-
-    def _store_exact(self, sha: str, path: Path) -> None:
-        """Likewise the exact adapter."""
-        failpoint("exact.before")
-        key = topology.server_state_key(self._config.run.name, sha)
-        self._ledger.store.put_file(key, path)
-        failpoint("exact.after")
+        failpoint("server_state.after", whose)
         self._intake.adopt_state(sha, path)
 
     def _store_update(self, sha: str, path: Path) -> None:

@@ -263,8 +263,7 @@ class Coordinator(LiveRun):
         opened = self.state.open_round
         if opened is None or opened.round != number:
             return None
-        there = site in opened.selected and site not in self.state.steering.excluded
-        return opened if there else None
+        return opened if self.state.steering.is_in_force(site, opened.selected) else None
 
     def _next_round(self) -> int:
         """The first round that is not open yet."""

@@ -166,7 +166,8 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
             f"aggregation.averaging: expected {announced.averaging} as announced, "
             f"got {task.averaging}"
         )
-    found += filter(None, [objection_to_codec(task.codec, announced)])
+    if codec := objection_to_codec(task.codec, announced):
+        found.append(codec)
     # Beyond the end of a schedule the rate is 0: a round across it would be one of few steps.
     if not 0.0 <= task.progress_from < task.progress_to <= 1.0:
         found.append(
@@ -184,7 +185,9 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
 def objection_to_codec(name: str, announced: RunAnnounced) -> str:
     """Why this site does not run a codec; empty when it does."""
     unannounced = _is_unannounced("codecs", name, announced)
-    return f"codec.name: {_UNANNOUNCED}, got {name}" if unannounced else ""
+    if not unannounced:
+        return ""
+    return f"codec.name: {_UNANNOUNCED}, got {name}; install the coordinator's release at this site"
 
 
 def objection_to_delta(learned: Learned, accept: AcceptSection) -> str:

@@ -18,7 +18,6 @@ from shared.errors import InterruptedRunError
 from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
 from shared.seeds import derive_seed
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import TensorFile
 
@@ -107,14 +106,12 @@ class NumpyLearner:
         spoil = self.fault(task)
         if should_stop():
             raise InterruptedRunError("stopped")
-        codec = get_codec(task.codec)
-        header = DeltaHeader(
+        header = DeltaHeader.of(
+            task.codec,
             run=task.run,
-            round=task.round,
+            number=task.round,
             site=self.site,
             source_sha=task.source_sha,
-            codec=codec.name,
-            codec_version=codec.version,
         )
         target = np.float32(derive_seed("target", self.site) % 1000 / 1000)
         with TensorFile(source) as adapter:

@@ -14,7 +14,6 @@ from shared.adapters import kind_of
 from shared.errors import DecodeError, DeltaRefusedError, LedgerError, ObjectMissingError
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, check_delta
 
 if TYPE_CHECKING:
@@ -133,14 +132,13 @@ class Recomputing(Evidence):
         return WeightedDelta(item.label(closing.round), path, item.weight, item.scale, manifest)
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
-        item, codec = closing.inputs[index], get_codec(self._config.codec.name)
-        return DeltaHeader(
+        item = closing.inputs[index]
+        return DeltaHeader.of(
+            self._config.codec.name,
             run=self._ledger.run,
-            round=item.from_round,
+            number=item.from_round,
             site=item.site,
             source_sha=self._sources.get(item.from_round, closing.source_sha),
-            codec=codec.name,
-            codec_version=codec.version,
         )
 
     def _adapter_file(self, number: int, sha: str) -> Path | None:

@@ -34,6 +34,10 @@ class Steering:
         """Those of the members that may be selected, in name order."""
         return tuple(sorted(site for site in members if site not in self.excluded))
 
+    def is_in_force(self, site: str, members: Sequence[str]) -> bool:
+        """Whether the site is one of them, asked of each message: nothing is sorted."""
+        return site not in self.excluded and site in members
+
     def reachable(
         self, uncounted: Mapping[tuple[str, int], AcceptedRecord]
     ) -> dict[tuple[str, int], AcceptedRecord]:

@@ -111,7 +111,7 @@ def pending(state: RunState, site: str, *, first: bool = True) -> tuple[Notifica
         return (end,) if nothing_to_do else (AnnounceRun((site,)), end)
     notifications: list[Notification] = [AnnounceRun((site,))]
     opened = state.open_round
-    if opened is not None and site in opened.selected and site not in state.steering.excluded:
+    if opened is not None and state.steering.is_in_force(site, opened.selected):
         mine = state.uncounted.get((site, opened.round))
         trouble = state.troubles.get(site)
         if mine is not None:

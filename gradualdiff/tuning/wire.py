@@ -66,16 +66,8 @@ class Channel:
 
 def _header_bytes(manifest: Manifest, codec: str) -> int:
     """Bytes of a delta file beside its tensors: names, shapes, places, whose it is."""
-    version = get_codec(codec).version
     sizes: list[int] = []
-    header = DeltaHeader(
-        run="tune",
-        round=1,
-        site="site",
-        source_sha="0" * 64,
-        codec=codec,
-        codec_version=version,
-    )
+    header = DeltaHeader.of(codec, run="tune", number=1, site="site", source_sha="0" * 64)
 
     def zeros(spec: TensorSpec) -> NDArray[np.float32]:
         values = np.zeros(spec.shape, np.float32)

@@ -37,7 +37,6 @@ from shared.methods.averaging import get_averaging
 from shared.protocol.manifest import LocalMetrics
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import difference
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import FileDigest, TensorFile
 
@@ -280,13 +279,12 @@ class TorchLearner:
         def values(spec: TensorSpec) -> NDArray[np.float32]:
             return difference(model.read(spec.name), source(spec.name))
 
-        header = DeltaHeader(
+        header = DeltaHeader.of(
+            task.codec,
             run=task.run,
-            round=task.round,
+            number=task.round,
             site=self._site,
             source_sha=task.source_sha,
-            codec=task.codec,
-            codec_version=get_codec(task.codec).version,
         )
         seed = derive_seed(task.seed, self._site, task.round, "codec")
         return write_delta(path, trained, task.codec, header, values, seed, feedback)

@@ -49,6 +49,21 @@ class DeltaHeader(Schema):
     codec: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,20}$")]
     codec_version: Annotated[int, Field(ge=1)]
 
+    @classmethod
+    def of(
+        cls, codec_name: str, *, run: str, number: int, site: str, source_sha: str
+    ) -> DeltaHeader:
+        """Of a site's delta of a round, as that codec writes it here. Raises ConfigError."""
+        codec = get_codec(codec_name)
+        return cls(
+            run=run,
+            round=number,
+            site=site,
+            source_sha=source_sha,
+            codec=codec.name,
+            codec_version=codec.version,
+        )
+
 
 @dataclass(frozen=True)
 class DeltaCheck:

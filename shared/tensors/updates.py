@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from shared.errors import DecodeError, DeltaRefusedError, LedgerError
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.arithmetic import difference, is_finite
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import (
     DeltaFile,
     DeltaHeader,
@@ -38,14 +37,8 @@ if TYPE_CHECKING:
 
 def update_header(run: str, number: int, source_sha: str, codec_name: str) -> DeltaHeader:
     """Of the update that round ``number`` made, from the adapter ``source_sha``."""
-    codec = get_codec(codec_name)
-    return DeltaHeader(
-        run=run,
-        round=number,
-        site=COORDINATOR,
-        source_sha=source_sha,
-        codec=codec.name,
-        codec_version=codec.version,
+    return DeltaHeader.of(
+        codec_name, run=run, number=number, site=COORDINATOR, source_sha=source_sha
     )
 
 

@@ -71,14 +71,16 @@ def test_the_table_names_arms_and_says_which_are_best(file, tmp_path):
     assert done.stderr.splitlines() == ["fp32: 1 rounds are done", "int4: 1 rounds are done"]
 
 
-def test_fp32_comes_to_the_loss_of_a_run(file):
-    """The same training, first adapter, order and mean as ``simulate``: a trial is no other run."""
+@pytest.mark.parametrize(("arm", "down"), [("fp32", "whole"), ("int8", "int8"), ("int4", "int4")])
+def test_an_arm_comes_to_the_loss_of_a_run(file, arm, down):
+    """The same training, first adapter, mean, codecs and feedback: a trial is no other run."""
     from gradualdiff.tuning.arms import ARMS
     from gradualdiff.tuning.comparing import compare_arms
 
-    found = compare_arms(file, [ARMS["fp32"]], rounds=2)
-    exact = load_config(file, ["codec.name=fp32", "codec.down=whole"])
-    run = simulate(exact, file.parent)
+    found = compare_arms(file, [ARMS[arm]], rounds=2)
+    fed_back = str(ARMS[arm].feedback).lower()
+    sets = [f"codec.name={arm}", f"codec.down={down}", f"codec.feedback={fed_back}"]
+    run = simulate(load_config(file, sets), file.parent)
     assert found.arms[0].loss == pytest.approx(run.summary.held_out_nll, abs=2e-4)
     assert found.arms[0].loss < found.base - 0.01
 

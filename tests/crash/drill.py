@@ -63,7 +63,7 @@ PRELOAD = [
 ]
 # The first of these after a restart is the next useful effect. Ticks and greetings are none.
 USEFUL = ("record.after", "publish.confirmed", "upload.after", "commit.renamed")
-USEFUL += ("adapter.after", "server_state.after", "exact.after", "update.after")
+USEFUL += ("adapter.after", "server_state.after", "update.after")
 IDLE_WORDS = ("CoordinatorTick", "SiteOnline", "TrainingProgressed")
 
 

@@ -25,7 +25,6 @@ from shared.errors import ModelError
 from shared.log import configure
 from shared.protocol.manifest import HeldOut, LocalMetrics
 from shared.seeds import derive_seed
-from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
 from tests.numpy_learner import MANIFEST, NUMERICS
@@ -72,14 +71,12 @@ class TinyTrainer:
             report(Progress("train", step + 1, STEPS, losses[-1]))
             if checkpoints.due():
                 self._keep(checkpoints, factors, optimizer, losses)
-        codec = get_codec(task.codec)
-        header = DeltaHeader(
+        header = DeltaHeader.of(
+            task.codec,
             run=task.run,
-            round=task.round,
+            number=task.round,
             site=self._site,
             source_sha=task.source_sha,
-            codec=codec.name,
-            codec_version=codec.version,
         )
 
         def change(spec):

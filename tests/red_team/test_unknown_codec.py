@@ -14,6 +14,7 @@ def test_a_codec_that_a_site_does_not_have_is_said_and_nothing_is_lost(hostile):
     (failed,) = coordinator.said(TrainingFailed)
     assert not failed.retryable
     assert "codec.name: expected a built-in mode" in failed.reason
+    assert "got int3; install the coordinator's release at this site" in failed.reason
     assert coordinator.submitted == []
     coordinator.start(source, codec="int4")
     assert [one.round for one in coordinator.submitted] == [1]
