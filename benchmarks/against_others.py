@@ -73,7 +73,7 @@ def wait_until(fact: Callable[[], bool], seconds: float) -> bool:
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and all that it started."""
-    from round_over_the_wire import descendants
+    from wire_servers import descendants
 
     for one in [pid, *descendants(pid)]:
         with contextlib.suppress(ProcessLookupError):
@@ -261,17 +261,19 @@ class Flare(Stamps):
 class Ours:
     """The real coordinator and participants' processes, over the given servers."""
 
-    def __init__(self, place: Any, folder: Path, participants: int, codec: str) -> None:
-        self.place, self.folder, self.codec = place, folder, codec
+    def __init__(
+        self, place: Any, folder: Path, participants: int, codec: str, down: str = "whole"
+    ) -> None:
+        self.place, self.folder, self.codec, self.down = place, folder, codec, down
         self.sites = [f"{folder.name}-site-{n}" for n in range(1, participants + 1)]
 
     def start(self, rounds: int, values: int) -> None:
         """Accounts, kits, all processes."""
         os.environ["WIRE_WIDTH"] = str(values // 2_048)  # 128 tensors of rank 16
-        from round_over_the_wire import Federation, start_federation
+        from wire_federation import Federation, start_federation
 
         self.federation = Federation(
-            self.place, self.folder, self.folder.name, self.sites, rounds, self.codec
+            self.place, self.folder, self.folder.name, self.sites, rounds, self.codec, self.down
         )
         self.federation.__enter__()
         start_federation(self.federation)
@@ -356,7 +358,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=180.0)
     parser.add_argument("--only", choices=("seconds", "killed"))
     sys.path[:0] = [str(HERE), str(HERE.parent)]
-    from round_over_the_wire import add_server_options, end_on_signals, servers
+    from wire_servers import add_server_options, end_on_signals, servers
 
     add_server_options(parser)
     given = parser.parse_args()
@@ -374,6 +376,7 @@ def main() -> None:
         makers: dict[str, Callable[[bool], System]] = {
             "ours, fp32": lambda _: Ours(place, fresh(), k, "fp32"),
             "ours, int8": lambda _: Ours(place, fresh(), k, "int8"),
+            "ours, int4 both ways": lambda _: Ours(place, fresh(), k, "int4", "int4"),
         }
         if given.flare:
             makers["NVIDIA FLARE"] = lambda _: Flare(given.flare, fresh(), k)
@@ -385,7 +388,8 @@ def main() -> None:
             took, fate = "", ""
             if given.only != "killed":
                 took = seconds(make(False), given.rounds + 1, given.values)
-            if given.only != "seconds" and name != "ours, int8":  # the codec changes nothing here
+            again = name.startswith("ours") and name != "ours, fp32"  # a codec changes nothing here
+            if given.only != "seconds" and not again:
                 fate = killed(make(True), given.patience)
             print(f"| {name} | {took} | {fate} |", flush=True)
 
