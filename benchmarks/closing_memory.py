@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coordinator.aggregation.closing import Method, aggregate
-from coordinator.aggregation.genesis import draw_adapter
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.stopwatch import Stopwatch
 from shared.tensors.tensor_file import TensorFile
 

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coordinator.aggregation.closing import Method, aggregate
-from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
 from shared import modes
 from shared.config import ServerSection
@@ -37,6 +36,7 @@ from shared.protocol.manifest import Manifest, TensorSpec
 from shared.seeds import derive_seed
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.stopwatch import Stopwatch
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from shared.tensors.codecs import get_codec
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from coordinator.round.state import Notification, RunState
+    from coordinator.round.state import Notification, RunState, Update
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
 
@@ -80,6 +80,7 @@ class Announcer:
         url, expires_at = self._sign_adapter(opened.source_sha)
         trouble = state.troubles.get(site)
         feedback = has_feedback(self._config)
+        updates = self._updates_for(site, state)
         return RoundStarted(
             run=self._config.run.name,
             round=opened.round,
@@ -96,7 +97,8 @@ class Announcer:
             averaging=self._config.aggregation.averaging,
             feedback=feedback,
             last_accepted=state.last_accepted(site) if feedback else None,
-            updates=self._updates_for(site, state),
+            updates=updates,
+            genesis_seed=self._genesis_seed(site, state, opened.source_sha, updates),
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:
@@ -104,10 +106,12 @@ class Announcer:
         assert finished is not None  # this is only sent at the end
         url, expires_at = None, None
         updates: tuple[UpdateOffered, ...] = ()
+        seed = None
         mode = get_averaging(self._config.aggregation.averaging)
         if finished.sha is not None and site not in state.evaluated and not mode.makes_bases:
             url, expires_at = self._sign_adapter(finished.sha)
             updates = self._updates_for(site, state)
+            seed = self._genesis_seed(site, state, finished.sha, updates)
         return RunFinished(
             run=self._config.run.name,
             round=finished.round,
@@ -116,21 +120,23 @@ class Announcer:
             get_url=url,
             expires_at=expires_at,
             updates=updates,
+            genesis_seed=seed,
         )
 
     def _updates_for(self, site: str, state: RunState) -> tuple[UpdateOffered, ...]:
-        """From the adapter that the site trained from last, or at least from the one before.
+        """From the adapter that the site trained from last, or from the first, if it can draw that.
 
-        None where they are too many, or no fewer bytes than the adapter.
+        At least from the one before. None where they are too many, or no fewer bytes than the
+        adapter.
         """
-        if state.closed is None or not state.updates:
+        if state.closed is None:
             return ()
-        newest = state.closed.round
-        first = min(state.last_trained(site) or newest, newest)
-        wanted = [update for update in state.updates if update.round >= first]
-        size = sum(update.size for update in wanted)
-        if not wanted or wanted[0].round > first or size >= state.closed.adapter_size:
-            return ()
+        newest, trained = state.closed.round, state.last_trained(site)
+        if trained:
+            firsts = [min(trained, newest)]
+        else:
+            firsts = [1, newest] if self._draws(site, state) else [newest]
+        wanted = next(filter(None, (_since(state, first) for first in firsts)), ())
         run = self._config.run.name
         return tuple(
             UpdateOffered(
@@ -143,6 +149,23 @@ class Announcer:
             )
             for update in wanted
         )
+
+    def _genesis_seed(
+        self, site: str, state: RunState, adapter_sha: str, updates: tuple[UpdateOffered, ...]
+    ) -> int | None:
+        """The run's seed, if what the site is to begin with can be drawn from it."""
+        assert state.genesis is not None  # no adapter comes before it
+        begins_with = updates[0].source_sha if updates else adapter_sha
+        first = begins_with == state.genesis.adapter_sha and self._draws(site, state)
+        return self._config.run.seed if first else None
+
+    def _draws(self, site: str, state: RunState) -> bool:
+        """Whether the run's seed and the site's own tensors give the run's first adapter.
+
+        A branch begins with its parent's, and a site of another rank would draw one of that rank.
+        """
+        kind, lora = kind_of(self._config.lora), self._config.lora
+        return state.origin is None and kind.rank(lora, site) == kind.rank(lora)
 
     def _offered_bases(self) -> BasesOffered | None:
         sha = self._config.lora.bases_sha
@@ -157,6 +180,15 @@ class Announcer:
     def _sign(self, key: str) -> tuple[str, float]:
         expires_at = self._clock() + URL_SECONDS
         return self._store.sign_get(key, expires_at), expires_at
+
+
+def _since(state: RunState, first: int) -> tuple[Update, ...]:
+    """The updates of round ``first`` and all later ones; none if they are no fewer bytes."""
+    assert state.closed is not None
+    wanted = tuple(update for update in state.updates if update.round >= first)
+    size = sum(update.size for update in wanted)
+    whole = wanted and wanted[0].round == first and size < state.closed.adapter_size
+    return wanted if whole else ()
 
 
 def has_feedback(config: FederationConfig) -> bool:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import RoundFiles, close_round
-from coordinator.aggregation.genesis import draw_adapter
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.announcing import Announcer
 from coordinator.round.state import Aggregate, MakeGenesis, WriteRecord
@@ -28,6 +27,7 @@ from shared.protocol.events import Event, MessageRefused, UploadGranted
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.messages import to_refused, to_site
 from shared.protocol.records import ClosedRecord, GenesisRecord
+from shared.tensors.genesis import draw_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a site fetches: global adapters, whole or by the updates that lead to them, and bases."""
+"""What a site fetches: bases, and global adapters, whole or as updates to what it has or draws."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from shared.disk.files import digest_file
 from shared.errors import DecodeError, GradualDiffError, InterruptedRunError, ProtocolError
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.updates import apply_update, update_header
 
 if TYPE_CHECKING:
@@ -19,20 +20,26 @@ if TYPE_CHECKING:
     from participant.guard import Guard
     from participant.site import Site
     from shared.protocol.events import RoundStarted, RunAnnounced, RunFinished, UpdateOffered
+    from shared.protocol.manifest import Manifest
 
 
-def fetch_adapter(site: Site, guard: Guard, task: RoundStarted | RunFinished) -> Path:
+def fetch_adapter(
+    site: Site, guard: Guard, task: RoundStarted | RunFinished, manifest: Manifest
+) -> Path:
     """Where the adapter that a task names lies in the workspace, brought there unless it is.
 
-    By updates where they lead to it from one that is there, else whole. Raises ProtocolError for a
-    task that names none, and what a download raises.
+    By updates where they lead to it from one that is there, or from the run's first one, which is
+    drawn (``manifest``: its tensors); else whole. Raises ProtocolError for a task that names none,
+    and what a download raises.
     """
     sha, whole = task.adapter_sha, task.fetched_sha
     if sha is None or whole is None or task.get_url is None:
         raise ProtocolError("get_url: expected an adapter and its URL, got none")
     path = site.workspace.adapter_path(task.run, sha)
-    # What lies there from before is trusted no more than what comes over the wire.
-    if _is_there(path, sha) or _bring_by_updates(site, guard, task, sha):
+    steps = _from_what_is_there(site, task, sha)
+    if steps is None and _draw(site, task, sha, manifest):
+        steps = task.updates
+    if steps is not None and _bring_by_updates(site, guard, task.run, steps, sha):
         return path
     failpoint("download.before")
     site.transfer.download(task.get_url, path, whole)
@@ -63,17 +70,47 @@ def fetch_bases(site: Site, announced: RunAnnounced) -> None:
 
 
 def _is_there(path: Path, sha: str) -> bool:
+    """What lies there from before is trusted no more than what comes over the wire."""
     return path.is_file() and digest_file(path)[0] == sha
 
 
+def _from_what_is_there(
+    site: Site, task: RoundStarted | RunFinished, wanted: str
+) -> Sequence[UpdateOffered] | None:
+    """The updates that lead on from the newest adapter in the workspace; None if none is of use.
+
+    No updates: it is the one that is wanted.
+    """
+    shas = [*(update.source_sha for update in task.updates), wanted]
+    for at, sha in reversed(list(enumerate(shas))):
+        if _is_there(site.workspace.adapter_path(task.run, sha), sha):
+            return task.updates[at:]
+    return None
+
+
+def _draw(site: Site, task: RoundStarted | RunFinished, wanted: str, manifest: Manifest) -> bool:
+    """Draw the run's first adapter, if its seed was told; whether it is the announced one."""
+    if task.genesis_seed is None:
+        return False
+    sha = task.updates[0].source_sha if task.updates else wanted
+    path = site.workspace.adapter_path(task.run, sha)
+    with file_errors(path):
+        drawn = draw_adapter(manifest, task.genesis_seed, path)
+        failpoint("genesis.drawn")
+        if drawn.sha256 == sha:
+            get_logger().info("genesis.drawn", site=site.name, run=task.run, size=drawn.size)
+            return True
+        path.unlink()
+    get_logger().warning(
+        "genesis.differs", site=site.name, run=task.run, expected=sha, got=drawn.sha256
+    )
+    return False
+
+
 def _bring_by_updates(
-    site: Site, guard: Guard, task: RoundStarted | RunFinished, wanted: str
+    site: Site, guard: Guard, run: str, steps: Sequence[UpdateOffered], wanted: str
 ) -> bool:
     """Whether the updates led to the adapter. Nothing is lost where they do not: it comes whole."""
-    run = task.run
-    steps = _from_newest_held(site, run, task.updates)
-    if not steps:
-        return False
     try:
         for at, step in enumerate(steps):
             following = steps[at + 1].source_sha if at + 1 < len(steps) else wanted
@@ -85,20 +122,10 @@ def _bring_by_updates(
         site.refused(run)
         get_logger().warning("update.refused", site=site.name, run=run, reason=str(error))
         return False
-    size = sum(step.size for step in steps)
-    get_logger().info("adapter.updated", site=site.name, run=run, updates=len(steps), size=size)
+    if steps:
+        size = sum(step.size for step in steps)
+        get_logger().info("adapter.updated", site=site.name, run=run, updates=len(steps), size=size)
     return True
-
-
-def _from_newest_held(
-    site: Site, run: str, offered: Sequence[UpdateOffered]
-) -> Sequence[UpdateOffered]:
-    """The updates that lead on from the newest adapter in the workspace; none if none does."""
-    for at in reversed(range(len(offered))):
-        sha = offered[at].source_sha
-        if _is_there(site.workspace.adapter_path(run, sha), sha):
-            return offered[at:]
-    return ()
 
 
 def _take_update(site: Site, run: str, step: UpdateOffered, wanted: str) -> None:

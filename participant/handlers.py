@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from participant.workspace import Submission
     from shared.brokers.port import Delivery
     from shared.protocol.dispatch import Handler
+    from shared.protocol.manifest import Manifest
 
 ONLINE_EXPIRES_SECONDS = 150.0
 ASK_SECONDS = 60.0
@@ -69,8 +70,9 @@ class Participant:
         self._guard = Guard(site.accept, site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
-        # Runs whose base model is loaded; work for another run waits for its announcement.
-        self._prepared: set[str] = set()
+        # Runs whose base model is loaded, and the tensors of their adapters; work for another run
+        # waits for its announcement.
+        self._prepared: dict[str, Manifest] = {}
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
         # The training that nobody takes any more, once there is one; written by the listener.
@@ -224,7 +226,7 @@ class Participant:
     def _prepare(self, task: RunAnnounced) -> None:
         # What the learner holds from here on is this announcement's: one that is not accepted
         # leaves nothing to train.
-        self._prepared.discard(task.run)
+        self._prepared.pop(task.run, None)
         try:
             self._guard.check_run(task)
             fetch_bases(self._site, task)
@@ -249,7 +251,7 @@ class Participant:
             return
         if self._site.workspace.begin(task.run, task.config_digest):
             self.meter.forget(task.run)
-        self._prepared.add(task.run)
+        self._prepared[task.run] = ready.manifest
         self._publish(
             ParticipantReady(
                 run=task.run,
@@ -277,6 +279,7 @@ class Participant:
                 self._site,
                 self._guard,
                 task,
+                self._prepared[task.run],
                 lambda: self._site.should_stop() or self._is_over(task),
                 self._reporter(task.round),
             )
@@ -339,7 +342,7 @@ class Participant:
             if told is not None:
                 self._publish(told)
                 return
-            source = fetch_adapter(self._site, self._guard, task)
+            source = fetch_adapter(self._site, self._guard, task, self._prepared[task.run])
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return

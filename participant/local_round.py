@@ -23,23 +23,25 @@ if TYPE_CHECKING:
     from participant.site import Site
     from participant.workspace import Workspace
     from shared.protocol.events import RoundStarted
+    from shared.protocol.manifest import Manifest
 
 
 def train_and_commit(
     site: Site,
     guard: Guard,
     task: RoundStarted,
+    manifest: Manifest,
     should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
 ) -> Submission:
-    """Train it, whatever was trained before; what is committed.
+    """Train it, whatever was trained before; what is committed. ``manifest``: of the adapter.
 
     Raises NotAcceptedError, GrantError, InterruptedRunError, and what the learner raises.
     """
     workspace = site.workspace
     guard.check_round(task)
     started = time.monotonic()
-    source = fetch_adapter(site, guard, task)
+    source = fetch_adapter(site, guard, task, manifest)
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)

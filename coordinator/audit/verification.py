@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import sends_updates
-from coordinator.aggregation.genesis import draw_adapter
 from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.audit.evidence import UNKNOWN, Verification
 from coordinator.audit.recomputing import Recomputing
@@ -33,6 +32,7 @@ from shared.protocol.records import (
     OpenedRecord,
 )
 from shared.seeds import derive_seed
+from shared.tensors.genesis import draw_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from coordinator.aggregation.genesis import draw_adapter
 from gradualdiff.reproduction.kept import read_kept
 from participant.learner.quality import AnswerLoss, ReplyScores, answer_loss, score_replies
 from shared import topology
 from shared.disk.files import digest_file, write_atomically
 from shared.errors import DataError
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from coordinator.aggregation.genesis import draw_adapter
 from gradualdiff.tuning.wire import Channel
 from participant.data import load_site_data
 from participant.learner.evaluation import evaluate_held_out
@@ -24,6 +23,7 @@ from participant.learner.training import Beginning, RoundPlace, train_round
 from shared.config import load_site
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import difference
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:

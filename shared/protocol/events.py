@@ -86,6 +86,7 @@ class UpdateOffered(Schema):
 
 
 Updates = Annotated[tuple[UpdateOffered, ...], Strict(False), Most(MOST_UPDATES)]
+Seed = Annotated[int, Within(0, 2**64)]
 
 
 class RunAnnounced(Event):
@@ -134,7 +135,7 @@ class RoundStarted(Event):
     """Where the round begins on the schedule, 0 to 1."""
     progress_to: Figure
     """Where it ends."""
-    seed: Annotated[int, Within(0, 2**64)]
+    seed: Seed
     """The round's seed, derived from the run's."""
     codec: Word
     """How the delta is to travel."""
@@ -152,6 +153,10 @@ class RoundStarted(Event):
     updates: Updates = ()
     """What leads, one after another, from an adapter that the site may hold to the source; together
     fewer bytes than it. The URLs end with the others.
+    """
+    genesis_seed: Seed | None = None
+    """The run's seed, where the run's first adapter, drawn from it, is what the updates start from,
+    or without updates the source: the site can draw that itself.
     """
 
     @property
@@ -220,6 +225,8 @@ class RunFinished(Event):
     expires_at: Time | None = None
     updates: Updates = ()
     """What leads to the adapter from one that the site may hold, as in ``RoundStarted``."""
+    genesis_seed: Seed | None = None
+    """As in ``RoundStarted``."""
 
     @property
     def adapter_sha(self) -> str | None:

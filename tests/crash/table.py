@@ -103,8 +103,7 @@ PARTICIPANT = [
     "counted.after",
     *around(PUBLISHED, "ParticipantReady"),
     *around(ACKNOWLEDGED, "RoundStarted"),
-    "download.before",
-    "download.after",
+    "genesis.drawn",
     "update.before",
     "update.fetched",
     "update.applied",
@@ -156,6 +155,7 @@ FAULTS: dict[str, dict[str, list[str]]] = {
         ],
     },
     "unfit": {"coordinator": around(RECORDED, "rejoined")},
+    "undrawn": {"participant": ["genesis.drawn", "download.before", "download.after"]},
     "failed": {
         "participant": around(PUBLISHED, "TrainingFailed"),
         "coordinator": [
@@ -223,7 +223,7 @@ SECOND: dict[str, list[str]] = {
 # With the real model, in the round that starts from a kept optimiser state or the one before.
 REAL = [
     ("participant", "acknowledge.before:RoundStarted", 1),
-    ("participant", "download.after", 1),
+    ("participant", "genesis.drawn", 1),
     ("participant", "training.stepped", 2),
     ("participant", "checkpoint.renamed", 2),
     ("participant", "learn.after", 1),

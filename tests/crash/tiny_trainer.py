@@ -4,7 +4,8 @@ Deterministic in site, round and seed. Each step is a line in ``steps.txt`` besi
 so that a test can count what was really trained. One fault may be ordered, which happens once in a
 site's life: ``failed`` (the first training raises), ``declined`` (the first preparation finds the
 wrong model), ``unfit`` (it finds another model than the other site has), ``spoilt`` (the first
-upload sends other bytes than were announced).
+upload sends other bytes than were announced). And one that lasts: ``undrawn`` (the site draws
+another first adapter than the coordinator).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradualdiff.cli.serve import make_context, stopped_by_signal
+from participant import fetching
 from participant.checkpoints import Tensors, TrainingProgress
 from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
@@ -181,6 +183,9 @@ def take_part(site_toml: Path, fault: str) -> None:
     configure()
     config, folder = load_site(site_toml), site_toml.resolve().parent
     trainer = TinyTrainer(config.site.name, folder, fault)
+    if fault == "undrawn":
+        draw = fetching.draw_adapter
+        fetching.draw_adapter = lambda manifest, seed, path: draw(manifest, seed + 1, path)
     stopping = threading.Event()
     with stopped_by_signal(stopping):
         context = make_context(config, folder, trainer, stopping)

@@ -155,6 +155,8 @@ def test_svd_is_the_best_fit_of_the_dense_mean(tmp_path, ranks):
         assert (np.diff(norms) <= 0).all()
         assert np.allclose(norms, np.linalg.norm(after[B], axis=0), rtol=1e-5)
     assert verify(tmp_path).findings == []
+    first = {r.site: r.traffic.down for r in records(tmp_path, AcceptedRecord) if r.round == 1}
+    assert {site for site, came in first.items() if came} == set(ranks)  # others draw it
     genesis = records(tmp_path, GenesisRecord)[0]
     assert [layer.right.shape for layer in KIND.layers(genesis.manifest)] == [(4, 8)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.aggregation.genesis import draw_adapter
 from participant.handlers import ASKS, Participant
 from participant.site import Site
 from participant.workspace import Workspace
@@ -21,6 +20,7 @@ from shared.protocol.events import (
     WireLora,
     WireTraining,
 )
+from shared.tensors.genesis import draw_adapter
 from tests.numpy_learner import ANYTHING, MANIFEST, NumpyLearner
 
 TRAINING = WireTraining(local_steps=1)

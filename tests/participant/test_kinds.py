@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.aggregation.genesis import draw_adapter
 from coordinator.runs.expanding import write_lora
 from participant.data import TokenisedExample
 from participant.learner.training import Beginning, RoundPlace, train_round
@@ -21,6 +20,7 @@ from shared.adapters.core import KIND
 from shared.config import BaseSection, LoraSection, TrainingSection
 from shared.errors import ModelError
 from shared.protocol.manifest import Manifest
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
 from tests.tiny_model import make_tiny_model
 

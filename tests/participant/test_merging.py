@@ -9,7 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from coordinator.aggregation.genesis import draw_adapter  # noqa: E402  # after the skip
 from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.port import DELTA_FILE  # noqa: E402
 from participant.model.adapter import add_adapter, trainable  # noqa: E402
@@ -19,6 +18,7 @@ from shared.adapters.lora import KIND  # noqa: E402
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import ModelError  # noqa: E402
 from shared.tensors.delta_file import DeltaFile  # noqa: E402
+from shared.tensors.genesis import draw_adapter  # noqa: E402  # after the skip
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorLayout, write_tensors  # noqa: E402
 from tests.participant.test_model import EXAMPLES, load  # noqa: E402
 from tests.participant.test_torch_learner import (  # noqa: E402

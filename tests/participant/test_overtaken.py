@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from coordinator.aggregation.genesis import draw_adapter
 from participant.agenda import Agenda
 from participant.handlers import Participant
 from participant.site import Site
@@ -16,6 +15,7 @@ from shared.protocol.events import (
     UploadGranted,
     UploadRequested,
 )
+from shared.tensors.genesis import draw_adapter
 from tests.numpy_learner import ANYTHING, MANIFEST, NumpyLearner
 from tests.participant.test_asking import ANNOUNCED, Outbox, round_started
 

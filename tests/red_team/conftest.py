@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coordinator.aggregation.genesis import draw_adapter
 from participant.handlers import Participant
 from participant.site import Site
 from participant.workspace import Workspace
@@ -26,6 +25,7 @@ from shared.protocol.events import (
     WireLora,
     WireTraining,
 )
+from shared.tensors.genesis import draw_adapter
 from tests.numpy_learner import NumpyLearner
 from tests.tiny_model import make_tiny_model
 

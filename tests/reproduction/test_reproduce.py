@@ -103,12 +103,12 @@ def test_fedavg_is_gradualdiff(results):
 
 
 def test_bytes_are_those_of_the_objects(home, results):
-    """One adapter down and one delta up in each round, and messages of some kilobytes."""
+    """One delta up in each of two rounds, an adapter down in the second, and some messages."""
     one = next(one for one in results["arms"] if one["arm"] == "federated")
     stored = [p.stat().st_size for p in (home / "whole" / "store").rglob("*.safetensors")]
     size = min(stored)
     assert size < one["bytes_up"] < size + 100_000
-    assert size < one["bytes_down"] < 2 * size + 100_000
+    assert size / 2 < one["bytes_down"] < size + 100_000
 
 
 def test_the_best_rate_is_chosen(results):

@@ -1,7 +1,7 @@
 """How a run begins: the first adapter, drawn from the run's seed.
 
-The coordinator has no base model and no torch: from the participants' manifest it draws what PEFT
-would have drawn, so that the first adapter changes nothing.
+Without base model and torch the manifest says what PEFT would have drawn, so that the first adapter
+changes nothing. The coordinator draws it, and so does each site, instead of fetching it.
 """
 
 from __future__ import annotations

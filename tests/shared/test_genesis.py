@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from coordinator.aggregation.genesis import draw_adapter
 from shared.adapters.lora import KIND
 from shared.config import BaseSection, LoraSection
 from shared.errors import ConfigError
 from shared.protocol.manifest import Manifest, TensorSpec
+from shared.tensors.genesis import draw_adapter
 from shared.tensors.tensor_file import TensorFile
 
 if TYPE_CHECKING:
