@@ -126,7 +126,7 @@ def test_servers_are_killed_while_they_are_spoken_to(deploy, servers):
 
 
 def test_the_store_is_killed_in_the_middle_of_a_transfer(deploy, servers):
-    """Half of an adapter is down, then half of a delta is up, when it dies."""
+    """Half of a delta is up, then half of an adapter is down, when it dies."""
     _, weed = servers
     width = 1_000_000  # more than the kernel's buffers hold, which outlive who filled them
     size = 16 * width
@@ -136,7 +136,7 @@ def test_the_store_is_killed_in_the_middle_of_a_transfer(deploy, servers):
     line.throttle(size / 8)
     for site in "ab":
         deployment.start_participant(site)
-    for direction in ("down", "up"):
+    for direction in ("up", "down"):
         wait_until(lambda d=direction: line.passed[d] > size / 4, f"{direction} began")
         waits = {site: deployment.log(site).count("work.waits") for site in "ab"}
         weed.kill()
