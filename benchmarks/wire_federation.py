@@ -347,7 +347,7 @@ class IdleLearner:
         given = self.values
         delta = write_delta(
             folder / DELTA_FILE, wire_manifest(), task.codec, header,
-            lambda spec: given[spec.name], task.seed, feedback,
+            lambda spec: given[spec.name], task.seed, feedback, packed=task.packed,
         )  # fmt: skip
         return Learned(delta, 1, 1, LocalMetrics(steps=1), "fresh")
 

@@ -92,6 +92,7 @@ class Announcer:
             progress_to=opened.progress_to,
             seed=opened.seed,
             codec=self._config.codec.name,
+            packed=self._config.codec.packed,
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
             averaging=self._config.aggregation.averaging,

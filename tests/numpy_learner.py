@@ -132,7 +132,14 @@ class NumpyLearner:
                 return spoil(spec, delta) if spoil else delta
 
             delta = write_delta(
-                folder / DELTA_FILE, manifest, task.codec, header, values, task.seed, feedback
+                folder / DELTA_FILE,
+                manifest,
+                task.codec,
+                header,
+                values,
+                task.seed,
+                feedback,
+                packed=task.packed,
             )
         report(Progress("train", 1, 1, 1.0))
         self.trained.append(task.round)

@@ -96,8 +96,15 @@ def _write_update(
     number = closing.round
     trained = get_averaging(config.aggregation.averaging).trained_in(manifest, number)
     seed = derive_seed(config.run.seed, "down", number)
-    header = _header(config, closing)
-    return write_update(files.update, files.exact.after, files.source, trained, header, seed)
+    return write_update(
+        files.update,
+        files.exact.after,
+        files.source,
+        trained,
+        _header(config, closing),
+        seed,
+        packed=config.codec.packed,
+    )
 
 
 def _header(config: FederationConfig, closing: ClosingRecord) -> DeltaHeader:

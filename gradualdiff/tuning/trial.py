@@ -79,8 +79,12 @@ class Trial:
                 spec.name: np.array(file.read(spec.name)) for spec in manifest.tensors
             }
         self._held = self._exact
-        self.ways = {text.site: Channel(manifest, arm.up, feedback=arm.feedback) for text in texts}
-        self._down = Channel(manifest, arm.down) if arm.down is not None else None
+        packed = config.codec.packed
+        self.ways = {
+            text.site: Channel(manifest, arm.up, feedback=arm.feedback, packed=packed)
+            for text in texts
+        }
+        self._down = Channel(manifest, arm.down, packed=packed) if arm.down is not None else None
 
     def __enter__(self) -> Self:
         return self

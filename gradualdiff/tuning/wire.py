@@ -8,8 +8,6 @@ fp32 in memory.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +16,13 @@ from shared.errors import DivergedError
 from shared.seeds import derive_seed
 from shared.tensors.arithmetic import is_finite
 from shared.tensors.codecs import get_codec
-from shared.tensors.delta_file import DeltaHeader, write_delta
+from shared.tensors.delta_file import DeltaHeader
+from shared.tensors.tensor_file import TensorLayout, header_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shared.protocol.manifest import Manifest, TensorSpec
+    from shared.protocol.manifest import Manifest
 
     Values = dict[str, NDArray[np.float32]]
 
@@ -31,21 +30,28 @@ if TYPE_CHECKING:
 class Channel:
     """What is put in at one end comes out at the other as the codec leaves it.
 
-    ``sizes``: bytes of the file of everything that was sent; ``header``: bytes in each that are no
-    tensor's.
+    ``sizes``: bytes of the file of everything that was sent, whose form is ``packed`` or not;
+    ``header``: bytes in the last one that are no tensor's.
     """
 
-    def __init__(self, manifest: Manifest, codec: str, *, feedback: bool = False) -> None:
+    def __init__(
+        self, manifest: Manifest, codec: str, *, feedback: bool = False, packed: bool = True
+    ) -> None:
         self._codec = get_codec(codec)
         self._manifest = manifest
         self._feedback = feedback
         self._left: Values = {}
-        self.header = _header_bytes(manifest, codec)
+        self._packed = packed
+        self._metadata = DeltaHeader.of(
+            codec, run="tune", number=1, site="site", source_sha="0" * 64
+        ).metadata
+        self.header = 0
         self.sizes: list[int] = []
 
     def send(self, values: Values, seed: int) -> Values:
         """``values`` as they arrive. Raises DivergedError for values that are not finite."""
-        size, arrived = self.header, {}
+        layouts: list[TensorLayout] = []
+        size, arrived = 0, {}
         for spec in self._manifest.tensors:
             wanted = values[spec.name]
             if spec.name in self._left:
@@ -57,23 +63,12 @@ class Channel:
                 )
             parts = self._codec.encode(spec, wanted, derive_seed(seed, spec.name))
             size += sum(part.nbytes for part in parts)
+            for layout, part in zip(self._codec.layout(spec), parts, strict=True):
+                layouts.append(TensorLayout(layout.name, layout.dtype, part.shape))
             arrived[spec.name] = self._codec.decode(spec, parts)
             if self._feedback:
                 self._left[spec.name] = np.subtract(wanted, arrived[spec.name])
-        self.sizes.append(size)
+        layouts.sort(key=lambda layout: layout.name)
+        self.header = header_bytes(layouts, self._metadata, packed=self._packed)
+        self.sizes.append(self.header + size)
         return arrived
-
-
-def _header_bytes(manifest: Manifest, codec: str) -> int:
-    """Bytes of a delta file beside its tensors: names, shapes, places, whose it is."""
-    sizes: list[int] = []
-    header = DeltaHeader.of(codec, run="tune", number=1, site="site", source_sha="0" * 64)
-
-    def zeros(spec: TensorSpec) -> NDArray[np.float32]:
-        values = np.zeros(spec.shape, np.float32)
-        sizes.extend(part.nbytes for part in get_codec(codec).encode(spec, values, 0))
-        return values
-
-    with tempfile.TemporaryDirectory(prefix="gradualdiff-tune-") as scratch:
-        written = write_delta(Path(scratch) / "delta", manifest, codec, header, zeros, 0)
-    return written.size - sum(sizes)

@@ -287,7 +287,9 @@ class TorchLearner:
             source_sha=task.source_sha,
         )
         seed = derive_seed(task.seed, self._site, task.round, "codec")
-        return write_delta(path, trained, task.codec, header, values, seed, feedback)
+        return write_delta(
+            path, trained, task.codec, header, values, seed, feedback, packed=task.packed
+        )
 
 
 class _Clock:

@@ -137,7 +137,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "clip_to_median": "off",
     },
     "server": ServerSection().model_dump(mode="json"),
-    "codec": {"feedback": False, "down": WHOLE},
+    "codec": {"feedback": False, "down": WHOLE, "packed": False},
 }
 
 

@@ -173,6 +173,10 @@ class CodecSection(Section):
     to the one that it holds. What that leaves out travels in a later round. ``"whole"``, and
     nothing else, with ``svd``, ``flora`` and ``range-finder``.
     """
+    packed: bool = True
+    """Names and shapes of a delta's tensors take a few bytes each. ``false``: a delta is a
+    safetensors file; sites of older releases can read no other, and fetch each adapter whole.
+    """
 
 
 class ConvergenceSection(Section):

@@ -154,6 +154,8 @@ class RoundStarted(Event):
     """What leads, one after another, from an adapter that the site may hold to the source; together
     fewer bytes than it. The URLs end with the others.
     """
+    packed: bool = False
+    """Whether the delta's file is to be packed; else it is a safetensors file."""
     genesis_seed: Seed | None = None
     """The run's seed, where the run's first adapter, drawn from it, is what the updates start from,
     or without updates the source: the site can draw that itself.

@@ -1,4 +1,4 @@
-"""A delta on disk: a safetensors file that says whose it is and how to read it, and its checks.
+"""A delta on disk: a file of tensors that says whose it is and how to read it, and its checks.
 
 The coordinator trusts nothing in it. ``check_delta`` is the border: what it lets through has the
 run's tensors and no others, all values finite, a bounded norm, and the header that was agreed on.
@@ -23,12 +23,18 @@ from shared.seeds import derive_seed
 from shared.tensors.arithmetic import is_finite, significant, squared_norm
 from shared.tensors.codecs import Codec, get_codec
 from shared.tensors.residual import ResidualHeader
-from shared.tensors.tensor_file import FileDigest, TensorFile, TensorLayout, write_tensors
+from shared.tensors.tensor_file import (
+    MAX_HEADER_BYTES,
+    FileDigest,
+    TensorFile,
+    TensorLayout,
+    write_tensors,
+)
 
 LARGEST_NORM: Final = 1e30  # far from fp32's end at 3.4e38: no sum of such deltas reaches it
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -64,6 +70,11 @@ class DeltaHeader(Schema):
             codec_version=codec.version,
         )
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """As it stands in the file."""
+        return {HEADER_KEY: canonical_json(self.model_dump(mode="json")).decode()}
+
 
 @dataclass(frozen=True)
 class DeltaCheck:
@@ -80,14 +91,16 @@ def write_delta(
     values: Callable[[TensorSpec], NDArray[np.float32]],
     seed: int,
     feedback: Feedback | None = None,
+    *,
+    packed: bool = False,
 ) -> FileDigest:
     """Encode a delta tensor by tensor; ``values(spec)`` is fp32 of ``spec.shape``, asked for once.
 
     With ``feedback`` the residual of earlier deltas is added before, and what the codec leaves out
     of the sum is written as the next residual. Each tensor's codec seed is derived from ``seed``
-    and its name. Raises ConfigError for an unknown codec, DeltaRefusedError for a value that is not
-    finite (the training diverged: the coordinator would refuse it), ValueError for another shape,
-    dtype, codec or codec version.
+    and its name. ``packed``: the file's form. Raises ConfigError for an unknown codec,
+    DeltaRefusedError for a value that is not finite (the training diverged: the coordinator would
+    refuse it), ValueError for another shape, dtype, codec or codec version.
     """
     codec = get_codec(codec_name)
     if (header.codec, header.codec_version) != (codec.name, codec.version):
@@ -97,13 +110,14 @@ def write_delta(
         )
     places = _layouts(manifest, codec)
     layouts = [layout for layout, _ in places.values()]
-    metadata = {HEADER_KEY: canonical_json(header.model_dump(mode="json")).decode()}
+    metadata = header.metadata
     if feedback is None:
-        return write_tensors(path, layouts, _encoded(places, codec, values, seed), metadata)
+        parts = _encoded(places, codec, values, seed)
+        return write_tensors(path, layouts, parts, metadata, packed=packed)
     whose = ResidualHeader(**header.model_dump(include=set(ResidualHeader.model_fields)))
     with feedback.open(whose, manifest.tensors) as residual:
         parts = _encoded(places, codec, values, seed, residual)
-        written = write_tensors(path, layouts, parts, metadata)
+        written = write_tensors(path, layouts, parts, metadata, packed=packed)
         feedback.written = residual.finish()
     return written
 
@@ -117,7 +131,7 @@ class DeltaFile:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         try:
-            self._file = TensorFile(path)
+            self._file = TensorFile(path, header_limit(spec.name for spec in manifest.tensors))
         except DecodeError as error:
             raise DeltaRefusedError(f"not a delta file: {error}") from None
         self.header = decode_header(self._file.metadata)
@@ -154,6 +168,16 @@ class DeltaFile:
         except DecodeError as error:
             raise DeltaRefusedError(f"tensor {spec.name!r}: {error}") from None
         return values
+
+
+def header_limit(names: Iterable[str]) -> int:
+    """The most bytes of JSON in the header of a delta of these tensors, by whatever codec.
+
+    16 parts a tensor, each with 128 bytes beside its name: what a small file says to hold is
+    bounded by what the run has.
+    """
+    parts = sum(16 * (len(name.encode()) + 128) for name in names)
+    return min(MAX_HEADER_BYTES, 2**16 + parts)
 
 
 def check_header(got: DeltaHeader, expected: DeltaHeader) -> None:

@@ -1,8 +1,9 @@
 """Named tensors in a safetensors file: a strict reader over a memory map and a streaming writer.
 
-Must not know what the tensors mean. Invariants:
+Both also know the packed form (``packed_header.py``), which deltas have. Must not know what the
+tensors mean. Invariants:
 
-- The reader trusts nothing: whatever is not a whole, gapless safetensors file is a DecodeError.
+- The reader trusts nothing: whatever is not a whole, gapless file of either form is a DecodeError.
 - The writer's bytes are a function of its arguments alone. The safetensors library is not used
   for writing because it orders several metadata keys at random and wants every tensor at once.
 - Neither side holds more than one tensor in anonymous memory.
@@ -18,12 +19,13 @@ import mmap
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from shared.errors import DecodeError
+from shared.tensors.packed_header import MARK, is_packed, pack, unpack
 from shared.tensors.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -91,6 +93,10 @@ class TensorLayout:
         return shape == self.shape or (self.varies and len(shape) == 1 and shape <= self.shape)
 
 
+# A tensor's first byte and end, counted from the first tensor's.
+Span: TypeAlias = tuple[TensorLayout, int, int]
+
+
 @dataclass(frozen=True)
 class FileDigest:
     """What a written file is. ``sha256``: hex digest of all its bytes, ``size`` of them."""
@@ -100,33 +106,26 @@ class FileDigest:
 
 
 class TensorFile:
-    """A safetensors file, checked whole at opening and read tensor by tensor.
+    """A safetensors or packed file, checked whole at opening and read tensor by tensor.
 
     ``layouts``: by name, in the order of their bytes. ``metadata``: the text that came along.
-    The file must not shrink while it is open. Raises DecodeError for bytes that are no such file
-    (the messages name no path: they may travel to whoever sent the bytes) and OSError where the
-    file itself cannot be opened.
+    ``most``: bytes of the header's JSON. The file must not shrink while it is open. Raises
+    DecodeError for bytes that are no such file (the messages name no path: they may travel to
+    whoever sent the bytes) and OSError where the file itself cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, most: int = MAX_HEADER_BYTES) -> None:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise DecodeError(f"expected at least 8 bytes of safetensors, got {size}")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        length = int.from_bytes(mapped[:8], "little")
-        if length > MAX_HEADER_BYTES:
-            raise DecodeError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {length}")
-        start = 8 + length
-        if start > len(mapped):
-            raise DecodeError(
-                f"header: expected {length} bytes, got {len(mapped) - 8}; the file is truncated"
-            )
-        entries = _decode_json(mapped[8:start])
+        packed = is_packed(mapped)
+        text, start, end = _find_packed(mapped, most) if packed else _find_plain(mapped, most)
+        entries = _decode_json(text)
         self.metadata: dict[str, str] = _decode_metadata(entries.pop(METADATA_KEY, {}))
-        spans = [_decode_entry(name, entry) for name, entry in entries.items()]
-        spans.sort(key=lambda span: span[1:])
-        _check_gapless(spans, len(mapped) - start)
+        spans = _decode_packed(entries) if packed else _decode_plain(entries)
+        _check_gapless(spans, end - start)
         self.layouts: dict[str, TensorLayout] = {layout.name: layout for layout, _, _ in spans}
         self._starts = {layout.name: start + begin for layout, begin, _ in spans}
         self._mapped: mmap.mmap | None = mapped
@@ -177,7 +176,8 @@ class TensorWriter:
     another shape, dtype or number than its layout.
 
     The header stands first and the lengths of tensors that vary are known last: it gets the room
-    that the longest would need, is written again at the end and filled up with spaces.
+    that the longest would need, is written again at the end and filled up with spaces. ``packed``:
+    it stands at the end.
     """
 
     def __init__(
@@ -186,19 +186,22 @@ class TensorWriter:
         layouts: Sequence[TensorLayout],
         metadata: Mapping[str, str] | None = None,
         watch: Stopwatch | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         header = _encode_header(layouts, metadata)
+        self._packed = packed
         self._path, self._part = path, path.with_name(f".{path.name}.part")
         self._waiting, self._metadata = iter(layouts), metadata
         self._written: list[TensorLayout] = []
-        self._varies = any(layout.varies for layout in layouts)
+        self._header_waits = not packed and any(layout.varies for layout in layouts)
         self._header_bytes = len(header) - 8
         self._watch = watch or Stopwatch()
         self._sha256 = hashlib.sha256()
         self._size = 0
         self._file = self._part.open("w+b")
         try:
-            self._append(memoryview(header))
+            self._append(memoryview(MARK if packed else header))
         except BaseException:
             self.close()
             raise
@@ -232,7 +235,9 @@ class TensorWriter:
         missing = next(self._waiting, None)
         if missing is not None:
             raise ValueError(f"{missing.name}: expected a tensor for every layout, got none")
-        if self._varies:
+        if self._packed:
+            self._append(memoryview(pack(_packed_text(self._written, self._metadata))))
+        if self._header_waits:
             self._put_header()
         with self._watch.phase("write"):
             self._file.flush()
@@ -252,7 +257,7 @@ class TensorWriter:
             self._sha256 = hashlib.file_digest(self._file, "sha256")
 
     def _append(self, data: memoryview) -> None:
-        if not self._varies:
+        if not self._header_waits:
             with self._watch.phase("hash"):
                 self._sha256.update(data)
         with self._watch.phase("write"):
@@ -266,12 +271,14 @@ def write_tensors(
     values: Iterable[NDArray[Any]],
     metadata: Mapping[str, str] | None = None,
     watch: Stopwatch | None = None,
+    *,
+    packed: bool = False,
 ) -> FileDigest:
     """Write ``values``, one for each of ``layouts`` in that order, and say what was written.
 
     As ``TensorWriter`` does; each array is done with before the next is asked for.
     """
-    with TensorWriter(path, layouts, metadata, watch) as writer:
+    with TensorWriter(path, layouts, metadata, watch, packed=packed) as writer:
         for tensor in values:
             writer.add(tensor)
         return writer.finish()
@@ -285,7 +292,7 @@ def _encode_header(
             raise ValueError(f"expected names sorted, each once, got {before!r} then {after!r}")
     if metadata is not None and len(metadata) > 1:
         raise ValueError(f"expected at most one metadata key, got {sorted(metadata)}")
-    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    entries = _first_entry(metadata)
     offset = 0
     for layout in layouts:
         if layout.name == METADATA_KEY:
@@ -297,11 +304,52 @@ def _encode_header(
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _to_json(entries)
     text = text.ljust(max(room, len(text) + -len(text) % 8))
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {len(text)}")
     return len(text).to_bytes(8, "little") + text
+
+
+def _packed_text(layouts: Iterable[TensorLayout], metadata: Mapping[str, str] | None) -> bytes:
+    """The JSON of a packed header: as safetensors has it, but where a tensor lies is not said."""
+    rows = {layout.name: [layout.dtype, layout.shape] for layout in layouts}
+    return _to_json({**_first_entry(metadata), **rows})
+
+
+def _first_entry(metadata: Mapping[str, str] | None) -> dict[str, object]:
+    return {METADATA_KEY: dict(metadata)} if metadata else {}
+
+
+def _to_json(entries: Mapping[str, object]) -> bytes:
+    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def header_bytes(
+    layouts: Sequence[TensorLayout], metadata: Mapping[str, str], *, packed: bool
+) -> int:
+    """Bytes of a file with these tensors that are none of theirs."""
+    if packed:
+        return len(MARK) + len(pack(_packed_text(layouts, metadata)))
+    return len(_encode_header(layouts, metadata))
+
+
+def _find_plain(mapped: mmap.mmap, most: int) -> tuple[bytes, int, int]:
+    """The header's JSON, and where the tensors begin and end."""
+    length = int.from_bytes(mapped[:8], "little")
+    if length > most:
+        raise DecodeError(f"header: expected at most {most} bytes, got {length}")
+    start = 8 + length
+    if start > len(mapped):
+        raise DecodeError(
+            f"header: expected {length} bytes, got {len(mapped) - 8}; the file is truncated"
+        )
+    return mapped[8:start], start, len(mapped)
+
+
+def _find_packed(mapped: mmap.mmap, most: int) -> tuple[bytes, int, int]:
+    text, end = unpack(mapped, most)
+    return text, len(MARK), end
 
 
 def _decode_json(data: bytes) -> dict[str, Any]:
@@ -330,12 +378,35 @@ def _decode_metadata(values: object) -> dict[str, str]:
     return values
 
 
-def _decode_entry(name: str, entry: object) -> tuple[TensorLayout, int, int]:
-    """Layout, first byte and end of one tensor, offsets from the end of the header."""
+def _decode_plain(entries: Mapping[str, object]) -> list[Span]:
+    spans = [_decode_entry(name, entry) for name, entry in entries.items()]
+    return sorted(spans, key=lambda span: span[1:])
+
+
+def _decode_packed(entries: Mapping[str, object]) -> list[Span]:
+    spans: list[Span] = []
+    end = 0
+    for name, entry in entries.items():
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise DecodeError(f"tensor {name[:100]!r}: expected exactly dtype and shape")
+        layout = _decode_layout(name, *entry)
+        begin, end = end, end + layout.size_bytes
+        spans.append((layout, begin, end))
+    return spans
+
+
+def _decode_entry(name: str, entry: object) -> Span:
     field_name = f"tensor {name[:100]!r}"
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise DecodeError(f"{field_name}: expected exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    layout, offsets = _decode_layout(name, entry["dtype"], entry["shape"]), entry["data_offsets"]
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise DecodeError(f"{field_name}: expected two data_offsets")
+    return layout, offsets[0], offsets[1]
+
+
+def _decode_layout(name: str, dtype: object, shape: object) -> TensorLayout:
+    field_name = f"tensor {name[:100]!r}"
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         got = repr(dtype[:20]) if isinstance(dtype, str) else type(dtype).__name__
         raise DecodeError(f"{field_name}: expected a dtype such as F32, got {got}")
@@ -344,17 +415,15 @@ def _decode_entry(name: str, entry: object) -> tuple[TensorLayout, int, int]:
     # Zeros count as one: numpy cannot shape (0, 2**70) either.
     if math.prod(max(length, 1) for length in shape) > _MAX_ELEMENTS:
         raise DecodeError(f"{field_name}: expected at most {_MAX_ELEMENTS} values")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise DecodeError(f"{field_name}: expected two data_offsets")
-    return TensorLayout(name, dtype, tuple(shape)), offsets[0], offsets[1]
+    return TensorLayout(name, dtype, tuple(shape))
 
 
-def _are_sizes(values: object) -> bool:
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     """Whether this is a list of whole numbers, 0 to 2**63 - 1 (JSON's true is an int too)."""
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
-def _check_gapless(spans: list[tuple[TensorLayout, int, int]], data_bytes: int) -> None:
+def _check_gapless(spans: list[Span], data_bytes: int) -> None:
     """Tensors must cover the data exactly: no overlap, no gap, nothing after the last."""
     offset = 0
     for layout, begin, end in spans:

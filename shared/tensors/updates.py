@@ -23,6 +23,7 @@ from shared.tensors.delta_file import (
     DeltaHeader,
     check_header,
     decode_header,
+    header_limit,
     write_delta,
 )
 from shared.tensors.tensor_file import ADAPTER_METADATA, FileDigest, TensorFile, write_tensors
@@ -43,12 +44,19 @@ def update_header(run: str, number: int, source_sha: str, codec_name: str) -> De
 
 
 def write_update(
-    path: Path, exact: Path, source: Path, manifest: Manifest, header: DeltaHeader, seed: int
+    path: Path,
+    exact: Path,
+    source: Path,
+    manifest: Manifest,
+    header: DeltaHeader,
+    seed: int,
+    *,
+    packed: bool = False,
 ) -> FileDigest:
     """Write c = Q(x - w) for the tensors of ``manifest``; what was written.
 
-    ``exact``: x, ``source``: w, both fp32. ``seed``: for codecs that round at random. Raises
-    LedgerError where a difference leaves fp32's range.
+    ``exact``: x, ``source``: w, both fp32. ``seed``: for codecs that round at random. ``packed``:
+    the file's form. Raises LedgerError where a difference leaves fp32's range.
     """
     with TensorFile(exact) as wanted, TensorFile(source) as held:
 
@@ -60,7 +68,7 @@ def write_update(
             return values
 
         try:
-            return write_delta(path, manifest, header.codec, header, owed, seed)
+            return write_delta(path, manifest, header.codec, header, owed, seed, packed=packed)
         except DeltaRefusedError as error:
             raise LedgerError(
                 f"round {header.round}, from the adapter before to this one: {error}; a delta is "
@@ -87,7 +95,7 @@ def _held(held: TensorFile, update: Path, expected: DeltaHeader) -> Manifest:
 
     Its header comes first: no codec is run but the one that is expected.
     """
-    with TensorFile(update) as file:
+    with TensorFile(update, header_limit(held.layouts)) as file:
         check_header(decode_header(file.metadata), expected)
         named = file.layouts.keys()
     tensors = [

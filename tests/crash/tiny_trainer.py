@@ -85,7 +85,9 @@ class TinyTrainer:
             return (factors[spec.name].detach() - before[spec.name]).numpy()
 
         path = folder / DELTA_FILE
-        delta = write_delta(path, MANIFEST, task.codec, header, change, task.seed, feedback)
+        delta = write_delta(
+            path, MANIFEST, task.codec, header, change, task.seed, feedback, packed=task.packed
+        )
         save_optimizer(optimizer, factors, folder / STATE_FILE)
         metrics = LocalMetrics(
             steps=STEPS,

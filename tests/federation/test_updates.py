@@ -18,6 +18,7 @@ from shared import topology
 from shared.errors import ConfigError
 from shared.protocol.records import AcceptedRecord, ClosedRecord, GenesisRecord
 from shared.stores.directory import DirectoryStore
+from shared.tensors.packed_header import MARK
 from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.federation.test_embedded import restarted
@@ -102,6 +103,24 @@ def test_a_run_verifies_and_its_sites_fetch_updates(tmp_path, name, down):
     assert all(record.exact_sha != record.adapter_sha for record in results.values())
     assert state.adapter_sha == results[4].adapter_sha
     assert summarise_round(read_history(store_of(tmp_path), "test"), 2).update_bytes
+
+
+def test_a_files_form_changes_no_adapter(tmp_path):
+    """Packed or safetensors, deltas and updates hold the same, and each run verifies."""
+    shas, marks = set(), []
+    for packed in (True, False):
+        folder = tmp_path / str(packed)
+        settings = config(codec={**DOWN, "packed": packed})
+        assert ("packed" in settings.recorded()["codec"]) == packed
+        shas.add(run(settings, folder).adapter_sha)
+        assert verify(folder).findings == []
+        store = store_of(folder)
+        prefixes = topology.updates_prefix("test"), topology.deltas_prefix("test", 2)
+        files = [store.get(item.key) for prefix in prefixes for item in store.list(prefix)]
+        assert len(files) == 6
+        marks.append({data[:8] == MARK for data in files})
+    assert len(shas) == 1
+    assert marks == [{True}, {False}]
 
 
 def test_an_exact_codec_comes_to_the_adapter_of_a_run_without(tmp_path):

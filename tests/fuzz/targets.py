@@ -16,6 +16,7 @@ from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import is_finite, squared_norm
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, check_delta, write_delta
+from shared.tensors.packed_header import MARK, pack
 from shared.tensors.packing import to_frame
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 from tests.fuzz import federations, records, stores
@@ -86,7 +87,7 @@ HEADERS = [
 
 
 def deltas(file: Path) -> list[bytes]:
-    """One whole delta of each codec."""
+    """Two whole deltas of each codec, one packed."""
 
     def values(spec: TensorSpec) -> NDArray[np.float32]:
         count = int(np.prod(spec.shape))
@@ -94,8 +95,9 @@ def deltas(file: Path) -> list[bytes]:
 
     found = []
     for header in HEADERS:
-        write_delta(file, MANIFEST, header.codec, header, values, seed=1)
-        found.append(file.read_bytes())
+        for packed in (False, True):
+            write_delta(file, MANIFEST, header.codec, header, values, seed=1, packed=packed)
+            found.append(file.read_bytes())
     return found
 
 
@@ -172,11 +174,20 @@ def targets(folder: Path) -> dict[str, Target]:
 
     layouts = [TensorLayout("x.lora_A", "F32", (2, 3)), TensorLayout("x.lora_B", "I8", (4,))]
     values = [np.ones((2, 3), np.float32), np.ones(4, np.int8)]
-    write_tensors(file, layouts, values, {"format": "pt"})
-    tensors = file.read_bytes()
+    tensors = []
+    for packed in (False, True):
+        write_tensors(file, layouts, values, {"format": "pt"}, packed=packed)
+        tensors.append(file.read_bytes())
+    text = zstandard.decompress(tensors[1][tensors[1].index(zstandard.FRAME_HEADER) : -4])
+
+    def read_header(data: bytes) -> None:
+        file.write_bytes(MARK + bytes(28) + pack(data))
+        read_tensors(file)
+
     return {
         "wire": Target([wire.encode(event, 0.0) for event in EXAMPLES], wire.decode, DecodeError),
-        "tensors": Target([tensors], from_file(read_tensors), DecodeError),
+        "tensors": Target(tensors, from_file(read_tensors), DecodeError),
+        "headers": Target([text], read_header, DecodeError),
         "deltas": Target(deltas(file), from_file(check), DeltaRefusedError),
         "federation": Target([FEDERATION.encode()], from_file(load_federation), ConfigError),
         "site": Target([SITE.encode()], from_file(load_site), ConfigError),

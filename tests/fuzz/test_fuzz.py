@@ -15,6 +15,7 @@ from tests.fuzz.targets import Target, targets
 NAMES = [
     "wire",
     "tensors",
+    "headers",
     "deltas",
     "federation",
     "site",

@@ -15,7 +15,15 @@ from shared import modes
 from shared.errors import ConfigError, DeltaRefusedError
 from shared.protocol.manifest import Manifest, TensorSpec
 from shared.tensors.codecs import get_codec
-from shared.tensors.delta_file import HEADER_KEY, DeltaFile, DeltaHeader, check_delta, write_delta
+from shared.tensors.delta_file import (
+    HEADER_KEY,
+    DeltaFile,
+    DeltaHeader,
+    check_delta,
+    header_limit,
+    write_delta,
+)
+from shared.tensors.packed_header import MARK, pack
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 
 if TYPE_CHECKING:
@@ -56,10 +64,11 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "delta.safetensors"
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("codec", modes.names("codecs"))
-def test_a_delta_is_read_back(path: Path, codec: str) -> None:
+def test_a_delta_is_read_back(path: Path, codec: str, packed: bool) -> None:
     """Header and decoded values survive every codec; all twos are nearly exact where sent."""
-    write_delta(path, MANIFEST, codec, header_of(codec), values_of, 1)
+    write_delta(path, MANIFEST, codec, header_of(codec), values_of, 1, packed=packed)
     with DeltaFile(path, MANIFEST) as delta:
         assert delta.header == header_of(codec)
         for spec in SPECS:
@@ -75,11 +84,12 @@ def test_a_delta_passes_its_check_with_its_norm(path: Path) -> None:
     assert check_delta(path, MANIFEST, HEADER, max_norm=36).norm == 35.0428309
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("codec", modes.names("codecs"))
-def test_the_same_delta_is_the_same_bytes(tmp_path: Path, codec: str) -> None:
+def test_the_same_delta_is_the_same_bytes(tmp_path: Path, codec: str, packed: bool) -> None:
     """A site that announces again announces the same sha."""
     digests = {
-        write_delta(tmp_path / name, MANIFEST, codec, header_of(codec), values_of, 1)
+        write_delta(tmp_path / name, MANIFEST, codec, header_of(codec), values_of, 1, packed=packed)
         for name in "xy"
     }
     assert len(digests) == 1
@@ -219,12 +229,14 @@ def test_damaged_deltas_are_refused_and_nothing_else(
 ) -> None:
     """Cut anywhere or changed in the header: accepted or DeltaRefusedError, without the path."""
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
-    write_delta(path, MANIFEST, "fp32", HEADER, values_of, 1)
+    packed = data.draw(st.booleans())
+    write_delta(path, MANIFEST, "fp32", HEADER, values_of, 1, packed=packed)
     whole = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         del whole[data.draw(st.integers(0, len(whole) - 1)) :]
     else:
-        whole[data.draw(st.integers(0, 500))] = data.draw(st.integers(0, 255))
+        at = data.draw(st.integers(0, 500))
+        whole[-1 - at if packed else at] = data.draw(st.integers(0, 255))
     path.write_bytes(whole)
     try:
         check_delta(path, MANIFEST, HEADER, max_norm=1e6)
@@ -248,3 +260,31 @@ def test_parts_that_no_codec_wrote_are_refused_by_name(path: Path, codec: str) -
         write_tensors(path, layouts, {**whole, "a": part}.values(), header)
         with pytest.raises(DeltaRefusedError, match=said):
             check_delta(path, MANIFEST, header_of(codec), max_norm=None)
+
+
+def test_what_a_small_file_says_to_hold_is_bounded_by_the_run(path: Path) -> None:
+    """A frame of some hundred bytes that holds megabytes of JSON is refused before it is opened."""
+    text = b"{" + b" " * header_limit(VALUES) + b"}"
+    bomb = MARK + pack(text)
+    assert len(bomb) < 200
+    path.write_bytes(bomb)
+    with pytest.raises(DeltaRefusedError, match=rf"expected 0 to \d+ bytes in it, got {len(text)}"):
+        check_delta(path, MANIFEST, HEADER, max_norm=None)
+
+
+def test_a_packed_header_is_a_few_bytes_a_tensor(path: Path) -> None:
+    """Of 210 layers, whose names take 120 each in a safetensors header."""
+    names = [f"model.layers.{i}.mlp.{m}_proj.lora_R.weight" for i in range(70) for m in "abc"]
+    specs = [TensorSpec(name=name, shape=(2, 3), init="zeros") for name in sorted(names)]
+    manifest = Manifest(tensors=tuple(specs), target_modules=("a",))
+
+    def values(spec: TensorSpec) -> Any:
+        return np.ones(spec.shape, np.float32)
+
+    sizes = [
+        write_delta(path, manifest, "fp32", HEADER, values, 1, packed=packed).size - 4 * 6 * 210
+        for packed in (False, True)
+    ]
+    assert sizes[0] > 100 * 210
+    assert sizes[1] < 5 * 210
+    assert check_delta(path, manifest, HEADER, max_norm=None).norm == 35.4964787

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from shared.errors import DecodeError
+from shared.tensors.packed_header import MARK, pack
 from shared.tensors.stopwatch import Stopwatch
 from shared.tensors.tensor_file import (
     MAX_HEADER_BYTES,
@@ -277,6 +279,81 @@ def test_every_truncation_is_a_decode_error(tmp_path: Path, whole: bytes) -> Non
     for size in range(len(whole)):
         with pytest.raises(DecodeError):
             opened(tmp_path, whole[:size])
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("packed") / "file"
+    write_tensors(path, LAYOUTS, VALUES, {"k": "v"}, packed=True)
+    return path.read_bytes()
+
+
+def test_a_packed_file_is_read_back(tmp_path: Path, packed: bytes) -> None:
+    """As a plain one, from bytes that stand first as they are, the header's JSON behind them."""
+    with opened(tmp_path, packed) as file:
+        assert tuple(file.layouts.values()) == LAYOUTS
+        assert file.metadata == {"k": "v"}
+        for layout, values in zip(LAYOUTS, VALUES, strict=True):
+            assert file.read(layout.name).tobytes() == values.tobytes()
+    data = b"".join(values.tobytes() for values in VALUES)
+    assert packed.startswith(b"tensors\x01" + data)
+    frame = packed[len(MARK) + len(data) : -4]
+    assert len(frame) == int.from_bytes(packed[-4:], "little")
+    text = zstandard.decompress(frame)
+    assert text.startswith(b'{"__metadata__":{"k":"v"},"a":["F32",[2,3]],"b":["BF16",[4]],')
+
+
+def test_a_packed_file_of_parts_as_long_as_they_come_has_their_lengths(tmp_path: Path) -> None:
+    """And its digest is that of its bytes, which are written once."""
+    layout = TensorLayout("x", "U8", (100,), varies=True)
+    written = write_tensors(tmp_path / "x", [layout], [np.ones(7, np.uint8)], packed=True)
+    data = (tmp_path / "x").read_bytes()
+    assert (written.sha256, written.size) == (hashlib.sha256(data).hexdigest(), len(data))
+    with TensorFile(tmp_path / "x") as file:
+        assert file.layouts["x"].shape == (7,)
+
+
+def test_every_truncation_of_a_packed_file_is_a_decode_error(tmp_path: Path, packed: bytes) -> None:
+    """A file cut at any byte at all never opens."""
+    for size in range(len(packed)):
+        with pytest.raises(DecodeError):
+            opened(tmp_path, packed[:size])
+
+
+BAD_PACKED = {
+    "another version": b"tensors\x02" + pack(b"{}"),
+    "no header": MARK + bytes(4),
+    "header past the beginning": MARK + b"x" * 9 + (10).to_bytes(4, "little"),
+    "no frame": MARK + b"x" * 9 + (9).to_bytes(4, "little"),
+    "not JSON": MARK + pack(b"{garbage"),
+    "empty": MARK + pack(b""),
+    "entry an object": MARK + bytes(4) + pack(b'{"a":{"dtype":"F32","shape":[1]}}'),
+    "entry too long": MARK + bytes(4) + pack(b'{"a":["F32",[1],[0,4]]}'),
+    "unknown dtype": MARK + bytes(4) + pack(b'{"a":["F4",[1]]}'),
+    "dtype a list": MARK + bytes(4) + pack(b'{"a":[[],[1]]}'),
+    "negative length": MARK + bytes(4) + pack(b'{"a":["F32",[-1]]}'),
+    "a name twice": MARK + bytes(8) + pack(b'{"a":["F32",[1]],"a":["F32",[1]]}'),
+    "more than there is": MARK + bytes(4) + pack(b'{"a":["F32",[2]]}'),
+    "less than there is": MARK + bytes(8) + pack(b'{"a":["F32",[1]]}'),
+    "lone surrogate": MARK + bytes(4) + pack(b'{"\\ud800":["F32",[1]]}'),
+}
+
+
+@pytest.mark.parametrize("data", BAD_PACKED.values(), ids=BAD_PACKED.keys())
+def test_a_malformed_packed_file_is_a_decode_error(tmp_path: Path, data: bytes) -> None:
+    """Each way to be wrong, with a message of bounded length and no path."""
+    with pytest.raises(DecodeError) as refused:
+        opened(tmp_path, data)
+    assert len(str(refused.value)) < 400
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_reader_of_safetensors_refuses_a_packed_file(tmp_path: Path, packed: bytes) -> None:
+    """So does an older release: the mark is a header's length beyond any limit."""
+    assert int.from_bytes(MARK, "little") > MAX_HEADER_BYTES
+    (tmp_path / "file").write_bytes(packed)
+    with pytest.raises(SafetensorError), safe_open(tmp_path / "file", "numpy"):
+        pass
 
 
 def test_tensors_in_another_order_are_read(tmp_path: Path) -> None:
