@@ -1,12 +1,13 @@
-"""What a round of LLaMA-2-7B costs each way with the arms of thin_wire.py, really encoded.
+"""What a delta of SmolLM2-135M and one of LLaMA-2-7B cost with thin_wire.py's arms, really encoded.
 
     python benchmarks/thin_wire_sizes.py --dir thin --json benchmarks/results/thin_wire_sizes.json
 
-The shapes are those of all seven linear projections of 32 layers: LoRA at r = 64, core at r = 96,
-(IA)3. No 7B model is trained: a tensor's values are blocks of 256 drawn from what SmolLM2-135M's
-tensor of the same kind of layer and factor sends in its third round (--dir: thin_wire.py's), each
+SmolLM2's deltas are those of a site's third round, without a residual: LoRA at r = 64, core at
+r = 15, (IA)3. LLaMA-2-7B's shapes are those of all seven linear projections of 32 layers: LoRA at
+r = 64, core at r = 96, (IA)3. No 7B model is trained: a tensor's values are blocks of 256 drawn
+from what SmolLM2's tensor of the same kind of layer and factor sends (--dir: thin_wire.py's), each
 block in an order of its own, so that an entropy coder sees the distribution of real deltas and no
-repetition. ``file``: of all tensors, header included, as ``write_delta`` would write it.
+repetition. ``file``: of all tensors, header included, packed, as ``write_delta`` would write it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     Values = dict[str, np.ndarray]
 
 LAYERS, CORE_RANK, BLOCK, ROUNDS = 32, 96, 256, 3
-FP16_MODEL = 13_476_839_424  # bytes of meta-llama/Llama-2-7b-hf's weights
+SMALL, LARGE = "SmolLM2-135M", "LLaMA-2-7B"
+FP16_MODEL = {SMALL: 269_030_016, LARGE: 13_476_839_424}  # bytes of the weights
 
 
 def shapes(kind: str) -> list[TensorSpec]:
@@ -111,31 +113,34 @@ def by_kind(deltas: Values) -> dict[str, np.ndarray]:
 
 
 def sizes(folder: Folder) -> Iterator[dict[str, Any]]:
-    """A line for each kind of adapter and codec."""
+    """A line for each model, kind of adapter and codec."""
     for arm, kind, codecs in (
         ("fp32", "lora", ("fp32", "int8", "int4", "sign", "topk")),
         ("core-15-gradient", "core", ("int8", "int4")),
         ("ia3-int8", "ia3", ("int8", "int4")),
     ):
-        sources = by_kind(real_deltas(folder, ARMS[arm]))
-        tensors = shapes(kind)
-        manifest = Manifest(
-            tensors=tuple(sorted(tensors, key=lambda spec: spec.name)),
-            target_modules=tuple(MODULES),
-        )
-        values = {spec.name: drawn(spec, sources) for spec in manifest.tensors}
-        for codec in codecs:
-            channel = Channel(manifest, codec)
-            channel.send(values, 1)
-            (size,) = channel.sizes
-            yield {
-                "kind": kind,
-                "codec": codec,
-                "values": sum(spec.elements for spec in manifest.tensors),
-                "file": size,
-                "header": channel.header,
-                "times": round(FP16_MODEL / size, 1),
-            }
+        real = real_deltas(folder, ARMS[arm])
+        small = [TensorSpec(name=n, shape=v.shape, init="zeros") for n, v in real.items()]
+        sources = by_kind(real)
+        for model, tensors in ((SMALL, small), (LARGE, shapes(kind))):
+            manifest = Manifest(
+                tensors=tuple(sorted(tensors, key=lambda spec: spec.name)),
+                target_modules=tuple(MODULES),
+            )
+            values = real
+            if model == LARGE:
+                values = {spec.name: drawn(spec, sources) for spec in manifest.tensors}
+            for codec in codecs:
+                yield {"model": model, "kind": kind, **encoded(manifest, codec, values)}
+
+
+def encoded(manifest: Manifest, codec: str, values: Values) -> dict[str, Any]:
+    """Values, and bytes of a packed file and of its header."""
+    channel = Channel(manifest, codec)
+    channel.send(values, 1)
+    (size,) = channel.sizes
+    count = sum(spec.elements for spec in manifest.tensors)
+    return {"codec": codec, "values": count, "file": size, "header": channel.header}
 
 
 def main() -> None:
@@ -146,15 +151,16 @@ def main() -> None:
     given = parser.parse_args()
     folder = Folder(given.dir.resolve())
     folder.prepare()
-    print(f"LLaMA-2-7B; deltas like those of one of {SITES} sites of SmolLM2-135M\n")
-    print("| adapter | codec | values | file, MB | of it header | fp16 model / file |")
-    print("|---|---|---:|---:|---:|---:|")
+    print(f"{LARGE}: deltas like those of one of {SITES} sites of {SMALL}\n")
+    print("| model | adapter | codec | values | file, kB | of it header | fp16 model / file |")
+    print("|---|---|---|---:|---:|---:|---:|")
     lines = []
     for one in sizes(folder):
-        lines.append(one)
+        times = round(FP16_MODEL[one["model"]] / one["file"], 1)
+        lines.append({**one, "times": times})
         print(
-            f"| {one['kind']} | {one['codec']} | {one['values']:,} | {one['file'] / 1e6:.3f} "
-            f"| {one['header'] / 1e6:.3f} | {one['times']:,.0f} |",
+            f"| {one['model']} | {one['kind']} | {one['codec']} | {one['values']:,} "
+            f"| {one['file'] / 1e3:,.1f} | {one['header'] / 1e3:,.1f} | {times:,.0f} |",
             flush=True,
         )
     if given.json:
