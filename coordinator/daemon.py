@@ -140,8 +140,7 @@ def _attend(context: CoordinatorContext, role: CoordinatorRole, pauses: Backoff)
         if state.finished is not None:
             if leave_at is None:
                 leave_at = time.monotonic() + context.linger_seconds
-            owed = set(state.members) - state.evaluated if state.finished.sha else set()
-            if not owed or time.monotonic() > leave_at:
+            if not state.owed_losses or time.monotonic() > leave_at:
                 coordinator.liveness.write(state, context.clock())
                 role.leave()
                 return state

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 ONLINE_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
+LONGEST_PROGRESS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,7 @@ class Listener(threading.Thread):
                 self._say_online(broker)
                 next_online = now + ONLINE_SECONDS
             if now >= next_progress:
-                self._say_progress(broker)
-                next_progress = now + PROGRESS_SECONDS
+                next_progress = now + pause_after_progress(self._say_progress(broker))
             dispatcher.handle_next(0.5)
             pauses.reset()
 
@@ -153,17 +153,29 @@ class Listener(threading.Thread):
         else:
             self._said_online = True
 
-    def _say_progress(self, broker: Broker) -> None:
+    def _say_progress(self, broker: Broker) -> float:
+        """Publish it; the seconds for which this has been going on."""
         event = self._reporter.newest()
-        if event is not None:
-            with contextlib.suppress(UnroutableError, MessageRejectedError):
-                broker.publish([self._message(event, 6 * PROGRESS_SECONDS)])
+        if event is None:
+            return 0.0
+        with contextlib.suppress(UnroutableError, MessageRejectedError):
+            broker.publish([self._message(event, 6 * PROGRESS_SECONDS)])
+        return event.seconds
 
     def _message(self, event: SiteOnline | TrainingProgressed, expires_seconds: float) -> Message:
         message = to_coordinator(self._context.name, event, self._context.clock(), expires_seconds)
         if self.participant is not None:
             self.participant.meter.said(event.run, len(message.body))
         return message
+
+
+def pause_after_progress(seconds: float) -> float:
+    """Seconds until the next word on what has been going on for ``seconds``.
+
+    Of an hour's training nobody needs to hear every five seconds, and where deltas are small, such
+    words would be most of what a site sends.
+    """
+    return min(max(PROGRESS_SECONDS, seconds / 12), LONGEST_PROGRESS_SECONDS)
 
 
 class Worker:

@@ -226,7 +226,11 @@ def _fold_delta(
         counted = fact.round in state.counted_rounds.get(fact.site, ())
         if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
             return state, (AnswerDelta(fact),)
-        return replace(state, uncounted={**state.uncounted, key: fact}), (AnswerDelta(fact),)
+        telling = state.telling - {fact.site}
+        if fact.metrics.held_out is not None:
+            telling |= {fact.site}
+        uncounted = {**state.uncounted, key: fact}
+        return replace(state, uncounted=uncounted, telling=telling), (AnswerDelta(fact),)
     here = opened is not None and fact.round == opened.round and fact.site in opened.selected
     if not here or fact.verdict == "late" or key in state.uncounted:
         return state, (AnswerDelta(fact),)

@@ -122,7 +122,7 @@ class RunState:
     ``words``: how often each site's word to join was recorded. ``openings``: every round that was
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
     ``verdicts``: the shas that were refused or late, by site and round. ``updates``: the newest, in
-    order, without a gap.
+    order, without a gap. ``telling``: the sites whose newest delta came with a held-out loss.
     """
 
     config: FederationConfig
@@ -148,6 +148,13 @@ class RunState:
     origin: OriginRecord | None = None
     finished: FinishedRecord | None = None
     evaluated: frozenset[str] = frozenset()
+    telling: frozenset[str] = frozenset()
+
+    @property
+    def owed_losses(self) -> frozenset[str]:
+        """Of a finished run: who is still to say its held-out loss of the last adapter."""
+        has_result = self.finished is not None and self.finished.sha is not None
+        return self.telling - self.evaluated if has_result else frozenset()
 
     @property
     def last_round(self) -> int:

@@ -17,7 +17,8 @@ from shared.brokers.rabbitmq import connect
 from shared.config import load_federation, load_site
 from shared.credentials import broker_address
 from shared.errors import UnroutableError
-from shared.protocol.records import AcceptedRecord
+from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord, EvaluatedRecord
 from shared.stores.opening import open_s3
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model
@@ -157,6 +158,21 @@ def test_a_finished_run_leaves_no_queue_to_fill(deploy):
     assert site.poll() is None
     with pytest.raises(urllib.error.HTTPError, match="404"):
         deployment.rabbit.api("GET", f"queues/{deployment.vhost}/{queue}")
+
+
+def test_nobody_waits_for_a_loss_from_a_site_that_tells_none(deploy):
+    """The coordinator is gone as soon as b's is there, and not after ten minutes."""
+    deployment = deploy(rounds=1)
+    toml = deployment.site_toml("a")
+    toml.write_text(toml.read_text().replace("[accept]\n", "[accept]\nsend_metrics = false\n"))
+    deployment.start_coordinator()
+    for site in "ab":
+        deployment.start_participant(site)
+    deployment.finish()
+    store = open_s3(load_federation(deployment.federation).store, deployment.folder)
+    history = list(Ledger(store, "tiny", "test", time.time).history())
+    assert {r.site for r in history if isinstance(r, AcceptedRecord)} == {"a", "b"}
+    assert [r.site for r in history if isinstance(r, EvaluatedRecord)] == ["b"]
 
 
 def test_cron_takes_the_rounds_one_by_one(deploy):
