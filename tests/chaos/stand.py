@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
 LINGER_SECONDS = 15.0  # a site that lost what it took part in sends no loss of the result
+# With carry. Little more than a training takes: whoever a fault hits is late.
+QUORUM = """[policy]
+kind = "quorum"
+quorum = 1
+deadline_seconds = 1.5
+late = "carry"
+"""
 EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
 
 
@@ -167,7 +174,7 @@ class Stand:
 
     def wanted(self, shape: RunShape) -> str:
         """The digest of the same federation, undisturbed, in one process."""
-        key = (shape.sites, shape.rounds, shape.codec, shape.down)
+        key = (shape.sites, shape.rounds, shape.codec, shape.down, shape.kind)
         if key not in self._wanted:
             config = load_federation(self.federation(shape))
             place = self.folder / "undisturbed" / shape.name
@@ -298,7 +305,7 @@ class Stand:
             ("secret-key", server.secret_key),
         ):
             (self.folder / file).write_text(secret + "\n")
-        everybody = RunShape(0, SITES, 1, "fp32", "whole")
+        everybody = RunShape(0, SITES, 1, "fp32", "whole", "lora", "all")
         self._write(everybody)
         done = self.command("setup", str(self.federation(everybody)))
         assert done.returncode == 0, done.stderr + done.stdout
@@ -319,8 +326,11 @@ rounds = {shape.rounds}
 participants = [{names}]
 [base]
 model = "none"
+[lora]
+kind = "{shape.kind}"
 [training]
 local_steps = 1
+{QUORUM if shape.carries else ""}
 [codec]
 name = "{shape.codec}"
 down = "{shape.down}"
