@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
 LINGER_SECONDS = 15.0  # a site that lost what it took part in sends no loss of the result
-# With carry. Little more than a training takes: whoever a fault hits is late.
+# With carry. Little more than a training takes: somebody is late in most rounds.
 QUORUM = """[policy]
 kind = "quorum"
 quorum = 1
-deadline_seconds = 1.5
+deadline_seconds = 1.0
 late = "carry"
 """
 EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
