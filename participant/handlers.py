@@ -131,8 +131,8 @@ class Participant:
     def on_delta_answered(self, event: DeltaAnswered, sender: str) -> None:
         """Drop a refused delta. Idempotent: dropping twice is dropping once."""
         del sender
-        granted = self._agenda.find(UploadGranted, event.run)
-        if granted is not None and granted.sha == event.sha:
+        granted = self._agenda.find(UploadGranted, event.run, event.sha)
+        if granted is not None:
             self._agenda.drop(granted)
         self._uploads.forget(event.sha)
         self.meter.answered(event.run, event.sha, taken=event.verdict == "accepted")

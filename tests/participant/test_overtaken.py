@@ -144,6 +144,26 @@ def test_an_old_grant_does_not_displace_the_new_one(participant, site, started):
     assert site.transfer.sent == ["https://store/2"]
 
 
+def test_grants_of_two_deltas_do_not_displace_each_other(participant, site, started):
+    """Where late deltas are carried, one may be under way beside the open round's: both are sent.
+
+    So it is before they are looked at, while a training is in hand.
+    """
+    for number in (1, 2):
+        participant.on_round_started(started(number), "coordinator")
+        participant.work()
+    grants = [granted(site, number) for number in (1, 2)]
+    inbox = Agenda()
+    for grant in grants:
+        inbox.note(grant)
+    assert [inbox.take(0.0), inbox.take(0.0)] == grants
+    for grant in grants:
+        participant.on_upload_granted(grant, "coordinator")
+    while participant.has_work:
+        participant.work()
+    assert site.transfer.sent == ["https://store/1", "https://store/2"]
+
+
 def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
     """Only the answer about the very delta does."""
     for number in (1, 2):
