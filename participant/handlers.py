@@ -156,6 +156,7 @@ class Participant:
             event.result_sha,
             keep_unanswered=event.late_counts,
             keep_source=event.by_update,
+            keep={waiting.last_counted, waiting.last_accepted} if waiting is not None else set(),
         )
         for number in lost:
             get_logger().warning("delta.late", run=event.run, round=number, reason="round closed")

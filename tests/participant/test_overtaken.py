@@ -164,6 +164,31 @@ def test_grants_of_two_deltas_do_not_displace_each_other(participant, site, star
     assert site.transfer.sent == ["https://store/1", "https://store/2"]
 
 
+def test_the_residual_that_a_round_on_the_agenda_begins_from_is_not_swept(
+    participant, site, started
+):
+    """Round 3 was told before round 2's late delta was taken: it begins from round 1's residual.
+
+    Then a broker says once more that round 2 is closed.
+    """
+    feedback = {"codec": "int4", "feedback": True}
+    for number in (1, 2):
+        event = started(number).model_copy(update=feedback)
+        participant.on_round_started(event, "coordinator")
+        participant.work()
+    first, second = (granted(site, number).sha for number in (1, 2))
+    third = started(3).model_copy(update={**feedback, "last_accepted": first})
+    participant.on_round_started(third, "coordinator")
+    for number, sha in ((1, first), (2, second)):
+        answer = DeltaAnswered(run="r", round=number, sha=sha, verdict="accepted")
+        participant.on_delta_answered(answer, "coordinator")
+    closed = RoundClosed(run="r", round=2, result_sha=third.source_sha, late_counts=True)
+    participant.on_round_closed(closed, "coordinator")
+    participant.work()
+    assert participant.trained.round == 3
+    assert participant.trained.residual == "kept"
+
+
 def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
     """Only the answer about the very delta does."""
     for number in (1, 2):
