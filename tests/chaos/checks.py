@@ -76,7 +76,7 @@ def account_for(
                 f"'{attempt.stage}' and no further, and no kill of ours explains it"
             )
         if attempt.stage == "begun":
-            found.unfinished += by_kill or not carries
+            found.unfinished += by_kill
         else:
             by_round[attempt.round].append(attempt)
     for number in range(1, rounds + 1):
