@@ -37,13 +37,14 @@ if TYPE_CHECKING:
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
 LINGER_SECONDS = 15.0  # a site that lost what it took part in sends no loss of the result
-# With carry. Little more than a training takes: somebody is late in most rounds.
+# With carry. Less than a training takes, and soon noticed: who comes first closes the round.
 QUORUM = """[policy]
 kind = "quorum"
 quorum = 1
-deadline_seconds = 1.0
+deadline_seconds = 0.5
 late = "carry"
 """
+OFTEN = "coordinator.daemon:TICK_SECONDS=0.3"
 EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
 
 
@@ -159,9 +160,12 @@ class Stand:
         """Start both coordinators on this run."""
         self._write(shape)
         self.run = shape
-        command = ("coordinator", str(self.federation(shape)), "--linger", str(LINGER_SECONDS))
+        words = ("coordinator", str(self.federation(shape)), "--linger", str(LINGER_SECONDS))
+        command = ("gradualdiff.cli.main", *words)
+        if shape.carries:
+            command = ("tests.servers.armed", *command)
         for name in COORDINATORS:
-            self._start(name, "gradualdiff.cli.main", *command)
+            self._start(name, *command)
 
     @property
     def run_has_ended(self) -> bool:
@@ -239,7 +243,12 @@ class Stand:
         with (self.folder / f"{slot.name}.log").open("ab") as log:
             slot.process = subprocess.Popen(
                 [sys.executable, "-m", *slot.arguments],
-                env={**os.environ, "SLOW_SECONDS": str(SLOW_SECONDS)},
+                env={
+                    **os.environ,
+                    "SLOW_SECONDS": str(SLOW_SECONDS),
+                    "SETTINGS": OFTEN,  # for tests.servers.armed
+                    "ARMED_FIRED": os.devnull,
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
