@@ -10,7 +10,8 @@ from tests.chaos.storm import storm
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("GRADUALDIFF_CHAOS_SEED", "7"))
+# 20 begins with cores, feedback and updates on the way down; its next run carries late deltas.
+SEED = int(os.environ.get("GRADUALDIFF_CHAOS_SEED", "20"))
 FAULTS = 9
 
 
