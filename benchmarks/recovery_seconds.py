@@ -34,19 +34,18 @@ if TYPE_CHECKING:
     from tests.crash.table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 2
 
 
 def measure(ground: Ground, row: Row) -> dict[str, Any]:
     """Carry one row out. ``seconds``: None where nothing was left for the new process to do."""
     from tests.crash.drill import SITES, carry_out, check
 
-    with ground.drill() as drill:
-        seconds = carry_out(drill, row)
-        check(drill, row)
+    with ground.drill(row) as drill:
+        seconds = carry_out(drill)
+        check(drill)
         committed = sum(drill.points(site).count("commit.renamed") for site in SITES)
         # A delta that the coordinator refused is made anew on purpose.
-        again = 0 if row.fault == "spoilt" else max(0, committed - ROUNDS * len(SITES))
+        again = 0 if row.fault == "spoilt" else max(0, committed - sum(map(len, row.counted)))
     return {**asdict(row), "seconds": seconds, "finished_rounds_trained_again": again}
 
 

@@ -18,6 +18,7 @@ from shared.backoff import Backoff
 from shared.errors import (
     BrokerError,
     BrokerSilentError,
+    BrokerUnavailableError,
     FencedError,
     GradualDiffError,
     InterruptedRunError,
@@ -66,13 +67,15 @@ def serve(context: CoordinatorContext) -> RunState:
     run, stopping = context.config.run.name, context.stopping
     pauses, was_built, silent = Backoff(), False, False
     while not stopping.is_set():
+        asking = False
         try:
             if silent:
                 _revive(context)
                 silent = False
             with context.connect() as broker:
+                asking = True
                 role = _build(context, broker)
-                was_built = True
+                asking, was_built = False, True
                 get_logger().info("coordinator.connected", run=run)
                 state = _attend(context, role, pauses)
                 if state is not None:
@@ -82,7 +85,9 @@ def serve(context: CoordinatorContext) -> RunState:
                 error.retryable or (was_built and isinstance(error, BrokerError | FencedError))
             ):
                 raise
-            silent = silent or isinstance(error, BrokerSilentError)
+            # A damaged queue lets one wait for so long that the line may be lost first.
+            lost = asking and isinstance(error, BrokerUnavailableError)
+            silent = silent or lost or isinstance(error, BrokerSilentError)
             pause = pauses.next()
             get_logger().warning(
                 "coordinator.waits", run=run, reason=str(error), seconds=round(pause, 1)

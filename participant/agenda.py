@@ -1,4 +1,8 @@
-"""Words to act on, for two threads: of each kind and run the newest, in the order first noted."""
+"""Words to act on, for two threads: of each kind and run the newest, in the order first noted.
+
+Of words on a delta, the newest for each delta: one that is late may be under way beside the open
+round's.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from shared.backoff import pause_after
+from shared.protocol.events import DeltaAnswered, UploadGranted
 
 if TYPE_CHECKING:
     from participant.workspace import Submission
@@ -15,6 +20,7 @@ if TYPE_CHECKING:
 LONGEST_DEFER_SECONDS = 60.0
 
 Word = TypeVar("Word", bound="Event")
+Key = tuple[type["Event"], str, str]
 
 
 class Agenda:
@@ -22,9 +28,9 @@ class Agenda:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._words: dict[tuple[type[Event], str], Event] = {}
+        self._words: dict[Key, Event] = {}
         # Words that failed for now: how often, and the moment before which each waits.
-        self._deferred: dict[tuple[type[Event], str], tuple[int, float]] = {}
+        self._deferred: dict[Key, tuple[int, float]] = {}
 
     def note(self, word: Event) -> None:
         """Unless a newer word of its kind stands there."""
@@ -41,9 +47,9 @@ class Agenda:
             key = next(iter(self._words), None)
             return None if key is None else self._words.pop(key)
 
-    def find(self, kind: type[Word], run: str) -> Word | None:
-        """What stands there of this kind and run."""
-        return cast("Word | None", self._words.get((kind, run)))
+    def find(self, kind: type[Word], run: str, sha: str = "") -> Word | None:
+        """What stands there of this kind and run, and of this delta where it is about one."""
+        return cast("Word | None", self._words.get((kind, run, sha)))
 
     def drop(self, word: Event) -> None:
         """Take it off, unless a newer one has its place."""
@@ -73,8 +79,9 @@ class Agenda:
         ]
 
 
-def _key(word: Event) -> tuple[type[Event], str]:
-    return type(word), getattr(word, "run", "")
+def _key(word: Event) -> Key:
+    delta = word.sha if isinstance(word, UploadGranted | DeltaAnswered) else ""
+    return type(word), getattr(word, "run", ""), delta
 
 
 def is_overtaken(event: Event, other: Event | Submission | None) -> bool:

@@ -133,8 +133,8 @@ class Participant:
     def on_delta_answered(self, event: DeltaAnswered, sender: str) -> None:
         """Drop a refused delta. Idempotent: dropping twice is dropping once."""
         del sender
-        granted = self._agenda.find(UploadGranted, event.run)
-        if granted is not None and granted.sha == event.sha:
+        granted = self._agenda.find(UploadGranted, event.run, event.sha)
+        if granted is not None:
             self._agenda.drop(granted)
         self._uploads.forget(event.sha)
         self.meter.answered(event.run, event.sha, taken=event.verdict == "accepted")
@@ -158,6 +158,7 @@ class Participant:
             event.result_sha,
             keep_unanswered=event.late_counts,
             keep_source=event.by_update,
+            keep={waiting.last_counted, waiting.last_accepted} if waiting is not None else set(),
         )
         for number in lost:
             get_logger().warning("delta.late", run=event.run, round=number, reason="round closed")

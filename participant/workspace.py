@@ -39,6 +39,7 @@ from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from shared.protocol.events import RoundStarted
@@ -284,6 +285,7 @@ class Workspace:
         *,
         keep_unanswered: bool = False,
         keep_source: bool = False,
+        keep: Collection[str | None] = (),
     ) -> list[int]:
         """After a round closed keep the new adapter and the newest round trained here.
 
@@ -291,6 +293,7 @@ class Workspace:
         So may the residual of the newest delta that was accepted.
         ``keep_unanswered``: and every delta that the coordinator did not take yet. ``keep_source``:
         and the adapter that the newest round here began with, which an update may lead on from.
+        ``keep``: and these deltas, from whose state and residual the next training is to begin.
         Returns the rounds whose delta was removed though nobody had taken it. A training of a
         closed round is not resumed after a kill: its checkpoints go.
         """
@@ -300,9 +303,11 @@ class Workspace:
         newest = found.round if found is not None else closed_round
         base = self._newest_residual(run)
         for folder in self._folder(run, "trained").iterdir():
-            number, _, _ = folder.name.partition("-")
+            number, _, sha = folder.name.partition("-")
+            if folder == base or sha in keep:
+                continue
             # Names that are not ours are left alone.
-            if number.isdigit() and int(number) < min(closed_round, newest) and folder != base:
+            if number.isdigit() and int(number) < min(closed_round, newest):
                 if not (folder / ACCEPTED_FILE).exists():
                     if keep_unanswered:
                         continue

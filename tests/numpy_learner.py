@@ -16,7 +16,14 @@ from shared.adapters import kind_of
 from shared.config import AcceptSection, LoraSection
 from shared.errors import InterruptedRunError
 from shared.methods.averaging import get_averaging
-from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.manifest import (
+    BasesFound,
+    HeldOut,
+    LocalMetrics,
+    Manifest,
+    Numerics,
+    TensorSpec,
+)
 from shared.seeds import derive_seed
 from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import TensorFile
@@ -37,6 +44,12 @@ def manifest_of(width: int) -> Manifest:
 
 
 MANIFEST = manifest_of(8)
+CORE = Manifest(
+    tensors=(TensorSpec(name="layer.lora_R.weight", shape=(8, 8), init="zeros"),),
+    target_modules=("layer",),
+    kind="core",
+)
+BASES = BasesFound(sha="b" * 64, least=0.5, median=0.5, most=0.5)  # of the weights, with CORE
 NUMERICS = Numerics(
     versions={"numpy": "any"},
     device="cpu",
@@ -75,7 +88,10 @@ def full_gradient(site, layer, shape):
 
 @dataclass
 class NumpyLearner:
-    """Implements the ``Learner`` port. ``trained``: the rounds it trained, in order."""
+    """Implements the ``Learner`` port. ``trained``: the rounds it trained, in order.
+
+    ``cores``: the runs it got ready for whose adapters are of the kind ``core``.
+    """
 
     site: str
     examples: int = 10
@@ -85,6 +101,7 @@ class NumpyLearner:
     fault: Callable[[object], object] = lambda task: None
     trained: list[int] = field(default_factory=list)
     prepared: set[str] = field(default_factory=set)
+    cores: set[str] = field(default_factory=set)
     gradient: Callable[[str, tuple[int, int]], object] | None = None
 
     @property
@@ -92,9 +109,15 @@ class NumpyLearner:
         side_of = kind_of(self.manifest).side
         return next(s.shape[0] for s in self.manifest.tensors if side_of(s.name) == "right")
 
+    def manifest_in(self, run):
+        return CORE if run in self.cores else self.manifest
+
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
         self.prepared.add(announced.run)
+        if announced.lora.kind == "core":
+            self.cores.add(announced.run)
+            return Readiness(CORE, self.fingerprint, self.numerics, self.examples, bases=BASES)
         rank = announced.lora.rank
         own = LoraSection(rank=rank, ranks={self.site: rank})
         if rank < self.rank:
@@ -117,10 +140,12 @@ class NumpyLearner:
         with TensorFile(source) as adapter:
 
             def read(name):
+                if task.run in self.cores:
+                    return adapter.read(name)
                 return kind_of(self.manifest).leading(name, adapter.read(name), self.rank)
 
             mode = get_averaging(task.averaging)
-            manifest = mode.trained_in(self.manifest, task.round)
+            manifest = mode.trained_in(self.manifest_in(task.run), task.round)
 
             def values(spec):
                 noise = np.random.Generator(
@@ -169,5 +194,6 @@ class NumpyLearner:
         assert run in self.prepared
         target = derive_seed("target", self.site) % 1000 / 1000
         with TensorFile(source) as adapter:
-            gaps = [np.mean((adapter.read(s.name) - target) ** 2) for s in self.manifest.tensors]
+            specs = self.manifest_in(run).tensors
+            gaps = [np.mean((adapter.read(s.name) - target) ** 2) for s in specs]
         return HeldOut(nll=float(np.mean(gaps)), tokens=self.examples, examples=1)

@@ -53,13 +53,20 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunShape:
-    """One run to come."""
+    """One run to come. ``kind``: of its adapters. ``policy``: all, or carry (see ``carries``)."""
 
     number: int
     sites: tuple[str, ...]
     rounds: int
     codec: str
     down: str
+    kind: str
+    policy: str
+
+    @property
+    def carries(self) -> bool:
+        """Whether a round waits for one delta only; what comes later counts in a later round."""
+        return self.policy == "carry"
 
     @property
     def name(self) -> str:
@@ -96,4 +103,6 @@ def runs(seed: int) -> Iterator[RunShape]:
             rounds=draw.choice((4, 5, 6)),
             codec=draw.choice(("fp32", "int8", "int4", "sign", "topk", "uniform4")),
             down=draw.choice(("whole", "int4")),
+            kind=draw.choice(("lora", "core")),
+            policy=draw.choice(("all", "all", "carry")),
         )

@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 SLOW_SECONDS = 0.8
 COMMAND_SECONDS = 120.0
 LINGER_SECONDS = 15.0  # a site that lost what it took part in sends no loss of the result
+# With carry. Less than a training takes, and soon noticed: who comes first closes the round.
+QUORUM = """[policy]
+kind = "quorum"
+quorum = 1
+deadline_seconds = 0.5
+late = "carry"
+"""
+OFTEN = "coordinator.daemon:TICK_SECONDS=0.3"
 EVERYTHING = {"configure": ".*", "write": ".*", "read": ".*"}
 
 
@@ -152,9 +160,12 @@ class Stand:
         """Start both coordinators on this run."""
         self._write(shape)
         self.run = shape
-        command = ("coordinator", str(self.federation(shape)), "--linger", str(LINGER_SECONDS))
+        words = ("coordinator", str(self.federation(shape)), "--linger", str(LINGER_SECONDS))
+        command = ("gradualdiff.cli.main", *words)
+        if shape.carries:
+            command = ("tests.servers.armed", *command)
         for name in COORDINATORS:
-            self._start(name, "gradualdiff.cli.main", *command)
+            self._start(name, *command)
 
     @property
     def run_has_ended(self) -> bool:
@@ -167,7 +178,7 @@ class Stand:
 
     def wanted(self, shape: RunShape) -> str:
         """The digest of the same federation, undisturbed, in one process."""
-        key = (shape.sites, shape.rounds, shape.codec, shape.down)
+        key = (shape.sites, shape.rounds, shape.codec, shape.down, shape.kind)
         if key not in self._wanted:
             config = load_federation(self.federation(shape))
             place = self.folder / "undisturbed" / shape.name
@@ -232,7 +243,12 @@ class Stand:
         with (self.folder / f"{slot.name}.log").open("ab") as log:
             slot.process = subprocess.Popen(
                 [sys.executable, "-m", *slot.arguments],
-                env={**os.environ, "SLOW_SECONDS": str(SLOW_SECONDS)},
+                env={
+                    **os.environ,
+                    "SLOW_SECONDS": str(SLOW_SECONDS),
+                    "SETTINGS": OFTEN,  # for tests.servers.armed
+                    "ARMED_FIRED": os.devnull,
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -298,7 +314,7 @@ class Stand:
             ("secret-key", server.secret_key),
         ):
             (self.folder / file).write_text(secret + "\n")
-        everybody = RunShape(0, SITES, 1, "fp32", "whole")
+        everybody = RunShape(0, SITES, 1, "fp32", "whole", "lora", "all")
         self._write(everybody)
         done = self.command("setup", str(self.federation(everybody)))
         assert done.returncode == 0, done.stderr + done.stdout
@@ -319,8 +335,11 @@ rounds = {shape.rounds}
 participants = [{names}]
 [base]
 model = "none"
+[lora]
+kind = "{shape.kind}"
 [training]
 local_steps = 1
+{QUORUM if shape.carries else ""}
 [codec]
 name = "{shape.codec}"
 down = "{shape.down}"

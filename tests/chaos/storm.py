@@ -50,7 +50,9 @@ class Tally:
     unfinished: int = 0
     finished_again: int = 0
     relearned: int = 0
-    residuals_lost: int = 0  # runs in which a record says so
+    residuals_lost: int = 0  # runs with policy all in which a record says so
+    carrying: int = 0  # runs in which late deltas are carried, which nothing is compared with
+    carried: int = 0  # deltas that counted in a later round than their own
     exits: int = 0
     seconds: list[float] = field(default_factory=list)
     whole_seconds: float = 0.0
@@ -172,7 +174,9 @@ def storm(
 
 
 def _one_run(stand: Stand, fury: Storm, shape: RunShape, tally: Tally) -> None:
-    how = f"{shape.rounds} rounds, {shape.codec} up, {shape.down} down"
+    how = (
+        f"{shape.rounds} rounds, {shape.codec} up, {shape.down} down, {shape.kind}, {shape.policy}"
+    )
     fury.say(f"run {shape.name}: {how}, {' '.join(shape.sites)}")
     began, before = stand.now, fury.count
     stand.begin(shape)
@@ -189,14 +193,17 @@ def _one_run(stand: Stand, fury: Storm, shape: RunShape, tally: Tally) -> None:
     tally.runs += 1
     tally.digests_equal += verdict.digest_equal
     tally.rounds += shape.rounds
-    tally.trainings += shape.rounds * len(shape.sites)
+    tally.trainings += verdict.counted
     tally.again += trained.again
     tally.unfinished += trained.unfinished
     tally.finished_again += trained.finished_again
     tally.relearned += trained.relearned
-    tally.residuals_lost += verdict.residual_lost
+    tally.residuals_lost += verdict.residual_lost and not shape.carries
+    tally.carrying += shape.carries
+    tally.carried += verdict.carried
     tally.seconds.append(seconds)
-    outcome = "a residual lost, on record" if verdict.residual_lost else "as undisturbed"
+    outcome = f"{verdict.carried} deltas carried" if shape.carries else "as undisturbed"
+    outcome = "a residual lost, on record" if verdict.residual_lost else outcome
     fury.say(
         f"run {shape.name}: {outcome}, in {seconds:.1f} s, {fury.count - before} faults "
         f"({fury.count} in all), {trained.again} trained again, {trained.unfinished} cut short"

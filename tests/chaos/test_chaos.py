@@ -10,7 +10,8 @@ from tests.chaos.storm import storm
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("GRADUALDIFF_CHAOS_SEED", "7"))
+# 20 begins with cores, feedback and updates on the way down; its next run carries late deltas.
+SEED = int(os.environ.get("GRADUALDIFF_CHAOS_SEED", "20"))
 FAULTS = 9
 
 
@@ -18,4 +19,4 @@ def test_random_faults_change_nothing(tmp_path):
     """Equal digests, nothing counted or finished twice, whatever falls; the seed repeats it."""
     tally = storm(tmp_path / "stand", SEED, FAULTS)
     assert tally.fired.total() >= FAULTS
-    assert tally.runs == tally.digests_equal + tally.residuals_lost > 0
+    assert tally.runs == tally.digests_equal + tally.residuals_lost + tally.carrying > 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 from shared.protocol.records import ClosingRecord, Input
 from tests.chaos import report, schedule
-from tests.chaos.checks import account_for, counted_once, explained, unforeseen
+from tests.chaos.checks import account_for, counted_once, explained, left_over, unforeseen
 from tests.chaos.kinds import KINDS
 from tests.chaos.stand import Exit
 from tests.chaos.storm import Tally
@@ -109,6 +110,36 @@ def test_what_is_counted_twice_or_not_at_all_is_a_complaint():
     assert counted_once(good, ("a", "b")) == []
     assert "counted 2 times" in counted_once([good[0], closing(2, ("a", 1), ("b", 2))], "ab")[-1]
     assert counted_once([closing(1, ("a", 1))], ("a", "b"))
+
+
+def test_late_deltas_may_count_later_and_no_more_than_once():
+    """A round without a site, and one with two deltas of it, are complaints only without carry."""
+    late = [closing(1, ("a", 1)), closing(2, ("a", 2), ("b", 1), ("b", 2))]
+    assert counted_once(late, "ab", carries=True) == []
+    assert counted_once(late, "ab")
+    twice = [*late, closing(3, ("a", 3), ("b", 1))]
+    assert "counted 2 times" in counted_once(twice, "ab", carries=True)[-1]
+
+
+def test_with_carry_a_round_may_go_without_a_site_and_no_other_rule_bends():
+    """Called off in the middle; but not what was trained, and nothing after it was finished."""
+    calm = trace((1, 1, 4), (1, 2, 1), (1, 3, 4))
+    assert account_for(calm, "r", 3, set(), carries=True).complaints == []
+    assert account_for(calm, "r", 3, set()).complaints
+    assert account_for(trace((1, 1, 2), (1, 2, 4)), "r", 2, set(), carries=True).complaints
+    assert account_for(trace((1, 1, 4), (1, 1, 4)), "r", 1, set(), carries=True).complaints
+
+
+def test_a_delta_that_was_in_and_never_counted_is_a_complaint():
+    """With carry, where no closing has to name it."""
+
+    def history(accepted_at):
+        opened = [SimpleNamespace(opened=SimpleNamespace(time=time)) for time in (10.0, 20.0)]
+        accepted = {("b", 1): SimpleNamespace(time=accepted_at)}
+        return SimpleNamespace(rounds=dict(enumerate(opened)), accepted=accepted, counted={})
+
+    assert "b: its delta of round 1" in left_over(history(15.0))[0]
+    assert left_over(history(25.0)) == []
 
 
 def test_only_a_wipe_explains_that_a_process_ends_by_itself():

@@ -5,8 +5,8 @@ participant with the trainer of this folder. From the environment: ``CRASH_TRACE
 every point reached is appended with its time), ``CRASH_POINT``, ``CRASH_HIT`` (at which of its hits
 to die by SIGKILL, 1 if unset), ``CRASH_PAUSE`` (seconds between the point and the kill in which
 other threads go on) and ``CRASH_FAULT`` (for ``tiny``: see the trainer; for ``coordinator``:
-``parts``, every delta is uploaded in parts, ``inbox``, the store takes none straight, or
-``together``, both sites' deltas are in one batch).
+``parts``, every delta is uploaded in parts, ``inbox``, the store takes none straight, ``together``,
+both sites' deltas are in one batch, or ``late``, it looks at the time often).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(arguments: list[str], orders: Orders) -> None:
         from tests.crash.tiny_trainer import take_part
 
         try:
-            take_part(Path(arguments[1]), orders.fault)
+            take_part(Path(arguments[1]), orders.fault, orders.trace)
         except GradualDiffError as error:
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
@@ -101,6 +101,10 @@ def run(arguments: list[str], orders: Orders) -> None:
         s3_parts.S3Parts.why_not = lambda *_: "as was ordered"
     if orders.fault == "together":
         hold_deltas()
+    if orders.fault == "late":
+        from coordinator import daemon
+
+        daemon.TICK_SECONDS = 0.2
     sys.argv = ["gradualdiff", *arguments]
     main()
 

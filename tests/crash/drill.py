@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.error
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -32,7 +32,7 @@ from shared.protocol.records import ClosingRecord, FinishedRecord
 from shared.stores.directory import DirectoryStore
 from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
 from tests.crash.armed import Orders, run_forked
-from tests.crash.table import OF_COORDINATOR
+from tests.crash.table import LORA, OF_COORDINATOR, UNDISTURBED
 from tests.crash.tiny_trainer import STEPS, TinyTrainer
 from tests.patience import wait_until
 from tests.servers.deployment import Deployment
@@ -125,19 +125,38 @@ class Ground:
             extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\ndown = "int4"\n'
             '[server]\noptimizer = "nesterov"\n',
         )
-        self._wanted: dict[bool, str] = {}
+        self._wanted: dict[tuple[str, bool], str] = {}
 
-    def wanted(self, *, real: bool) -> str:
-        """The digest of the undisturbed federation, in one process."""
-        if real not in self._wanted:
-            self._wanted[real] = self._simulated() if real else self._embedded()
-        return self._wanted[real]
+    def wanted(self, row: Row) -> str:
+        """The digest of the undisturbed federation: in one process, but where a site is late."""
+        key = (row.settings, row.real)
+        if key not in self._wanted:
+            late = row.fault == "late"
+            find = self._drilled if late else self._simulated if row.real else self._embedded
+            self._wanted[key] = find(row)
+        return self._wanted[key]
 
-    def _simulated(self) -> str:
-        done = self.deployment.command("simulate", str(self.deployment.federation), "--json")
+    def write_federation(self, path: Path, run: str, row: Row) -> None:
+        """The base's, for another run, and with what is special about this row."""
+        text = self.deployment.federation.read_text()
+        text = text.replace('name = "tiny"', f'name = "{run}"', 1)
+        assert LORA in text
+        path.write_text(text.replace(LORA, row.settings, 1))
+
+    def _drilled(self, row: Row) -> str:
+        row = replace(row, point="")
+        with self.drill(row) as drill:
+            _start_all(drill, row, "coordinator")
+            _finish(drill, row)
+            return drill.finished()
+
+    def _simulated(self, row: Row) -> str:
+        path = self.deployment.federation.with_name(f"{'core' if row.core else 'lora'}.toml")
+        self.write_federation(path, path.stem, row)
+        done = self.deployment.command("simulate", str(path), "--json")
         return json.loads(done.stdout)["adapter_sha"]
 
-    def _embedded(self) -> str:
+    def _embedded(self, _row: Row) -> str:
         config, folder = load_federation(self.deployment.federation), self.folder / "embedded"
         trainers = {}
         for site in SITES:
@@ -149,10 +168,12 @@ class Ground:
         return run_embedded(config, trainers, embedding).adapter_sha
 
     @contextlib.contextmanager
-    def drill(self) -> Iterator[Drill]:
+    def drill(self, row: Row = UNDISTURBED) -> Iterator[Drill]:
         """A new run, to be started; all of its processes and queues are gone afterwards."""
+        if row.point:
+            self.wanted(row)  # now: it may take processes, and a site's queue serves one
         self._runs += 1
-        drill = Drill(self, f"run-{self._runs}")
+        drill = Drill(self, f"run-{self._runs}", row)
         try:
             yield drill
         finally:
@@ -195,6 +216,7 @@ class Drill:
 
     ground: Ground
     run: str
+    row: Row
     lives: list[Life] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -204,8 +226,7 @@ class Drill:
         for secret in ("broker-password", "access-key", "secret-key"):
             shutil.copy(base.folder / secret, self.folder)
         self.federation = self.folder / "federation.toml"
-        text = base.federation.read_text()
-        self.federation.write_text(text.replace('name = "tiny"', f'name = "{self.run}"', 1))
+        self.ground.write_federation(self.federation, self.run, self.row)
         for site in SITES:
             shutil.copytree(base.site_toml(site).parent, self.folder / site)
             # Due after every step, so that a kill may cost one.
@@ -262,13 +283,21 @@ class Drill:
         """What is on record."""
         return Ledger(self.store, self.run, "reader", time.time)
 
+    def finished(self) -> str:
+        """Digest of the run's result."""
+        history = self.ledger().history()
+        (sha,) = [record.sha for record in history if isinstance(record, FinishedRecord)]
+        assert sha is not None, "the run ended without a result"
+        return sha
 
-def carry_out(drill: Drill, row: Row) -> float | None:
+
+def carry_out(drill: Drill) -> float | None:
     """Kill at the row's point, start again, wait for the end.
 
     Seconds from the restart to its next useful effect; None where there was none left to do.
     Asserts that the kill happened there, and that the coordinator ended well.
     """
+    row = drill.row
     victim_name = "coordinator" if row.role == "coordinator" else "a"
     if row.fault == "garbage":
         drill.spoil_queue("a")
@@ -282,7 +311,7 @@ def carry_out(drill: Drill, row: Row) -> float | None:
     assert reached.count(row.point) == row.hit, row.name
     if row.fault == "together":
         assert reached.count("delta.checked") == len(SITES), f"{row.name}: no batch"
-    fault = row.fault if victim_name == _sick(row) and row.fault != "together" else ""
+    fault = row.fault if victim_name in _sick(row) and row.fault != "together" else ""
     reborn = drill.start(victim_name, real=row.real, fault=fault)
     if victim_name == "coordinator" and row.fault in MENDED_BY_RESTART:
         _mend(drill, row)
@@ -294,7 +323,7 @@ def _start_all(drill: Drill, row: Row, victim: str) -> Life:
     """The coordinator, then the sites: what they say first is to find its queue; the victim."""
     armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
     for name in ("coordinator", *SITES):
-        orders: dict[str, Any] = {"fault": row.fault} if name == _sick(row) else {}
+        orders: dict[str, Any] = {"fault": row.fault} if name in _sick(row) else {}
         orders |= armed if name == victim else {}
         life = drill.start(name, real=row.real, **orders)
         if name == "coordinator":
@@ -302,9 +331,11 @@ def _start_all(drill: Drill, row: Row, victim: str) -> Life:
     return next(life for life in drill.lives if life.name == victim)
 
 
-def _sick(row: Row) -> str:
+def _sick(row: Row) -> tuple[str, ...]:
     """Whose the fault is."""
-    return "coordinator" if row.fault in OF_COORDINATOR else "a"
+    if row.fault == "late":
+        return ("coordinator", *SITES)
+    return ("coordinator",) if row.fault in OF_COORDINATOR else ("a",)
 
 
 def _is_open_or_dead(life: Life) -> bool:
@@ -351,27 +382,28 @@ def next_useful(life: Life) -> float | None:
     return None
 
 
-def check(drill: Drill, row: Row | None) -> None:
+def check(drill: Drill) -> None:
     """The end is the undisturbed one: same adapter, each training once, each delta counted once."""
-    name, real = (row.name, row.real) if row else ("undisturbed", False)
-    history = list(drill.ledger().history())
-    finished = [record for record in history if isinstance(record, FinishedRecord)]
-    assert [record.sha for record in finished] == [drill.ground.wanted(real=real)], name
+    row = drill.row
+    name = row.name
+    assert drill.finished() == drill.ground.wanted(row), name
+    history = drill.ledger().history()
     closings = [record for record in history if isinstance(record, ClosingRecord)]
     counted = [[(i.site, i.from_round) for i in closing.inputs] for closing in closings]
-    assert counted == [[(site, number) for site in SITES] for number in (1, ROUNDS)], name
+    assert counted == row.counted, name
     for site in SITES:
-        disturbed = row is not None and site == "a"
-        least = ROUNDS + (row.again if disturbed else 0)
+        rounds = [number for inputs in counted for one, number in inputs if one == site]
+        disturbed = row is not UNDISTURBED and site == "a"
+        least = len(rounds) + (row.again if disturbed else 0)
         most = least + (row.perhaps if disturbed else 0)
         trained = drill.points(site).count("learn.after")
-        untold = row.untold if row is not None and disturbed else 0
+        untold = row.untold if disturbed else 0
         assert least - untold <= trained <= most, f"{name}: {site} trained {trained} times"
-        if not real:
+        if not row.real:
             steps = drill.steps(site)
             # A checkpoint follows each step: a kill costs one. A refused delta costs all of them.
-            refused = row is not None and row.fault == "spoilt"
-            fewest = STEPS * (least if refused else ROUNDS)
-            at_most = STEPS * (most if refused else ROUNDS) + disturbed
+            refused = row.fault == "spoilt"
+            fewest = STEPS * (least if refused else len(rounds))
+            at_most = STEPS * (most if refused else len(rounds)) + disturbed
             assert fewest <= len(steps) <= at_most, f"{name}: {site}: {steps}"
-            assert set(steps) == {f"{r} {s}" for r in (1, ROUNDS) for s in range(STEPS)}, name
+            assert set(steps) == {f"{r} {s}" for r in rounds for s in range(STEPS)}, name

@@ -1,7 +1,8 @@
 """The crash table: one row for each point at which a role's process is killed and started again.
 
 A row is a run of two sites over two rounds, whose codec leaves a residual, whose server's optimiser
-has a state and whose adapters travel as updates, in which one process dies at one point. Points
+has a state and whose adapters travel as updates, in which one process dies at one point. Some
+rows train cores of a real model, and in some a late delta is carried into the second round. Points
 stand in the order in which a run reaches them. To add a point: a line in the right list, and where
 needed what is special about it in ``SPECIAL``.
 """
@@ -14,6 +15,16 @@ from typing import Any
 PUBLISHED = ("publish.before", "publish.sent", "publish.confirmed")
 ACKNOWLEDGED = ("acknowledge.before", "acknowledge.after")
 RECORDED = ("record.before", "record.after")
+
+
+LORA = "[lora]\n"  # of the federation's file
+CORE = '[lora]\nkind = "core"\n'
+CARRY = f"""[policy]
+kind = "quorum"
+quorum = 1
+deadline_seconds = 1.0
+late = "carry"
+{LORA}"""
 
 
 def around(stages: tuple[str, ...], *subjects: str) -> list[str]:
@@ -29,7 +40,7 @@ class Row:
     once more, because the kill or the fault took an unfinished or refused training away;
     ``perhaps``: how many beyond that, where a race decides. ``untold``: how many may be missing in
     the trace, because a dying process says nothing of what its other threads end. ``real``: the
-    sites train a real model.
+    sites train a real model, with ``core`` its cores.
     """
 
     role: str
@@ -40,13 +51,27 @@ class Row:
     perhaps: int = 0
     untold: int = 0
     real: bool = False
+    core: bool = False
 
     @property
     def name(self) -> str:
         """For the test's report."""
-        words = [self.role, self.point, self.fault, "real" if self.real else ""]
+        kind = "core" if self.core else "real" if self.real else ""
+        words = [self.role, self.point, self.fault, kind]
         words.append(f"{self.hit}nd" if self.hit == 2 else "")
         return "-".join(word for word in words if word)
+
+    @property
+    def settings(self) -> str:
+        """What stands in the federation's file in place of ``LORA``."""
+        return CARRY if self.fault == "late" else CORE if self.core else LORA
+
+    @property
+    def counted(self) -> list[list[tuple[str, int]]]:
+        """Of each round, site and round of what it counts."""
+        if self.fault == "late":
+            return [[("b", 1)], [("a", 1), ("a", 2)]]
+        return [[("a", number), ("b", number)] for number in (1, 2)]
 
     @property
     def pause(self) -> float:
@@ -234,6 +259,25 @@ REAL = [
     ("coordinator", "record.after:closing", 2),
 ]
 
+# With the real model's cores: bases of the weights, found again after a restart.
+REAL_CORES = [
+    ("participant", "update.applied", 1),
+    ("participant", "checkpoint.renamed", 2),
+    ("participant", "upload.after", 2),
+    ("coordinator", "record.after:closing", 2),
+]
+# Round 1 closes without site a, whose delta of it counts in round 2: the second to be accepted.
+LATE = [
+    ("participant", "commit.renamed", 1),
+    ("participant", "sweep.after", 1),
+    ("participant", "upload.before", 1),
+    ("participant", "upload.after", 1),
+    ("coordinator", "record.before:accepted", 2),
+    ("coordinator", "record.after:accepted", 2),
+    ("coordinator", "record.after:closing", 2),
+    ("coordinator", "record.before:closed", 2),
+]
+
 # (role, whole point or its subject) -> why no row kills there.
 EXEMPT: dict[tuple[str, str], str] = {
     ("coordinator", f"{stage}:{word}"): (
@@ -269,10 +313,13 @@ def _rows() -> list[Row]:
         for role, points in roles.items()
         for point in points
     ]
-    return found + [
+    found += [
         Row(role, point, hit, real=True, **SPECIAL.get((role, point), {}))
         for role, point, hit in REAL
     ]
+    found += [Row(role, point, hit, real=True, core=True) for role, point, hit in REAL_CORES]
+    return found + [Row(role, point, hit, "late") for role, point, hit in LATE]
 
 
+UNDISTURBED = Row("nobody", "")
 ROWS = _rows()

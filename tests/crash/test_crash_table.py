@@ -30,7 +30,7 @@ def test_every_point_of_an_undisturbed_run_is_a_row(ground):
             drill.start(site)
         drill.wait("the end", lambda: coordinator.code() is not None)
         assert coordinator.code() == 0, drill.tails()
-        check(drill, None)
+        check(drill)
         reached = {("coordinator", point) for point in drill.points("coordinator")}
         reached |= {("participant", point) for site in SITES for point in drill.points(site)}
     killed = {(row.role, row.point) for row in ROWS}
@@ -40,15 +40,15 @@ def test_every_point_of_an_undisturbed_run_is_a_row(ground):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_killed_at(ground, row):
     """The kill fired there, and the run ended as if it had not."""
-    with ground.drill() as drill:
-        carry_out(drill, row)
-        check(drill, row)
+    with ground.drill(row) as drill:
+        carry_out(drill)
+        check(drill)
 
 
 def test_the_launcher_as_a_program(ground, monkeypatch):
     """``python -m tests.crash.armed`` does what its forks do."""
     monkeypatch.setattr(ground, "forked", False)
     row = next(row for row in ROWS if row.point == "record.after:closing")
-    with ground.drill() as drill:
-        carry_out(drill, row)
-        check(drill, row)
+    with ground.drill(row) as drill:
+        carry_out(drill)
+        check(drill)

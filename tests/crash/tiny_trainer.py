@@ -4,14 +4,16 @@ Deterministic in site, round and seed. Each step is a line in ``steps.txt`` besi
 so that a test can count what was really trained. One fault may be ordered, which happens once in a
 site's life: ``failed`` (the first training raises), ``declined`` (the first preparation finds the
 wrong model), ``unfit`` (it finds another model than the other site has), ``spoilt`` (the first
-upload sends other bytes than were announced). And one that lasts: ``undrawn`` (the site draws
-another first adapter than the coordinator).
+upload sends other bytes than were announced). Or one that lasts: ``undrawn`` (the site draws
+another first adapter than the coordinator), and ``late`` at both sites: a's first round ends when a
+has heard that it closed, and its second when the first delta may go; b's second never does.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +25,7 @@ from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
 from participant.learner.port import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
 from shared.config import load_site
-from shared.errors import ModelError
+from shared.errors import InterruptedRunError, ModelError
 from shared.log import configure
 from shared.protocol.manifest import HeldOut, LocalMetrics
 from shared.seeds import derive_seed
@@ -36,15 +38,25 @@ if TYPE_CHECKING:
 
 STEPS = 3
 EXAMPLES = 16
+# Site and round of who is late, and the point in its trace that it waits for, if any.
+LATE = {
+    ("a", 1): "acknowledge.after:RoundClosed",
+    ("a", 2): "acknowledge.after:UploadGranted",
+    ("b", 2): None,
+}
 
 
 class TinyTrainer:
-    """The ``Learner`` port for ``site``; ``folder`` is where it keeps ``steps.txt`` and faults."""
+    """The ``Learner`` port for ``site``; ``folder`` is where it keeps ``steps.txt`` and faults.
 
-    def __init__(self, site: str, folder: Path, fault: str = "") -> None:
+    ``trace``: where its process writes every point that it reaches.
+    """
+
+    def __init__(self, site: str, folder: Path, fault: str = "", trace: Path | None = None) -> None:
         self._site = site
         self._folder = folder
         self._fault = fault
+        self._trace = trace
 
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
@@ -56,6 +68,8 @@ class TinyTrainer:
     def learn(self, task, source, state, folder, should_stop, report, checkpoints, feedback=None):
         if self.strikes("failed"):
             raise RuntimeError("the first training fails, as was ordered")
+        if self._fault == "late":
+            self._wait(task.round, should_stop)
         torch.set_num_threads(1)
         before = _read(source)
         factors = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
@@ -100,6 +114,14 @@ class TinyTrainer:
         )
         known = "fresh" if state is None else "kept"
         return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known)
+
+    def _wait(self, number, should_stop):
+        assert self._trace is not None  # who is late has one
+        key = (self._site, number)
+        while key in LATE and not (LATE[key] and LATE[key] in self._trace.read_text()):
+            if should_stop():
+                raise InterruptedRunError("stopped")
+            time.sleep(0.01)
 
     def _resumed(self, checkpoints, factors, optimizer, state):
         """Adapter and optimiser as the newest checkpoint has them; the losses up to there."""
@@ -180,11 +202,11 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         }
 
 
-def take_part(site_toml: Path, fault: str) -> None:
+def take_part(site_toml: Path, fault: str, trace: Path) -> None:
     """As ``gradualdiff participant`` does, but for the trainer."""
     configure()
     config, folder = load_site(site_toml), site_toml.resolve().parent
-    trainer = TinyTrainer(config.site.name, folder, fault)
+    trainer = TinyTrainer(config.site.name, folder, fault, trace)
     if fault == "undrawn":
         draw = fetching.draw_adapter
         fetching.draw_adapter = lambda manifest, seed, path: draw(manifest, seed + 1, path)

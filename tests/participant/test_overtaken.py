@@ -144,6 +144,51 @@ def test_an_old_grant_does_not_displace_the_new_one(participant, site, started):
     assert site.transfer.sent == ["https://store/2"]
 
 
+def test_grants_of_two_deltas_do_not_displace_each_other(participant, site, started):
+    """Where late deltas are carried, one may be under way beside the open round's: both are sent.
+
+    So it is before they are looked at, while a training is in hand.
+    """
+    for number in (1, 2):
+        participant.on_round_started(started(number), "coordinator")
+        participant.work()
+    grants = [granted(site, number) for number in (1, 2)]
+    inbox = Agenda()
+    for grant in grants:
+        inbox.note(grant)
+    assert [inbox.take(0.0), inbox.take(0.0)] == grants
+    for grant in grants:
+        participant.on_upload_granted(grant, "coordinator")
+    while participant.has_work:
+        participant.work()
+    assert site.transfer.sent == ["https://store/1", "https://store/2"]
+
+
+def test_the_residual_that_a_round_on_the_agenda_begins_from_is_not_swept(
+    participant, site, started
+):
+    """Round 3 was told before round 2's late delta was taken: it begins from round 1's residual.
+
+    Then a broker says once more that round 2 is closed.
+    """
+    feedback = {"codec": "int4", "feedback": True}
+    for number in (1, 2):
+        event = started(number).model_copy(update=feedback)
+        participant.on_round_started(event, "coordinator")
+        participant.work()
+    first, second = (granted(site, number).sha for number in (1, 2))
+    third = started(3).model_copy(update={**feedback, "last_accepted": first})
+    participant.on_round_started(third, "coordinator")
+    for number, sha in ((1, first), (2, second)):
+        answer = DeltaAnswered(run="r", round=number, sha=sha, verdict="accepted")
+        participant.on_delta_answered(answer, "coordinator")
+    closed = RoundClosed(run="r", round=2, result_sha=third.source_sha, late_counts=True)
+    participant.on_round_closed(closed, "coordinator")
+    participant.work()
+    assert participant.trained.round == 3
+    assert participant.trained.residual == "kept"
+
+
 def test_an_old_answer_does_not_call_off_an_upload(participant, site, started):
     """Only the answer about the very delta does."""
     for number in (1, 2):
