@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import math
 import os
+from array import array
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from coordinator.aggregation.server_optimizer import open_step
 from shared import modes
 from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
+from shared.disk.files import allow_open_files
 from shared.errors import LedgerError
 from shared.methods.averaging import get_averaging
 from shared.methods.inputs import Inputs
@@ -132,16 +134,20 @@ def aggregate(
     optimiser, if the method has one that keeps any. Raises LedgerError for a site that is
     listed twice, weights that do not sum to 1, fewer deltas than the rule needs or a result
     that is not finite, DeltaRefusedError for a delta that does not fit the manifest,
-    DecodeError for a source that is torn.
+    DecodeError for a source that is torn, OSError where so many files may not be open.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
     _check_inputs(ordered, method.aggregation)
+    allow_open_files(len(ordered))
     with contextlib.ExitStack() as stack:
         # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
         stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
-        files = [stack.enter_context(DeltaFile(d.path, d.manifest or manifest)) for d in ordered]
+        files: list[DeltaFile] = []
+        for one in ordered:
+            files.append(stack.enter_context(DeltaFile(one.path, one.manifest or manifest)))
+            files[-1].share(files[0])
         watch = watch or Stopwatch()
         server = open_step(method.server, manifest, state, watch)
         stack.enter_context(server or contextlib.nullcontext())
@@ -209,8 +215,9 @@ class _Closing:
         self._left_out: dict[str, str] = {}
         self.watch = watch
         self._mean_squares: list[float] = []
-        self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
-        self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+        # Of thousands of sites and hundreds of tensors: 8 bytes each and not 32.
+        self._squares = {delta.site: array("d") for delta in deltas}
+        self._products = {delta.site: array("d") for delta in deltas}
         self._squared_gaps: list[float] = []
         self._energies: dict[str, tuple[float, ...]] = {}
         sent = next(d.manifest for d in deltas) or manifest
