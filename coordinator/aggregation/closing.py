@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 from array import array
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -313,6 +313,7 @@ class _Closing:
                 values = file.read(spec).reshape(-1)
             with self.watch.phase("accumulate"):
                 _accumulate(mean, values, self._shares[delta.site], delta.scale)
+            file.release(spec)  # a page of each of thousands is more than all the rest
 
     def _unchanged(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
         """A tensor that nobody trained, as it is."""
@@ -377,7 +378,7 @@ class _Closing:
 
 def _check_inputs(ordered: Sequence[WeightedDelta], section: AggregationSection) -> None:
     sites = [delta.site for delta in ordered]
-    twice = sorted({site for site in sites if sites.count(site) > 1})
+    twice = sorted(site for site, count in Counter(sites).items() if count > 1)
     if twice:
         raise LedgerError(f"deltas: expected each site once, got {', '.join(twice)} twice")
     shares = [delta.weight for delta in ordered]

@@ -130,6 +130,7 @@ class TensorFile:
         self._begins = {layout.name: begin for layout, begin, _ in spans}
         self._start = start
         self._mapped: mmap.mmap | None = mapped
+        mapped.madvise(mmap.MADV_DONTNEED)  # a header is read once: see release()
 
     def __enter__(self) -> Self:
         return self
