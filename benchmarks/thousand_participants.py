@@ -7,7 +7,7 @@ queues over one connection, answers under each one's name (the coordinator's acc
 delta by its presigned URL. The adapter has 64 values, so what is measured is the protocol: six
 messages a participant and round, a delta checked and stored, a record.
 
-Baselines, in the same run on the same servers:
+The floor, just before the run, on equal servers of its own:
 
 - ``messages``: as many messages as a round sends, published one by one, each confirmed, to as many
   queues of the same kind, and consumed and acknowledged meanwhile; plain pika, a thread each.
@@ -16,12 +16,14 @@ Baselines, in the same run on the same servers:
     python benchmarks/thousand_participants.py [--participants 1000 ...] [--rounds 6]
 
 Several numbers of participants are measured one after another, each on fresh servers; the last
-lines are a table over them, with the coordinator's cost.
+lines are a Markdown table over them. One that fails is a line of it with the reason, and the others
+go on; the exit code is 1 then.
 
-A round's seconds are from its ``opened`` record to the next one's. ``--rounds 20`` may take a
-quarter of an hour on two cores. Starts its own servers through ``tests/servers`` unless they are
-named. Needs Linux and RabbitMQ installed. Aim: the coordinator's memory after the last round as
-after the second.
+A round's seconds are from its ``opened`` record to the next one's. Rounds of 10,000 participants
+take minutes on two cores, and their 10,000 queues some GB of memory. Starts its own servers through
+``tests/servers`` unless they are named. Needs Linux and RabbitMQ installed. Aims: the coordinator
+costs each participant the same, however many they are, and its memory stays below 250 MB with
+10,000 of them.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import os
 import queue
 import statistics
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +75,7 @@ from shared.protocol.manifest import LocalMetrics, Manifest, Numerics, TensorSpe
 from shared.tensors.delta_file import DeltaHeader, write_delta
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pika.adapters.blocking_connection import BlockingChannel
 
@@ -88,6 +92,7 @@ NUMERICS = Numerics(
 MESSAGES = 6  # started, requested, granted, submitted, answered, closed
 THREADS = 8
 RUN = "thousand"
+STALLED_SECONDS = 600.0  # without any message
 
 
 def site_name(number: int) -> str:
@@ -116,8 +121,7 @@ class Crowd:
 
     def work(self) -> None:
         """Answer everything until every participant has heard of the end."""
-        sender = threading.Thread(target=self._send, daemon=True)
-        sender.start()
+        sending = in_thread(self._send)
         connection = connect(self._place, RUN)
         channel = connection.channel()
         channel.basic_qos(prefetch_count=20)
@@ -129,16 +133,23 @@ class Crowd:
             )
         for site in self._federation.sites:
             self._say(site, SiteOnline())
-        next_look = 0.0
+        next_look, seen, moved = 0.0, 0, time.monotonic()
         while self._finished < len(self._federation.sites):
             connection.process_data_events(0.5)
             if self._trouble:
                 raise SystemExit(self._trouble[0])
-            if time.monotonic() > next_look:
+            if sending.done():
+                sending.result()
+            now, total = time.monotonic(), self.counts.total()
+            if total != seen:
+                seen, moved = total, now
+            if now > moved + STALLED_SECONDS:
+                raise SystemExit(f"no message for {STALLED_SECONDS:.0f} s; so far {self.counts}")
+            if now > next_look:
                 self._federation.alive()
-                next_look = time.monotonic() + 2.0
+                next_look = now + 2.0
         self._outbox.put(None)
-        sender.join()
+        sending.result()
         self._uploads.shutdown()
         connection.close()
 
@@ -266,12 +277,26 @@ def connect(place: Servers, vhost: str) -> pika.BlockingConnection:
     return pika.BlockingConnection(
         pika.ConnectionParameters(
             place.host, place.port, vhost, pika.PlainCredentials("coordinator", PASSWORD),
-            heartbeat=60,
+            heartbeat=600, stack_timeout=120,  # a broker with thousands of queues is slow at times
         )
     )  # fmt: skip
 
 
-# The baselines -----------------------------------------------------------------------------------
+def in_thread(do: Callable[[], None]) -> Future[None]:
+    """Have it done beside; what it raises is in the future."""
+    future: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(do())
+        except BaseException as error:  # noqa: BLE001 - whoever waits raises it
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+# The floor ---------------------------------------------------------------------------------------
 
 
 def bare_messages(place: Servers, sites: Sequence[str], count: int) -> float:
@@ -306,9 +331,10 @@ def bare_messages(place: Servers, sites: Sequence[str], count: int) -> float:
         connection.close()
 
     ended: list[float] = []
-    consumer = threading.Thread(target=consume, daemon=True)
-    consumer.start()
-    ready.wait()
+    consuming = in_thread(consume)
+    while not ready.wait(1.0):
+        if consuming.done():
+            consuming.result()
     connection = connect(place, "bare")
     channel = connection.channel()
     channel.confirm_delivery()
@@ -323,13 +349,8 @@ def bare_messages(place: Servers, sites: Sequence[str], count: int) -> float:
             pika.BasicProperties(delivery_mode=2, user_id="coordinator" if to_site else site),
             mandatory=True,
         )
-    consumer.join()
+    consuming.result()
     connection.close()
-    # A virtual host with thousands of queues takes the broker longer than its API answers.
-    with product_connect(address(place, "bare")) as connection:
-        for site in sites:
-            connection.delete(topology.site_queue(site))
-    place.api("DELETE", "vhosts/bare")
     return ended[0] - start
 
 
@@ -356,36 +377,57 @@ def bare_puts(place: Servers, sites: Sequence[str], size: int) -> float:
 # The measurement ---------------------------------------------------------------------------------
 
 
+class Floor(NamedTuple):
+    """Seconds that a round's messages and uploads take by themselves."""
+
+    messages: float
+    puts: float
+
+
 class Figures(NamedTuple):
     """Of one number of participants; memory and processor time are the coordinator's."""
 
     participants: int
     round_seconds: float
-    floor_seconds: float
-    peak_mb: float
+    floor: Floor
     cpu_seconds: float
+    peak_mb: float
+    anonymous_mb: float
 
     def line(self) -> str:
         """One line of the table."""
-        each = 1000 * self.cpu_seconds / self.participants
+        floor = sum(self.floor)
         return (
-            f"{self.participants:12} {self.round_seconds:9.2f} {self.floor_seconds:9.2f} "
-            f"{self.round_seconds / self.floor_seconds:7.2f} {self.peak_mb:9.0f} {each:16.2f}"
+            f"| {self.participants:,} | {self.round_seconds:.2f} s | {floor:.2f} s | "
+            f"{self.round_seconds / floor:.2f} | "
+            f"{1000 * self.cpu_seconds / self.participants:.2f} ms | {self.peak_mb:.0f} MB | "
+            f"{self.anonymous_mb:.0f} MB |"
         )
 
 
-HEAD = "participants   round s   floor s   ratio   peak MB   CPU ms a participant and round"
+HEAD = """\
+| participants | a round | floor | round / floor | coordinator's processor time a participant and \
+round | its peak memory | of it not mapped from files |
+|---:|---:|---:|---:|---:|---:|---:|"""
 
 
-def measure(place: Servers, folder: Path, participants: int, rounds: int) -> Figures:
-    """Baselines, the run, baselines again; print what came."""
-    sites = [site_name(number) for number in range(participants)]
-    count = MESSAGES * participants
-    print(f"{participants} participants, {rounds} rounds, {count} messages a round", flush=True)
-    messages, puts = [bare_messages(place, sites, count)], [bare_puts(place, sites, 800)]
-    print(f"  bare: messages {messages[0]:.2f} s, puts {puts[0]:.2f} s", flush=True)
+def measure_floor(place: Servers, participants: int) -> Floor:
+    """As many messages and uploads as a round has."""
+    sites, count = names(participants), MESSAGES * participants
+    floor = Floor(bare_messages(place, sites, count), bare_puts(place, sites, 800))
+    print(
+        f"  floor: messages {floor.messages:.2f} s ({count / floor.messages:.0f} a second, one "
+        f"after another), puts {floor.puts:.2f} s",
+        flush=True,
+    )
+    return floor
+
+
+def measure(place: Servers, folder: Path, participants: int, rounds: int, floor: Floor) -> Figures:
+    """The run; print what came."""
+    sites, count = names(participants), MESSAGES * participants
     federation = Federation(
-        place, folder / RUN, RUN, sites, rounds, "fp32", "administrator,impersonator"
+        place, folder / RUN, RUN, sites, rounds, "fp32", tags="administrator,impersonator"
     )
     with federation:
         place.store(RUN)
@@ -402,33 +444,31 @@ def measure(place: Servers, folder: Path, participants: int, rounds: int) -> Fig
         cpu = spent(before, place.cpu_seconds(), rounds)
         seconds = federation.round_seconds()
         phases = federation.phases("coordinator")
-    messages.append(bare_messages(place, sites, count))
-    puts.append(bare_puts(place, sites, 800))
-    later = seconds[1:] or seconds
-    figure = statistics.median(later)
-    total = sum(crowd.counts.values())
-    bare = statistics.median(messages) + statistics.median(puts)
-    print(f"round    {figure:7.2f} s, the first {seconds[0]:.2f}; all: {listed(seconds)}")
+    figure = statistics.median(seconds[1:] or seconds)
+    print(f"  a round: {figure:.2f} s, the first {seconds[0]:.2f}; all: {listed(seconds)}")
     print(
-        f"         {count / figure:7.0f} messages a second in a round; {total} in the whole run of "
-        f"{whole:.0f} s; queues declared in {declared:.1f} s"
+        f"  {count / figure:.0f} messages a second in a round; {crowd.counts.total()} in the whole "
+        f"run of {whole:.0f} s; queues declared in {declared:.1f} s"
     )
+    print(f"  round / (messages + puts) = {figure / sum(floor):.2f}")
+    early = min(2, rounds)
+    found = Figures(
+        participants, figure, floor, phases.pop("cpu_seconds") / max(rounds - 1, 1),
+        phases.pop("peak_rss_mb"), phases.pop("peak_anonymous_mb"),
+    )  # fmt: skip
     print(
-        f"messages {statistics.median(messages):7.2f} s of {listed(messages)}: "
-        f"{count / statistics.median(messages):.0f} a second, one after another"
+        f"  coordinator's memory: {crowd.memory[early]:.1f} MB after round {early}, "
+        f"{crowd.memory[rounds]:.1f} MB after round {rounds}; peak {found.peak_mb:.0f}"
     )
-    print(f"puts     {statistics.median(puts):7.2f} s of {listed(puts)}")
-    print(f"round / (messages + puts) = {figure / bare:.2f}")
-    early, peak = min(2, rounds), phases.pop("peak_rss_mb")
-    print(
-        f"coordinator's memory: {crowd.memory[early]:.1f} MB after round {early}, "
-        f"{crowd.memory[rounds]:.1f} MB after round {rounds}; peak {peak:.0f}"
-    )
-    phases.pop("peak_anonymous_mb")
-    cpu["coordinator"] = phases.pop("cpu_seconds") / max(rounds - 1, 1)
-    print(f"processor seconds a round: {told(cpu)}")
-    print(f"the coordinator's seconds a round: {told(Counter(phases), max(rounds - 1, 1))}")
-    return Figures(participants, figure, bare, peak, cpu["coordinator"])
+    cpu["coordinator"] = found.cpu_seconds
+    print(f"  processor seconds a round: {told(cpu)}")
+    print(f"  the coordinator's seconds a round: {told(Counter(phases), max(rounds - 1, 1))}")
+    return found
+
+
+def names(participants: int) -> list[str]:
+    """The participants' names."""
+    return [site_name(number) for number in range(participants)]
 
 
 @contextlib.contextmanager
@@ -438,6 +478,28 @@ def product(place: Servers) -> Any:
 
     with product_connect(address(place, RUN)) as connection:
         yield connection
+
+
+def measured(given: argparse.Namespace, participants: int) -> Figures:
+    """Floor and run of one number of participants, each on servers of its own."""
+    print(f"{participants} participants, {given.rounds} rounds", flush=True)
+    with fresh(given) as (place, _):
+        floor = measure_floor(place, participants)
+    with fresh(given) as (place, folder):
+        return measure(place, folder, participants, given.rounds, floor)
+
+
+@contextlib.contextmanager
+def fresh(given: argparse.Namespace) -> Iterator[tuple[Servers, Path]]:
+    """Servers and a folder for a while.
+
+    A broker is slow for minutes once it is to delete thousands of queues: its end is faster.
+    """
+    with (
+        tempfile.TemporaryDirectory(dir=given.dir, prefix="thousand-") as name,
+        servers(given, Path(name)) as place,
+    ):
+        yield place, Path(name)
 
 
 def main() -> None:
@@ -450,16 +512,24 @@ def main() -> None:
     end_on_signals()
     if given.dir is not None:
         given.dir.mkdir(parents=True, exist_ok=True)
-    found = []
+    lines, failed = [], False
     for participants in given.participants:
-        with (
-            tempfile.TemporaryDirectory(dir=given.dir, prefix="thousand-") as name,
-            servers(given, Path(name)) as place,
-        ):
-            found.append(measure(place, Path(name), participants, given.rounds))
-    print(HEAD)
-    for figures in found:
-        print(figures.line())
+        try:
+            lines.append(measured(given, participants).line())
+        except BaseException as error:  # a server that does not start raises no Exception
+            if isinstance(error, SystemExit) and not isinstance(error.code, str):
+                raise  # a signal
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            traceback.print_exc()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[-300:].replace("|", "/")
+            lines.append(f"| {participants:,} | failed: {reason} | | | | | |")
+            failed = True
+        print(flush=True)
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"Load of the last 1, 5 and 15 minutes on {os.cpu_count()} processors: {load}\n")
+    print("\n".join([HEAD, *lines]))
+    raise SystemExit(int(failed))
 
 
 if __name__ == "__main__":

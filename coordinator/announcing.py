@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import sends_updates
@@ -32,7 +33,7 @@ from shared.protocol.records import AcceptedRecord, RefusedRecord
 from shared.tensors.codecs import get_codec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from coordinator.round.state import Notification, RunState, Update
     from shared.config import FederationConfig
@@ -51,17 +52,17 @@ class Announcer:
         self._store = store
         self._clock = clock
 
-    def events(self, notification: Notification, state: RunState) -> dict[str, Event]:
-        """What each site is told."""
+    def events(self, notification: Notification, state: RunState) -> Iterator[tuple[str, Event]]:
+        """What each site is told, made as it is asked for: a large federation's is never whole."""
         run = self._config.run.name
         match notification:
             case AnnounceRun(sites):
                 bases = self._offered_bases()
-                return {site: announcement(self._config, site, bases) for site in sites}
+                yield from ((site, self._run_for(site, bases)) for site in sites)
             case AnnounceRound(sites):
-                return {site: self._round_for(site, state) for site in sites}
+                yield from ((site, self._round_for(site, state)) for site in sites)
             case AnswerDelta(record):
-                return {record.site: answer_of(run, record)}
+                yield record.site, answer_of(run, record)
             case AnnounceClosed(closed, sites):
                 event = RoundClosed(
                     run=run,
@@ -70,9 +71,18 @@ class Announcer:
                     late_counts=self._config.policy.carries,
                     by_update=sends_updates(self._config),
                 )
-                return dict.fromkeys(sites, event)
+                yield from ((site, event) for site in sites)
             case AnnounceFinished(sites):
-                return {site: self._finish_for(site, state) for site in sites}
+                yield from ((site, self._finish_for(site, state)) for site in sites)
+
+    @cached_property
+    def _announced(self) -> RunAnnounced:
+        """As one of the sites is told: its digest is of a config that names all of them."""
+        return announcement(self._config, self._config.run.participants[0])
+
+    def _run_for(self, site: str, bases: BasesOffered | None) -> RunAnnounced:
+        lora = _lora_of(self._config, site)
+        return self._announced.model_copy(update={"lora": lora, "bases": bases})
 
     def _round_for(self, site: str, state: RunState) -> RoundStarted:
         opened = state.opened
@@ -201,22 +211,23 @@ def has_feedback(config: FederationConfig) -> bool:
     return config.codec.feedback and averaging.by_value and not get_codec(config.codec.name).exact
 
 
-def announcement(
-    config: FederationConfig, site: str, bases: BasesOffered | None = None
-) -> RunAnnounced:
-    """The run as a site is told of it. ``bases``: where they are, if the settings name a file."""
+def announcement(config: FederationConfig, site: str) -> RunAnnounced:
+    """The run as a site is told of it, but for where its bases are."""
     return RunAnnounced(
         run=config.run.name,
         config_digest=config.digest,
         base=WireBase(**config.base.model_dump()),
-        lora=WireLora(**kind_of(config.lora).for_site(config.lora, site).model_dump()),
+        lora=_lora_of(config, site),
         training=WireTraining(**config.training.model_dump(exclude_none=True)),
         rounds=config.run.rounds,
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
         modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
-        bases=bases,
     )
+
+
+def _lora_of(config: FederationConfig, site: str) -> WireLora:
+    return WireLora(**kind_of(config.lora).for_site(config.lora, site).model_dump())
 
 
 def answer_of(run: str, record: AcceptedRecord | RefusedRecord) -> DeltaAnswered:

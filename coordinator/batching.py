@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from shared.brokers.port import Broker, Message
 
@@ -22,6 +22,7 @@ BATCH = 32
 PREFETCH = 2 * BATCH  # the next batch comes over the line while one is worked at
 BATCH_BYTES = 256 * 1024 * 1024  # of deltas; meanwhile nobody is answered and no time is told
 THREADS = 4
+MOST_AT_ONCE = 500  # messages: what is published together is all in memory until it is confirmed
 
 Result = TypeVar("Result")
 
@@ -44,15 +45,21 @@ def at_once(calls: Sequence[Callable[[], Result]]) -> list[Future[Result]]:
 
 
 class Outbox:
-    """Messages of a batch, which go out as one confirmed publish."""
+    """Messages of a batch, which go out as one confirmed publish, or as several where it is long.
+
+    What thousands of sites are told goes out as it is made: whatever is said was true already.
+    """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._messages: list[Message] = []
 
-    def put(self, messages: Sequence[Message]) -> None:
-        """Have them published with the others, after those that are here."""
-        self._messages += messages
+    def put(self, messages: Iterable[Message]) -> None:
+        """Have them published with the others, after those that are here. Raises as ``flush``."""
+        for message in messages:
+            self._messages.append(message)
+            if len(self._messages) >= MOST_AT_ONCE:
+                self.flush()
 
     def flush(self) -> None:
         """Publish and wait for the confirms. Raises as ``Broker.publish``; then they are gone.

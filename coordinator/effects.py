@@ -30,7 +30,7 @@ from shared.protocol.records import ClosedRecord, GenesisRecord
 from shared.tensors.genesis import draw_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from coordinator.aggregation.closing import Aggregated
@@ -251,14 +251,15 @@ class Effects:
 
     def notify(self, notification: Notification, state: RunState) -> None:
         """Have one announcement published to all it concerns."""
-        events = self._announcer.events(notification, state)
-        if events:
-            self.tell(events)
+        self._tell(self._announcer.events(notification, state))
 
     def tell(self, events: Mapping[str, Event]) -> None:
         """Have one event published to each site."""
+        self._tell(events.items())
+
+    def _tell(self, events: Iterable[tuple[str, Event]]) -> None:
         now = self._clock()
-        self._outbox.put([to_site(site, event, now) for site, event in events.items()])
+        self._outbox.put(to_site(site, event, now) for site, event in events)
 
     def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
         """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""

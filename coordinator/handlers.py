@@ -68,6 +68,7 @@ class Coordinator(LiveRun):
     ) -> None:
         super().__init__(config, ledger, intake, effects, clock)
         self.active = False
+        self._digest = config.digest  # of all the participants' names: not for each of them again
         self._deltas = deltas = Deltas(self)
         handlers: Mapping[type[Event], Handler] = {
             SiteOnline: self.on_site_online,
@@ -138,10 +139,10 @@ class Coordinator(LiveRun):
 
         Until the run begins a site may be fixed: then its last word counts.
         """
-        if event.config_digest != self.config.digest:
+        if event.config_digest != self._digest:
             raise ProtocolError(
                 f"config_digest: {sender} is ready for {event.config_digest[:12]}, this run is "
-                f"{self.config.digest[:12]}; start the site again"
+                f"{self._digest[:12]}; start the site again"
             )
         known, genesis = self.state.members.get(sender), self.state.genesis
         changed = [] if known is None else _changed(known, event)
@@ -181,7 +182,7 @@ class Coordinator(LiveRun):
 
     def _say_unfit(self) -> None:
         """Tell the log who does not fit, once nothing else is waited for."""
-        if not self.state.silent:
+        if not (self.state.is_incomplete or self.state.silent):
             for site, why in self.state.unfit.items():
                 get_logger().warning("site.unfit", site=site, reason=why)
 

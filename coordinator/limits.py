@@ -32,7 +32,8 @@ class Limits:
     def __init__(self, section: LimitsSection) -> None:
         self._section = section
         self._buckets: dict[str, _Bucket] = {}
-        self._granted: dict[tuple[str, int], set[str]] = {}
+        # By round, then by site.
+        self._granted: dict[int, dict[str, set[str]]] = {}
         self._over: dict[str, dict[str, int]] = {}
 
     @property
@@ -71,7 +72,10 @@ class Limits:
 
         Each sha has room for the run's largest delta, so counting them is a quota of bytes.
         """
-        granted = self._granted.setdefault((site, number), set())
+        if number not in self._granted:  # a new round: those that take nothing more are forgotten
+            oldest = state.last_round - state.config.policy.late_rounds
+            self._granted = {n: sites for n, sites in self._granted.items() if n > oldest}
+        granted = self._granted.setdefault(number, {}).setdefault(site, set())
         granted.update(present, state.verdicts.get((site, number), ()))
         if sha in granted:
             return True
@@ -82,7 +86,7 @@ class Limits:
 
     def granted(self, site: str, number: int) -> AbstractSet[str]:
         """The shas that this process let a site upload for a round."""
-        return self._granted.get((site, number), frozenset())
+        return self._granted.get(number, {}).get(site, frozenset())
 
     def _count(self, site: str, limit: str) -> bool:
         counts = self._over.setdefault(site, {})

@@ -118,7 +118,7 @@ class Liveness:
             word, since = "open", opened.time
         else:
             word, since = ("closing" if state.closing else "waiting"), state.began
-        participants = state.config.run.participants
+        participants, awaited = state.config.run.participants, state.waiting_for
         status = RunStatus(
             run=self._run,
             writer=self._writer,
@@ -126,9 +126,9 @@ class Liveness:
             round=opened.round if opened else max(state.last_round, 0),
             state=word,
             since=since,
-            waiting_for=state.waiting_for,
+            waiting_for=awaited,
             sites={site: self._sites[site] for site in participants if site in self._sites},
-            absent={site: when for site, when in self._absent.items() if site in state.waiting_for},
+            absent={site: self._absent[site] for site in awaited if site in self._absent},
             problem=self.problem,
             over={site: dict(counts) for site, counts in self._over.items()},
         )

@@ -16,7 +16,8 @@ import contextlib
 import itertools
 import math
 import os
-from collections import deque
+from array import array
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -29,6 +30,7 @@ from coordinator.aggregation.server_optimizer import open_step
 from shared import modes
 from shared.adapters import kind_of
 from shared.config import AggregationSection, ServerSection
+from shared.disk.files import allow_open_files
 from shared.errors import LedgerError
 from shared.methods.averaging import get_averaging
 from shared.methods.inputs import Inputs
@@ -132,16 +134,20 @@ def aggregate(
     optimiser, if the method has one that keeps any. Raises LedgerError for a site that is
     listed twice, weights that do not sum to 1, fewer deltas than the rule needs or a result
     that is not finite, DeltaRefusedError for a delta that does not fit the manifest,
-    DecodeError for a source that is torn.
+    DecodeError for a source that is torn, OSError where so many files may not be open.
     """
     ordered = sorted(deltas, key=lambda delta: delta.site)
     method = method or Method()
     _check_inputs(ordered, method.aggregation)
+    allow_open_files(len(ordered))
     with contextlib.ExitStack() as stack:
         # Threads take whole tensors; BLAS, which only the figures ask, must not start more.
         stack.enter_context(threadpool_limits(1, "blas"))
         adapter = stack.enter_context(TensorFile(source))
-        files = [stack.enter_context(DeltaFile(d.path, d.manifest or manifest)) for d in ordered]
+        files: list[DeltaFile] = []
+        for one in ordered:
+            files.append(stack.enter_context(DeltaFile(one.path, one.manifest or manifest)))
+            files[-1].share(files[0])
         watch = watch or Stopwatch()
         server = open_step(method.server, manifest, state, watch)
         stack.enter_context(server or contextlib.nullcontext())
@@ -209,8 +215,9 @@ class _Closing:
         self._left_out: dict[str, str] = {}
         self.watch = watch
         self._mean_squares: list[float] = []
-        self._squares: dict[str, list[float]] = {delta.site: [] for delta in deltas}
-        self._products: dict[str, list[float]] = {delta.site: [] for delta in deltas}
+        # Of thousands of sites and hundreds of tensors: 8 bytes each and not 32.
+        self._squares = {delta.site: array("d") for delta in deltas}
+        self._products = {delta.site: array("d") for delta in deltas}
         self._squared_gaps: list[float] = []
         self._energies: dict[str, tuple[float, ...]] = {}
         sent = next(d.manifest for d in deltas) or manifest
@@ -306,6 +313,7 @@ class _Closing:
                 values = file.read(spec).reshape(-1)
             with self.watch.phase("accumulate"):
                 _accumulate(mean, values, self._shares[delta.site], delta.scale)
+            file.release(spec)  # a page of each of thousands is more than all the rest
 
     def _unchanged(self, spec: TensorSpec, buffers: _Buffers) -> NDArray[np.float32]:
         """A tensor that nobody trained, as it is."""
@@ -370,7 +378,7 @@ class _Closing:
 
 def _check_inputs(ordered: Sequence[WeightedDelta], section: AggregationSection) -> None:
     sites = [delta.site for delta in ordered]
-    twice = sorted({site for site in sites if sites.count(site) > 1})
+    twice = sorted(site for site, count in Counter(sites).items() if count > 1)
     if twice:
         raise LedgerError(f"deltas: expected each site once, got {', '.join(twice)} twice")
     shares = [delta.weight for delta in ordered]

@@ -16,6 +16,7 @@ of closing a round.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from shared.protocol.manifest import TensorSpec
 
 DIRECTIONS: Final = 32
+MOST_KEPT: Final = 64  # deltas: of more, what they do to Z is computed twice and not kept
 # The products are fp32, which costs half of fp64: right to some 1e-7, and another BLAS or CPU may
 # differ there. The record must come out equal all the same, so it says four digits.
 DIGITS: Final = 4
@@ -49,7 +51,8 @@ def squared_gap(
     """Square of one layer's gap, of the factors before their scaling by alpha.
 
     ``reads``: each delta's tensors by spec, which may be read again and again; the values count
-    times ``scales``. ``weights`` sum to 1. Takes a few factors of the layer as memory.
+    times ``scales``. ``weights`` sum to 1. Takes a few factors of the layer as memory, and a right
+    factor's size for each delta up to ``MOST_KEPT``.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         square = _square(layer, reads, weights, scales, np.float32)
@@ -66,17 +69,19 @@ def _square(
     dtype: type[np.floating[Any]],
 ) -> float:
     signs = _directions(layer, dtype)
-    projected = [
-        scale * _times(read(layer.right).astype(dtype, copy=False), signs).astype(np.float64)
-        for read, scale in zip(reads, scales, strict=True)
-    ]
-    mean = np.zeros_like(projected[0])
-    for weight, values in zip(weights, projected, strict=True):
-        mean += weight * values
+
+    def projected(number: int) -> NDArray[np.float64]:
+        right = reads[number](layer.right).astype(dtype, copy=False)
+        return scales[number] * _times(right, signs).astype(np.float64)
+
+    values_of = functools.cache(projected) if len(reads) <= MOST_KEPT else projected
+    mean = np.zeros_like(values_of(0))
+    for number, weight in enumerate(weights):
+        mean += weight * values_of(number)
     gap, terms = np.zeros((layer.left.shape[0], mean.shape[1])), 0.0
     product = np.empty(gap.shape, dtype)  # fresh memory for each costs more than multiplying
-    for read, weight, scale, values in zip(reads, weights, scales, projected, strict=True):
-        b = read(layer.left).astype(dtype, copy=False)
+    for number, (read, weight, scale) in enumerate(zip(reads, weights, scales, strict=True)):
+        b, values = read(layer.left).astype(dtype, copy=False), values_of(number)
         apart = ((weight * scale) * (values - mean)).astype(dtype)
         gap += np.matmul(b, apart, out=product)
         terms += weight * scale * float(np.linalg.norm(b)) * float(np.linalg.norm(values))

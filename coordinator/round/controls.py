@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from coordinator.round.selection import is_among
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -35,8 +37,8 @@ class Steering:
         return tuple(sorted(site for site in members if site not in self.excluded))
 
     def is_in_force(self, site: str, members: Sequence[str]) -> bool:
-        """Whether the site is one of them, asked of each message: nothing is sorted."""
-        return site not in self.excluded and site in members
+        """Whether the site is one of them; ``members`` in name order."""
+        return site not in self.excluded and is_among(site, members)
 
     def reachable(
         self, uncounted: Mapping[tuple[str, int], AcceptedRecord]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.round.controls import added
 from coordinator.round.members import misfit
-from coordinator.round.selection import select
+from coordinator.round.selection import is_among, select
 from coordinator.round.state import (
     Aggregate,
     AnnounceClosed,
@@ -101,7 +101,7 @@ def pending(state: RunState, site: str, *, first: bool = True) -> tuple[Notifica
     ``first``: its process has just begun. A site that is given up in the open round gets another
     try then, when somebody may have fixed it, and not every minute.
     """
-    if site not in state.config.run.participants:
+    if site not in state.members and site not in state.config.run.participants:
         return ()
     if state.finished is not None:
         if site not in state.members:
@@ -210,9 +210,23 @@ def _fold_member(state: RunState, fact: MemberRecord) -> RunState:
     words = {**state.words, fact.site: fact.word}
     if state.genesis is not None and fact.from_round == 0:
         return replace(state, words=words)
+    fact = _shared(state, fact)
     declined = {s: r for s, r in state.declined.items() if s != fact.site}
     members = {**state.members, fact.site: fact}
     return replace(state, members=members, declined=declined, words=words)
+
+
+def _shared(state: RunState, fact: MemberRecord) -> MemberRecord:
+    """The same with the first member's own values where they are equal.
+
+    Almost all say the same of hundreds of tensors: thousands of copies of it take gigabytes.
+    """
+    first = next(iter(state.members.values()), fact)
+    names = ("manifest", "numerics")
+    same = {
+        name: getattr(first, name) for name in names if getattr(first, name) == getattr(fact, name)
+    }
+    return fact.model_copy(update=same)
 
 
 def _fold_delta(
@@ -226,13 +240,14 @@ def _fold_delta(
         counted = fact.round in state.counted_rounds.get(fact.site, ())
         if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
             return state, (AnswerDelta(fact),)
-        telling = state.telling - {fact.site}
-        if fact.metrics.held_out is not None:
-            telling |= {fact.site}
+        telling = state.telling
+        if (fact.metrics.held_out is not None) != (fact.site in telling):
+            telling ^= {fact.site}
         uncounted = {**state.uncounted, key: fact}
         return replace(state, uncounted=uncounted, telling=telling), (AnswerDelta(fact),)
-    here = opened is not None and fact.round == opened.round and fact.site in opened.selected
-    if not here or fact.verdict == "late" or key in state.uncounted:
+    if opened is None or fact.round != opened.round or not is_among(fact.site, opened.selected):
+        return state, (AnswerDelta(fact),)
+    if fact.verdict == "late" or key in state.uncounted:
         return state, (AnswerDelta(fact),)
     # The same text and seed give the same bytes again, so asking again by itself is no use.
     before = state.troubles.get(fact.site)
@@ -246,7 +261,7 @@ def _fold_failure(state: RunState, fact: FailedRecord) -> tuple[RunState, tuple[
     known = before is not None and before.attempts >= fact.attempt
     if opened is None or fact.round != opened.round or known:
         return state, ()
-    if fact.site not in opened.selected or (fact.site, fact.round) in state.uncounted:
+    if not is_among(fact.site, opened.selected) or (fact.site, fact.round) in state.uncounted:
         return state, ()
     trouble = Trouble(fact.attempt, final=not fact.retryable, reason=fact.reason)
     if before is not None and before.final:
@@ -306,7 +321,7 @@ def _toward_genesis(state: RunState) -> Step | None:
     if problem is not None:
         return _finish(state, problem, failed=True)
     timed_out = state.now - state.began >= section.start_timeout_seconds
-    if not timed_out and state.waiting_for:
+    if not timed_out and (state.is_incomplete or state.waiting_for):
         return None
     # Too few because a site declined or does not fit is no end: its operator fixes the cause and
     # starts it again.

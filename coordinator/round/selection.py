@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 from shared.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from shared.config import SelectionSection
 
@@ -27,3 +28,12 @@ def select(
     count = max(1, math.ceil(section.fraction * len(names)))
     ranked = sorted(names, key=lambda site: derive_seed(seed, "selection", round_number, site))
     return tuple(sorted(ranked[:count]))
+
+
+def is_among(site: str, names: Sequence[str]) -> bool:
+    """Whether a site is one of ``names``, which are in name order, as :func:`select` gives them.
+
+    Asked of each message: in a large federation nobody may look through all names for that.
+    """
+    at = bisect_left(names, site)
+    return at < len(names) and names[at] == site

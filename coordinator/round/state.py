@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
+from coordinator.round.selection import is_among
 from shared.protocol.record import Record
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class RunState:
         old. A delta that was counted already is not taken again.
         """
         opened, policy = self.openings.get(number), self.config.policy
-        if opened is None or site not in opened.selected or self.finished is not None:
+        if opened is None or not is_among(site, opened.selected) or self.finished is not None:
             return None
         if opened is self.open_round:
             return opened
@@ -205,6 +206,15 @@ class RunState:
         assert self.genesis is not None  # no round comes before it
         joined = {s for s, m in self.members.items() if 1 <= m.from_round <= number}
         return tuple(sorted(joined.union(self.genesis.members)))
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Before genesis: whether a site must be silent, by counting.
+
+        Asked with each site that joins, where ``silent`` would look at all of them.
+        """
+        spoke = len(self.members) + len(self.declined) + len(self.steering.excluded)
+        return self.genesis is None and spoke < len(self.config.run.participants)
 
     @property
     def silent(self) -> tuple[str, ...]:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free space there and start again",
     errno.EDQUOT: "the disk quota is used up; free space or have it raised, and start again",
+    errno.EMFILE: (
+        "this process may not have so many files open, and a round holds each of its deltas open; "
+        "raise its limit above the number of participants (ulimit -n, LimitNOFILE) and start again"
+    ),
     errno.EROFS: "the file system is read-only; mount it writable and start again",
     errno.EACCES: "no permission; give this user the right to write there and start again",
     errno.EPERM: "not permitted; take a file system with hard links that this user may write to",
@@ -33,7 +37,7 @@ _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errn
 
 @contextlib.contextmanager
 def file_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into StoreUnavailableError (full, read-only, no right) or StoreError."""
+    """Turn an OSError into StoreUnavailableError (it says what to do) or StoreError."""
     try:
         yield
     except OSError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import resource
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 READ_BYTES = 1024 * 1024
+OTHER_FILES = 256  # that a process has open anyway: connections, its log, threads' reads
 
 
 def digest_file(path: Path) -> tuple[str, int]:
@@ -43,3 +46,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         part.unlink(missing_ok=True)
     sync_path(path.parent)
+
+
+def allow_open_files(count: int) -> None:
+    """See to it that this process may hold so many files open at once, beside its others.
+
+    Many systems begin with 1,024, which a process may raise up to its hard limit. Raises OSError
+    (EMFILE) where that is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise OSError(errno.EMFILE, f"expected a limit of at least {wanted} open files, got {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -150,6 +150,10 @@ class DeltaFile:
         """Let go of the file; arrays that were read keep it mapped until they are gone."""
         self._file.close()
 
+    def share(self, other: DeltaFile) -> None:
+        """Hold what both files say of their tensors once."""
+        self._file.share(other._file)
+
     def release(self, spec: TensorSpec) -> None:
         """Give back the pages of a tensor that was read."""
         for layout in self._codec.layout(spec):

@@ -127,8 +127,10 @@ class TensorFile:
         spans = _decode_packed(entries) if packed else _decode_plain(entries)
         _check_gapless(spans, end - start)
         self.layouts: dict[str, TensorLayout] = {layout.name: layout for layout, _, _ in spans}
-        self._starts = {layout.name: start + begin for layout, begin, _ in spans}
+        self._begins = {layout.name: begin for layout, begin, _ in spans}
+        self._start = start
         self._mapped: mmap.mmap | None = mapped
+        mapped.madvise(mmap.MADV_DONTNEED)  # a header is read once: see release()
 
     def __enter__(self) -> Self:
         return self
@@ -140,13 +142,18 @@ class TensorFile:
         """Let go of the file; arrays that were read keep it mapped until they are gone."""
         self._mapped = None
 
+    def share(self, other: TensorFile) -> None:
+        """Hold what both files say of their tensors once: of thousands it would fill the memory."""
+        if (self.layouts, self._begins) == (other.layouts, other._begins):
+            self.layouts, self._begins = other.layouts, other._begins
+
     def release(self, name: str) -> None:
         """Give back the pages of a tensor that was read; it may be read again.
 
         They stay in the kernel's cache, and count no more as this process's memory.
         """
         if self._mapped is not None:
-            begin = self._starts[name]
+            begin = self._start + self._begins[name]
             start = begin - begin % mmap.PAGESIZE
             length = begin + self.layouts[name].size_bytes - start
             if length:
@@ -160,8 +167,9 @@ class TensorFile:
         layout = self.layouts[name]
         if self._mapped is None:
             raise ValueError(f"{name}: the file is closed")
+        start = self._start + self._begins[name]
         flat: NDArray[Any] = np.frombuffer(
-            self._mapped, layout.numpy_dtype, math.prod(layout.shape), self._starts[name]
+            self._mapped, layout.numpy_dtype, math.prod(layout.shape), start
         )
         return flat.reshape(layout.shape)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from coordinator.aggregation import exactness
 from coordinator.aggregation.closing import Method, aggregate
 from coordinator.aggregation.exactness import DIRECTIONS, squared_gap
 from shared.adapters import Layer
@@ -116,6 +117,20 @@ def test_the_gap_is_that_of_the_dense_matrices(tmp_path):
     assert result.exactness_gap == pytest.approx(
         dense_gap((one, two), source, scaled, weights), rel=6e-4
     )
+
+
+@pytest.mark.parametrize("inputs", [5, 2 * DIRECTIONS])
+def test_the_gap_of_many_deltas_keeps_none_of_them_and_is_the_same_to_the_bit(monkeypatch, inputs):
+    """Of a few, what they make of the directions is kept; of more it is computed again."""
+    pair = layer(6, inputs, 2)
+    tensors = drawn(adapter_of(pair), 3)
+    given = (pair, reads(tensors), [0.5, 0.3, 0.2], [1.0, 0.25, 1.0])
+    kept = squared_gap(*given)
+    asked = []
+    monkeypatch.setattr(exactness, "MOST_KEPT", 2)
+    noted = [lambda spec, read=read: asked.append(spec.name) or read(spec) for read in given[1]]
+    assert squared_gap(pair, noted, *given[2:]) == kept
+    assert asked.count(pair.right.name) > 2 * len(tensors) - 1
 
 
 def test_a_wide_layer_is_estimated_within_the_error_that_is_stated():

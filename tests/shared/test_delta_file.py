@@ -38,6 +38,7 @@ MANIFEST = Manifest(tensors=SPECS, target_modules=("a",))
 HEADER = DeltaHeader(
     run="r", round=3, site="north", source_sha="0" * 64, codec="fp32", codec_version=1
 )
+CODEC = {"codec", "codec_version"}
 VALUES = {spec.name: np.full(spec.shape, 2, np.float32) for spec in SPECS}
 
 
@@ -76,6 +77,44 @@ def test_a_delta_is_read_back(path: Path, codec: str, packed: bool) -> None:
             if codec == "topk":
                 sent.reshape(-1)[-(-sent.size // 64) :] = 0
             np.testing.assert_allclose(values, sent, rtol=2**-6)
+
+
+@pytest.mark.parametrize("codec", modes.names("codecs"))
+def test_deltas_that_are_laid_out_alike_hold_that_once(tmp_path: Path, codec: str) -> None:
+    """Also where their headers are of other lengths; each still reads its own values."""
+    other = HEADER.model_copy(update={"site": "north-by-north-west-and-a-bit-further"})
+    headers = [
+        header_of(codec),
+        other.model_copy(update=header_of(codec).model_dump(include=CODEC)),
+    ]
+    values = [values_of, lambda spec: 3 * values_of(spec)]
+    files = []
+    for number, header in enumerate(headers):
+        write_delta(tmp_path / str(number), MANIFEST, codec, header, values[number], 1)
+        files.append(DeltaFile(tmp_path / str(number), MANIFEST))
+    alone = [files[1].read(spec).copy() for spec in SPECS]
+    files[1].share(files[0])
+    first, second = (file._file for file in files)
+    assert second.layouts is first.layouts
+    for spec, expected in zip(SPECS, alone, strict=True):
+        np.testing.assert_array_equal(files[1].read(spec), expected)
+        files[1].release(spec)
+        assert not np.array_equal(files[0].read(spec), expected)
+
+
+def test_a_file_that_is_laid_out_otherwise_is_read_as_it_is(tmp_path: Path) -> None:
+    """The same tensors at other places, as of a codec whose parts vary in length."""
+    files = []
+    for number, lengths in enumerate([(3, 1), (1, 3)]):
+        layouts = [
+            TensorLayout(name, "U8", (size,)) for name, size in zip("ab", lengths, strict=True)
+        ]
+        tensors = [np.arange(size, dtype=np.uint8) for size in lengths]
+        write_tensors(tmp_path / str(number), layouts, tensors)
+        files.append(TensorFile(tmp_path / str(number)))
+    files[1].share(files[0])
+    assert files[1].layouts is not files[0].layouts
+    assert files[1].read("b").tolist() == [0, 1, 2]
 
 
 def test_a_delta_passes_its_check_with_its_norm(path: Path) -> None:
