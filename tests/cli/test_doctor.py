@@ -30,6 +30,7 @@ from shared.protocol import wire
 from shared.protocol.events import UploadGranted
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import FinishedRecord
+from shared.stores.s3_parts import S3Parts
 from tests.servers.faults import ToldServer, make_certificate, reply
 from tests.servers.rabbitmq import ADMIN, RabbitServer
 
@@ -144,6 +145,17 @@ def test_a_federation_that_was_set_up_is_well(office):
     assert "OK    broker: logged in" in shown
     for secret in (office.server.password, office.s3.secret_key):
         assert secret not in shown
+
+
+@pytest.mark.slow
+def test_a_store_that_cannot_take_deltas_straight_is_told_and_fails_nothing(office, monkeypatch):
+    """What it lacks, what that costs and the remedy: a warning, for deltas take the inbox then."""
+    assert doctor(office.toml)["uploads"][0] == "OK"
+    monkeypatch.setattr(S3Parts, "under_way", lambda *_: [])
+    verdict, says = doctor(office.toml)["uploads"]
+    assert verdict == "WARN"
+    for words in ("is not listed", "each delta is stored twice", "abort uploads in parts"):
+        assert words in says
 
 
 @pytest.mark.slow
