@@ -7,9 +7,6 @@ Notifications are published and forgotten: a restart sends them again from the l
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
-from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import RoundFiles, close_round
@@ -30,10 +27,9 @@ from shared.protocol.records import ClosedRecord, GenesisRecord
 from shared.tensors.genesis import draw_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from coordinator.aggregation.closing import Aggregated
     from coordinator.arrivals import Upload
     from coordinator.batching import Outbox
     from coordinator.intake import Intake
@@ -94,12 +90,11 @@ class Effects:
             digest = draw_adapter(manifest, self._config.run.seed, path)
             failpoint("genesis.drawn")
             adapter_sha, size = digest.sha256, digest.size
-            self._put_adapter(adapter_sha, path, state)
-            self._intake.adopt_adapter(adapter_sha, path)
+            self._store_adapter(adapter_sha, path, state)
         else:  # the branch brought the tensors; what stands beside them is this run's own
             adapter_sha, size = origin.adapter_sha, origin.adapter_size
             self._intake.local_adapter(self._config.run.name, adapter_sha)
-            self._put_adapter_config(adapter_sha, state, self._config.lora)
+            self._store_adapter_config(adapter_sha, state, self._config.lora)
         record = GenesisRecord(
             members=step.members,
             manifest=manifest,
@@ -127,9 +122,16 @@ class Effects:
             for item in closing.inputs
         ]
         files = self._round_files(closing, state)
-        result = self._close(closing, deltas, files, state)
+        result = close_round(self._config, closing, deltas, manifest, files)
+        failpoint("round.aggregated")
         server_sha = result.stepped.state.sha256 if result.stepped else None
+        if server_sha is not None:
+            self._store_state(server_sha, files.state.after, "optimizer")
         sent = result.sent_down
+        if sent is not None:
+            self._store_state(sent.exact.sha256, files.exact.after, "exact")
+            self._store_update(sent.update.sha256, files.update)
+        self._store_adapter(result.digest.sha256, files.target, state)
         counted = [state.uncounted[item.site, item.from_round] for item in closing.inputs]
         record = ClosedRecord(
             round=closing.round,
@@ -160,43 +162,6 @@ class Effects:
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
 
-    def _close(
-        self,
-        closing: ClosingRecord,
-        deltas: Sequence[WeightedDelta],
-        files: RoundFiles,
-        state: RunState,
-    ) -> Aggregated:
-        """Compute what the round comes to; each file is stored while the next is computed.
-
-        All are in the store before there is word of any. What the next round goes on from is kept.
-        """
-        assert state.genesis is not None
-        put: dict[Path, Callable[[str, Path], None]] = {
-            files.target: partial(self._put_adapter, state=state),
-            files.state.after: partial(self._put_state, whose="optimizer"),
-            files.exact.after: partial(self._put_state, whose="exact"),
-            files.update: self._put_update,
-        }
-        puts: list[Future[None]] = []
-        with ThreadPoolExecutor(len(put), "store") as pool:
-
-            def ready(path: Path, sha: str) -> None:
-                puts.append(pool.submit(copy_context().run, put[path], sha, path))
-
-            manifest = state.genesis.manifest
-            result = close_round(self._config, closing, deltas, manifest, files, ready)
-            failpoint("round.aggregated")
-        for one in puts:
-            one.result()
-        if result.stepped is not None:
-            self._intake.adopt_state(result.stepped.state.sha256, files.state.after)
-        if result.sent_down is not None:
-            self._intake.adopt_state(result.sent_down.exact.sha256, files.exact.after)
-            files.update.unlink()
-        self._intake.adopt_adapter(result.digest.sha256, files.target)
-        return result
-
     def _round_files(self, closing: ClosingRecord, state: RunState) -> RoundFiles:
         """What the last closed round left, and where the next one's files go.
 
@@ -214,28 +179,34 @@ class Effects:
             update=scratch("update-next"),
         )
 
-    def _put_state(self, sha: str, path: Path, whose: str) -> None:
-        """Store what the coordinator alone goes on from."""
+    def _store_state(self, sha: str, path: Path, whose: str) -> None:
+        """Store what the coordinator alone goes on from, and keep the file for the next round."""
         failpoint("server_state.before", whose)
         key = topology.server_state_key(self._config.run.name, sha)
         self._ledger.store.put_file(key, path)
         failpoint("server_state.after", whose)
+        self._intake.adopt_state(sha, path)
 
-    def _put_update(self, sha: str, path: Path) -> None:
-        """Store what leads to the round's adapter."""
+    def _store_update(self, sha: str, path: Path) -> None:
+        """Store what leads to the round's adapter, before there is word of it."""
         failpoint("update.before")
         self._ledger.store.put_file(topology.update_key(self._config.run.name, sha), path)
         failpoint("update.after")
+        path.unlink()
 
-    def _put_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
-        """Both files of a PEFT directory; the tensors last, since their presence means complete."""
+    def _store_adapter(self, adapter_sha: str, path: Path, state: RunState) -> None:
+        """Both files of a PEFT directory; the tensors last, since their presence means complete.
+
+        Their file is kept: the next round is added to it.
+        """
         mode = get_averaging(self._config.aggregation.averaging)
-        self._put_adapter_config(adapter_sha, state, mode.settings_in(path, self._config.lora))
+        self._store_adapter_config(adapter_sha, state, mode.settings_in(path, self._config.lora))
         failpoint("adapter.before", "tensors")
         self._ledger.store.put_file(topology.adapter_key(self._config.run.name, adapter_sha), path)
         failpoint("adapter.after", "tensors")
+        self._intake.adopt_adapter(adapter_sha, path)
 
-    def _put_adapter_config(
+    def _store_adapter_config(
         self, adapter_sha: str, state: RunState, settings: AdapterSettings
     ) -> None:
         run = self._config.run.name

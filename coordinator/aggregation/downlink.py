@@ -18,7 +18,7 @@ from shared.seeds import derive_seed
 from shared.tensors.updates import apply_update, update_header, write_update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from coordinator.aggregation.server_optimizer import StateFiles
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from shared.methods.inputs import WeightedDelta
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import ClosingRecord
-    from shared.tensors.delta_file import DeltaHeader
-    from shared.tensors.tensor_file import FileDigest
 
 
 @dataclass(frozen=True)
@@ -51,61 +49,31 @@ def sends_updates(config: FederationConfig) -> bool:
     return config.codec.down != WHOLE
 
 
-def _nobody_waits(_path: Path, _sha: str) -> None: ...
-
-
 def close_round(
     config: FederationConfig,
     closing: ClosingRecord,
     deltas: Sequence[WeightedDelta],
     manifest: Manifest,
     files: RoundFiles,
-    ready: Callable[[Path, str], None] = _nobody_waits,
 ) -> Aggregated:
-    """Carry out a decision over files. A pure function of them; raises as ``aggregate`` does.
-
-    ``ready`` is told each of ``files`` that came to be and its sha256 as soon as it is whole, so
-    that it may be read while the others are computed; it must stay where it is.
-    """
-    updates = sends_updates(config)
-    source = (files.exact.before if updates else None) or files.source
-    target = files.exact.after if updates else files.target
+    """Carry out a decision over files. A pure function of them; raises as ``aggregate`` does."""
     method = Method.of(config)
-    made = aggregate(source, deltas, manifest, target, method=method, state=files.state)
-    ready(target, made.digest.sha256)
-    if made.stepped is not None:
-        ready(files.state.after, made.stepped.state.sha256)
-    if not updates:
-        return made
-    sent = SentDown(made.digest, _write_update(config, closing, manifest, files))
-    ready(files.update, sent.update.sha256)
-    header = _header(config, closing)
+    if not sends_updates(config):
+        return aggregate(
+            files.source, deltas, manifest, files.target, method=method, state=files.state
+        )
+    source, exact = files.exact.before or files.source, files.exact.after
+    made = aggregate(source, deltas, manifest, exact, method=method, state=files.state)
+    number = closing.round
+    header = update_header(config.run.name, number, closing.source_sha, config.codec.down)
+    trained = get_averaging(config.aggregation.averaging).trained_in(manifest, number)
+    seed = derive_seed(config.run.seed, "down", number)
+    packed = config.codec.packed
+    update = write_update(files.update, exact, files.source, trained, header, seed, packed=packed)
     try:
         adapter = apply_update(files.source, files.update, files.target, header)
     except DecodeError as error:  # these bytes were written here: what they add up to is the matter
         raise LedgerError(
             f"{error}; a delta is too large: set aggregation.max_delta_norm"
         ) from None
-    ready(files.target, adapter.sha256)
-    return replace(made, digest=adapter, sent_down=sent)
-
-
-def _write_update(
-    config: FederationConfig, closing: ClosingRecord, manifest: Manifest, files: RoundFiles
-) -> FileDigest:
-    number = closing.round
-    trained = get_averaging(config.aggregation.averaging).trained_in(manifest, number)
-    seed = derive_seed(config.run.seed, "down", number)
-    return write_update(
-        files.update,
-        files.exact.after,
-        files.source,
-        trained,
-        _header(config, closing),
-        seed,
-        packed=config.codec.packed,
-    )
-
-
-def _header(config: FederationConfig, closing: ClosingRecord) -> DeltaHeader:
-    return update_header(config.run.name, closing.round, closing.source_sha, config.codec.down)
+    return replace(made, digest=adapter, sent_down=SentDown(made.digest, update))
