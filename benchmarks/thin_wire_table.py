@@ -123,7 +123,8 @@ def lines(whole: Result, base: Result) -> Iterator[str]:
     found = finished(whole)
     missing = {n: [str(s) for s in SEEDS if s not in found.get(n, {})] for n in ARMS}
     told = "; ".join(f"{name} {', '.join(seeds)}" for name, seeds in missing.items() if seeds)
-    yield f"\nSeeds that were not run yet: {told or 'none'}."
+    if told:
+        yield f"\nSeeds that were not run yet: {told}."
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def tune_codec(
 
     def report(arm: str, done: int) -> None:
         if done == rounds and not as_json:
-            say(f"{arm}: {rounds} rounds are done", stderr=True)
+            say(f"{arm}: done", stderr=True)
 
     try:
         with stop_on_signal() as should_stop:
