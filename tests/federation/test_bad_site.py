@@ -19,7 +19,7 @@ from gradualdiff.cli.main import app
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import ModelError, RunStuckError
-from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord
+from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, RefusedRecord
 from shared.seeds import derive_seed
 from shared.tensors.tensor_file import TensorFile
 from tests import federations
@@ -368,3 +368,26 @@ def test_sites_that_operators_took_out_leave_too_few(tmp_path):
     with pytest.raises(RunStuckError, match=r"excluded e \(its text is wrong\).* needs 5 .*got 4"):
         federations.run(settings, tmp_path, sites)
     assert len(records(tmp_path, ClosedRecord)) == 1
+
+
+def test_a_delta_of_another_bit_width_is_refused_and_the_site_counts_once_it_is_right(tmp_path):
+    """In round 1 a site's program writes int8 where int4 was said; the others go on without it."""
+    settings = config(codec={"name": "int4", "down": "int4"}, policy={"on_failure": "exclude"})
+    sites = sites_with(settings)
+    learn = sites["c"].learn
+
+    def wider(task, *rest, **others):
+        codec = "int8" if task.round == 1 else task.codec
+        return learn(task.model_copy(update={"codec": codec}), *rest, **others)
+
+    sites["c"].learn = wider
+    federations.run(settings, tmp_path, sites)
+    (refused,) = records(tmp_path, RefusedRecord)
+    assert (refused.site, refused.round, refused.verdict) == ("c", 1, "refused")
+    assert refused.reason == "header codec: expected int4, got int8"
+    assert refused.reason in _shown(tmp_path, "1")
+    counted = [
+        [item.site for item in closing.inputs] for closing in records(tmp_path, ClosingRecord)
+    ]
+    assert counted == [["a", "b", "d", "e"], list(SITES), list(SITES)]
+    assert verify(tmp_path).findings == []
