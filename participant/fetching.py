@@ -89,9 +89,14 @@ def _from_what_is_there(
 
 
 def _draw(site: Site, task: RoundStarted | RunFinished, wanted: str, manifest: Manifest) -> bool:
-    """Draw the run's first adapter, if its seed was told; whether it is the announced one."""
-    if task.genesis_seed is None:
+    """Draw the run's first adapter, if its seed was told; whether it is the announced one.
+
+    Raises what a download raises for a URL that this site would never ask.
+    """
+    if task.genesis_seed is None or task.get_url is None:
         return False
+    # Whoever could not have fetched it could not upload either: better said before the training.
+    site.transfer.check(task.get_url)
     sha = task.updates[0].source_sha if task.updates else wanted
     path = site.workspace.adapter_path(task.run, sha)
     with file_errors(path):

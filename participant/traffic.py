@@ -131,6 +131,10 @@ class Counted:
         self._transfer = transfer
         self._meter = meter
 
+    def check(self, url: str) -> None:
+        """See the port."""
+        self._transfer.check(url)
+
     def download(self, url: str, path: Path, sha256: str) -> int:
         """See the port."""
         size = self._transfer.download(url, path, sha256)

@@ -82,6 +82,10 @@ class MeteredTransfer:
         self._meter.count(self._site, objects_down=size)
         return size
 
+    def check(self, url: str) -> None:
+        """See the port."""
+        self._inner.check(url)
+
     def upload(self, url: str, path: Path, start: int, length: int) -> None:
         """See the port."""
         with self._timed():

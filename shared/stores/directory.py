@@ -295,6 +295,10 @@ class DirectoryTransfer:
     def __init__(self, store: DirectoryStore) -> None:
         self._store = store
 
+    def check(self, url: str) -> None:
+        """Raises GrantError."""
+        self._store.granted_key(url, "GET")
+
     def download(self, url: str, path: Path, sha256: str) -> int:
         """Copy to a new local file, checked against ``sha256``; its size in bytes.
 

@@ -164,6 +164,9 @@ class ObjectStore(Protocol):
 class Transfer(Protocol):
     """What a site can do with signed URLs. Raises GrantError, StoreUnavailableError."""
 
+    def check(self, url: str) -> None:
+        """Raises what ``download`` raises for a URL that this site would never ask."""
+
     def download(self, url: str, path: Path, sha256: str) -> int:
         """Fetch to a new local file, checked by ``sha256``; its size. Raises IntegrityError."""
 

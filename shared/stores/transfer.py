@@ -94,6 +94,10 @@ class HttpTransfer:
         self._prefixes = None if store is None else _prefixes(store)
         self._max_bytes = max_bytes
 
+    def check(self, url: str) -> None:
+        """Nothing is asked. Raises ConfigError, GrantError."""
+        self._place(url)
+
     def download(self, url: str, path: Path, sha256: str) -> int:
         """Fetch to a local file, replacing it whole; its size in bytes.
 

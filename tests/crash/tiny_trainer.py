@@ -183,6 +183,9 @@ class SpoilingTransfer:
         self._transfer = transfer
         self._trainer = trainer
 
+    def check(self, url):
+        self._transfer.check(url)
+
     def download(self, url, path, sha256):
         return self._transfer.download(url, path, sha256)
 

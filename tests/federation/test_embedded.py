@@ -352,7 +352,8 @@ class Spoils(NumpyLearner):
 
 
 def with_nan(data):
-    return data[:-4] + np.float32(np.nan).tobytes()
+    end = len(data) - 4 - int.from_bytes(data[-4:], "little")  # the packed header follows
+    return data[: end - 4] + np.float32(np.nan).tobytes() + data[end:]
 
 
 def test_a_delta_with_nan_is_refused_by_name_and_waits(tmp_path):

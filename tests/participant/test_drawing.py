@@ -10,6 +10,7 @@ from participant.site import Site
 from participant.workspace import Workspace
 from shared import failpoints
 from shared.disk.files import digest_file
+from shared.errors import ConfigError
 from shared.protocol.events import RunFinished
 from shared.tensors.genesis import draw_adapter
 from tests.numpy_learner import MANIFEST, NumpyLearner, manifest_of
@@ -21,6 +22,10 @@ class Counting:
 
     def __init__(self, data):
         self.data, self.downloads = data, 0
+
+    def check(self, url):
+        if "elsewhere" in url:
+            raise ConfigError("signed URL: expected one of this site's store")
 
     def download(self, url, path, sha256):
         self.downloads += 1
@@ -74,6 +79,12 @@ def test_another_draw_costs_the_bytes_and_nothing_else(site, first, seed, manife
     assert fetched(site, first, seed, manifest) == first[1]
     assert site.transfer.downloads == 1
     assert len(list(site.workspace.adapter_path("r", first[0]).parent.iterdir())) == 1
+
+
+def test_a_store_that_this_site_may_not_ask_is_said_before_the_training(site, first):
+    """Else a wrong store.url would come out hours later, when the delta is to go there."""
+    with pytest.raises(ConfigError, match="one of this site's store"):
+        fetched(site, first, 7, get_url="https://elsewhere/k")
 
 
 @pytest.mark.parametrize("seed", [7, 8])
