@@ -260,6 +260,12 @@ class ProtocolError(GradualDiffError):
     exit_code = 51
 
 
+class SignatureError(ProtocolError):
+    """What was said is not signed by the key that it must be signed by, or was altered."""
+
+    exit_code = 53
+
+
 class DeltaRefusedError(GradualDiffError):
     """A delta fails its checks: digest, names, shapes, dtypes, finite values, norm."""
 
