@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-NOT_RECORDED = ("limits", "broker", "store", "simulation")  # cannot change a run's result
+NOT_RECORDED = ("limits", "broker", "trust", "store", "simulation")  # cannot change a run's result
 
 
 class FederationConfig(FederationTables):

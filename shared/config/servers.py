@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints
 
 from shared.config.section import Section
 from shared.config.values import Positive, StoreUrl, Transport
+from shared.trust.keys import PublicText
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,3 +93,24 @@ class SiteStoreSection(Section):
 
     url: StoreUrl
     """The S3 server: ``https://HOST:PORT``."""
+
+
+class TrustSection(Section):
+    """With this table all that the coordinator says and records is signed, and its sites must sign.
+
+    The key is made once, by ``gradualdiff setup`` or ``gradualdiff init``, and every coordinator of
+    the run has the same one.
+    """
+
+    key_file: str = "coordinator.key"
+    """The coordinator's private key, relative to this file."""
+
+
+class SiteTrustSection(Section):
+    """Whom this site believes, and what it signs with."""
+
+    key_file: str | None = None
+    """This site's private key, made here, relative to this file. Without it nothing is signed.
+    """
+    coordinator: PublicText | None = None
+    """The coordinator's public key. With it, what is not signed by it is refused."""

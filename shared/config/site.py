@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shared.config.reading import load
 from shared.config.section import Section
-from shared.config.servers import BrokerSection, SiteStoreSection
+from shared.config.servers import BrokerSection, SiteStoreSection, SiteTrustSection
 from shared.config.values import Name, Positive
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class SiteConfig(Section):
     device: DeviceSection = DeviceSection()
     broker: BrokerSection | None = None
     store: SiteStoreSection | None = None
+    trust: SiteTrustSection = SiteTrustSection()
     accept: AcceptSection = AcceptSection()
 
 

@@ -13,7 +13,7 @@ from shared.config.rounds import (
     ServerSection,
 )
 from shared.config.section import Section
-from shared.config.servers import LimitsSection, OperatedBrokerSection, StoreSection
+from shared.config.servers import LimitsSection, OperatedBrokerSection, StoreSection, TrustSection
 from shared.config.training import BaseSection, LoraSection, RunSection, TrainingSection
 
 
@@ -39,5 +39,6 @@ class FederationTables(Section):
     convergence: ConvergenceSection = ConvergenceSection()
     limits: LimitsSection = LimitsSection()
     broker: OperatedBrokerSection | None = None
+    trust: TrustSection | None = None
     store: StoreSection = StoreSection()
     simulation: SimulationSection = SimulationSection()
