@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from shared.brokers.port import Broker, Delivery
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
+    from shared.trust.keys import SigningKey
 
 TICK_SECONDS = 5.0
 LOOKED_AT = 500  # queues of awaited sites that are asked about with one tick, in turn
@@ -58,17 +59,19 @@ def build_coordinator(
     clock: Callable[[], float],
     patience: Patience = NO_PATIENCE,
     timer: Callable[[], float] | None = None,
+    key: SigningKey | None = None,
 ) -> CoordinatorRole:
     """Declare the run's queues, record or find the run, subscribe.
 
     ``timer``: seconds that only grow, for the limit on a site's messages; None: there is none.
+    ``key``: what the coordinator signs with; None: nothing is signed, and nobody has to.
 
     The role starts with its first delivery; with a single active consumer that is when the
     coordinator before it is gone. Raises RunExistsError, ConfigError.
     """
     run = config.run.name
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
-    ledger = Ledger(store, run, writer, clock)
+    ledger = Ledger(store, run, writer, clock, key)
     intake = Intake(store, spool / run)
     effects = Effects(config, ledger, Outbox(broker), intake, clock)
     coordinator = Coordinator(config, ledger, intake, effects, clock)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shared.brokers.port import Broker
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
+    from shared.trust.keys import SigningKey
 
 HOLD_SECONDS = 300.0  # a delivery, while the store is away; brokers give up on it after 1,800
 STEADY_SECONDS = 30.0  # a connection that held so long is no reason to wait longer after its loss
@@ -56,6 +57,7 @@ class CoordinatorContext:
     stopping: threading.Event
     linger_seconds: float = LINGER_SECONDS
     clock: Callable[[], float] = time.time
+    key: SigningKey | None = None
 
 
 def serve(context: CoordinatorContext) -> RunState:
@@ -116,6 +118,7 @@ def _build(context: CoordinatorContext, broker: Broker) -> CoordinatorRole:
         context.clock,
         Patience(HOLD_SECONDS, pause),
         time.monotonic,
+        context.key,
     )
 
 

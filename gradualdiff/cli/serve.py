@@ -56,6 +56,7 @@ def coordinator(
     from shared.disk.locks import first_free
     from shared.log import configure
     from shared.stores.opening import open_s3
+    from shared.trust.keys import SigningKey
 
     configure(level=log)
     config = load_federation(federation, sets or ())
@@ -66,7 +67,8 @@ def coordinator(
             f"here: gradualdiff simulate {federation}"
         )
     store = open_s3(config.store, folder)
-    broker = config.broker
+    broker, trust = config.broker, config.trust
+    key = SigningKey.load(folder / trust.key_file, "trust.key_file") if trust else None
     stopping = threading.Event()
     with (
         first_free(spool or folder / "spool") as place,
@@ -84,6 +86,7 @@ def coordinator(
             spool=place,
             stopping=stopping,
             linger_seconds=linger,
+            key=key,
         )
         state = serve(context)
     typer.echo(f"run {config.run.name} is finished: adapter sha256 {state.adapter_sha}")

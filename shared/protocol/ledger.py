@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
+    from shared.trust.keys import SigningKey
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -81,26 +82,39 @@ class Place:
 
 
 class Ledger:
-    """One run's records. ``writer`` names this process; ``clock`` gives seconds since the epoch."""
+    """One run's records. ``writer`` names this process; ``clock`` gives seconds since the epoch.
+
+    ``key``: what this coordinator signs with; None for whoever reads, and where nobody signs.
+    """
 
     def __init__(
-        self, store: ObjectStore, run: str, writer: str, clock: Callable[[], float]
+        self,
+        store: ObjectStore,
+        run: str,
+        writer: str,
+        clock: Callable[[], float],
+        key: SigningKey | None = None,
     ) -> None:
         self.store = store
         self.run = run
         self.writer = writer
+        self.key = key
         self._clock = clock
 
     def begin(self, config: FederationConfig) -> FederationRecord:
         """Record the config, or meet the equal one of an earlier start.
 
-        Raises RunExistsError naming each setting that differs from what is on record, and for a
-        run that is being deleted; MissingPackageError where it began with other modes.
+        Raises RunExistsError naming each setting that differs from what is on record, for a run
+        that is being deleted, and for one that another key signs; MissingPackageError where it
+        began with other modes.
         """
         if self.is_dying():
             raise RunExistsError(_dying(self.run))
         mine = FederationRecord(
-            config=config.recorded(), digest=config.digest, modes=modes.origins(config)
+            config=config.recorded(),
+            digest=config.digest,
+            modes=modes.origins(config),
+            signed_by=self.key.public.text if self.key else None,
         )
         theirs = self.write(mine)
         if theirs.digest != mine.digest:
@@ -111,6 +125,12 @@ class Ledger:
                 f"gradualdiff runs delete {self.run}"
             )
         modes.require(theirs.modes, f"run {self.run}")
+        if theirs.signed_by is not None and theirs.signed_by != mine.signed_by:
+            raise RunExistsError(
+                f"run {self.run} is on record as signed by {theirs.signed_by}, and this process "
+                f"signs with {mine.signed_by or 'no key'}. Name that key in trust.key_file, or "
+                "choose another run.name"
+            )
         return theirs
 
     def write(self, record: AnyRecord) -> AnyRecord:

@@ -35,12 +35,13 @@ from shared.protocol.record import (
     StampedRecord,
     delta_label,
 )
+from shared.trust.keys import PublicText  # noqa: TC001 - pydantic reads it
 
 
 class FederationRecord(StampedRecord):
     """The resolved config: everything that can change the result."""
 
-    newer = ("modes",)
+    newer = ("modes", "signed_by")
     config: dict[str, Any]
     """All settings but ``[store]`` and ``[simulation]``."""
     digest: Sha256
@@ -48,6 +49,10 @@ class FederationRecord(StampedRecord):
     modes: Annotated[tuple[Origin, ...], Strict(False)] = ()
     """Modes of other packages that the settings name: kind, name, version and distribution. Not
     there where they name none.
+    """
+    signed_by: PublicText | None = None
+    """The key that signs all that its coordinator says and records, and that demands as much of
+    its sites. Not there where nobody signs.
     """
 
     def settings(self, run: str) -> FederationConfig:
