@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from coordinator.accounts.site_keys import KeyBook
 from coordinator.admission import admit
 from coordinator.batching import PREFETCH, Outbox
 from coordinator.effects import Effects
@@ -20,6 +21,7 @@ from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.protocol.dispatch import NO_PATIENCE, Dispatcher, Patience
 from shared.protocol.events import CoordinatorTick, MessageRefused
+from shared.protocol.hearing import hear_anybody, hear_at_coordinator
 from shared.protocol.ledger import Ledger
 from shared.protocol.messages import to_coordinator
 
@@ -79,6 +81,7 @@ def build_coordinator(
     broker.declare(topology.run_topology(run, config.run.participants))
     failpoint("queues.after")
     coordinator.begin()
+    hear = hear_anybody if key is None else hear_at_coordinator(KeyBook(store, key.public).key_of)
 
     consumer = broker.consume(topology.coordinator_queue(run), PREFETCH)
     dispatcher = Dispatcher(
@@ -91,23 +94,25 @@ def build_coordinator(
         partial(_admits, coordinator, timer),
         coordinator,
         coordinator.most,
+        hear,
     )
     return CoordinatorRole(
         coordinator,
         dispatcher,
-        tick=partial(_tick, broker, run, writer, clock),
+        tick=partial(_tick, broker, ledger, clock),
         look=partial(_look, broker, coordinator, clock, itertools.count()),
         leave=partial(_leave, broker, intake, run),
     )
 
 
-def _tick(broker: Broker, run: str, writer: str, clock: Callable[[], float]) -> bool:
+def _tick(broker: Broker, ledger: Ledger, clock: Callable[[], float]) -> bool:
     now = clock()
-    event = CoordinatorTick(run=run, writer=writer, now=now)
+    event = CoordinatorTick(run=ledger.run, writer=ledger.writer, now=now)
+    me = topology.COORDINATOR
     try:
-        broker.publish([to_coordinator(topology.COORDINATOR, event, now, TICK_SECONDS)])
+        broker.publish([to_coordinator(me, event, now, TICK_SECONDS, ledger.key)])
     except MessageRejectedError as error:
-        if not broker.depth(topology.coordinator_queue(run)):
+        if not broker.depth(topology.coordinator_queue(ledger.run)):
             raise  # it is not full, it is broken
         get_logger().warning("tick.rejected", reason=str(error))
         return False

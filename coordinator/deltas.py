@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coordinator.live_run import LiveRun
     from shared.protocol.events import Event
     from shared.protocol.records import OpenedRecord
+    from shared.protocol.said import Said
 
 
 class Deltas:
@@ -74,20 +75,17 @@ class Deltas:
             return
         opened = self._waits_for(upload)
         if opened is None:
-            self._answer_closed(upload)
+            self._answer_closed(upload, event.said)
             return
-        if event.source_sha != opened.source_sha:
-            self._refuse(
-                upload,
-                f"source_sha: expected {opened.source_sha[:12]}, got {event.source_sha[:12]}; "
-                "the delta was trained from another adapter",
-            )
+        against = self._against(event, sender, opened)
+        if against is not None:
+            self._refuse(upload, against, event.said)
             return
         ahead = self._ahead.pop(upload, None)
         try:
             norm = self._norm(upload, opened) if ahead is None else ahead.result()
         except DeltaRefusedError as error:
-            self._refuse(upload, str(error))
+            self._refuse(upload, str(error), event.said)
             return
         get_logger().info("delta.accepted", norm=norm)
         self._run.record(
@@ -103,8 +101,34 @@ class Deltas:
                 state=event.state,
                 residual=event.residual,
                 traffic=event.traffic,
+                said=event.said,
             )
         )
+
+    def _against(self, event: DeltaSubmitted, sender: str, opened: OpenedRecord) -> str | None:
+        """What the site says of its delta against what is on record; None where all agrees.
+
+        An earlier try is no contradiction: its delta may have been done when the failure was said.
+        """
+        if event.source_sha != opened.source_sha:
+            return (
+                f"source_sha: expected {opened.source_sha[:12]}, got {event.source_sha[:12]}; "
+                "the delta was trained from another adapter"
+            )
+        base, codec = self._run.genesis().fingerprint, self._run.config.codec.name
+        if event.fingerprint not in (None, base):
+            return (
+                f"fingerprint: expected {base[:12]}, got {event.fingerprint[:12]}; the delta was "
+                "trained over another base model"
+            )
+        if event.codec not in (None, codec):
+            return f"codec: expected {codec}, got {event.codec}; start the site again"
+        trouble = self._run.state.troubles.get(sender)
+        tries = trouble.attempts + 1 if trouble else 1
+        is_open = opened is self._run.state.open_round  # of a round before, nobody counts any more
+        if is_open and event.attempt is not None and event.attempt > tries:
+            return f"attempt: expected at most {tries}, got {event.attempt}"
+        return None
 
     def most(self) -> int:
         """How many may be read before the first is answered."""
@@ -124,7 +148,7 @@ class Deltas:
             with contextlib.suppress(ProtocolError):  # its turn says so
                 upload = self._upload(event, sender)
                 opened = self._waits_for(upload)
-                if opened is not None and event.source_sha == opened.source_sha:
+                if opened is not None and self._against(event, sender, opened) is None:
                     checks[upload] = partial(self._norm, upload, opened)
         self._ahead = dict(zip(checks, at_once(list(checks.values())), strict=True))
 
@@ -156,10 +180,12 @@ class Deltas:
         if self._run.state.closing is not None:
             self._run.carry_out((Aggregate(self._run.state.closing),))
 
-    def _refuse(self, upload: Upload, reason: str) -> None:
+    def _refuse(self, upload: Upload, reason: str, said: Said | None) -> None:
         get_logger().warning("delta.refused", reason=reason)
         self._answer(
-            RefusedRecord(round=upload.round, site=upload.site, sha=upload.sha, reason=reason)
+            RefusedRecord(
+                round=upload.round, site=upload.site, sha=upload.sha, reason=reason, said=said
+            )
         )
 
     def _answer(self, verdict: RefusedRecord) -> None:
@@ -171,7 +197,9 @@ class Deltas:
         else:
             self._run.effects.tell({verdict.site: answer_of(self._run.config.run.name, verdict)})
 
-    def _answer_closed(self, upload: Upload, *, record: bool = True) -> None:
+    def _answer_closed(
+        self, upload: Upload, said: Said | None = None, *, record: bool = True
+    ) -> None:
         """Answer a delta that the open round does not wait for: counted already, or too late.
 
         Without ``record`` nothing is kept of it: a request is not a delta, and costs nothing.
@@ -193,7 +221,12 @@ class Deltas:
         elif out is not None:
             reason = f"this site was taken out of the run: {out}"
         late = RefusedRecord(
-            round=upload.round, site=upload.site, sha=upload.sha, verdict="late", reason=reason
+            round=upload.round,
+            site=upload.site,
+            sha=upload.sha,
+            verdict="late",
+            reason=reason,
+            said=said,
         )
         if record:
             self._answer(late)

@@ -230,7 +230,7 @@ class Effects:
 
     def _tell(self, events: Iterable[tuple[str, Event]]) -> None:
         now = self._clock()
-        self._outbox.put(to_site(site, event, now) for site, event in events)
+        self._outbox.put(to_site(site, event, now, self._ledger.key) for site, event in events)
 
     def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
         """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""

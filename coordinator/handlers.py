@@ -178,6 +178,7 @@ class Coordinator(LiveRun):
             bases=event.bases,
             from_round=self._next_round() if self.state.genesis is not None else 0,
             base_parameters=event.base_parameters,
+            said=event.said,
         )
 
     def _say_unfit(self) -> None:
@@ -189,7 +190,7 @@ class Coordinator(LiveRun):
     def on_run_declined(self, event: RunDeclined, sender: str) -> None:
         """Record that the site stays out. Idempotent: one record per site."""
         get_logger().warning("run.declined", reason=event.reason)
-        self.record(DeclinedRecord(site=sender, reason=event.reason))
+        self.record(DeclinedRecord(site=sender, reason=event.reason, said=event.said))
 
     def on_training_failed(self, event: TrainingFailed, sender: str) -> None:
         """Record the failed attempt. Idempotent: one record per attempt, named by its number."""
@@ -214,6 +215,7 @@ class Coordinator(LiveRun):
                 attempt=event.attempt,
                 reason=event.reason,
                 retryable=event.retryable,
+                said=event.said,
             )
         )
 
@@ -235,6 +237,7 @@ class Coordinator(LiveRun):
                 sha=event.sha,
                 held_out=event.held_out,
                 traffic=event.traffic,
+                said=event.said,
             )
         )
 

@@ -232,7 +232,7 @@ def read_history(store: ObjectStore, run: str, damaged: Damage | None = None) ->
     history = History(run, federation, config)
     for place in ledger.places():
         try:
-            history.add(ledger.read(place.kind, place.key), place.round)
+            history.add(ledger.read(place.kind, place.key).folded(), place.round)
         except LedgerDamagedError as error:
             if damaged is None:
                 raise

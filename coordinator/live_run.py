@@ -214,14 +214,14 @@ class LiveRun(Desk):
         A step that follows is taken at once: so it is the one that would follow without batches.
         """
         before, mine = self.state, self.ledger.stamped(record)
-        after, effects = apply(before, mine)
+        after, effects = apply(before, mine.folded())
 
         def fold(written: Record) -> None:
             if written is mine and self.state is before:  # all went as was foreseen
                 self.state = after
                 self.carry_out(effects)
             else:
-                self.feed(written)
+                self.feed(written.folded())
 
         self.later(record.site, partial(self.ledger.put, mine), fold)
         self.state = after

@@ -18,7 +18,7 @@ from participant.bootstrap import subscribe
 from participant.handlers import ONLINE_EXPIRES_SECONDS, Participant
 from participant.outbox import Outbox
 from participant.reporting import Reporter
-from participant.site import Site
+from participant.site import NOBODY_SIGNS, Site
 from shared import topology
 from shared.backoff import Backoff
 from shared.errors import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from participant.learner.port import Learner
+    from participant.site import Trust
     from participant.workspace import Workspace
     from shared.brokers.port import Broker, Message
     from shared.config import AcceptSection
@@ -61,6 +62,7 @@ class ParticipantContext:
     accept: AcceptSection
     stopping: threading.Event
     clock: Callable[[], float] = time.time
+    trust: Trust = NOBODY_SIGNS
 
 
 class Listener(threading.Thread):
@@ -109,7 +111,12 @@ class Listener(threading.Thread):
             kinds = self.participant.handlers
             handlers = dict.fromkeys(kinds, self._note)
             dispatcher = subscribe(
-                context.name, broker, handlers, context.clock, self.participant.meter.heard
+                context.name,
+                broker,
+                handlers,
+                context.clock,
+                self.participant.meter.heard,
+                context.trust,
             )
             self._outbox.connected(broker)
             self.was_connected = True
@@ -163,7 +170,10 @@ class Listener(threading.Thread):
         return event.seconds
 
     def _message(self, event: SiteOnline | TrainingProgressed, expires_seconds: float) -> Message:
-        message = to_coordinator(self._context.name, event, self._context.clock(), expires_seconds)
+        context = self._context
+        message = to_coordinator(
+            context.name, event, context.clock(), expires_seconds, context.trust.key
+        )
         if self.participant is not None:
             self.participant.meter.said(event.run, len(message.body))
         return message
@@ -199,6 +209,7 @@ class Worker:
                 accept=context.accept,
                 should_stop=context.stopping.is_set,
                 report=self._reporter.report,
+                trust=context.trust,
             )
         )
         self._reporter.participant = self.participant

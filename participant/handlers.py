@@ -46,12 +46,11 @@ from shared.protocol.messages import to_coordinator
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from participant.learner.port import Progress
+    from participant.learner.port import Progress, Readiness
     from participant.site import Site
     from participant.workspace import Submission
     from shared.brokers.port import Delivery
     from shared.protocol.dispatch import Handler
-    from shared.protocol.manifest import Manifest
 
 ONLINE_EXPIRES_SECONDS = 150.0
 ASK_SECONDS = 60.0
@@ -70,9 +69,9 @@ class Participant:
         self._guard = Guard(site.accept, site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
-        # Runs whose base model is loaded, and the tensors of their adapters; work for another run
-        # waits for its announcement.
-        self._prepared: dict[str, Manifest] = {}
+        # Runs whose base model is loaded, and what was found then; work for another run waits for
+        # its announcement.
+        self._prepared: dict[str, Readiness] = {}
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
         # The training that nobody takes any more, once there is one; written by the listener.
@@ -252,7 +251,7 @@ class Participant:
             return
         if self._site.workspace.begin(task.run, task.config_digest):
             self.meter.forget(task.run)
-        self._prepared[task.run] = ready.manifest
+        self._prepared[task.run] = ready
         self._publish(
             ParticipantReady(
                 run=task.run,
@@ -343,7 +342,8 @@ class Participant:
             if told is not None:
                 self._publish(told)
                 return
-            source = fetch_adapter(self._site, self._guard, task, self._prepared[task.run])
+            manifest = self._prepared[task.run].manifest
+            source = fetch_adapter(self._site, self._guard, task, manifest)
         except GrantError as error:
             self._ask_again(task.run, str(error))
             return
@@ -381,7 +381,9 @@ class Participant:
     def _publish(self, event: Event) -> None:
         # Nobody needs an old one: it is said again every minute.
         expires = ONLINE_EXPIRES_SECONDS if isinstance(event, SiteOnline) else None
-        message = to_coordinator(self._site.name, event, self._site.clock(), expires)
+        message = to_coordinator(
+            self._site.name, event, self._site.clock(), expires, self._site.trust.key
+        )
         self._site.outbox.publish([message])
         self.meter.said(getattr(event, "run", None), len(message.body))
 

@@ -19,29 +19,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from participant.guard import Guard
-    from participant.learner.port import Learned, Progress
+    from participant.learner.port import Learned, Progress, Readiness
     from participant.site import Site
     from participant.workspace import Workspace
     from shared.protocol.events import RoundStarted
-    from shared.protocol.manifest import Manifest
 
 
 def train_and_commit(
     site: Site,
     guard: Guard,
     task: RoundStarted,
-    manifest: Manifest,
+    ready: Readiness,
     should_stop: Callable[[], bool],
     report: Callable[[Progress], None],
 ) -> Submission:
-    """Train it, whatever was trained before; what is committed. ``manifest``: of the adapter.
+    """Train it, whatever was trained before; what is committed. ``ready``: as it was told.
 
     Raises NotAcceptedError, GrantError, InterruptedRunError, and what the learner raises.
     """
     workspace = site.workspace
     guard.check_round(task)
     started = time.monotonic()
-    source = fetch_adapter(site, guard, task, manifest)
+    source = fetch_adapter(site, guard, task, ready.manifest)
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
@@ -60,7 +59,7 @@ def train_and_commit(
         )
         failpoint("learn.after")
         guard.check_delta(learned)
-        submission = _submission(task, learned, feedback)
+        submission = _submission(task, learned, feedback, ready.fingerprint)
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)
         submission = submission.model_copy(update={"metrics": told})
@@ -85,7 +84,9 @@ def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedbac
     return Feedback(before, making / RESIDUAL_FILE, owed=last is not None)
 
 
-def _submission(task: RoundStarted, learned: Learned, feedback: Feedback | None) -> Submission:
+def _submission(
+    task: RoundStarted, learned: Learned, feedback: Feedback | None, fingerprint: str
+) -> Submission:
     return Submission(
         run=task.run,
         round=task.round,
@@ -100,4 +101,7 @@ def _submission(task: RoundStarted, learned: Learned, feedback: Feedback | None)
         settings=settings_digest(task),
         residual=feedback.state if feedback else "none",
         left_out=feedback.written.sha256 if feedback and feedback.written else None,
+        attempt=task.attempt,
+        fingerprint=fingerprint,
+        codec=task.codec,
     )

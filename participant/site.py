@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from participant.workspace import Workspace
     from shared.brokers.port import Message
     from shared.stores.port import Transfer
+    from shared.trust.keys import PublicKey, SigningKey
 
 
 def _ignore(site: str, round_number: int | None, progress: Progress) -> None:
@@ -25,6 +26,20 @@ class Publishing(Protocol):
 
     def publish(self, messages: Sequence[Message]) -> None:
         """See ``Broker.publish``."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """``key``: what this site signs with; None: nothing is signed.
+
+    ``coordinator``: the key whose owner alone is heard; None: the broker's word for it is enough.
+    """
+
+    key: SigningKey | None = None
+    coordinator: PublicKey | None = None
+
+
+NOBODY_SIGNS = Trust()
 
 
 @dataclass(frozen=True)
@@ -44,3 +59,4 @@ class Site:
     should_stop: Callable[[], bool] = lambda: False
     report: Callable[[str, int | None, Progress], None] = _ignore
     refused: Callable[[str], None] = lambda _run: None
+    trust: Trust = NOBODY_SIGNS

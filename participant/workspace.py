@@ -57,7 +57,8 @@ class Submission(Schema):
 
     ``expires_at``: of the RoundStarted that asked for it; it tells old words from new ones.
     ``settings``: digest of what it asked for. ``residual``: what became of the one that the round
-    began from. ``left_out``: sha256 of the one beside the delta.
+    began from. ``left_out``: sha256 of the one beside the delta. ``attempt``, ``fingerprint`` (of
+    the base model) and ``codec``: as the round asked for it; none in an earlier release's.
     """
 
     run: Name
@@ -73,6 +74,9 @@ class Submission(Schema):
     settings: str = ""
     residual: Literal["none", "kept", "lost"] = "none"
     left_out: Sha256 | None = None
+    attempt: Annotated[int, Field(ge=1)] | None = None
+    fingerprint: Sha256 | None = None
+    codec: str | None = None
 
 
 class Training(Schema):

@@ -181,6 +181,16 @@ def account_key(site: str) -> str:
     return f"{account_prefix()}{site}.json"
 
 
+def site_keys_prefix(fingerprint: str) -> str:
+    """The sites' public keys, as the coordinator with this key enrolled them; numbered from 1."""
+    return f"keys/{fingerprint.replace(' ', '')}/"
+
+
+def site_keys_key(fingerprint: str, number: int) -> str:
+    """One enrolment or revocation."""
+    return f"{site_keys_prefix(fingerprint)}{number:06d}.json"
+
+
 # Object keys ---------------------------------------------------------------------------------
 
 

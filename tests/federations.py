@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradualdiff.embedded.federation import Embedding, run_embedded
+from gradualdiff.embedded.keys import keys_of
 from shared.config import FederationConfig, parse
 from shared.stores.directory import DirectoryStore
 from tests.numpy_learner import NumpyLearner
@@ -36,12 +37,15 @@ def learners(config: FederationConfig) -> dict[str, NumpyLearner]:
 
 
 def run(config: FederationConfig, folder: Path, sites=None, **embedding):
-    """Run to the end; the final state."""
+    """Run to the end; the final state. With ``[trust]`` everybody signs."""
+    store = embedding.pop("store", None) or DirectoryStore(folder / "store")
+    if "keys" not in embedding:
+        embedding["keys"] = keys_of(config, store, folder)
     return run_embedded(
         config,
         sites or learners(config),
         Embedding(
-            store=embedding.pop("store", None) or DirectoryStore(folder / "store"),
+            store=store,
             folder=folder,
             report=embedding.pop("report", lambda *_: None),
             moved=embedding.pop("moved", lambda _: None),

@@ -78,7 +78,7 @@ class Follower:
         for place in places:
             beside = place.round is None or first <= place.round <= wanted
             if beside and place.kind not in skipped and place.key not in self._read:
-                self._history.add(self._ledger.read(place.kind, place.key), place.round)
+                self._history.add(self._ledger.read(place.kind, place.key).folded(), place.round)
                 self._read.add(place.key)
         for newest in sorted(numbers)[-1:]:
             self._history.rounds.setdefault(newest, RoundHistory(newest))

@@ -16,7 +16,7 @@ from coordinator.live_run import checked_end
 from gradualdiff.embedded.metering import Meter, MeteredBroker, MeteredTransfer
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
-from participant.site import Site
+from participant.site import NOBODY_SIGNS, Site, Trust
 from participant.workspace import Workspace
 from shared.brokers.embedded import EmbeddedBroker
 from shared.errors import GradualDiffError, InterruptedRunError, LedgerDamagedError, RunStuckError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from coordinator.handlers import Coordinator
     from coordinator.round.state import RunState
+    from gradualdiff.embedded.keys import Keys
     from participant.learner.port import Learner, Progress
     from shared.config import AcceptSection, FederationConfig
     from shared.stores.directory import DirectoryStore
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Where an embedded federation lives and who watches.
+    """Where an embedded federation lives and who watches. ``keys``: of all roles; None: none signs.
 
     ``should_stop`` is asked between a training's micro-batches; ``report(site, round, progress)``
     feeds a display; ``moved(state)`` is called whenever the coordinator may have learnt something.
@@ -54,6 +55,7 @@ class Embedding:
     checkpoint_seconds: Mapping[str, float] = field(default_factory=dict)
     meter: Meter = field(default_factory=Meter)
     accept: AcceptSection | None = None
+    keys: Keys | None = None
 
 
 def run_embedded(
@@ -71,6 +73,7 @@ def run_embedded(
         server.connect(COORDINATOR, coordinator_rights()),
         embedding.folder / "spool",
         embedding.clock,
+        key=embedding.keys.coordinator if embedding.keys else None,
     )
     role.coordinator.start()  # no other coordinator can be at work on this broker
     sites = [_participant(server, embedding, *item) for item in sorted(learners.items())]
@@ -125,8 +128,13 @@ def _participant(
         should_stop=embedding.should_stop,
         report=embedding.report,
         accept=embedding.accept,
+        trust=_trust(embedding.keys, name),
     )
     return build_participant(site, broker)
+
+
+def _trust(keys: Keys | None, site: str) -> Trust:
+    return NOBODY_SIGNS if keys is None else Trust(keys.sites[site], keys.coordinator.public)
 
 
 def _stuck(coordinator: Coordinator, store: Path) -> GradualDiffError:

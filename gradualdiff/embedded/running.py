@@ -10,6 +10,7 @@ from coordinator.runs.bases import put_bases
 from coordinator.runs.deletion import delete_run, has_closed_round, refuse_if_active, run_lock
 from coordinator.runs.operating import operator, operator_ledger
 from gradualdiff.embedded.federation import Embedding, run_embedded
+from gradualdiff.embedded.keys import keys_of
 from gradualdiff.embedded.preflight import check_start
 from gradualdiff.embedded.sites import load_sites
 from gradualdiff.events import Event, RunMoved, Said, SiteMoved
@@ -88,6 +89,7 @@ def run_here(
         moved=moved,
         should_stop=should_stop,
         checkpoint_seconds={site.name: site.checkpoint_seconds for site in sites},
+        keys=keys_of(config, store, folder),
     )
     # Two processes would be fenced by the ledger sooner or later, but share the sites' workspaces.
     with held(folder / f".{run}.lock", f"run {run} in {folder}"), run_lock(store, run):

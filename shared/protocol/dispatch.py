@@ -43,12 +43,14 @@ from shared.errors import (
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.protocol import wire
+from shared.protocol.hearing import hear_anybody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from shared.brokers.port import Consumer, Delivery
     from shared.protocol.events import Event
+    from shared.protocol.hearing import Hear
 
 ABOUT_THE_MESSAGE = (DecodeError, ProtocolError, DeltaRefusedError)
 MAX_ATTEMPTS = 10
@@ -97,12 +99,16 @@ class Desk:
 
 @dataclass(eq=False)
 class _Item:
-    """One delivery under way. ``event`` and ``handler``: None where it is refused."""
+    """One delivery under way. ``event`` and ``handler``: None where it is refused.
+
+    ``unproven``: what was decoded, until its signature is checked.
+    """
 
     delivery: Delivery
     started: float = field(default_factory=time.monotonic)
     name: str = "unknown"
     sender: str = ""
+    unproven: wire.Envelope | None = None
     event: Event | None = None
     handler: Handler = None
     outcome: Outcome = Outcome.DONE
@@ -123,6 +129,7 @@ class Dispatcher:
     ``refuse`` publishes the refusal and returns once it is confirmed, or has ``desk`` do so.
     ``admits``: whether it is looked at at all; what is not is taken off the queue and forgotten,
     before it costs anything. ``most``: how many deliveries are handled together, at most.
+    ``hear``: the event, if its sender really said it; raises SignatureError otherwise.
     """
 
     consumer: Consumer
@@ -134,6 +141,7 @@ class Dispatcher:
     admits: Callable[[Delivery], bool] = lambda _delivery: True
     desk: Desk = field(default_factory=Desk)
     most: Callable[[], int] = lambda: 1
+    hear: Hear = hear_anybody
 
     def drain(self) -> int:
         """Handle what is there now; how many deliveries."""
@@ -181,11 +189,11 @@ class Dispatcher:
             item.outcome = Outcome.DROPPED
             return item
         try:
-            event = wire.decode(delivery.body).event
-            item.name = type(event).__name__
-            item.sender = self.sender_of(delivery, event)
-            item.handler = self._handler(delivery, event)
-            item.event = event
+            envelope = wire.decode(delivery.body)
+            item.name = type(envelope.event).__name__
+            item.sender = self.sender_of(delivery, envelope.event)
+            item.handler = self._handler(delivery, envelope.event)
+            item.unproven = envelope
         except Exception as error:  # noqa: BLE001 - refused, never lost; as in _handle
             item.refuse(error)
         return item
@@ -233,6 +241,8 @@ class Dispatcher:
                 del todo[0]
 
     def _together(self, todo: list[_Item]) -> None:
+        for item in todo:
+            self._prove(item)
         told = [(item.event, item.sender) for item in todo if item.event is not None]
         try:
             self.desk.prepare(told)
@@ -250,6 +260,16 @@ class Dispatcher:
         del todo[:handled]
         if failure is not None:
             raise failure
+
+    def _prove(self, item: _Item) -> None:
+        """Check who said it, once. Raises StoreError where the keys cannot be looked up now."""
+        if item.unproven is None:
+            return
+        try:
+            item.event = self.hear(item.unproven, item.sender)
+        except ABOUT_THE_MESSAGE as error:
+            item.refuse(error)
+        item.unproven = None
 
     def _handle(self, item: _Item) -> None:
         if item.event is None:

@@ -7,9 +7,9 @@ a new version number. ``word`` is the last part of the routing key. Everything h
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, PrivateAttr, Strict
 
 from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
 from shared.modes import Origin
@@ -23,6 +23,7 @@ from shared.protocol.manifest import (
     Schema,
     Traffic,
 )
+from shared.protocol.said import Said
 from shared.topology import REFUSED_BYTES
 
 MOST_UPDATES = 32  # of one offer
@@ -52,6 +53,18 @@ class Event(Schema):
 
     word: ClassVar[str]
     version: ClassVar[int] = 1
+    _said: Said | None = PrivateAttr(default=None)
+
+    @property
+    def said(self) -> Said | None:
+        """How its sender signed it, checked; None where nobody has to sign. It never travels."""
+        return self._said
+
+    def heard(self, said: Said) -> Self:
+        """The event with its checked seal beside it."""
+        mine = self.model_copy()
+        mine._said = said  # noqa: SLF001 - its own class
+        return mine
 
 
 # coordinator -> site -------------------------------------------------------------------------
@@ -315,6 +328,12 @@ class DeltaSubmitted(Event):
     """Whether the residual of ``last_accepted`` was added; ``lost``: the site no longer has it."""
     traffic: Traffic | None = None
     """Bytes that the site moved since its delta before, up to this word."""
+    attempt: Count | None = None
+    """Which try of the round this is of, from 1."""
+    fingerprint: Sha256 | None = None
+    """Which base model it was trained over."""
+    codec: Word | None = None
+    """How the delta travels."""
 
 
 class TrainingFailed(Event):

@@ -231,11 +231,11 @@ class Ledger:
         return True
 
     def history(self) -> Iterator[Record]:
-        """Every record that says what happens next, in the order in which it is folded."""
+        """Every record that says what happens next, in the order and form in which it is folded."""
         yield self.federation()
         for place in self.places():
             if place.kind is not PrunedRecord:
-                yield self.read(place.kind, place.key)
+                yield self.read(place.kind, place.key).folded()
 
     def places(self) -> list[Place]:
         """Where every record but the first lies, in the order in which they are folded.

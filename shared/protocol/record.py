@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, Strict, model_serializer
 
 from shared.config import Name
 from shared.protocol.manifest import Schema
+from shared.protocol.said import Said
 
 # Numbers that are counted up to have an end: a record may say any, and somebody counts.
 MOST = 1_000_000
@@ -37,6 +38,10 @@ class Record(Schema):
                 values.pop(name, None)
         return values
 
+    def folded(self) -> Self:
+        """What of it is kept in memory: all but what only an auditor reads."""
+        return self
+
     def key(self, run: str) -> str:
         """Where it lies in the store."""
         raise NotImplementedError(f"{type(self).__name__} has no key")
@@ -48,6 +53,21 @@ class StampedRecord(Record):
     writer: str = ""
     time: float = 0.0
     """When it was written, seconds since the epoch."""
+
+
+class SaidRecord(StampedRecord):
+    """A record that the coordinator made of what a site said.
+
+    Every class of it names ``said`` in ``newer``: the bytes of a run without signatures stay.
+    """
+
+    newer: ClassVar[tuple[str, ...]] = ("said",)
+    said: Said | None = None
+    """The site's word as it signed it. Not there where the coordinator demands no signatures."""
+
+    def folded(self) -> Self:
+        """Without the site's word, which is as long as all the rest."""
+        return self if self.said is None else self.model_copy(update={"said": None})
 
 
 def delta_label(site: str, from_round: int, round_number: int) -> str:

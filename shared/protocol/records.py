@@ -31,6 +31,7 @@ from shared.protocol.record import (
     Number,
     Record,
     RoundNumber,
+    SaidRecord,
     Size,
     StampedRecord,
     delta_label,
@@ -68,11 +69,11 @@ class FederationRecord(StampedRecord):
         return topology.federation_key(run)
 
 
-class MemberRecord(StampedRecord):
+class MemberRecord(SaidRecord):
     """A site that is ready: what its adapter looks like and what it computes with."""
 
     decides = True
-    newer = ("bases", "base_parameters")
+    newer = ("bases", "base_parameters", "said")
     site: Name
     manifest: Manifest
     fingerprint: Sha256
@@ -112,7 +113,7 @@ class RejoinedRecord(MemberRecord):
         return topology.rejoined_key(run, self.site, self.number)
 
 
-class DeclinedRecord(StampedRecord):
+class DeclinedRecord(SaidRecord):
     """A site that does not take part, and why."""
 
     site: Name
@@ -260,11 +261,11 @@ class OpenedRecord(StampedRecord):
         return topology.round_key(run, self.round, "opened")
 
 
-class AcceptedRecord(StampedRecord):
+class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic")
+    newer = ("residual", "traffic", "said")
     round: Number
     site: Name
     sha: Sha256
@@ -294,7 +295,7 @@ class AcceptedRecord(StampedRecord):
         return topology.accepted_key(run, self.round, self.site)
 
 
-class RefusedRecord(StampedRecord):
+class RefusedRecord(SaidRecord):
     """A delta that was not taken, and why."""
 
     round: RoundNumber
@@ -308,7 +309,7 @@ class RefusedRecord(StampedRecord):
         return topology.refused_key(run, self.round, self.site, self.sha)
 
 
-class FailedRecord(StampedRecord):
+class FailedRecord(SaidRecord):
     """A local training that ended without a delta, and why."""
 
     round: Number
@@ -405,10 +406,10 @@ class ClosedRecord(Record):
         return topology.round_key(run, self.round, "closed")
 
 
-class EvaluatedRecord(StampedRecord):
+class EvaluatedRecord(SaidRecord):
     """A site's held-out loss of the adapter that round ``round`` produced."""
 
-    newer = ("traffic",)
+    newer = ("traffic", "said")
     round: RoundNumber
     site: Name
     sha: Sha256

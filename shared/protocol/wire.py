@@ -1,5 +1,7 @@
 """Events as bytes: a msgpack map ``{v, type, id, time, body}``. Decoding is the border control.
 
+Such a map may come sealed (``shared/trust/seal.py``): opened here, and checked in ``hearing.py``.
+
 Whatever does not decode is a DecodeError that keeps the bytes; nothing else escapes from here. What
 a reader would refuse for its bounds is not written either.
 """
@@ -18,6 +20,7 @@ from shared.errors import DecodeError
 from shared.printing import printable
 from shared.protocol.bounds import AT_THE_DOOR
 from shared.protocol.events import EVENTS, Event
+from shared.trust.seal import Seal, opened
 
 _SHORT = 80
 _MOST_ID = 100
@@ -25,11 +28,15 @@ _MOST_ID = 100
 
 @dataclass(frozen=True)
 class Envelope:
-    """A decoded message. ``time``: seconds since the epoch when it was packed."""
+    """A decoded message. ``time``: seconds since the epoch when it was packed.
+
+    ``seal``: what it came in, not checked yet; None for an unsigned one.
+    """
 
     id: str
     time: float
     event: Event
+    seal: Seal | None = None
 
 
 def encode(event: Event, now: float, event_id: str | None = None) -> bytes:
@@ -56,6 +63,11 @@ def encode(event: Event, now: float, event_id: str | None = None) -> bytes:
 
 def decode(data: bytes) -> Envelope:
     """The event in ``data``. Raises DecodeError, keeping the bytes, for anything else."""
+    seal = opened(data, MAX_MESSAGE_BYTES)
+    return _decoded(data, None) if seal is None else _decoded(seal.data, seal)
+
+
+def _decoded(data: bytes, seal: Seal | None) -> Envelope:
     if len(data) > MAX_MESSAGE_BYTES:
         raise DecodeError(f"expected at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}", data)
     try:
@@ -79,7 +91,7 @@ def decode(data: bytes) -> Envelope:
         raise DecodeError(f"{name}: expected text in id and a finite number in time", data)
     if len(event_id) > _MOST_ID:
         raise DecodeError(f"{name}: expected at most {_MOST_ID} characters in id", data)
-    return Envelope(event_id, float(time), _checked(kind, body, data))
+    return Envelope(event_id, float(time), _checked(kind, body, data), seal)
 
 
 def _checked(kind: type[Event], body: object, data: bytes) -> Event:

@@ -126,6 +126,15 @@ class SigningKey:
             )
         return cls(key)
 
+    @classmethod
+    def kept(cls, path: Path, setting: str) -> SigningKey:
+        """The key in a file, made first where there is none. Raises ConfigError, OSError."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(ConfigError):  # somebody was faster
+                cls.generate().save(path)
+        return cls.load(path, setting)
+
     def save(self, path: Path) -> None:
         """Write it to a new file of mode 0600, on disk when this returns.
 
