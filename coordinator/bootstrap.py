@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from coordinator.accounts.site_keys import KeyBook
 from coordinator.admission import admit
 from coordinator.batching import PREFETCH, Outbox
 from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
+from coordinator.key_book import KeyBook
 from shared import topology
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
 from shared.failpoints import failpoint

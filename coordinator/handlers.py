@@ -230,6 +230,10 @@ class Coordinator(LiveRun):
             raise ProtocolError(
                 f"sha: {sender} evaluated {event.sha[:12]}, which is not the result"
             )
+        if event.round != finished.round:
+            raise ProtocolError(
+                f"round: expected {finished.round} for the result from {sender}, got {event.round}"
+            )
         self.record(
             EvaluatedRecord(
                 round=finished.round,

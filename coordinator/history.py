@@ -219,12 +219,18 @@ class History:
         return max((n for n, there in self.rounds.items() if there.result), default=-1)
 
 
-def read_history(store: ObjectStore, run: str, damaged: Damage | None = None) -> History:
+def read_history(
+    store: ObjectStore,
+    run: str,
+    damaged: Damage | None = None,
+    see: Callable[[Record, int | None], None] = lambda _record, _number: None,
+) -> History:
     """Read every record of a run. ``damaged``: called with each that cannot be read.
 
-    Raises RunNotFoundError, and LedgerDamagedError, ConfigError and MissingPackageError for the
-    first record; without ``damaged`` also LedgerDamagedError for any other, or if the settings
-    have not their digest.
+    ``see``: called with each other one, whole as it lies in the store, and its round. Raises
+    RunNotFoundError, and LedgerDamagedError, ConfigError and MissingPackageError for the first
+    record; without ``damaged`` also LedgerDamagedError for any other, or if the settings have not
+    their digest.
     """
     ledger = Ledger(store, run, "reader", lambda: 0.0)
     federation = ledger.federation()
@@ -232,7 +238,9 @@ def read_history(store: ObjectStore, run: str, damaged: Damage | None = None) ->
     history = History(run, federation, config)
     for place in ledger.places():
         try:
-            history.add(ledger.read(place.kind, place.key).folded(), place.round)
+            record = ledger.read(place.kind, place.key)
+            see(record, place.round)
+            history.add(record.folded(), place.round)
         except LedgerDamagedError as error:
             if damaged is None:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from gradualdiff.embedded.federation import Embedding, run_embedded
@@ -40,7 +41,7 @@ def run(config: FederationConfig, folder: Path, sites=None, **embedding):
     """Run to the end; the final state. With ``[trust]`` everybody signs."""
     store = embedding.pop("store", None) or DirectoryStore(folder / "store")
     if "keys" not in embedding:
-        embedding["keys"] = keys_of(config, store, folder)
+        embedding["keys"] = keys_of(config, store, folder, embedding.get("clock", time.time))
     return run_embedded(
         config,
         sites or learners(config),

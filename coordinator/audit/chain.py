@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from coordinator.audit.signatures import Signatures
 from coordinator.history import read_history
 
 if TYPE_CHECKING:
+    from coordinator.audit.signatures import Signer
     from coordinator.history import History
     from shared.errors import LedgerDamagedError
     from shared.protocol.ledger import Ledger, Place
@@ -39,6 +41,7 @@ class Chain:
     history: History
     reported: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
+    signers: list[Signer] = field(default_factory=list)
 
     @property
     def run(self) -> str:
@@ -100,11 +103,17 @@ class Chain:
 def read_chain(ledger: Ledger) -> Chain:
     """Read every record. Raises RunNotFoundError, and LedgerDamagedError for the first of them."""
     found: list[tuple[Place, LedgerDamagedError]] = []
-    history = read_history(ledger.store, ledger.run, lambda *damage: found.append(damage))
-    chain = Chain(history, {place.key for place, _ in found})
+    signatures = Signatures(ledger)
+    history = read_history(
+        ledger.store, ledger.run, lambda *damage: found.append(damage), signatures.see
+    )
+    chain = Chain(history, {place.key for place, _ in found}, signers=signatures.signers)
     first, digest = history.federation, history.config.digest
     if digest != first.digest:
         chain.find(0, first.key(chain.run), f"digest: expected {first.digest}, got {digest}")
     for place, error in found:
         chain.find(place.round or 0, place.key, str(error).removeprefix(f"{place.key}: "))
+    signatures.compare(history)
+    for number, key, problem in signatures.problems:
+        chain.find(number or 0, key, problem)
     return chain

@@ -19,6 +19,7 @@ from shared.methods.server_optimizers import get_server_optimizer
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coordinator.audit.signatures import Signer
     from shared.protocol.ledger import Ledger
     from shared.protocol.records import GenesisRecord
 
@@ -28,7 +29,10 @@ NORM_TOLERANCE = 1e-6  # relative; norms are for people, the adapter's bytes are
 
 @dataclass
 class Verification:
-    """What was recomputed, and what was found. ``notes``: what can no longer be told, and why."""
+    """What was recomputed, and what was found. ``notes``: what can no longer be told, and why.
+
+    ``signers``: whose keys proved how many records; empty where nobody signs.
+    """
 
     run: str
     rounds: int = 0
@@ -37,6 +41,7 @@ class Verification:
     adapter_sha: str | None = None
     findings: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
+    signers: list[Signer] = field(default_factory=list)
 
 
 class Evidence:
@@ -50,6 +55,7 @@ class Evidence:
         self._config = self._history.config
         modes.require(self._history.federation.modes, f"run {ledger.run}")
         self.result = Verification(ledger.run, findings=self._chain.findings)
+        self.result.signers += self._chain.signers
         self._accepted = self._history.accepted
         self._counted: set[tuple[str, int]] = set()
         self._genesis: GenesisRecord | None = None

@@ -131,6 +131,12 @@ def verify(
             f"adapter sha256 {found.adapter_sha}"
         )
     if not as_json:
+        for signer in found.signers:
+            console().print(
+                f"signed by {signer.site} ({signer.fingerprint}): {signer.records} records",
+                markup=False,
+                soft_wrap=True,
+            )
         for note in found.notes:
             console().print(
                 f"note: round {note.round}: {note.key}: {note.problem}",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coordinator.accounts.site_keys import SiteKeys, enrol
+from coordinator.runs.operating import operator
+from coordinator.site_keys import SiteKeys, enrol
 from shared.trust.keys import SigningKey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from shared.config import FederationConfig
@@ -26,7 +28,12 @@ class Keys:
     sites: Mapping[str, SigningKey]
 
 
-def keys_of(config: FederationConfig, store: ObjectStore, folder: Path) -> Keys | None:
+def keys_of(
+    config: FederationConfig,
+    store: ObjectStore,
+    folder: Path,
+    clock: Callable[[], float] = time.time,
+) -> Keys | None:
     """Every role's key, made where it has none; None without ``[trust]``: nobody signs.
 
     Raises ConfigError, for a site's key that was revoked too, StoreError, LedgerDamagedError.
@@ -40,5 +47,5 @@ def keys_of(config: FederationConfig, store: ObjectStore, folder: Path) -> Keys 
     }
     known = SiteKeys(store, signer.public)
     for site, key in sites.items():
-        enrol(known, signer, site, key.public, "made for the federation in one process")
+        enrol(known, signer, site, key.public, "all in one process", operator(), clock)
     return Keys(signer, sites)

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
 import pytest
 
+from coordinator.audit.signatures import LEEWAY_SECONDS
+from coordinator.audit.verification import verify_run
+from coordinator.site_keys import SiteKeys, revoke
+from shared.config import canonical_json
 from shared.errors import RunExistsError
 from shared.protocol import wire
 from shared.protocol.ledger import Ledger
@@ -92,3 +102,101 @@ def test_a_signed_run_goes_on_under_its_own_key_only(signed):
     finally:
         (folder / "old.key").replace(folder / "coordinator.key")
     assert federations.run(federations.config(trust=TRUST), folder).finished is not None
+
+
+# Verifying ---------------------------------------------------------------------------------------
+
+
+def verify(folder):
+    """Everything that can be checked with the store alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return verify_run(
+            Ledger(store_of(folder), "test", "test", lambda: 0.0), Path(scratch), lambda _: None
+        )
+
+
+@pytest.fixture
+def copy(signed, tmp_path):
+    """The finished run, to be tampered with."""
+    shutil.copytree(signed[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def alter(folder, name, change):
+    """Let a store's owner write a record anew."""
+    store, key = store_of(folder), f"runs/test/{name}"
+    values = json.loads(store.get(key))
+    change(values)
+    store.put(key, canonical_json(values))
+
+
+def test_verifying_names_who_signed_what(signed):
+    """By site and fingerprint, and how many records stand on it."""
+    folder, _ = signed
+    found = verify(folder)
+    assert found.findings == []
+    assert [(one.site, one.records) for one in found.signers] == [("a", 5), ("b", 5), ("c", 5)]
+    own = SigningKey.load(folder / "sites" / "a" / "identity.key", "test").public
+    assert found.signers[0].fingerprint == own.fingerprint
+
+
+ACCEPTED = "rounds/00001/accepted/a.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "problem"),
+    [
+        (ACCEPTED, "tokens", 7, "said: tokens: a signed"),
+        ("members/a.json", "examples", 7, "said: examples: a signed"),
+        ("rounds/00003/evaluated/a.json", "held_out", None, "said: held_out: a signed"),
+        (ACCEPTED, "said", None, "said: expected what a signed, since the run is signed by"),
+    ],
+)
+def test_a_record_that_its_site_did_not_sign_is_named(copy, name, field, value, problem):
+    """Whatever a store's owner puts into it, or takes out."""
+
+    def change(values):
+        if field == "held_out":
+            values["held_out"]["tokens"] += 1
+        else:
+            values[field] = value
+
+    alter(copy, name, change)
+    assert [one.key for one in verify(copy).findings if one.problem.startswith(problem)] == [
+        f"runs/test/{name}"
+    ]
+
+
+def test_a_word_of_another_site_or_round_is_named(copy):
+    """A true signature under a record that it does not belong to."""
+    store = store_of(copy)
+    of_b = json.loads(store.get("runs/test/rounds/00001/accepted/b.json"))["said"]
+    of_two = json.loads(store.get("runs/test/rounds/00002/accepted/c.json"))["said"]
+    alter(copy, ACCEPTED, lambda values: values.update(said=of_b))
+    alter(copy, "rounds/00001/accepted/c.json", lambda values: values.update(said=of_two))
+    problems = [one.problem for one in verify(copy).findings]
+    assert any(one.startswith("said: expected a key that was enrolled for a") for one in problems)
+    assert "said: round: c signed 2, the record has 1" in problems
+
+
+def test_a_key_that_its_owner_put_into_the_store_proves_nothing(copy):
+    """Enrolments count by the coordinator's signature only."""
+    store = store_of(copy)
+    first = next(iter(store.list("keys/"))).key
+    values = json.loads(store.get(first))
+    values["key"] = SigningKey.generate().public.text
+    store.put(first, canonical_json(values))
+    found = verify(copy).findings
+    assert first in {one.key for one in found}
+    assert f"runs/test/{ACCEPTED}" in {one.key for one in found}
+
+
+def test_a_key_that_was_revoked_later_still_proves_what_it_signed(copy):
+    """And nothing that is on record for a time after that."""
+    signer = SigningKey.load(copy / "coordinator.key", "test")
+    keys = SiteKeys(store_of(copy), signer.public)
+    now = time.time()
+    assert revoke(keys, signer, "a", "laptop lost", "me@here", lambda: now).public
+    assert verify(copy).findings == []
+    alter(copy, ACCEPTED, lambda values: values.update(time=now + LEEWAY_SECONDS + 1))
+    assert [one.key for one in verify(copy).findings] == [f"runs/test/{ACCEPTED}"]

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from coordinator.runs.operating import operator
-from shared import topology
 from shared.config import Name, Sha256, canonical_json
 from shared.errors import (
     ConfigError,
@@ -27,9 +25,7 @@ from shared.errors import (
     ObjectExistsError,
     ObjectMissingError,
     SignatureError,
-    StoreUnavailableError,
 )
-from shared.log import get_logger
 from shared.protocol.manifest import Schema
 from shared.protocol.record import Number
 from shared.topology import site_keys_key
@@ -40,9 +36,6 @@ if TYPE_CHECKING:
 
     from shared.stores.port import ObjectStore
     from shared.trust.keys import SigningKey
-
-LOOK_SECONDS = 5.0  # a revocation counts so soon
-UNKNOWN_SECONDS = 1.0  # an unknown key is looked up at most so often, whoever shows it
 
 
 class KeyRecord(Schema):
@@ -175,9 +168,12 @@ def enrol(
     site: str,
     public: PublicKey,
     reason: str,
+    by: str,
     clock: Callable[[], float] = time.time,
 ) -> bool:
     """Make ``public`` the site's key, in place of the one it had; whether it was not so already.
+
+    ``by``: who does it, account@machine.
 
     Raises ConfigError for a key that is or was another site's, or was revoked.
     """
@@ -192,7 +188,7 @@ def enrol(
             f"site {site}: expected a new key, got {public.text}, which is {whose}; have the site "
             "make another one: it moves its identity.key away and runs gradualdiff site init"
         )
-    keys.next(_record(site, "enrol", public, reason, clock), signer)
+    keys.next(_record(site, "enrol", public, reason, by, clock), signer)
     return True
 
 
@@ -201,12 +197,13 @@ def revoke(
     signer: SigningKey,
     site: str,
     reason: str,
+    by: str,
     clock: Callable[[], float] = time.time,
 ) -> SiteKey | None:
     """End the site's key now; the key, None where it has none in force."""
     found = keys.read_on().in_force(site)
     if found is not None:
-        keys.next(_record(site, "revoke", found.public, reason, clock), signer)
+        keys.next(_record(site, "revoke", found.public, reason, by, clock), signer)
     return found
 
 
@@ -215,6 +212,7 @@ def _record(
     action: Literal["enrol", "revoke"],
     public: PublicKey,
     reason: str,
+    by: str,
     clock: Callable[[], float],
 ) -> KeyRecord:
     return KeyRecord(
@@ -224,59 +222,6 @@ def _record(
         action=action,
         key=public.text,
         reason=reason,
-        by=operator(),
+        by=by,
         time=clock(),
     )
-
-
-class KeyBook:
-    """Which key may sign a message, asked once for each. ``timer``: seconds that only grow."""
-
-    def __init__(
-        self,
-        store: ObjectStore,
-        coordinator: PublicKey,
-        timer: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._keys = SiteKeys(store, coordinator)
-        self._timer = timer
-        self._looked: float | None = None
-
-    def key_of(self, sender: str, by: str) -> PublicKey:
-        """The key named ``by``, if the sender may sign by it now.
-
-        Raises SignatureError if not, StoreError where nobody can look, LedgerDamagedError.
-        """
-        if sender == topology.COORDINATOR:
-            if by == self._keys.coordinator.text:
-                return self._keys.coordinator
-            raise SignatureError(f"signature: expected the coordinator's own, got one by {by}")
-        try:
-            self._look(LOOK_SECONDS)
-        except StoreUnavailableError as error:
-            if self._looked is None:
-                raise
-            get_logger().debug("keys.skipped", reason=str(error))
-        if self._keys.find(sender, by) is None:
-            self._look(UNKNOWN_SECONDS)
-        found = self._keys.find(sender, by)
-        if found is None:
-            raise SignatureError(
-                f"signature: expected one by the key enrolled for {sender}, got one by {by}; if "
-                "the site has a new key, have its fingerprint read out, then: gradualdiff sites "
-                f"key {sender} --key {by}"
-            )
-        if found.revoked is not None:
-            raise SignatureError(
-                f"signature: the key {found.public.fingerprint} of {sender} was revoked "
-                f"({found.reason}); it counts for nothing since"
-            )
-        return found.public
-
-    def _look(self, seconds: float) -> None:
-        """Read what is new, unless that was done so many seconds ago."""
-        now = self._timer()
-        if self._looked is not None and now - self._looked < seconds:
-            return
-        self._keys.read_on()
-        self._looked = now
