@@ -8,6 +8,7 @@ was lost with a server is made again, so it runs before every start.
 # ruff: noqa: T201 - a script of the image; it runs our own command and says so
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def main() -> None:
     gradualdiff("setup", FEDERATION, "--kits", KITS)
     for name in tables["run"]["participants"]:
         hand_over(name)
+        enrol(name)
     print("setup: done")
 
 
@@ -97,10 +99,20 @@ def hand_over(name: str) -> None:
         "data": {**own["data"], "path": text.name},
     }
     # How it reaches broker and store, and what the kit lets it take part in.
-    tables |= {table: kit[table] for table in ("broker", "store", "accept") if table in kit}
+    tables |= {
+        table: kit[table] for table in ("broker", "store", "trust", "accept") if table in kit
+    }
     write(folder / text.name, text.read_bytes())
     write(folder / password, (KITS / name / password).read_bytes())
     write(folder / "site.toml", tomli_w.dumps(tables).encode())
+
+
+def enrol(name: str) -> None:
+    """The site's key, made in its own volume. One owner has them all here: nobody phones."""
+    command = ["gradualdiff", "site", "init", str(SITES / name / "site.toml"), "--json"]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    key = json.loads(made.stdout)["key"]
+    gradualdiff("sites", "key", name, "--key", key, "--federation", FEDERATION)
 
 
 def gradualdiff(*arguments: object, **environment: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from shared.config import FederationConfig, SiteConfig
 
+KEY_FILE = "coordinator.key"
 # Written from a template, not by tomli-w: the comments are what the file is for.
 _FEDERATION = """\
 # Every setting: gradualdiff's docs/reference/config.md. Those behind a # show their default.
@@ -37,6 +38,9 @@ model = {model}
 
 [store]
 # directory = "{directory}"         # everything about the run is kept here
+
+[trust]                       # who said what is signed, and checked: docs/how-to/sign-a-run.md
+key_file = {key_file}    # the coordinator's; each site has its own
 
 [simulation]                  # the sites' own files, for gradualdiff simulate
 sites = {files}
@@ -69,6 +73,7 @@ def init(
     from gradualdiff.demo.data import columns_for
     from shared.base_model import located
     from shared.config import FederationConfig, SiteConfig, parse
+    from shared.trust.keys import SigningKey
 
     sites = _site_names(data)
     run = name or f"{_word(folder.resolve().name) or 'run'}-1"
@@ -77,6 +82,7 @@ def init(
     tables = {
         "run": {"name": run, "participants": sites},
         "base": {"model": base},
+        "trust": {"key_file": KEY_FILE},
         "simulation": {"sites": [f"{site}.toml" for site in sites]},
     }
     config = parse(FederationConfig, tables, "options")
@@ -86,8 +92,10 @@ def init(
         own = parse(SiteConfig, {"site": {"name": site}, "data": section}, f"--data {path}")
         texts[folder / f"{site}.toml"] = _site(own, mapping)
     _write(texts)
+    key = SigningKey.kept(folder / KEY_FILE, "trust.key_file").public
     for path in texts:
         typer.echo(f"wrote {path}")
+    typer.echo(f"wrote {folder / KEY_FILE}, fingerprint {key.fingerprint}")
     typer.echo(f"next: gradualdiff check {folder / 'federation.toml'}")
     typer.echo(f"      gradualdiff simulate {folder / 'federation.toml'}")
 
@@ -122,6 +130,7 @@ def _federation(config: FederationConfig) -> str:
         batch_size=config.training.batch_size,
         learning_rate=config.training.learning_rate,
         directory=config.store.directory,
+        key_file=toml_value(config.trust.key_file if config.trust else ""),
         files=toml_value(list(config.simulation.sites)),
     )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coordinator.accounts.site_accounts import Accounts
     from shared.config import FederationConfig, OperatedBrokerSection
     from shared.stores.port import ObjectStore
+    from shared.trust.keys import SigningKey
 
 PASSWORD_FILE = "broker-password"  # noqa: S105 - a file's name
 CA_FILE = "ca.pem"
@@ -66,6 +67,19 @@ def accounts_of(servers: Servers) -> Accounts:
     return Accounts(servers.store, admin, vhost, time.time)
 
 
+def signer_of(servers: Servers) -> SigningKey:
+    """What the coordinator signs with. Raises ConfigError without ``[trust]``, or such a file."""
+    from shared.trust.keys import SigningKey
+
+    trust = servers.config.trust
+    if trust is None:
+        raise ConfigError(
+            "trust: expected a [trust] table in federation.toml, got none; add it with key_file = "
+            '"coordinator.key", run gradualdiff setup, and restart the coordinator'
+        )
+    return SigningKey.load(servers.folder / trust.key_file, "trust.key_file")
+
+
 def declare_sites(servers: Servers, sites: list[str]) -> None:
     """The sites' queues only: a run's own queue would fill up if nobody ever began the run."""
     from shared.brokers.rabbitmq import connect
@@ -103,7 +117,7 @@ def prepare_kit(servers: Servers, name: str, kit: Path | None) -> Path:
     authority = existing_file(servers.folder, servers.broker.ca_file, "broker.ca_file")
     files = {
         "site.toml": _site_toml(servers, name).encode(),
-        "README.txt": _readme(name).encode(),
+        "README.txt": _readme(name, signs=servers.config.trust is not None).encode(),
     }
     if authority is not None:
         files[CA_FILE] = authority.read_bytes()
@@ -168,6 +182,7 @@ def _site_toml(servers: Servers, name: str) -> str:
         broker.append(f"ca_file = {toml_value(CA_FILE)}")
     broker.append(f"transport = {toml_value(servers.broker.transport)}")
     store = config.store.site_url or config.store.url
+    pinned = None if config.trust is None else signer_of(servers).public
     steps = config.training.local_steps
     return _SITE_TOML.format(
         name=toml_value(name),
@@ -175,6 +190,7 @@ def _site_toml(servers: Servers, name: str) -> str:
         store=f"[store]\nurl = {toml_value(store)}"
         if store
         else '# [store] with url = "https://..."',
+        trust="" if pinned is None else _TRUST.format(pinned=toml_value(pinned.text)),
         model=toml_value(config.base.model),
         run=toml_value(config.run.name),
         rank=kind_of(config.lora).rank(config.lora, name),
@@ -186,8 +202,13 @@ def _site_toml(servers: Servers, name: str) -> str:
     )
 
 
-def _readme(name: str) -> str:
-    return (
+def _readme(name: str, *, signs: bool) -> str:
+    first = (
+        "First run gradualdiff site init site.toml: it makes this site's signing key, which stays "
+        "here. Send its public half to whoever runs the coordinator, and read the fingerprint out "
+        "over the phone.\n"
+    )
+    return (first if signs else "") + (
         f"This is all that site {name} needs to take part; {PASSWORD_FILE} is its secret: keep it "
         "to yourself (mode 0600), and ask for another one if somebody else saw it.\n"
         "In site.toml fill in [data] with the path and columns of your text, which never leaves "
@@ -196,6 +217,13 @@ def _readme(name: str) -> str:
         "model hub for a model that is not here); it needs no open port.\n"
     )
 
+
+_TRUST = """
+[trust]
+key_file = "identity.key"       # make it: gradualdiff site init site.toml; it never leaves here
+# Only what this key signed is heard. Have its fingerprint read out to you: gradualdiff doctor.
+coordinator = {pinned}
+"""
 
 # Written from a template, not by tomli-w: a site has to read the comments and fill in the rest.
 _SITE_TOML = """\
@@ -210,7 +238,7 @@ workspace = "workspace"         # folder of the current round; keep it between s
 
 # All that is fetched and sent goes through this server; no other one is asked.
 {store}
-
+{trust}
 [data]
 path = ""                       # FILL IN: your text, a .jsonl, .csv or .parquet file
 messages = "messages"           # FILL IN: the column with a list of role and content,

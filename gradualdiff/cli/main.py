@@ -20,6 +20,7 @@ from gradualdiff.cli import (
     serve,
     setup,
     simulate,
+    site,
     sites,
     tune_codec,
 )
@@ -43,6 +44,7 @@ app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
 app.command("doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
+app.add_typer(site.app, name="site")
 app.add_typer(sites.app, name="sites")
 app.add_typer(runs.app, name="runs")
 app.add_typer(rounds.app, name="rounds")

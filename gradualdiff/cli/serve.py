@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from participant.daemon import ParticipantContext
     from participant.learner.port import Learner
+    from participant.site import Trust
     from shared.brokers.port import Broker
     from shared.config import BrokerSection, SiteConfig
     from shared.stores.s3 import S3Store
@@ -168,6 +169,18 @@ def make_context(
         learner=learner,
         accept=config.accept,
         stopping=stopping,
+        trust=_trust(config, folder),
+    )
+
+
+def _trust(config: SiteConfig, folder: Path) -> Trust:
+    from participant.site import Trust
+    from shared.trust.keys import PublicKey, SigningKey
+
+    own, pinned = config.trust.key_file, config.trust.coordinator
+    return Trust(
+        key=SigningKey.load(folder / own, "trust.key_file") if own else None,
+        coordinator=PublicKey(pinned) if pinned else None,
     )
 
 

@@ -16,6 +16,7 @@ from gradualdiff.cli.kits import (
     write_secret,
 )
 from gradualdiff.cli.output import SetOption, console
+from gradualdiff.cli.site_keys import known_keys
 from shared.errors import ConfigError
 
 
@@ -37,6 +38,7 @@ def setup(
     from shared.credentials import broker_address
     from shared.stores.opening import open_s3
     from shared.topology import run_topology
+    from shared.trust.keys import SigningKey
 
     config = load_federation(federation, sets or ())
     folder = federation.resolve().parent
@@ -54,6 +56,9 @@ def setup(
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")
     servers = Servers(config, config.broker, folder, store)
+    if config.trust is not None:
+        own = SigningKey.kept(folder / config.trust.key_file, "trust.key_file").public
+        out.print(f"key     {own.text}, fingerprint {own.fingerprint}", soft_wrap=True)
     accounts = accounts_of(servers)
     accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
     for name in config.run.participants:
@@ -67,3 +72,12 @@ def setup(
         password = accounts.rotate(name) if accounts.exists(name) else accounts.add(name)
         write_secret(kit / PASSWORD_FILE, password)
         out.print(f"site    {name}: kit in {place}", soft_wrap=True)
+    if config.trust is None:
+        return
+    known = known_keys(servers)
+    for name in (site for site in config.run.participants if known.in_force(site) is None):
+        out.print(
+            f"site    {name}: has no key yet: it runs gradualdiff site init, and you gradualdiff "
+            f"sites key {name} --key KEY",
+            soft_wrap=True,
+        )

@@ -28,7 +28,8 @@ from gradualdiff.cli.output import (
     print_table,
     say,
 )
-from shared.errors import BrokerError
+from gradualdiff.cli.site_keys import enrol_key, keys_told, revoke_key
+from shared.errors import BrokerError, ConfigError
 
 if TYPE_CHECKING:
     from coordinator.accounts.site_accounts import SiteAccount
@@ -44,19 +45,28 @@ KitOption = Annotated[
         help="Folder of what the site needs (default: kits/NAME beside the federation.toml).",
     ),
 ]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--key", help="The public key that gradualdiff site init printed at the site."),
+]
 
 
 @app.command()
 def add(
     name: NameArgument,
     kit: KitOption = None,
+    key: KeyOption = None,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
     """Give a site an account and a queue, and write the kit that it begins with."""
+    from shared.trust.keys import PublicKey
+
     servers = open_servers(federation)
     accounts = accounts_of(servers)
     accounts.check_new(name)
+    if key is not None:
+        enrol_key(servers, name, PublicKey(key), "added")
     folder = prepare_kit(servers, name, kit)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
@@ -98,10 +108,48 @@ def remove(
     _find(servers, name)
     agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
     accounts_of(servers).remove(name)
+    if servers.config.trust is not None:
+        revoke_key(servers, name, "the site was removed")
     if as_json:
         print_json({"site": name, "state": "removed"})
         return
     console().print(f"site {name} is removed; its queue stays")
+
+
+@app.command("key")
+def key_(
+    name: NameArgument,
+    key: KeyOption = None,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="End the site's key without a new one.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Why; it goes on record.")] = "",
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Enrol a site's public key, in place of the one that it had, or revoke it. Without: show.
+
+    Compare the fingerprint with the one that the site reads out to you. A key that is replaced or
+    revoked counts for nothing within seconds; what it signed before stays proven.
+    """
+    from shared.trust.keys import PublicKey
+
+    servers = open_servers(federation)
+    if revoke and (key is not None or not reason):
+        raise ConfigError(
+            "--revoke: expected --reason and no --key, got otherwise; a new key by itself ends the "
+            "old one"
+        )
+    if key is not None:
+        enrol_key(servers, name, PublicKey(key), reason or "enrolled")
+    if revoke and revoke_key(servers, name, reason) is None:
+        raise ConfigError(f"site {name}: expected a key in force, got none; nothing is revoked")
+    told = keys_told(servers, name)
+    if as_json:
+        print_json(told)
+        return
+    names = ("fingerprint", "enrolled", "revoked", "reason")
+    print_table(f"Keys of {name}", names, [[one[column] for column in names] for one in told])
 
 
 @app.command()
@@ -152,11 +200,15 @@ def show(
         "may_read": rights.read.pattern,
         "may_write": rights.write.pattern,
         "may_publish_as": rights.topic_write.pattern,
+        "keys": keys_told(servers, name),
     }
     if as_json:
         print_json(site)
         return
     names = {key: key.replace("_", " ") for key in site} | {"over": _over_in(servers)}
+    site["keys"] = ", ".join(
+        f"{one['fingerprint']}{' (revoked)' if one['revoked'] else ''}" for one in site["keys"]
+    )
     facts = [(names[key], _told(value)) for key, value in site.items()]
     print_table(f"Site {name}", ("fact", "value"), facts)
 

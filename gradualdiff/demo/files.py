@@ -62,6 +62,8 @@ def write_demo(
             "cpu_threads": 2,
         },
         **{name: dict(table) for name, table in places.items()},
+        # Over servers each site makes its own key, and has it enrolled, before anybody demands one.
+        **({} if servers else {"trust": {"key_file": "coordinator.key"}}),
         "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
     }
     tables, given = overridden(FederationConfig, tables, overrides)

@@ -109,7 +109,8 @@ class SigningKey:
             mode = path.stat().st_mode
         except OSError as error:
             raise ConfigError(
-                f"{setting}: expected a private key at {path}, got: {error.strerror}; fix the path"
+                f"{setting}: expected a private key at {path}, got: {error.strerror}; fix the "
+                "path, or make one: gradualdiff site init at a site, gradualdiff setup elsewhere"
             ) from None
         if mode & 0o077:
             raise ConfigError(
