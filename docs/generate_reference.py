@@ -22,7 +22,7 @@ from meanings import by_name, meanings
 from pydantic_core import PydanticUndefined
 from python_page import python_page
 
-from coordinator import liveness
+from coordinator import liveness, site_keys
 from coordinator.accounts import site_accounts
 from shared import errors, modes, topology
 from shared.config import FederationConfig, SiteConfig
@@ -30,6 +30,7 @@ from shared.config.mistakes import PATTERNS, section_of
 from shared.protocol import manifest, records
 from shared.protocol.events import EVENTS
 from shared.protocol.records import Record
+from shared.protocol.said import Said
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -60,7 +61,7 @@ TOP = (
     "tests",
 )
 
-STATUS = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount)
+STATUS = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount, site_keys.KeyRecord)
 SHORT_TYPES = {
     Any: "any",
     str: "text",
@@ -94,6 +95,9 @@ def events_page() -> str:
         (
             "A message is a msgpack map `{v, type, id, time, body}`; the routing key is "
             "`<run>.<site>.<word>` toward the coordinator and the site's name toward a site. "
+            "Where roles sign, it travels as `{sealed, to, by, signature}`, and `head` where one "
+            "is told: its bytes, `run:RUN` or `site:SITE`, the public key, and 64 bytes over "
+            "sender, recipient, head and bytes (`shared/trust/seal.py`). "
             "Manifest, Numerics, HeldOut and LocalMetrics are on the page of "
             "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are sections of "
             "[the settings](config.md), unknown names ignored. Every text, list, map and number "
@@ -279,6 +283,7 @@ def _key_functions() -> list[tuple[Any, tuple[object, ...]]]:
         "chunk": 0,
         "record": "RECORD",
         "number": 1,
+        "fingerprint": "FINGERPRINT",
     }
     found = []
     for name, function in vars(topology).items():
@@ -298,13 +303,13 @@ def _record_kinds() -> list[type[Record]]:
         for kind in vars(records).values()
         if inspect.isclass(kind)
         and issubclass(kind, Record)
-        and kind not in (Record, records.StampedRecord)
+        and kind not in (Record, records.StampedRecord, records.SaidRecord)
     ]
 
 
 def _parts() -> list[type[BaseModel]]:
     found = [k for k in vars(manifest).values() if inspect.isclass(k) and k is not manifest.Schema]
-    return [records.Input, *(k for k in found if issubclass(k, manifest.Schema))]
+    return [records.Input, Said, *(k for k in found if issubclass(k, manifest.Schema))]
 
 
 def _named() -> dict[str, str]:

@@ -71,6 +71,17 @@ def check_secret(setting: str, path: Path) -> Iterator[CheckResult]:
         yield CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
 
 
+def check_key(path: Path) -> Iterator[CheckResult]:
+    """A signing key: it is there, it is one, and nobody but its owner reads it."""
+    from shared.trust.keys import SigningKey
+
+    def says() -> str:
+        public = SigningKey.load(path, "trust.key_file").public
+        return f"{path}: its owner's alone; public key {public.text}, {public.fingerprint}"
+
+    yield from attempt("signing key", says)
+
+
 @contextlib.contextmanager
 def connection(
     section: BrokerSection, folder: Path, found: list[CheckResult]

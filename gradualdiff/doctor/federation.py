@@ -14,6 +14,7 @@ from gradualdiff.doctor.checks import (
     attempt,
     check_clock,
     check_folder,
+    check_key,
     check_publishing,
     check_secret,
     check_tls,
@@ -59,6 +60,7 @@ def check_federation(file: Path, spool: Path | None) -> Iterator[CheckResult]:
     yield from _store(config, folder, store)
     if config.broker is not None:
         yield from _accounts(config, config.broker, folder, store)
+        yield from _site_keys(config, folder, store)
         yield from _coordinator(config, config.broker, folder, file, store)
     yield from check_folder("spool", spool or folder / "spool", make=True)
 
@@ -74,6 +76,8 @@ def _secrets(config: FederationConfig, folder: Path) -> Iterator[CheckResult]:
     for setting, name in named.items():
         if name is not None:
             yield from check_secret(setting, folder / name)
+    if config.trust is not None:
+        yield from check_key(folder / config.trust.key_file)
 
 
 # The broker --------------------------------------------------------------------------------------
@@ -194,6 +198,35 @@ def _accounts(
     if stores:
         for site in config.run.participants:
             yield _account(stores[0], site, on_broker)
+
+
+def _site_keys(
+    config: FederationConfig, folder: Path, stores: list[ObjectStore]
+) -> Iterator[CheckResult]:
+    """Whether every participant has a key in force, where each has to sign."""
+    from coordinator.site_keys import SiteKeys
+    from shared.trust.keys import SigningKey
+
+    if config.trust is None or not stores:
+        return
+    try:
+        signer = SigningKey.load(folder / config.trust.key_file, "trust.key_file")
+        known = SiteKeys(stores[0], signer.public).read_on()
+    except ConfigError:
+        return  # told with the secrets
+    except GradualDiffError as error:
+        yield CheckResult("site keys", "FAIL", str(error))
+        return
+    for site in config.run.participants:
+        key = known.in_force(site)
+        yield CheckResult(
+            f"key of {site}",
+            "FAIL" if key is None else "OK",
+            "none is in force, and what it says is refused; it runs gradualdiff site init, and "
+            f"you gradualdiff sites key {site} --key KEY"
+            if key is None
+            else key.public.fingerprint,
+        )
 
 
 def _account(store: ObjectStore, site: str, on_broker: set[str]) -> CheckResult:

@@ -15,6 +15,7 @@ from gradualdiff.doctor.checks import (
     attempt,
     check_clock,
     check_folder,
+    check_key,
     check_publishing,
     check_secret,
     check_tls,
@@ -23,12 +24,14 @@ from gradualdiff.doctor.checks import (
 from participant.data import NOTHING_HELD_OUT, split_text
 from shared.base_model import located
 from shared.errors import AccessRefusedError, BrokerError, ConfigError, GradualDiffError
+from shared.trust.keys import PublicKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from shared.brokers.rabbitmq import RabbitConnection
     from shared.config import BrokerSection, SiteConfig
+    from shared.config.servers import SiteTrustSection
 
 # Longer than any run's name may be, so that no queue is bound for it.
 NO_RUN = "doctor-" + "0" * 40
@@ -66,11 +69,35 @@ def check_site(file: Path, store_url: str | None) -> Iterator[CheckResult]:
             )
         ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
         yield from _clock(store_url or (config.store.url if config.store else None), ca_file)
+        yield from _trust(config.trust, folder)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
     yield from _data(config, folder)
     yield from _models(config, folder)
     yield from _device(config)
     yield from _quantisation()
+
+
+def _trust(section: SiteTrustSection, folder: Path) -> Iterator[CheckResult]:
+    if section.key_file is not None:
+        yield from check_key(folder / section.key_file)
+    else:
+        yield CheckResult(
+            "signing key",
+            "SKIP",
+            "no trust.key_file: this site signs nothing; a run that demands it refuses what it "
+            "says; to make a key: gradualdiff site init",
+        )
+    if section.coordinator is not None:
+        pinned = PublicKey(section.coordinator)
+        says = f"{pinned.fingerprint}: only what this key signed is heard; have it read out to you"
+        yield CheckResult("coordinator's key", "OK", says)
+    else:
+        yield CheckResult(
+            "coordinator's key",
+            "SKIP",
+            "no trust.coordinator: the broker's word for who speaks is believed; a kit of a run "
+            "that is signed has that line",
+        )
 
 
 # The broker --------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ class PrunedRecord(StampedRecord):
     """The objects."""
     reason: str
     by: str
+    """Who asked: account@machine."""
 
     def key(self, run: str) -> str:
         """Numbered from 1."""
@@ -203,6 +204,7 @@ class DeletingRecord(StampedRecord):
     """The whole run is being deleted, by an operator or to start over. Nothing of it counts."""
 
     by: str
+    """Who asked: account@machine."""
 
     def key(self, run: str) -> str:
         """One per run."""
