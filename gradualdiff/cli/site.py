@@ -14,6 +14,11 @@ SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
 IDENTITY_FILE = "identity.key"
 
 
+@app.callback()
+def _group() -> None:
+    """At a site: its signing key."""
+
+
 @app.command()
 def init(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) -> None:
     """Make this site's signing key, once, and say its public half; repeated, say it again.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import zstandard
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shared import modes
 from shared.config import load_federation, load_site
@@ -19,6 +20,8 @@ from shared.tensors.delta_file import DeltaHeader, check_delta, write_delta
 from shared.tensors.packed_header import MARK, pack
 from shared.tensors.packing import to_frame
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
+from shared.trust.keys import SigningKey
+from shared.trust.seal import seal
 from tests.fuzz import federations, records, stores
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
@@ -184,8 +187,11 @@ def targets(folder: Path) -> dict[str, Target]:
         file.write_bytes(MARK + bytes(28) + pack(data))
         read_tensors(file)
 
+    messages = [wire.encode(event, 0.0) for event in EXAMPLES]
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))
+    signed = [seal(message, "a", "run:test", key) for message in messages]
     return {
-        "wire": Target([wire.encode(event, 0.0) for event in EXAMPLES], wire.decode, DecodeError),
+        "wire": Target(messages + signed, wire.decode, DecodeError),
         "tensors": Target(tensors, from_file(read_tensors), DecodeError),
         "headers": Target([text], read_header, DecodeError),
         "deltas": Target(deltas(file), from_file(check), DeltaRefusedError),
