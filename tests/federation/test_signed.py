@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.record import SaidRecord
 from shared.trust.keys import PublicKey, SigningKey
 from tests import federations
-from tests.steering import store_of
+from tests.steering import Crash, Mortal, store_of
 
 TRUST = {"key_file": "coordinator.key"}
 
@@ -200,3 +201,27 @@ def test_a_key_that_was_revoked_later_still_proves_what_it_signed(copy):
     assert verify(copy).findings == []
     alter(copy, ACCEPTED, lambda values: values.update(time=now + LEEWAY_SECONDS + 1))
     assert [one.key for one in verify(copy).findings] == [f"runs/test/{ACCEPTED}"]
+
+
+# Killed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_signed_run_may_die_at_every_write(tmp_path, after):
+    """Enrolments, records and objects: the same adapter, and every word of a site is proven."""
+    config = federations.config(("a", "b"), rounds=1, trust=TRUST)
+    wanted = federations.run(config, tmp_path / "whole").adapter_sha
+    at = 0
+    while True:
+        at += 1
+        folder = tmp_path / f"dies-{at}"
+        store = Mortal(folder / "store", at, after=after)
+        with contextlib.suppress(Crash):
+            federations.run(config, folder, store=store)
+        if not store.fired:
+            break
+        assert federations.run(config, folder).adapter_sha == wanted
+        found = verify(folder)
+        assert found.findings == []
+        assert [(one.site, one.records) for one in found.signers] == [("a", 3), ("b", 3)]
+    assert at > 15
