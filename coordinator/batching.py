@@ -50,8 +50,9 @@ class Outbox:
     What thousands of sites are told goes out as it is made: whatever is said was true already.
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, before: Callable[[], None] = lambda: None) -> None:
         self._broker = broker
+        self._before = before  # anything goes out
         self._messages: list[Message] = []
 
     def put(self, messages: Iterable[Message]) -> None:
@@ -64,8 +65,10 @@ class Outbox:
     def flush(self) -> None:
         """Publish and wait for the confirms. Raises as ``Broker.publish``; then they are gone.
 
-        Whoever meets that error connects anew, and a start says all of it again.
+        Whoever meets that error connects anew, and a start says all of it again. Also raises what
+        comes ``before``; then they stay.
         """
+        self._before()
         messages, self._messages = self._messages, []
         if messages:
             self._broker.publish(messages)

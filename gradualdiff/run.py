@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.errors import StoreError
     from shared.stores.port import ObjectStore
+    from shared.trust.keys import PublicKey
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,32 @@ class Run:
             raise RunNotFoundError(f"run {self.name} has no result of round {number} to export")
         return Adapter(self, number, sha)
 
-    def verify(self, report: Callable[[int], None] = lambda _: None) -> Verification:
+    def verify(
+        self,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        key: str | None = None,
+        against: str | None = None,
+    ) -> Verification:
         """Recompute every round; what differs from the record is in ``findings``.
 
-        ``report`` is told each round that begins. Raises LedgerDamagedError where the run's first
-        record cannot be read.
+        ``report`` is told each round that begins. ``key``: the coordinator's public key, as you
+        have it from elsewhere; without it the one that the store's federation.toml names, if any.
+        ``against``: a head that a site kept, ``N:SHA256``. Raises ConfigError for what is no key or
+        no head, LedgerDamagedError where the run's first record cannot be read.
         """
+        from coordinator.audit.links import Expected
         from coordinator.audit.verification import verify_run
+        from shared.protocol.links import Head
+        from shared.trust.keys import PublicKey
 
+        expected = Expected(
+            key=PublicKey(key) if key else _own_key(self.path),
+            demanded=key is not None,
+            against=Head.parse(against, "--against") if against else None,
+        )
         with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
-            return verify_run(self._ledger(), Path(scratch), report)
+            return verify_run(self._ledger(), Path(scratch), report, expected)
 
     def compare(self, *others: Run) -> Comparison:
         """Set this run beside others. Raises ConfigError for a run that is there twice."""
@@ -148,3 +165,15 @@ class Run:
         read; it is tried again each second. Raises RunNotFoundError for a round that has not begun.
         """
         return views(self.objects, self.name, number, away=away)
+
+
+def _own_key(path: Path) -> PublicKey | None:
+    """The coordinator's, if ``path`` is a federation.toml that names one and its file is here."""
+    from shared.config import load_federation
+    from shared.trust.keys import SigningKey
+
+    trust = load_federation(path).trust if path.suffix == ".toml" else None
+    file = path.resolve().parent / trust.key_file if trust is not None else None
+    if file is None or not file.exists():
+        return None
+    return SigningKey.load(file, "trust.key_file").public

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation.downlink import sends_updates
 from coordinator.audit.checks import check_origin, check_records, check_told
 from coordinator.audit.evidence import UNKNOWN, Verification
+from coordinator.audit.links import NOTHING_KNOWN, check_links
 from coordinator.audit.recomputing import Recomputing
 from coordinator.round.controls import steer
 from coordinator.round.selection import select
@@ -39,23 +40,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coordinator.aggregation.closing import Aggregated
+    from coordinator.audit.links import Expected
     from coordinator.history import RoundHistory
     from shared.protocol.ledger import Ledger
 
 
-def verify_run(ledger: Ledger, scratch: Path, report: Callable[[int], None]) -> Verification:
+def verify_run(
+    ledger: Ledger,
+    scratch: Path,
+    report: Callable[[int], None],
+    expected: Expected = NOTHING_KNOWN,
+) -> Verification:
     """Check the whole chain of a run. ``scratch``: an empty local folder; ``report(round)``.
+
+    ``expected``: what the reader knows of the chain from elsewhere.
 
     Raises RunNotFoundError, LedgerDamagedError when the run's first record cannot be read (without
     its settings nothing can be recomputed), and MissingPackageError where a mode of it is not here.
     """
-    return _Verifier(ledger, scratch).verify(report)
+    return _Verifier(ledger, scratch).verify(report, expected)
 
 
 class _Verifier(Recomputing):
     """Round by round, from the start to the end."""
 
-    def verify(self, report: Callable[[int], None]) -> Verification:
+    def verify(self, report: Callable[[int], None], expected: Expected) -> Verification:
         chain = self._chain
         check_records(chain, self._config)
         for number in chain.numbers:
@@ -64,6 +73,7 @@ class _Verifier(Recomputing):
             if chain.needs_result(number) and not chain.has_result(number):
                 self._go_on_without(number)
         self._check_end()
+        self.result.chain = check_links(self._ledger, chain, expected)
         return self.result
 
     def _check(self, there: RoundHistory) -> None:

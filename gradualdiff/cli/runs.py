@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli.attesting import AgainstOption, KeyOption, told_of_chain
 from gradualdiff.cli.bases import print_bases, print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
@@ -115,13 +116,18 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
 
 @app.command()
 def verify(
-    run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+    run: RunArgument,
+    store: StoreOption = DEFAULT_STORE,
+    key: KeyOption = None,
+    against: AgainstOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
     from gradualdiff.store import open_store
     from shared.errors import LedgerDamagedError
 
-    found = open_store(store).run(run).verify((lambda _: None) if as_json else _announce)
+    report = (lambda _: None) if as_json else _announce
+    found = open_store(store).run(run).verify(report, key=key, against=against)
     if as_json:
         print_json(found)
     elif not found.findings:
@@ -137,6 +143,8 @@ def verify(
                 markup=False,
                 soft_wrap=True,
             )
+        for line in told_of_chain(found.chain, against):
+            console().print(line, markup=False, soft_wrap=True)
         for note in found.notes:
             console().print(
                 f"note: round {note.round}: {note.key}: {note.problem}",
