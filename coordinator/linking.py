@@ -84,8 +84,8 @@ class Links:
                 f"{self._ledger.run}"
             )
 
-    def link(self) -> None:
-        """Name in the chain what was recorded since the last link; nothing where nothing was.
+    def link(self) -> str | None:
+        """Name in the chain what was recorded since the last link; the newest then, if any.
 
         Raises FencedError where another coordinator wrote the next link, StoreError. May be called
         again after an error.
@@ -96,6 +96,7 @@ class Links:
             records = dict(islice(sorted(self._written.items()), MOST_NAMED))
             found = dict(islice(sorted(self._found.items()), MOST_NAMED - len(records)))
             self._write(records, found)
+        return None if self.head is None else str(self.head)
 
     def _write(self, records: dict[str, str], found: dict[str, str]) -> None:
         head = self.head
