@@ -23,6 +23,7 @@ from coordinator.runs.inspection import (
 )
 from coordinator.runs.wire import Wire, of_run
 from gradualdiff.adapter import Adapter
+from gradualdiff.attesting import own_key, save
 from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows
 from shared.errors import RunNotFoundError
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.errors import StoreError
     from shared.stores.port import ObjectStore
-    from shared.trust.keys import PublicKey
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,19 @@ class Run:
             raise RunNotFoundError(f"run {self.name} has no result of round {number} to export")
         return Adapter(self, number, sha)
 
+    def attest(
+        self, to: Path | str, report: Callable[[int], None] = lambda _: None
+    ) -> Verification:
+        """Verify the run; without a finding write the file ``to``, which proves it to others.
+
+        Signed where the store's federation.toml names the coordinator's key and that is here.
+        Raises as ``verify``, ConfigError where there is such a file, StoreUnavailableError.
+        """
+        found = self.verify(report)
+        if not found.findings:
+            save(self._ledger(), found, Path(to), own_key(self.path))
+        return found
+
     def verify(
         self,
         report: Callable[[int], None] = lambda _: None,
@@ -135,8 +148,9 @@ class Run:
         from shared.protocol.links import Head
         from shared.trust.keys import PublicKey
 
+        own = own_key(self.path)
         expected = Expected(
-            key=PublicKey(key) if key else _own_key(self.path),
+            key=PublicKey(key) if key else own.public if own else None,
             demanded=key is not None,
             against=Head.parse(against, "--against") if against else None,
         )
@@ -165,15 +179,3 @@ class Run:
         read; it is tried again each second. Raises RunNotFoundError for a round that has not begun.
         """
         return views(self.objects, self.name, number, away=away)
-
-
-def _own_key(path: Path) -> PublicKey | None:
-    """The coordinator's, if ``path`` is a federation.toml that names one and its file is here."""
-    from shared.config import load_federation
-    from shared.trust.keys import SigningKey
-
-    trust = load_federation(path).trust if path.suffix == ".toml" else None
-    file = path.resolve().parent / trust.key_file if trust is not None else None
-    if file is None or not file.exists():
-        return None
-    return SigningKey.load(file, "trust.key_file").public

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
-from gradualdiff.cli.attesting import AgainstOption, KeyOption, told_of_chain
+from gradualdiff.cli import attesting, comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli.attesting import (
+    AgainstOption,
+    KeyOption,
+    announce,
+    refuse_findings,
+    told_of_chain,
+)
 from gradualdiff.cli.bases import print_bases, print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
@@ -34,6 +40,7 @@ for command in (
     deleting.delete,
     comparing.compare,
     exporting.export,
+    attesting.attest,
 ):
     app.command()(command)
 
@@ -124,9 +131,8 @@ def verify(
 ) -> None:
     """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
     from gradualdiff.store import open_store
-    from shared.errors import LedgerDamagedError
 
-    report = (lambda _: None) if as_json else _announce
+    report = (lambda _: None) if as_json else announce
     found = open_store(store).run(run).verify(report, key=key, against=against)
     if as_json:
         print_json(found)
@@ -151,13 +157,4 @@ def verify(
                 markup=False,
                 soft_wrap=True,
             )
-    if found.findings:
-        lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
-        raise LedgerDamagedError(
-            f"run {run} failed verification:\n" + "\n".join(lines) + "\n"
-            "Restore these objects from a copy of the store; other rounds are unharmed"
-        )
-
-
-def _announce(round_number: int) -> None:
-    console().print(f"checking round {round_number}")
+    refuse_findings(found)
