@@ -345,7 +345,7 @@ def links_prefix(run: str) -> str:
 
 
 def link_key(run: str, number: int) -> str:
-    """A link of that chain: the first is 1, and no number is left out."""
+    """A link of the chain that names every record: the first is 1, and none is left out."""
     return f"{links_prefix(run)}{number:08d}.json"
 
 
