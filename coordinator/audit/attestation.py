@@ -74,9 +74,10 @@ def attest(ledger: Ledger, found: Verification, made: float, release: str) -> At
     Raises LedgerDamagedError for a record that is no text, and as ``read_history``.
     """
     store, run = ledger.store, ledger.run
+    # The links first: every record that one of them names is there then.
+    keys = [info.key for info in store.list(topology.links_prefix(run))]
     history = read_history(store, run)
-    keys = [topology.federation_key(run), *(place.key for place in ledger.places())]
-    keys += [info.key for info in store.list(topology.links_prefix(run))]
+    keys += [topology.federation_key(run), *(place.key for place in ledger.places())]
     signed_by = history.federation.signed_by
     if signed_by is not None:
         prefix = topology.site_keys_prefix(PublicKey(signed_by).fingerprint)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from coordinator.audit.chain import Finding, read_chain
-from coordinator.audit.links import Linked
+from coordinator.audit.links import Linked, walk_links
 from shared import modes
 from shared.errors import ObjectMissingError
 from shared.methods.server_optimizers import get_server_optimizer
@@ -53,6 +53,7 @@ class Evidence:
     def __init__(self, ledger: Ledger, scratch: Path) -> None:
         self._ledger = ledger
         self._scratch = scratch
+        self._links = walk_links(ledger)
         self._chain = read_chain(ledger)
         self._history = self._chain.history
         self._config = self._history.config

@@ -7,7 +7,7 @@ reader has from elsewhere; whether the chain was cut off at its end, only a head
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared import topology
@@ -58,33 +58,52 @@ class Linked:
     unlinked: tuple[str, ...] = ()
 
 
-def check_links(ledger: Ledger, chain: Chain, expected: Expected) -> Linked:
-    """Walk the chain and compare; what is wrong becomes a finding of ``chain``.
+@dataclass
+class WalkedLinks:
+    """The links as they were at one moment. ``problems``: what is wrong with them, by key."""
 
-    An object of which something is found already is not named again.
+    walk: Walk = field(default_factory=Walk)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+
+def walk_links(ledger: Ledger) -> WalkedLinks:
+    """Walk the chain. To be done before the records are read: what is named then is there."""
+    found = WalkedLinks()
+    _walk_on(ledger, found)
+    return found
+
+
+def check_links(ledger: Ledger, chain: Chain, walked: WalkedLinks, expected: Expected) -> Linked:
+    """Compare records and chain; what is wrong becomes a finding of ``chain``.
+
+    An object of which something is found already is not named again. A run under way goes on
+    meanwhile: what links name that came since is not missed.
     """
-    walk = _walk(ledger, chain)
     prefix = topology.run_prefix(chain.run)
     named_before = chain.reported | {finding.key for finding in chain.findings}
+    named = dict(walked.walk.named)
+    _walk_on(ledger, walked)
+    walk = walked.walk
 
     def find(name: str, problem: str) -> None:
         if prefix + name not in named_before:
             number = _ROUND.match(name)
             chain.find(int(number[1]) if number else 0, prefix + name, problem)
 
-    for name, sha in sorted(walk.named.items()):
+    for name, sha in sorted(named.items()):
         got = chain.digests.get(name)
         if got is None:
             find(name, "is missing, but a link names it")
         elif got != sha:
             find(name, f"sha256: expected {sha}, as a link names it, got {got}")
     unlinked = sorted(chain.digests.keys() - walk.named.keys()) if walk.head else []
-    ended = chain.history.finished is not None
-    if ended:
+    if chain.history.finished is not None:
         for name in unlinked:
             if not name.startswith(_OF_OPERATORS):
                 find(name, "no link names it: it was added, or the links of it were taken away")
         unlinked = [name for name in unlinked if name.startswith(_OF_OPERATORS)]
+    for key, problem in walked.problems:
+        chain.find(0, key, problem)
     _check_expected(chain, walk, expected)
     found = (name for name in walk.found if not name.startswith(_OF_OPERATORS))
     return Linked(
@@ -99,22 +118,25 @@ def check_links(ledger: Ledger, chain: Chain, expected: Expected) -> Linked:
     )
 
 
-def _walk(ledger: Ledger, chain: Chain) -> Walk:
-    walk, prefix = Walk(), topology.run_prefix(chain.run)
-    for info in ledger.store.list(topology.links_prefix(chain.run)):
+def _walk_on(ledger: Ledger, found: WalkedLinks) -> None:
+    """Take the links that came after those that were walked."""
+    prefix = topology.run_prefix(ledger.run)
+    for info in ledger.store.list(topology.links_prefix(ledger.run)):
         name = _LINK.fullmatch(info.key.removeprefix(prefix))
         if name is None:
-            chain.find(0, info.key, "expected a link's number as its name")
+            odd = (info.key, "expected a link's number as its name")
+            found.problems += [odd] if odd not in found.problems else []
             continue
-        data = ledger.store.get(info.key)
-        link = None
+        if found.walk.head is not None and int(name[1]) <= found.walk.head.number:
+            continue
+        data, link = ledger.store.get(info.key), None
         try:
             link = ledger.parse(LinkRecord, info.key, data)
         except LedgerDamagedError as error:
-            chain.find(0, info.key, str(error).removeprefix(f"{info.key}: "))
-        for problem in walk.add(int(name[1]), data, link):
-            chain.find(0, info.key, problem)
-    return walk
+            found.problems.append((info.key, str(error).removeprefix(f"{info.key}: ")))
+        found.problems += [
+            (info.key, problem) for problem in found.walk.add(int(name[1]), data, link)
+        ]
 
 
 def _check_expected(chain: Chain, walk: Walk, expected: Expected) -> None:

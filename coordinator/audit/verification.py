@@ -81,7 +81,7 @@ class _Verifier(Recomputing):
             if chain.needs_result(number) and not chain.has_result(number):
                 self._go_on_without(number)
         self._check_end()
-        self.result.chain = check_links(self._ledger, chain, expected)
+        self.result.chain = check_links(self._ledger, chain, self._links, expected)
         return self.result
 
     def _check(self, there: RoundHistory) -> None:

@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 
+from coordinator.audit.verification import verify_run
 from coordinator.bootstrap import build_coordinator
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
@@ -17,11 +18,11 @@ from shared.errors import (
     StoreUnavailableError,
 )
 from shared.protocol.ledger import Ledger
-from shared.protocol.records import FinishedRecord, LinkRecord, OpenedRecord
+from shared.protocol.records import DeclinedRecord, FinishedRecord, LinkRecord, OpenedRecord
 from shared.stores.directory import DirectoryStore
 from shared.trust.keys import PublicKey, SigningKey
 from tests import federations
-from tests.steering import Crash, ask, forget, forget_links, records, store_of
+from tests.steering import Crash, ask, forget, forget_links, records, store_of, verify
 
 KEY, OTHER = SigningKey.generate(), SigningKey.generate()
 
@@ -257,3 +258,36 @@ def test_a_signature_is_of_the_whole_link(tmp_path):
     coordinator(tmp_path, key=KEY)[0].start()
     assert PublicKey(link.by).fingerprint == KEY.public.fingerprint
     assert records(tmp_path, FinishedRecord) == []
+
+
+def test_a_run_that_goes_on_while_it_is_verified_has_no_finding(tmp_path):
+    """What came since the records were read is named by newer links; none of it is missed."""
+    config = federations.config()
+    sites = federations.learners(config)
+
+    def dies(task):
+        if task.round == 2:
+            raise Crash
+
+    sites["b"].fault = dies
+    with pytest.raises(Crash):
+        federations.run(config, tmp_path, sites)
+    (tmp_path / "scratch").mkdir()
+
+    def goes_on(number):
+        if number == 1:
+            federations.run(config, tmp_path)
+
+    ledger = Ledger(store_of(tmp_path), "test", "test", lambda: 0.0)
+    found = verify_run(ledger, tmp_path / "scratch", goes_on)
+    assert (found.findings, found.rounds) == ([], 1)
+    assert found.chain.head == verify(tmp_path).chain.head
+
+
+def test_a_record_of_a_run_under_way_that_no_link_names_is_said(tmp_path):
+    """It may be seconds old; it may be somebody's: verify names it and finds no damage."""
+    run, _ = coordinator(tmp_path)
+    run.start()
+    run.ledger.write(DeclinedRecord(site="a", reason="no"))
+    found = verify(tmp_path)
+    assert (found.findings, found.chain.unlinked) == ([], ("declined/a.json",))
