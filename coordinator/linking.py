@@ -67,6 +67,12 @@ class Links:
         mine = self._ledger.key.public.text if self._ledger.key else None
         if self._walk.by not in (None, mine):
             raise ConfigError(self._other_key(PublicKey(self._walk.by)))
+        began_signed = self._ledger.federation().signed_by is not None
+        if began_signed and keys and self._walk.signed_from != 1:
+            raise LedgerDamagedError(
+                f"{keys[0]}: expected a signed link, as all of this run are, got one without a "
+                "signature; restore all links from a copy of the store"
+            )
         self._unseen = set(self._walk.named)
 
     def check(self) -> None:

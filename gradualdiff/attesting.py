@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.disk.durable_files import file_errors, temporary
-from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from coordinator.audit.attestation import Attestation
@@ -49,12 +48,10 @@ def own_key(path: Path) -> SigningKey | None:
 
 
 def save(ledger: Ledger, found: Verification, to: Path, key: SigningKey | None) -> None:
-    """Write the file ``to``. Raises ConfigError where there is one, StoreUnavailableError."""
+    """Write the file ``to``, whole or not at all. Raises StoreUnavailableError."""
     from coordinator.audit.attestation import attest, write_attestation
     from coordinator.audit.bom import OWN, bill_of_materials
 
-    if to.exists():
-        raise ConfigError(f"--to: expected a new file, got {to}, which is there; choose another")
     told = attest(ledger, found, time.time(), version(OWN))
     told.bom = bill_of_materials()
     with file_errors(to), temporary(to.resolve().parent, f".{to.name}-") as unfinished:

@@ -26,7 +26,7 @@ from gradualdiff.adapter import Adapter
 from gradualdiff.attesting import own_key, save
 from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows
-from shared.errors import RunNotFoundError
+from shared.errors import ConfigError, RunNotFoundError
 from shared.protocol.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -117,16 +117,26 @@ class Run:
         return Adapter(self, number, sha)
 
     def attest(
-        self, to: Path | str, report: Callable[[int], None] = lambda _: None
+        self,
+        to: Path | str,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        key: str | None = None,
+        against: str | None = None,
     ) -> Verification:
         """Verify the run; without a finding write the file ``to``, which proves it to others.
 
         Signed where the store's federation.toml names the coordinator's key and that is here.
         Raises as ``verify``, ConfigError where there is such a file, StoreUnavailableError.
         """
-        found = self.verify(report)
+        to = Path(to)
+        if to.exists():
+            raise ConfigError(
+                f"--to: expected a new file, got {to}, which is there; choose another"
+            )
+        found = self.verify(report, key=key, against=against)
         if not found.findings:
-            save(self._ledger(), found, Path(to), own_key(self.path))
+            save(self._ledger(), found, to, own_key(self.path))
         return found
 
     def verify(

@@ -11,7 +11,8 @@ import base64
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal, cast
+from itertools import count
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, cast
 
 from pydantic import Field, ValidationError
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "gradualdiff-attestation/1"
 MOST_LINE_BYTES: Final = 32 * 1024 * 1024
-MOST_BYTES: Final = 8 * 1024 * 1024 * 1024
+MOST_BYTES: Final = 2 * 1024 * 1024 * 1024  # all of it is in memory while it is checked
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def _named(history: History) -> dict[str, tuple[str, int | None]]:
     for (site, number), accepted in history.accepted.items():
         key = topology.delta_key(run, number, site, accepted.sha)
         found[key] = (accepted.sha, accepted.size)
+    bases = history.genesis.manifest.bases if history.genesis else None
+    if bases is not None:
+        found[topology.bases_key(run, bases)] = (bases, None)
     for there in history.rounds.values():
         if there.result is not None:
             sha = there.result.adapter_sha
@@ -151,7 +155,7 @@ def read_attestation(file: BinaryIO, name: str) -> Attestation:
     Raises LedgerDamagedError for what is no attestation, SignatureError for one that was altered.
     """
     digest, told, read = hashlib.sha256(), None, 0
-    for number in range(1, MOST_BYTES):
+    for number in count(1):
         line = file.readline(MOST_LINE_BYTES + 1)
         read += len(line)
         where = f"{name}: line {number}"
@@ -168,7 +172,7 @@ def read_attestation(file: BinaryIO, name: str) -> Attestation:
         else:
             _take(told, value, where)
         digest.update(line)
-    raise LedgerDamagedError(f"{name}: expected a signature at its end, got none")
+    raise AssertionError("a file has an end")
 
 
 def _value(line: bytes, where: str) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _value(line: bytes, where: str) -> dict[str, Any]:
 class _First(Schema):
     """The first line."""
 
-    format: Literal["gradualdiff-attestation/1"]
+    format: Annotated[str, Field(pattern=f"^{FORMAT}$")]
     run: Name
     made: Annotated[float, Field(ge=0, le=1e11)]
     release: Annotated[str, Field(max_length=100)]

@@ -143,7 +143,7 @@ def _check_expected(chain: Chain, walk: Walk, expected: Expected) -> None:
     first = topology.link_key(chain.run, 1)
     signed_by = chain.history.federation.signed_by
     key, mine = expected.key, walk.by
-    if signed_by is not None and mine != signed_by:
+    if signed_by is not None and (mine != signed_by or walk.signed_from != 1):
         chain.find(0, first, f"by: the run began as signed by {signed_by}, and its links are not")
     if key is not None and mine != key.text and (walk.head or expected.demanded):
         got = PublicKey(mine).fingerprint if mine else "no signature"

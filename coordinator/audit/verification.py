@@ -22,6 +22,7 @@ from coordinator.round.selection import select
 from coordinator.round.weighting import clips, shares
 from shared import topology
 from shared.adapters import kind_of
+from shared.errors import LedgerDamagedError
 from shared.methods.policies import get_policy
 from shared.protocol.manifest import pool_held_out
 from shared.protocol.records import (
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from coordinator.audit.links import Expected
     from coordinator.history import RoundHistory
     from shared.protocol.ledger import Ledger
+
+MOST_DRAWN = 2**30  # values of a first adapter, where the records are all there is
 
 
 def verify_run(
@@ -256,7 +259,16 @@ class _Verifier(Recomputing):
 
 
 class _OfRecords(_Verifier):
-    """That an object is not here says nothing."""
+    """That an object is not here says nothing. The records may be anybody's."""
+
+    def _check_genesis(self, record: GenesisRecord) -> None:
+        values = sum(spec.elements for spec in record.manifest.tensors)
+        if values > MOST_DRAWN:
+            raise LedgerDamagedError(
+                f"{record.key(self._ledger.run)}: expected at most {MOST_DRAWN} values to draw "
+                f"here, got {values}; verify the run at its store"
+            )
+        super()._check_genesis(record)
 
     def _find_missing(self, number: int, key: str) -> None:
         pass

@@ -93,7 +93,7 @@ def attest(
 
     assert run is not None  # both were looked at
     assert to is not None
-    found = open_store(store).run(run).attest(to, announce)
+    found = open_store(store).run(run).attest(to, announce, key=key, against=against)
     refuse_findings(found)
     console().print(f"Wrote {to}: run {run}, {found.rounds} rounds, head {found.chain.head}")
     console().print(f"next: whoever gets it runs: gradualdiff runs attest --check {to.name}")

@@ -243,6 +243,13 @@ def test_damaged_bytes_never_pass_and_never_crash(world, tmp_path):
         assert bool(found) == changed
 
 
+def test_a_first_adapter_without_end_is_not_drawn(world, monkeypatch):
+    """A record may claim any shape, and a check would fill the disk with it."""
+    monkeypatch.setattr("coordinator.audit.verification.MOST_DRAWN", 10)
+    with pytest.raises(LedgerDamagedError, match="expected at most 10 values to draw"):
+        check_attestation(world[2])
+
+
 def test_the_file_of_an_unsigned_run_says_so(tmp_path):
     """Its records are consistent; nobody vouches for them."""
     federations.run(federations.config(rounds=1), tmp_path)

@@ -22,7 +22,7 @@ from shared.protocol.records import DeclinedRecord, FinishedRecord, LinkRecord, 
 from shared.stores.directory import DirectoryStore
 from shared.trust.keys import PublicKey, SigningKey
 from tests import federations
-from tests.steering import Crash, ask, forget, forget_links, records, store_of, verify
+from tests.steering import Crash, ask, forget, forget_links, records, relink, store_of, verify
 
 KEY, OTHER = SigningKey.generate(), SigningKey.generate()
 
@@ -230,6 +230,16 @@ def test_a_signed_chain_is_gone_on_with_by_its_key_alone(tmp_path):
         with pytest.raises(ConfigError, match=r"trust\.key_file.*keeps its key"):
             coordinator(tmp_path, key=key)[0].start()
     coordinator(tmp_path, key=KEY)[0].start()
+
+
+def test_a_run_that_began_signed_is_not_gone_on_with_unsigned_links(tmp_path):
+    """A coordinator does not lend its signature to a chain that somebody made anew."""
+    coordinator(tmp_path, key=KEY)[0].start()
+    relink(store_of(tmp_path))
+    with pytest.raises(LedgerDamagedError, match="expected a signed link, as all of this run"):
+        coordinator(tmp_path, key=KEY)[0].start()
+    (finding,) = verify(tmp_path).findings
+    assert "began as signed" in finding.problem
 
 
 def test_a_signature_is_of_the_whole_link(tmp_path):
