@@ -11,7 +11,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +25,8 @@ THREADS = 4
 MOST_AT_ONCE = 500  # messages: what is published together is all in memory until it is confirmed
 
 Result = TypeVar("Result")
+# A message, once it is known which link is the newest.
+Draft: TypeAlias = "Callable[[str | None], Message]"
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,28 @@ class Outbox:
     """Messages of a batch, which go out as one confirmed publish, or as several where it is long.
 
     What thousands of sites are told goes out as it is made: whatever is said was true already.
+    ``before``: called before anything goes out; it gives the head that each message is to name.
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, before: Callable[[], str | None] = lambda: None) -> None:
         self._broker = broker
-        self._messages: list[Message] = []
+        self._before = before
+        self._drafts: list[Draft] = []
 
-    def put(self, messages: Iterable[Message]) -> None:
+    def put(self, drafts: Iterable[Draft]) -> None:
         """Have them published with the others, after those that are here. Raises as ``flush``."""
-        for message in messages:
-            self._messages.append(message)
-            if len(self._messages) >= MOST_AT_ONCE:
+        for draft in drafts:
+            self._drafts.append(draft)
+            if len(self._drafts) >= MOST_AT_ONCE:
                 self.flush()
 
     def flush(self) -> None:
         """Publish and wait for the confirms. Raises as ``Broker.publish``; then they are gone.
 
-        Whoever meets that error connects anew, and a start says all of it again.
+        Whoever meets that error connects anew, and a start says all of it again. Also raises what
+        ``before`` does; then they stay.
         """
-        messages, self._messages = self._messages, []
-        if messages:
-            self._broker.publish(messages)
+        head = self._before()
+        drafts, self._drafts = self._drafts, []
+        if drafts:
+            self._broker.publish([draft(head) for draft in drafts])

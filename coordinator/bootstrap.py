@@ -15,6 +15,7 @@ from coordinator.effects import Effects
 from coordinator.handlers import Coordinator
 from coordinator.intake import Intake
 from coordinator.key_book import KeyBook
+from coordinator.linking import Links
 from shared import topology
 from shared.errors import BrokerError, BrokerUnavailableError, MessageRejectedError
 from shared.failpoints import failpoint
@@ -75,8 +76,9 @@ def build_coordinator(
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
     ledger = Ledger(store, run, writer, clock, key)
     intake = Intake(store, spool / run)
-    effects = Effects(config, ledger, Outbox(broker), intake, clock)
-    coordinator = Coordinator(config, ledger, intake, effects, clock)
+    links = Links(ledger)
+    effects = Effects(config, ledger, Outbox(broker, links.link), intake, clock)
+    coordinator = Coordinator(config, ledger, intake, effects, links, clock)
     failpoint("queues.before")
     broker.declare(topology.run_topology(run, config.run.participants))
     failpoint("queues.after")

@@ -7,6 +7,7 @@ Notifications are published and forgotten: a restart sends them again from the l
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import RoundFiles, close_round
@@ -229,8 +230,8 @@ class Effects:
         self._tell(events.items())
 
     def _tell(self, events: Iterable[tuple[str, Event]]) -> None:
-        now = self._clock()
-        self._outbox.put(to_site(site, event, now, self._ledger.key) for site, event in events)
+        now, key = self._clock(), self._ledger.key
+        self._outbox.put(partial(to_site, site, event, now, key) for site, event in events)
 
     def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
         """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""
@@ -258,4 +259,5 @@ class Effects:
 
     def keep_refused(self, event: MessageRefused) -> None:
         """Have a refusal put into the refused queue."""
-        self._outbox.put([to_refused(event, self._clock())])
+        refused = to_refused(event, self._clock())
+        self._outbox.put([lambda _head: refused])

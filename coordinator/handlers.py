@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from coordinator.effects import Effects
     from coordinator.intake import Intake
+    from coordinator.linking import Links
     from shared.config import FederationConfig
     from shared.protocol.dispatch import Handler
     from shared.protocol.ledger import Ledger
@@ -64,9 +65,10 @@ class Coordinator(LiveRun):
         ledger: Ledger,
         intake: Intake,
         effects: Effects,
+        links: Links,
         clock: Callable[[], float],
     ) -> None:
-        super().__init__(config, ledger, intake, effects, clock)
+        super().__init__(config, ledger, intake, effects, links, clock)
         self.active = False
         self._digest = config.digest  # of all the participants' names: not for each of them again
         self._deltas = deltas = Deltas(self)

@@ -224,15 +224,17 @@ def read_history(
     run: str,
     damaged: Damage | None = None,
     see: Callable[[Record, int | None], None] = lambda _record, _number: None,
+    met: Callable[[str, bytes, bool], None] = lambda _key, _data, _own: None,
 ) -> History:
     """Read every record of a run. ``damaged``: called with each that cannot be read.
 
-    ``see``: called with each other one, whole as it lies in the store, and its round. Raises
-    RunNotFoundError, and LedgerDamagedError, ConfigError and MissingPackageError for the first
-    record; without ``damaged`` also LedgerDamagedError for any other, or if the settings have not
-    their digest.
+    ``see``: called with each other one, whole as it lies in the store, and its round.
+    ``met``: as the ledger's. Raises RunNotFoundError, and LedgerDamagedError, ConfigError and
+    MissingPackageError for the first record; without ``damaged`` also LedgerDamagedError for any
+    other, or if the settings have not their digest.
     """
     ledger = Ledger(store, run, "reader", lambda: 0.0)
+    ledger.met = met
     federation = ledger.federation()
     config = ledger.config(federation) if damaged is None else federation.settings(run)
     history = History(run, federation, config)

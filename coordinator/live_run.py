@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from coordinator.batching import Result
     from coordinator.effects import Effects
     from coordinator.intake import Intake
+    from coordinator.linking import Links
     from coordinator.round.state import Effect, Fact, RunState, Step
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
@@ -71,12 +72,14 @@ class LiveRun(Desk):
         ledger: Ledger,
         intake: Intake,
         effects: Effects,
+        links: Links,
         clock: Callable[[], float],
     ) -> None:
         self.config = config
         self.ledger = ledger
         self.intake = intake
         self.effects = effects
+        self.links = links
         self.clock = clock
         self.state = replay(config, ())
         self.limits = Limits(config.limits)
@@ -98,8 +101,10 @@ class LiveRun(Desk):
         self.ledger.begin(self.config)
 
     def reload(self) -> None:
-        """Rebuild the state from the ledger."""
+        """Rebuild the state from the ledger. Raises LedgerDamagedError if its chain is broken."""
+        self.links.reload()
         self.state = replay(self.config, self.ledger.history())
+        self.links.check()
         self.lost, self._cleared = {}, {}  # whoever noticed an exclusion may have died at it
         self._tasks = []
 
@@ -233,11 +238,15 @@ class LiveRun(Desk):
         return any(task.site == site for task in self._tasks)
 
     def settle(self) -> None:
-        """Do what was left for later and fold in, in order, what came of it.
+        """Do what was left for later and fold in, in order, what came of it; then link it all.
 
         What was written is folded also where something else was not. Raises UnsettledError from
         the first error.
         """
+        self._settle_tasks()
+        self.links.link()
+
+    def _settle_tasks(self) -> None:
         if not self._tasks:
             return
         tasks, self._tasks = self._tasks, []

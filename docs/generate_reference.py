@@ -317,7 +317,7 @@ def _named() -> dict[str, str]:
 
 
 def _sample(kind: type[Record]) -> Any:
-    return kind.model_construct(round=1, site="SITE", sha="SHA", attempt=1, number=1)
+    return kind.model_construct(run="RUN", round=1, site="SITE", sha="SHA", attempt=1, number=1)
 
 
 def _prose(documented: object) -> str:

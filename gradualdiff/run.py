@@ -23,9 +23,10 @@ from coordinator.runs.inspection import (
 )
 from coordinator.runs.wire import Wire, of_run
 from gradualdiff.adapter import Adapter
+from gradualdiff.attesting import own_key, save
 from gradualdiff.comparison import Comparison, compare
 from gradualdiff.rows import Rows
-from shared.errors import RunNotFoundError
+from shared.errors import ConfigError, RunNotFoundError
 from shared.protocol.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -115,16 +116,56 @@ class Run:
             raise RunNotFoundError(f"run {self.name} has no result of round {number} to export")
         return Adapter(self, number, sha)
 
-    def verify(self, report: Callable[[int], None] = lambda _: None) -> Verification:
+    def attest(
+        self,
+        to: Path | str,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        key: str | None = None,
+        against: str | None = None,
+    ) -> Verification:
+        """Verify the run; without a finding write the file ``to``, which proves it to others.
+
+        Signed where the store's federation.toml names the coordinator's key and that is here.
+        Raises as ``verify``, ConfigError where there is such a file, StoreUnavailableError.
+        """
+        to = Path(to)
+        if to.exists():
+            raise ConfigError(
+                f"--to: expected a new file, got {to}, which is there; choose another"
+            )
+        found = self.verify(report, key=key, against=against)
+        if not found.findings:
+            save(self._ledger(), found, to, own_key(self.path))
+        return found
+
+    def verify(
+        self,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        key: str | None = None,
+        against: str | None = None,
+    ) -> Verification:
         """Recompute every round; what differs from the record is in ``findings``.
 
-        ``report`` is told each round that begins. Raises LedgerDamagedError where the run's first
-        record cannot be read.
+        ``report`` is told each round that begins. ``key``: the coordinator's public key, as you
+        have it from elsewhere; without it the one that the store's federation.toml names, if any.
+        ``against``: a head that a site kept, ``N:SHA256``. Raises ConfigError for what is no key or
+        no head, LedgerDamagedError where the run's first record cannot be read.
         """
+        from coordinator.audit.links import Expected
         from coordinator.audit.verification import verify_run
+        from shared.protocol.links import Head
+        from shared.trust.keys import PublicKey
 
+        own = own_key(self.path)
+        expected = Expected(
+            key=PublicKey(key) if key else own.public if own else None,
+            demanded=key is not None,
+            against=Head.parse(against, "--against") if against else None,
+        )
         with tempfile.TemporaryDirectory(prefix="gradualdiff-verify-") as scratch:
-            return verify_run(self._ledger(), Path(scratch), report)
+            return verify_run(self._ledger(), Path(scratch), report, expected)
 
     def compare(self, *others: Run) -> Comparison:
         """Set this run beside others. Raises ConfigError for a run that is there twice."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from participant.agenda import Agenda, is_overtaken
 from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
+from participant.heads import Heads
 from participant.local_round import train_and_commit
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
@@ -67,6 +68,7 @@ class Participant:
         counted = Counted(site.transfer, self.meter)
         self._site = site = replace(site, transfer=counted, refused=self.meter.refused)
         self._guard = Guard(site.accept, site.workspace)
+        self._heads = Heads(site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
         # Runs whose base model is loaded, and what was found then; work for another run waits for
@@ -138,6 +140,7 @@ class Participant:
         self._uploads.forget(event.sha)
         self.meter.answered(event.run, event.sha, taken=event.verdict == "accepted")
         if event.verdict == "accepted":
+            self._heads.keep(event, self._site.clock())
             self._site.workspace.mark_accepted(event.run, event.round, event.sha)
             get_logger().debug("delta.answered", verdict=event.verdict, sha=event.sha)
             return
@@ -147,6 +150,7 @@ class Participant:
     def on_round_closed(self, event: RoundClosed, sender: str) -> None:
         """Sweep what the closed round made needless. Idempotent: sweeping repeats."""
         del sender
+        self._heads.keep(event, self._site.clock())
         self._guard.closed(event)
         waiting = self._agenda.find(RoundStarted, event.run)
         if waiting is not None and waiting.round <= event.round:
@@ -165,6 +169,7 @@ class Participant:
     def on_run_finished(self, event: RunFinished, sender: str) -> None:
         """Note to evaluate the result. Idempotent: the same loss is told again."""
         del sender
+        self._heads.keep(event, self._site.clock())
         self.finished = event
         waiting = self._agenda.find(RoundStarted, event.run)
         if waiting is not None:

@@ -14,6 +14,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
     <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
     <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
+    <root>/<run>/heads.jsonl                     the run's history as confirmed here (heads.py)
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ WORK = ("adapters", "updates", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
+HEADS_FILE = "heads.jsonl"
 
 
 class Submission(Schema):
@@ -165,6 +167,10 @@ class Workspace:
     def traffic_path(self, run: str) -> Path:
         """Where this site counts the bytes of a run."""
         return self._root / run / TRAFFIC_FILE
+
+    def heads_path(self, run: str) -> Path:
+        """Where this site keeps which history of the run was confirmed to it."""
+        return self._root / run / HEADS_FILE
 
     def new_round(self, run: str) -> Path:
         """An empty folder for the round in hand; what an earlier attempt left is removed."""

@@ -339,6 +339,16 @@ def pruned_key(run: str, number: int) -> str:
     return f"{pruned_prefix(run)}{number:05d}.json"
 
 
+def links_prefix(run: str) -> str:
+    """The chain of links: what proves that no record was dropped, altered or swapped."""
+    return f"runs/{run}/chain/"
+
+
+def link_key(run: str, number: int) -> str:
+    """A link of the chain that names every record: the first is 1, and none is left out."""
+    return f"{links_prefix(run)}{number:08d}.json"
+
+
 INBOX = "inbox/"  # RUN/ROUND/SITE/SHA256/CHUNK; nothing is committed by what lies there
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 
+from coordinator.audit.links import NOTHING_KNOWN
 from coordinator.audit.verification import verify_run
 from coordinator.runs.operating import operator_ledger, order
+from shared import topology
 from shared.errors import ObjectMissingError
-from shared.protocol.ledger import Ledger
+from shared.protocol.ledger import Ledger, bytes_of
+from shared.protocol.links import Head, signed
+from shared.protocol.records import LinkRecord
 from shared.stores.directory import DirectoryStore
 
 
@@ -71,9 +76,51 @@ def records(folder, kind, run="test"):
     return [record for record in ledger.history() if isinstance(record, kind)]
 
 
-def verify(folder, run="test"):
+def verify(folder, run="test", expected=NOTHING_KNOWN):
     """The whole chain, recomputed."""
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     ledger = Ledger(store_of(folder), run, "test", lambda: 0.0)
-    return verify_run(ledger, scratch, lambda _: None)
+    return verify_run(ledger, scratch, lambda _: None, expected)
+
+
+def forget_links(store, run="test"):
+    """Leave the run as a release that knew no links left it."""
+    for info in list(store.list(topology.links_prefix(run))):
+        store.delete(info.key)
+
+
+def forget(store, *keys, run="test"):
+    """Take records away as if they had never been written, and every link from theirs on."""
+    ledger, gone = Ledger(store, run, "test", lambda: 0.0), False
+    names = {key.removeprefix(topology.run_prefix(run)) for key in keys}
+    for info in list(store.list(topology.links_prefix(run))):
+        gone = gone or not names.isdisjoint(ledger.read(LinkRecord, info.key).records)
+        if gone:
+            store.delete(info.key)
+    for key in keys:
+        store.delete(key)
+
+
+def relink(store, key=None, run="test"):
+    """Write all links anew, each naming what is there of what it named: as whoever holds ``key``.
+
+    Without one as the store's owner can. The new head.
+    """
+    ledger, prefix, head = Ledger(store, run, "test", lambda: 0.0), topology.run_prefix(run), None
+    for info in list(store.list(topology.links_prefix(run))):
+        link = ledger.read(LinkRecord, info.key)
+        keys = {info.key for info in store.list(prefix)}
+        left = {
+            field: {
+                name: hashlib.sha256(store.get(prefix + name)).hexdigest()
+                for name in getattr(link, field)
+                if prefix + name in keys
+            }
+            for field in ("records", "found")
+        }
+        bare = {"by": None, "signature": None, "previous": head and head.sha}
+        data = bytes_of(signed(link.model_copy(update=left | bare), key))
+        store.put(info.key, data)
+        head = Head(link.number, hashlib.sha256(data).hexdigest())
+    return head

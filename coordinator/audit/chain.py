@@ -5,12 +5,14 @@ What cannot be read is a finding with the object's key and round. No tensor is l
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from coordinator.audit.signatures import Signatures
 from coordinator.history import read_history
+from shared import topology
 
 if TYPE_CHECKING:
     from coordinator.audit.signatures import Signer
@@ -35,13 +37,15 @@ class Finding:
 class Chain:
     """A run's history, and what is missing in it. ``reported``: keys that are on the list already.
 
-    An object that is there and cannot be read is one of them.
+    An object that is there and cannot be read is one of them. ``digests``: the sha256 of each
+    record's bytes, by its name below the run.
     """
 
     history: History
     reported: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
     signers: list[Signer] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def run(self) -> str:
@@ -104,10 +108,17 @@ def read_chain(ledger: Ledger) -> Chain:
     """Read every record. Raises RunNotFoundError, and LedgerDamagedError for the first of them."""
     found: list[tuple[Place, LedgerDamagedError]] = []
     signatures = Signatures(ledger)
+    digests: dict[str, str] = {}
+    prefix = topology.run_prefix(ledger.run)
+
+    def met(key: str, data: bytes, _own: bool) -> None:
+        digests[key.removeprefix(prefix)] = hashlib.sha256(data).hexdigest()
+
     history = read_history(
-        ledger.store, ledger.run, lambda *damage: found.append(damage), signatures.see
+        ledger.store, ledger.run, lambda *damage: found.append(damage), signatures.see, met
     )
-    chain = Chain(history, {place.key for place, _ in found}, signers=signatures.signers)
+    reported = {place.key for place, _ in found}
+    chain = Chain(history, reported, signers=signatures.signers, digests=digests)
     first, digest = history.federation, history.config.digest
     if digest != first.digest:
         chain.find(0, first.key(chain.run), f"digest: expected {first.digest}, got {digest}")

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from coordinator.audit.chain import Finding, read_chain
+from coordinator.audit.links import Linked, walk_links
 from shared import modes
 from shared.errors import ObjectMissingError
 from shared.methods.server_optimizers import get_server_optimizer
@@ -32,6 +33,7 @@ class Verification:
     """What was recomputed, and what was found. ``notes``: what can no longer be told, and why.
 
     ``signers``: whose keys proved how many records; empty where nobody signs.
+    ``chain``: what the links say that name all records.
     """
 
     run: str
@@ -42,6 +44,7 @@ class Verification:
     findings: list[Finding] = field(default_factory=list)
     notes: list[Finding] = field(default_factory=list)
     signers: list[Signer] = field(default_factory=list)
+    chain: Linked = field(default_factory=Linked)
 
 
 class Evidence:
@@ -50,6 +53,7 @@ class Evidence:
     def __init__(self, ledger: Ledger, scratch: Path) -> None:
         self._ledger = ledger
         self._scratch = scratch
+        self._links = walk_links(ledger)
         self._chain = read_chain(ledger)
         self._history = self._chain.history
         self._config = self._history.config

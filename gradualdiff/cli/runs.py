@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from gradualdiff.cli import comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli import attesting, comparing, deleting, exporting, pruning, steering
+from gradualdiff.cli.attesting import (
+    AgainstOption,
+    KeyOption,
+    announce,
+    refuse_findings,
+    told_of_chain,
+)
 from gradualdiff.cli.bases import print_bases, print_captured
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
@@ -33,6 +40,7 @@ for command in (
     deleting.delete,
     comparing.compare,
     exporting.export,
+    attesting.attest,
 ):
     app.command()(command)
 
@@ -115,13 +123,17 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
 
 @app.command()
 def verify(
-    run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False
+    run: RunArgument,
+    store: StoreOption = DEFAULT_STORE,
+    key: KeyOption = None,
+    against: AgainstOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Recompute every round from its stored deltas and compare. Exit code 21 on a finding."""
     from gradualdiff.store import open_store
-    from shared.errors import LedgerDamagedError
 
-    found = open_store(store).run(run).verify((lambda _: None) if as_json else _announce)
+    report = (lambda _: None) if as_json else announce
+    found = open_store(store).run(run).verify(report, key=key, against=against)
     if as_json:
         print_json(found)
     elif not found.findings:
@@ -137,19 +149,12 @@ def verify(
                 markup=False,
                 soft_wrap=True,
             )
+        for line in told_of_chain(found.chain, against):
+            console().print(line, markup=False, soft_wrap=True)
         for note in found.notes:
             console().print(
                 f"note: round {note.round}: {note.key}: {note.problem}",
                 markup=False,
                 soft_wrap=True,
             )
-    if found.findings:
-        lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
-        raise LedgerDamagedError(
-            f"run {run} failed verification:\n" + "\n".join(lines) + "\n"
-            "Restore these objects from a copy of the store; other rounds are unharmed"
-        )
-
-
-def _announce(round_number: int) -> None:
-    console().print(f"checking round {round_number}")
+    refuse_findings(found)

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gradualdiff.cli.output import JsonOption, console, print_json
+from gradualdiff.cli.output import JsonOption, console, print_json, print_table
 
-app = typer.Typer(help="At a site: its signing key.", no_args_is_help=True)
+app = typer.Typer(
+    help="At a site: its signing key, and what was confirmed to it.", no_args_is_help=True
+)
 SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
 IDENTITY_FILE = "identity.key"
 
@@ -50,6 +52,27 @@ def init(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) ->
         "over the phone",
         soft_wrap=True,
     )
+
+
+@app.command()
+def heads(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) -> None:
+    """The newest link of each run's records that the coordinator confirmed to this site.
+
+    Whoever has the records can be asked for: gradualdiff runs verify RUN --against N:SHA256
+    """
+    from participant.heads import newest_heads
+    from shared.config import load_site
+
+    root = site.resolve().parent / load_site(site).site.workspace
+    rows = [(kept.run, kept.round, str(kept.head), kept.at) for kept in newest_heads(root)]
+    if as_json:
+        names = ("run", "round", "head", "at")
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    from coordinator.liveness import moment
+
+    told = [(run, number, head, moment(at)) for run, number, head, at in rows]
+    print_table("Confirmed to this site", ("run", "round", "head", "at"), told)
 
 
 def _trust_table(site: Path) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class Ledger:
     """One run's records. ``writer`` names this process; ``clock`` gives seconds since the epoch.
 
     ``key``: what this coordinator signs with; None for whoever reads, and where nobody signs.
+    ``met``: told of each record that is read or written here, its key, its bytes, and whether this
+    process wrote them just now.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Ledger:
         self.writer = writer
         self.key = key
         self._clock = clock
+        self.met: Callable[[str, bytes, bool], None] = lambda _key, _data, _own: None
 
     def begin(self, config: FederationConfig) -> FederationRecord:
         """Record the config, or meet the equal one of an earlier start.
@@ -153,13 +156,14 @@ class Ledger:
         writer's, and LedgerDamagedError when a result on record is not the one computed here.
         """
         key = record.key(self.run)
-        data = canonical_json(record.model_dump(mode="json"))
+        data = bytes_of(record)
         word = type(record).__name__.removesuffix("Record").lower()
         failpoint("record.before", word)
         try:
             self.store.create(key, data)
         except ObjectExistsError:
             return self._adopt(record, self.read(type(record), key))
+        self.met(key, data, True)
         failpoint("record.after", word)
         return record
 
@@ -180,7 +184,10 @@ class Ledger:
 
     def read(self, kind: type[AnyRecord], key: str) -> AnyRecord:
         """One record. Raises ObjectMissingError, LedgerDamagedError."""
-        data = self.store.get(key)
+        return self.parse(kind, key, self.store.get(key))
+
+    def parse(self, kind: type[AnyRecord], key: str, data: bytes) -> AnyRecord:
+        """One record from its bytes. Raises LedgerDamagedError."""
         try:
             record = kind.model_validate_json(data)
         except ValidationError as error:
@@ -195,6 +202,7 @@ class Ledger:
                 f"{key}: what it says belongs to {record.key(self.run)}; restore this object from "
                 "a copy of the store"
             )
+        self.met(key, data, False)
         return record
 
     def config(self, record: FederationRecord | None = None) -> FederationConfig:
@@ -234,8 +242,9 @@ class Ledger:
         """Every record that says what happens next, in the order and form in which it is folded."""
         yield self.federation()
         for place in self.places():
+            record = self.read(place.kind, place.key)
             if place.kind is not PrunedRecord:
-                yield self.read(place.kind, place.key).folded()
+                yield record.folded()
 
     def places(self) -> list[Place]:
         """Where every record but the first lies, in the order in which they are folded.
@@ -288,6 +297,11 @@ class Ledger:
             if getattr(written, "writer", None) == self.writer:
                 return written
             number += 1
+
+
+def bytes_of(record: Record) -> bytes:
+    """The bytes of a record as it is stored."""
+    return canonical_json(record.model_dump(mode="json"))
 
 
 def list_runs(store: ObjectStore) -> dict[str, bool]:

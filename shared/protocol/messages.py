@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from shared.trust.keys import SigningKey
 
 
-def to_site(site: str, event: Event, now: float, key: SigningKey | None = None) -> Message:
-    """From the coordinator to one site's queue, signed by ``key`` if there is one."""
+def to_site(
+    site: str, event: Event, now: float, key: SigningKey | None = None, head: str | None = None
+) -> Message:
+    """From the coordinator to one site's queue, signed by ``key`` if there is one.
+
+    ``head``: the newest link of the run's records, signed with it.
+    """
     body = wire.encode(event, now)
     if key is not None:
-        body = _sealed(body, topology.COORDINATOR, f"site:{site}", key)
+        body = _sealed(body, topology.COORDINATOR, f"site:{site}", key, head)
     return _message(topology.SITES_EXCHANGE, site, event, body)
 
 
@@ -54,8 +59,8 @@ def _run_of(event: Event) -> str:
     return run or topology.ANY_RUN
 
 
-def _sealed(body: bytes, sender: str, to: str, key: SigningKey) -> bytes:
-    data = seal(body, sender, to, key)
+def _sealed(body: bytes, sender: str, to: str, key: SigningKey, head: str | None = None) -> bytes:
+    data = seal(body, sender, to, key, head)
     if len(data) > MAX_MESSAGE_BYTES:
         raise DecodeError(
             f"expected at most {MAX_MESSAGE_BYTES} bytes with the signature, got {len(data)}; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, StringConstraints, model_validator
 
 from shared import topology
 from shared.config import FederationConfig, Name, Sha256
@@ -37,6 +37,8 @@ from shared.protocol.record import (
     delta_label,
 )
 from shared.trust.keys import PublicText  # noqa: TC001 - pydantic reads it
+
+Named = dict[Annotated[str, StringConstraints(max_length=300)], Sha256]
 
 
 class FederationRecord(StampedRecord):
@@ -440,3 +442,35 @@ class FinishedRecord(StampedRecord):
     def key(self, run: str) -> str:
         """One per run."""
         return topology.finished_key(run)
+
+
+class LinkRecord(StampedRecord):
+    """One link of the chain: it names the link before and each record since, by their bytes.
+
+    Written once these are durable and before anything of them is said. So whoever holds the digest
+    of one link holds that of every record before it.
+    """
+
+    decides = True
+    newer = ("found", "by", "signature")
+    run: Name
+    """The run: a link is worth nothing in another one."""
+    number: Number
+    """Which one, from 1."""
+    previous: Sha256 | None
+    """sha256 of the link before; none for the first."""
+    records: Named
+    """What its writer recorded since the link before: name below the run, sha256 of the bytes."""
+    found: Named = Field(default={})
+    """What its writer met on record, and no link named: of operators, of a coordinator that was
+    killed before its link, of an earlier release. Not there where it is nothing.
+    """
+    by: PublicText | None = None
+    """The coordinator's public key. Not there where it has none."""
+    signature: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{86}$")] | None = None
+    """Its signature of the link without this field, in base64url. Not there where it has no key."""
+
+    def key(self, run: str) -> str:
+        """Numbered from 1, in the run that it names."""
+        del run  # a link of another run does not belong where it was found
+        return topology.link_key(self.run, self.number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Annotated, Self
 
 from pydantic import Field
@@ -40,6 +39,6 @@ class Said(Schema):
             event, signature = (
                 base64.b64decode(text, validate=True) for text in (self.event, self.signature)
             )
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error, and what is not ASCII
             raise SignatureError(f"said: expected base64, got: {error}") from None
         return Seal(event, self.to, self.by, signature, self.head)

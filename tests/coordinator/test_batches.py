@@ -30,7 +30,7 @@ from shared.protocol.events import (
     UploadRequested,
 )
 from shared.protocol.manifest import LocalMetrics
-from shared.protocol.records import AcceptedRecord, ClosingRecord
+from shared.protocol.records import AcceptedRecord, ClosingRecord, LinkRecord
 from shared.stores.directory import DirectoryStore
 from shared.tensors.codecs import get_codec
 from shared.tensors.delta_file import DeltaHeader, write_delta
@@ -79,9 +79,18 @@ class Stand:
 
     def records(self):
         """All records since it began, byte for byte, and which objects lie there beside them."""
-        first = topology.federation_key("test")
+        first, links = topology.federation_key("test"), topology.links_prefix("test")
         keys = [info.key for info in self.store.list("runs/") if info.key != first]
-        return {key: self.store.get(key) if key.endswith(".json") else b"" for key in keys}
+        mine = [key for key in keys if not key.startswith(links)]
+        return {key: self.store.get(key) if key.endswith(".json") else b"" for key in mine}
+
+    def unlinked(self):
+        """Records that no link names, and what links name that is not there."""
+        ledger = self.role.coordinator.ledger
+        keys = [info.key for info in self.store.list(topology.links_prefix("test"))]
+        named = {name for key in keys for name in ledger.read(LinkRecord, key).records}
+        there = {place.key.removeprefix("runs/test/") for place in ledger.places()}
+        return named ^ (there | {"federation.json"})
 
     def told(self, site):
         """What a site was told, in order."""
@@ -249,6 +258,8 @@ def test_a_batch_leaves_what_its_messages_leave_one_by_one(policy, seed, sizes):
             assert many.told(site) == single.told(site)
         assert many.refused() == single.refused()
         assert many.state == single.state
+        # Whatever was said, was linked.
+        assert single.unlinked() == many.unlinked() == set()
 
 
 def begun(tmp_path, policy="all"):

@@ -36,7 +36,7 @@ from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.coordinator.test_rounds_machine import AnyOrder
 from tests.numpy_learner import ANYTHING
-from tests.steering import Crash, Mortal, ask, records, store_of, verify
+from tests.steering import Crash, Mortal, ask, forget, records, store_of, verify
 
 
 def control(number, action, **what) -> ControlRecord:
@@ -167,10 +167,13 @@ def test_a_decision_on_record_is_carried_out_before_a_stop(tmp_path):
     folder = tmp_path / "stopped"
     federations.run(config, folder)
     store = store_of(folder)
-    for info in list(store.list("runs/test/rounds/00003/")):
-        store.delete(info.key)
-    store.delete(topology.round_key("test", 2, "closed"))
-    store.delete(topology.finished_key("test"))
+    of_round_3 = [info.key for info in store.list("runs/test/rounds/00003/")]
+    forget(
+        store,
+        *of_round_3,
+        topology.round_key("test", 2, "closed"),
+        topology.finished_key("test"),
+    )
     ask(folder, "stop")
     state = federations.run(config, folder)
     assert state.last_round == 2

@@ -125,19 +125,21 @@ class _Broker:
 def test_what_thousands_are_told_goes_out_in_parts_as_it_is_made():
     """In order, all of it, and never more in memory than one part."""
     broker = _Broker()
-    outbox, made = Outbox(broker), []
+    heads = iter("123")
+    outbox, made = Outbox(broker, lambda: next(heads)), []
 
     def messages():
         for number in range(2 * MOST_AT_ONCE + 3):
             made.append(number)
             assert len(made) - sum(map(len, broker.batches)) <= MOST_AT_ONCE
-            yield number
+            yield lambda head, number=number: (number, head)
 
-    outbox.put(["before"])
+    outbox.put([lambda head: ("before", head)])
     outbox.put(messages())
     outbox.flush()
     assert [len(batch) for batch in broker.batches] == [MOST_AT_ONCE, MOST_AT_ONCE, 4]
-    assert [one for batch in broker.batches for one in batch] == ["before", *made]
+    assert [one for batch in broker.batches for one, _ in batch] == ["before", *made]
+    assert [{head for _, head in batch} for batch in broker.batches] == [{"1"}, {"2"}, {"3"}]
 
 
 @pytest.mark.parametrize("late_rounds", [0, 2])

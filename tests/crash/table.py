@@ -58,7 +58,7 @@ class Row:
         """For the test's report."""
         kind = "core" if self.core else "real" if self.real else ""
         words = [self.role, self.point, self.fault, kind]
-        words.append(f"{self.hit}nd" if self.hit == 2 else "")
+        words.append("" if self.hit == 1 else "2nd" if self.hit == 2 else f"{self.hit}th")
         return "-".join(word for word in words if word)
 
     @property
@@ -92,7 +92,7 @@ COORDINATOR = [
     "status.after",
     *around(PUBLISHED, "RunAnnounced"),
     *around(ACKNOWLEDGED, "SiteOnline"),
-    *around(RECORDED, "member"),
+    *around(RECORDED, "link", "member"),
     *around(ACKNOWLEDGED, "ParticipantReady"),
     "genesis.drawn",
     *around(("adapter.before", "adapter.after"), "config", "tensors"),
@@ -227,6 +227,8 @@ SECOND: dict[str, list[str]] = {
         "record.after:accepted",
         "record.after:opened",
         "record.after:closing",
+        "record.before:link",
+        "record.after:link",
         "server_state.before:optimizer",
         "server_state.after:optimizer",
         "server_state.after:exact",
@@ -278,6 +280,9 @@ LATE = [
     ("coordinator", "record.before:closed", 2),
 ]
 
+# Of which records a link is depends on what came together; a run has at least six.
+LINKS = [(f"{stage}:link", hit) for hit in (4, 5, 6) for stage in RECORDED]
+
 # (role, whole point or its subject) -> why no row kills there.
 EXEMPT: dict[tuple[str, str], str] = {
     ("coordinator", f"{stage}:{word}"): (
@@ -318,6 +323,7 @@ def _rows() -> list[Row]:
         for role, point, hit in REAL
     ]
     found += [Row(role, point, hit, real=True, core=True) for role, point, hit in REAL_CORES]
+    found += [Row("coordinator", point, hit) for point, hit in LINKS]
     return found + [Row(role, point, hit, "late") for role, point, hit in LATE]
 
 

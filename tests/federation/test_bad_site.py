@@ -24,7 +24,7 @@ from shared.seeds import derive_seed
 from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.numpy_learner import MANIFEST
-from tests.steering import Crash, Mortal, ask, records, store_of, verify
+from tests.steering import Crash, Mortal, ask, forget, records, store_of, verify
 
 SITES = ("a", "b", "c", "d", "e")
 RULES = ("median", "trimmed-mean", "multi-krum")
@@ -236,8 +236,7 @@ def test_a_decision_without_a_result_is_carried_out_with_its_scales(tmp_path):
     sites = sites_with(settings, attack="noise")
     wanted = federations.run(settings, tmp_path, sites).adapter_sha
     store = store_of(tmp_path)
-    store.delete(topology.finished_key("test"))
-    store.delete(topology.round_key("test", 2, "closed"))
+    forget(store, topology.finished_key("test"), topology.round_key("test", 2, "closed"))
     assert federations.run(settings, tmp_path, sites).adapter_sha == wanted
     assert verify(tmp_path).findings == []
 

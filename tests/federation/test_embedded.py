@@ -48,6 +48,7 @@ from shared.stores.directory import DirectoryStore
 from shared.tensors.tensor_file import FileDigest, TensorFile
 from tests import federations
 from tests.numpy_learner import NUMERICS, NumpyLearner
+from tests.steering import forget
 
 
 def ledger(folder, run="test"):
@@ -291,7 +292,7 @@ def test_a_torn_workspace_is_trained_anew(tmp_path, file):
     with pytest.raises(Crash):
         federations.run(config, folder, sites)
     store = DirectoryStore(folder / "store")
-    store.delete(topology.accepted_key("test", 2, "a"))
+    forget(store, topology.accepted_key("test", 2, "a"))
     for info in list(store.list("runs/test/deltas/00002/a-")):
         store.delete(info.key)
     (path,) = (folder / "sites" / "a" / "test" / "trained").glob(f"00002-*/{file}")
@@ -307,8 +308,7 @@ def test_a_closing_without_a_result_is_carried_out_at_the_next_start(tmp_path):
     """A ledger whose last round stops at the decision goes on from there."""
     wanted = federations.run(federations.config(), tmp_path).adapter_sha
     store = DirectoryStore(tmp_path / "store")
-    store.delete(topology.finished_key("test"))
-    store.delete(topology.round_key("test", 3, "closed"))
+    forget(store, topology.finished_key("test"), topology.round_key("test", 3, "closed"))
     assert federations.run(federations.config(), tmp_path).adapter_sha == wanted
 
 

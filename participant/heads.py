@@ -1,0 +1,98 @@
+"""What a site keeps of a run's history: the newest link of each round, signed by the coordinator.
+
+The coordinator tells with each signed message which link is its newest. Whoever holds that can ask
+later of any copy of the records whether they are the ones that were confirmed to this site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from participant.workspace import HEADS_FILE
+from shared.config import Name, canonical_json
+from shared.disk.durable_files import file_errors, make_directories
+from shared.log import get_logger
+from shared.protocol.links import Head
+from shared.protocol.manifest import Schema
+from shared.protocol.said import Said
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from participant.workspace import Workspace
+    from shared.protocol.events import DeltaAnswered, RoundClosed, RunFinished
+
+
+class KeptHead(Schema):
+    """One line. ``said``: the whole message, which proves who named this head, and when.
+
+    ``at``: seconds since the epoch by this site's clock. ``event``: what the message was.
+    """
+
+    run: Name
+    round: int
+    event: str
+    at: float
+    said: Said
+
+    @property
+    def head(self) -> Head:
+        """The link that it names. Raises ConfigError for what is none."""
+        return Head.parse(self.said.head or "", "head")
+
+
+class Heads:
+    """One site's. Lines are only added: of each round its answer and its end, and the run's."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._newest: dict[str, Head | None] = {}
+
+    def keep(self, event: DeltaAnswered | RoundClosed | RunFinished, now: float) -> None:
+        """Add the head that came with an event, if it is newer than the one before.
+
+        Where nobody signs there is none. Raises StoreUnavailableError where the disk is full.
+        """
+        said = event.said
+        if said is None or said.head is None:
+            return
+        kept = KeptHead(
+            run=event.run, round=event.round, event=type(event).__name__, at=now, said=said
+        )
+        path = self._workspace.heads_path(event.run)
+        if event.run not in self._newest:
+            self._newest[event.run] = max(
+                (line.head for line in read_heads(path)), key=lambda h: h.number, default=None
+            )
+        newest = self._newest[event.run]
+        if newest is not None and kept.head.number <= newest.number:
+            if kept.head.number == newest.number and kept.head != newest:
+                get_logger().error(
+                    "history.forked", run=event.run, number=newest.number, kept=newest.sha,
+                    told=kept.head.sha,
+                )  # fmt: skip
+            return  # told again
+        with file_errors(path):
+            make_directories(path.parent)
+            with path.open("ab") as file:
+                file.write(canonical_json(kept.model_dump(mode="json")) + b"\n")
+        self._newest[event.run] = kept.head
+
+
+def read_heads(path: Path) -> list[KeptHead]:
+    """Every line that is whole, in order; none without the file."""
+    found: list[KeptHead] = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValidationError):  # a kill may tear the last one
+                found.append(KeptHead.model_validate_json(line))
+    return found
+
+
+def newest_heads(root: Path) -> list[KeptHead]:
+    """Of each run in a workspace its newest one, in name order."""
+    lines = (read_heads(path) for path in sorted(root.glob(f"*/{HEADS_FILE}")))
+    return [max(kept, key=lambda line: line.head.number) for kept in lines if kept]

@@ -1,0 +1,224 @@
+"""The store's owner rewrites what happened: drops, edits, adds, cuts off, or tells another story.
+
+He can write every object and knows every rule; he has neither the coordinator's key nor a site's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from coordinator.audit.links import Expected
+from coordinator.bootstrap import build_coordinator
+from shared import topology
+from shared.brokers.embedded import EmbeddedBroker
+from shared.config import canonical_json
+from shared.errors import FencedError, LedgerDamagedError
+from shared.protocol.ledger import Ledger
+from shared.protocol.links import Head, signed
+from shared.protocol.records import LinkRecord, RefusedRecord
+from shared.trust.keys import SigningKey
+from tests import federations
+from tests.steering import relink, store_of, verify
+
+KEY, HIS = SigningKey.generate(), SigningKey.generate()
+KNOWN = Expected(KEY.public, demanded=True)
+ACCEPTED = topology.accepted_key("test", 2, "b")
+EVALUATED = topology.evaluated_key("test", 3, "a")  # nothing follows from it
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished run whose links are signed."""
+    folder = tmp_path_factory.mktemp("whole")
+    federations.run(federations.config(), folder)
+    relink(store_of(folder), KEY)
+    found = verify(folder, expected=KNOWN)
+    assert found.findings == []
+    assert found.chain.known
+    return folder
+
+
+@pytest.fixture
+def world(whole, tmp_path):
+    """A copy of it to meddle with."""
+    return shutil.copytree(whole, tmp_path / "copy", symlinks=True)
+
+
+def head_of(folder):
+    """What a site kept."""
+    return Head.parse(verify(folder, expected=KNOWN).chain.head, "head")
+
+
+def found(folder, expected=KNOWN):
+    """The objects of all findings, and their words."""
+    findings = verify(folder, expected=expected).findings
+    return {finding.key for finding in findings}, "; ".join(f.problem for f in findings)
+
+
+def edit(store, key, **values):
+    """Another word in a record, its form kept."""
+    record = json.loads(store.get(key))
+    store.put(key, canonical_json(record | values))
+
+
+def test_a_record_that_is_dropped_is_missed(world):
+    """Even one of which nothing follows."""
+    store_of(world).delete(EVALUATED)
+    assert found(world) == ({EVALUATED}, "is missing, but a link names it")
+
+
+def test_a_record_that_is_edited_is_found(world):
+    """Although what it says fits all others."""
+    edit(store_of(world), EVALUATED, writer="somebody")
+    keys, words = found(world)
+    assert keys == {EVALUATED}
+    assert "as a link names it" in words
+
+
+def test_a_record_that_is_added_is_found(world):
+    """A refusal that never was, with which nothing is wrong in itself."""
+    record = RefusedRecord(round=2, site="b", sha="0" * 64, verdict="late", reason="it was late")
+    store_of(world).create(record.key("test"), canonical_json(record.model_dump(mode="json")))
+    keys, words = found(world)
+    assert keys == {record.key("test")}
+    assert "no link names it" in words
+
+
+def test_two_links_that_are_swapped_are_found(world):
+    """Each says its number and the one before."""
+    store, keys = store_of(world), [topology.link_key("test", n) for n in (2, 3)]
+    one, other = map(store.get, keys)
+    store.put(keys[0], other)
+    store.put(keys[1], one)
+    assert set(keys) <= found(world)[0]
+
+
+def test_a_link_that_is_taken_out_is_missed(world):
+    """With the records that it named."""
+    store = store_of(world)
+    (gone,) = [
+        info.key
+        for info in store.list(topology.links_prefix("test"))
+        if EVALUATED.encode().removeprefix(b"runs/test/") in store.get(info.key)
+    ]
+    following = f"runs/test/chain/{int(gone[-13:-5]) + 1:08d}.json"
+    store.delete(gone)
+    keys, words = found(world)
+    assert {EVALUATED, following} <= keys
+    assert "got none: dropped, or lost" in words
+
+
+@pytest.mark.parametrize("key", [None, HIS], ids=["unsigned", "his own key"])
+def test_an_edited_record_with_all_links_made_anew_is_not_signed(world, key):
+    """All is consistent; who knows the key is not fooled, and without it there is a word."""
+    store, kept = store_of(world), head_of(world)
+    edit(store, EVALUATED, writer="somebody")
+    relink(store, key)
+    assert verify(world).findings == []
+    told = verify(world).chain
+    assert (told.by, told.known) == (key and key.public.text, False)
+    keys, words = found(world)
+    assert keys == {topology.link_key("test", 1)}
+    assert f"expected the signature of {KEY.public.fingerprint}" in words
+    assert "another history" in found(world, Expected(against=kept))[1]
+
+
+def test_an_old_signature_does_not_fit_a_new_link(world):
+    """He leaves the signatures where they were."""
+    store = store_of(world)
+    edit(store, EVALUATED, writer="somebody")
+    before = {i.key: json.loads(store.get(i.key)) for i in store.list("runs/test/chain/")}
+    relink(store)
+    for key, link in before.items():
+        edit(store, key, by=link["by"], signature=link["signature"])
+    keys, words = found(world)
+    assert keys
+    assert "somebody else signed it" in words
+
+
+def cut_off(store):
+    """The run as it was after its second round: all of it is genuine."""
+    gone = [info.key for info in store.list("runs/test/rounds/00003/")]
+    gone.append(topology.finished_key("test"))
+    names = {key.removeprefix("runs/test/") for key in gone}
+    for info in list(store.list(topology.links_prefix("test"))):
+        link = json.loads(store.get(info.key))
+        if not names.isdisjoint(link["records"]):
+            gone += [i.key for i in store.list("runs/test/chain/") if i.key >= info.key]
+            gone += [f"runs/test/{name}" for name in link["records"]]
+            break
+    for key in gone:
+        store.delete(key)
+
+
+def test_a_history_that_is_cut_off_is_found_by_a_sites_head_alone(world):
+    """What is left is as it was then: only somebody who saw more can say that there was more."""
+    kept = head_of(world)
+    cut_off(store_of(world))
+    assert found(world) == (set(), "")
+    keys, words = found(world, Expected(KEY.public, demanded=True, against=kept))
+    assert keys == {topology.link_key("test", kept.number)}
+    assert "got no such link" in words
+    assert "another history than the one that was confirmed" in words
+
+
+def test_another_run_in_its_place_is_signed_by_nobody(world):
+    """Every record of it fits; so says verify, and that nobody signed it."""
+    kept = head_of(world)
+    shutil.rmtree(world / "store")
+    federations.run(federations.config(run={"seed": 7}), world)
+    alone = verify(world)
+    assert (alone.findings, alone.chain.by) == ([], None)
+    assert "got no signature" in found(world)[1]
+    assert "another history" in found(world, Expected(against=kept))[1]
+    for info in list(store_of(world).list("runs/test/chain/")):
+        store_of(world).delete(info.key)
+    assert "got no signature" in found(world)[1]
+
+
+def test_a_link_of_another_run_is_not_one_of_this(world):
+    """Signed by the right key, for a run of another name."""
+    store = store_of(world)
+    (*_, last) = store.list(topology.links_prefix("test"))
+    link = Ledger(store, "test", "test", lambda: 0.0).read(LinkRecord, last.key)
+    other = signed(link.model_copy(update={"run": "other"}), KEY)
+    store.put(last.key, canonical_json(other.model_dump(mode="json")))
+    keys, words = found(world)
+    assert last.key in keys
+    assert "belongs to runs/other/" in words
+
+
+def test_a_link_by_a_zombie_stops_whoever_meets_it(tmp_path):
+    """One that somebody made without the key is never gone on with; nothing is said after it."""
+    store = store_of(tmp_path)
+    broker = EmbeddedBroker().connect("coordinator", topology.coordinator_rights())
+    role = build_coordinator(
+        federations.config(), store, broker, tmp_path / "spool", lambda: 1.0, key=KEY
+    )
+    his = signed(
+        LinkRecord(run="test", number=1, previous=None, records={}, writer="a zombie"), HIS
+    )
+    store.create(his.key("test"), canonical_json(his.model_dump(mode="json")))
+    with pytest.raises(Exception, match=r"trust\.key_file"):
+        role.coordinator.start()
+    store.delete(his.key("test"))
+    role.coordinator.reload()
+    store.create(his.key("test"), canonical_json(his.model_dump(mode="json")))
+    with pytest.raises(FencedError, match="a zombie"):
+        role.coordinator.publish()
+    assert broker.depth(topology.site_queue("a")) == 0
+
+
+def test_a_coordinator_does_not_go_on_with_what_was_cut_out(world):
+    """It names the record and stops: a store can end a run, and change nothing in it."""
+    store = store_of(world)
+    store.delete(ACCEPTED)
+    broker = EmbeddedBroker().connect("coordinator", topology.coordinator_rights())
+    role = build_coordinator(
+        federations.config(), store, broker, world / "spool", lambda: 1.0, key=KEY
+    )
+    with pytest.raises(LedgerDamagedError, match="accepted/b"):
+        role.coordinator.start()
