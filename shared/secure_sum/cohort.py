@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from shared.config.secure import SMALLEST_COHORT, fewest_survivors, two_thirds
 from shared.config.values import canonical_json
 from shared.errors import ProtocolError, SignatureError
 
@@ -22,14 +23,8 @@ if TYPE_CHECKING:
 
     from shared.trust.keys import PublicKey, SigningKey
 
-SMALLEST_COHORT: Final = 3  # of two, each knows the other's part from the sum
 COMPLETE_UP_TO: Final = 40
 _FEWEST_NEIGHBOURS: Final = 20
-
-
-def two_thirds(count: int) -> int:
-    """Of so many, rounded up."""
-    return -(-2 * count // 3)
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Cohort:
     @property
     def fewest(self) -> int:
         """So many must be there at the end, or nobody reveals anything."""
-        return max(SMALLEST_COHORT, two_thirds(len(self.roster)))
+        return fewest_survivors(len(self.roster))
 
     @cached_property
     def digest(self) -> str:

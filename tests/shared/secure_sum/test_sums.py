@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from shared.config.secure import two_thirds
 from shared.errors import ProtocolError
 from shared.secure_sum.answering import Bond, answer
-from shared.secure_sum.cohort import Attempt, Cohort, Survivors, two_thirds
+from shared.secure_sum.cohort import Attempt, Cohort, Survivors
 from shared.secure_sum.masking import pairs_of
 from shared.secure_sum.opening import check_answer, open_masks, waits_for
 from shared.trust.keys import SigningKey
