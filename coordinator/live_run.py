@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         GenesisRecord,
         MemberRecord,
         RefusedRecord,
+        UnmaskedRecord,
     )
 
     SiteRecord = (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         | FailedRecord
         | MemberRecord
         | RefusedRecord
+        | UnmaskedRecord
     )
 
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more

@@ -304,6 +304,11 @@ def failed_key(run: str, round_number: int, site: str, attempt: int) -> str:
     return f"{round_prefix(run, round_number)}failed/{site}-{attempt:03d}.json"
 
 
+def unmasked_key(run: str, round_number: int, site: str) -> str:
+    """What a site revealed of the masks of a round's sum."""
+    return f"{round_prefix(run, round_number)}unmasked/{site}.json"
+
+
 def evaluated_key(run: str, round_number: int, site: str) -> str:
     """A site's held-out loss of the adapter that a round produced."""
     return f"{round_prefix(run, round_number)}evaluated/{site}.json"

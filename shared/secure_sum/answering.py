@@ -43,7 +43,7 @@ class Bond:
                 f"attempt: expected {self.attempt} or later of round {attempt.round}, got "
                 f"{attempt.number}; this site is bound to the newest"
             )
-        if attempt.number > self.attempt and self.answered:
+        if self.answered:
             raise ProtocolError(
                 f"attempt {attempt.number} of round {attempt.round}: expected none after this site "
                 f"answered for attempt {self.attempt}; two sums of one round would give single "
