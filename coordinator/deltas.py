@@ -17,7 +17,7 @@ from shared.methods.averaging import delta_manifest
 from shared.protocol.events import DeltaSubmitted, UploadRequested
 from shared.protocol.records import AcceptedRecord, RefusedRecord
 from shared.tensors.delta_file import DeltaHeader
-from shared.tensors.masked_file import MASKED, masked_header
+from shared.tensors.masked_file import MASKED, masked_header, ring_of
 from shared.topology import accepted_key
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Deltas:
         manifest = delta_manifest(self._run.genesis().manifest, config, upload.site, upload.round)
         if opened.secure is not None:
             header = masked_header(upload.run, upload.round, upload.site, opened.source_sha)
-            self._run.intake.take_masked(upload, manifest, header, opened.secure.ring)
+            self._run.intake.take_masked(upload, manifest, header, ring_of(opened.secure))
             return 0.0
         expected = DeltaHeader.of(
             config.codec.name,

@@ -16,7 +16,7 @@ from shared.methods.averaging import get_averaging
 from shared.protocol.secure import MaskedWith, Revealed, survivors_of
 from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.masking import Masking, pairs_of
-from shared.secure_sum.masks import SEED_BYTES
+from shared.secure_sum.said import SEED_BYTES
 from shared.tensors.delta_file import DeltaFile
 from shared.tensors.masked_file import masked_header, write_masked
 

@@ -18,7 +18,7 @@ from shared.methods.inputs import WeightedDelta
 from shared.secure_sum.opening import check_answer, check_offers, open_masks
 from shared.secure_sum.quantise import mean_of, next_reach, step_of
 from shared.tensors.delta_file import DeltaHeader, write_delta
-from shared.tensors.masked_file import MaskedFile, in_order, masked_header
+from shared.tensors.masked_file import MaskedFile, in_order, masked_header, ring_of
 from shared.topology import COORDINATOR
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def sum_deltas(
     ``manifest``: of the deltas. Memory is a few tensors. Raises DeltaRefusedError for a file that
     does not fit.
     """
-    attempt, ring, reaches = survivors.cohort.attempt, terms.ring, {}
+    attempt, ring, reaches = survivors.cohort.attempt, ring_of(terms), {}
     by_name = dict(zip([s.name for s in in_order(manifest)], terms.reaches, strict=True))
     streams, count = opened.streams(), len(paths)
     allow_open_files(count)

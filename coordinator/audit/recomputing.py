@@ -16,7 +16,7 @@ from shared.errors import DecodeError, DeltaRefusedError, LedgerError, ObjectMis
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.tensors.delta_file import DeltaHeader, check_delta
-from shared.tensors.masked_file import check_masked, masked_header
+from shared.tensors.masked_file import check_masked, masked_header, ring_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,7 @@ class Recomputing(SecureSums):
             return check_delta(path, manifest, self._header(closing, index), None).norm
         source_sha = self._sources.get(item.from_round, closing.source_sha)
         header = masked_header(self._ledger.run, item.from_round, item.site, source_sha)
-        check_masked(path, manifest, header, opened.secure.ring)
+        check_masked(path, manifest, header, ring_of(opened.secure))
         return 0.0
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shared.config.secure import fewest_survivors, levels_of
 from shared.methods.averaging import delta_manifest
 from shared.protocol.secure import SecureTerms, survivors_of
-from shared.secure_sum.opening import waits_for
+from shared.secure_sum.said import waits_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -465,7 +465,6 @@ EVENTS: dict[str, type[Event]] = {
         RoundStarted,
         UploadGranted,
         DeltaAnswered,
-        UnmaskRequested,
         RoundClosed,
         RunFinished,
         SiteOnline,
@@ -473,11 +472,12 @@ EVENTS: dict[str, type[Event]] = {
         RunDeclined,
         UploadRequested,
         DeltaSubmitted,
-        UnmaskAnswered,
         TrainingFailed,
         TrainingProgressed,
         AdapterEvaluated,
         MessageRefused,
+        UnmaskRequested,
+        UnmaskAnswered,
         CoordinatorTick,
     )
 }

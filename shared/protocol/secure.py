@@ -12,11 +12,9 @@ from pydantic import Field, Strict, StringConstraints
 from shared.config import Name, Sha256
 from shared.protocol.bounds import Figure, Most, Within
 from shared.protocol.manifest import Schema
-from shared.secure_sum.answering import Answer
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
 from shared.secure_sum.exchange import ExchangeText
-from shared.secure_sum.masking import Offer
-from shared.secure_sum.ring import Ring, ring_for
+from shared.secure_sum.said import Answer, Offer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,11 +46,6 @@ class SecureTerms(Schema):
     def cohort(self, run: str, round_number: int) -> Cohort:
         """Raises ProtocolError for one that protects nobody."""
         return Cohort(Attempt(run, round_number, self.number), self.roster)
-
-    @property
-    def ring(self) -> Ring:
-        """It holds every sum of the cohort's numbers. Raises ConfigError where none does."""
-        return ring_for(len(self.roster), self.levels)
 
 
 class MaskedWith(Schema):

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shared.errors import ProtocolError
-from shared.secure_sum.masking import share_of
-from shared.secure_sum.masks import SEED_BYTES
+from shared.secure_sum.said import SEED_BYTES, Answer, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,20 +65,6 @@ class Bond:
                 "coordinator named two sets: tell its operator, and the other sites"
             )
         return replace(self, survivors=survivors.digest, answered=self.answered or answered)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a survivor reveals, and never anything else of this attempt.
-
-    ``own``: its own seed. ``keys``: the pair key with each neighbour that is gone. ``shares``: for
-    each neighbour that survives, a share of its own seed, then of its pair keys with those of its
-    neighbours that are gone, in order; 32 bytes each.
-    """
-
-    own: bytes
-    keys: Mapping[str, bytes]
-    shares: Mapping[str, bytes]
 
 
 def answer(

@@ -22,7 +22,7 @@ from pydantic import StringConstraints
 
 from shared.config.values import canonical_json
 from shared.errors import ProtocolError
-from shared.secure_sum.masks import SEED_BYTES
+from shared.secure_sum.said import SEED_BYTES
 
 if TYPE_CHECKING:
     from shared.secure_sum.cohort import Attempt

@@ -8,11 +8,11 @@ among the neighbours (Shamir), so that two thirds of them can stand in for a sit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.secure_sum import shamir
-from shared.secure_sum.masks import SEED_BYTES, Keystream, commitment
+from shared.secure_sum.masks import Keystream
+from shared.secure_sum.said import Offer, commitment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,20 +22,6 @@ if TYPE_CHECKING:
     from shared.secure_sum.cohort import Cohort
     from shared.secure_sum.exchange import ExchangeKey, Pair
     from shared.secure_sum.ring import Ring
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What goes with a masked vector. Nothing in it opens anything before two thirds answer.
-
-    ``sha``: of the vector; ``own``: commitment to the own seed; ``pairs``: to the pair keys, by
-    neighbour; ``sealed``: the shares, by the neighbour that alone can read them.
-    """
-
-    sha: str
-    own: str
-    pairs: Mapping[str, str]
-    sealed: Mapping[str, bytes]
 
 
 class Masking:
@@ -76,8 +62,3 @@ def pairs_of(cohort: Cohort, site: str, key: ExchangeKey) -> dict[str, Pair]:
         other: key.pair(cohort.roster[other], cohort.attempt.run)
         for other in cohort.neighbours(site)
     }
-
-
-def share_of(bundle: bytes, place: int) -> bytes:
-    """Of a holder's shares, that of secret number ``place``: 0 the own seed, then pair keys."""
-    return bundle[place * SEED_BYTES : (place + 1) * SEED_BYTES]

@@ -6,16 +6,16 @@ little-endian words of the ring. A seed is used for one vector and never again.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
+from shared.secure_sum.said import SEED_BYTES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SEED_BYTES: Final = 32
 _PIECE: Final = 1 << 17  # bytes: what a core's cache holds
 _ZEROS: Final = bytes(_PIECE)
 
@@ -43,8 +43,3 @@ class Keystream:
             size = part.size * words.itemsize
             self._cipher.update_into(memoryview(_ZEROS)[:size], self._piece)
             take(part, mask[: part.size], out=part)
-
-
-def commitment(seed: bytes) -> str:
-    """What a site says of a seed before anybody may know it: sha256, so it cannot be exchanged."""
-    return hashlib.sha256(b"gradualdiff/1/secure-sum/seed\0" + seed).hexdigest()

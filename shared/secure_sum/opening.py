@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from shared.errors import ProtocolError
 from shared.secure_sum import shamir
-from shared.secure_sum.masking import share_of
-from shared.secure_sum.masks import SEED_BYTES, Keystream, commitment
+from shared.secure_sum.masks import Keystream
+from shared.secure_sum.said import SEED_BYTES, commitment, holders, share_of, waits_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from shared.secure_sum.answering import Answer
     from shared.secure_sum.cohort import Survivors
-    from shared.secure_sum.masking import Offer
     from shared.secure_sum.ring import Ring
+    from shared.secure_sum.said import Answer, Offer
 
 
 def check_answer(
@@ -60,16 +59,6 @@ def check_offers(survivors: Survivors, offers: Mapping[str, Offer]) -> None:
                     f"masks of {site} and {other}: expected one pair key, got two; one of them "
                     "uses another exchange key than its cohort was told"
                 )
-
-
-def waits_for(survivors: Survivors, answered: Mapping[str, Answer]) -> tuple[str, ...]:
-    """Those whose masks cannot be taken away yet: they are silent, and too many neighbours too."""
-    return tuple(
-        site
-        for site in sorted(survivors.shas)
-        if site not in answered
-        and len(_holders(survivors, site, answered)) < survivors.cohort.threshold(site)
-    )
 
 
 @dataclass(frozen=True)
@@ -134,19 +123,10 @@ class Unmasking:
         return ring.reduce(total)
 
 
-def _holders(survivors: Survivors, site: str, answers: Mapping[str, Answer]) -> dict[int, bytes]:
-    """Shares of a site's secrets by holder: its neighbours' places, from 1."""
-    return {
-        place: answers[other].shares[site]
-        for place, other in enumerate(survivors.cohort.neighbours(site), start=1)
-        if other in answers and site in answers[other].shares
-    }
-
-
 def _joined(
     survivors: Survivors, site: str, answers: Mapping[str, Answer], offer: Offer
 ) -> tuple[bytes, dict[str, bytes]]:
-    held = _holders(survivors, site, answers)
+    held = holders(survivors, site, answers)
     needed = dict(list(held.items())[: survivors.cohort.threshold(site)])
     secrets = shamir.join(needed)
     gone = survivors.gone(site)

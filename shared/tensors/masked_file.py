@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from shared.errors import DecodeError, DeltaRefusedError
 from shared.secure_sum.quantise import quantise, step_of, values_of
+from shared.secure_sum.ring import ring_for
 from shared.tensors.arithmetic import is_finite
 from shared.tensors.delta_file import DeltaHeader, check_header, decode_header, header_limit
 from shared.tensors.residual import ResidualHeader
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 MASKED: Final = "masked"  # in a header, where a codec's name stands
 _VERSION: Final = 1
+
+
+def ring_of(terms: SecureTerms) -> Ring:
+    """It holds every sum of the cohort's numbers. Raises ConfigError where none does."""
+    return ring_for(len(terms.roster), terms.levels)
 
 
 def masked_header(run: str, number: int, site: str, source_sha: str) -> DeltaHeader:
@@ -65,7 +71,7 @@ def write_masked(
     What is cut off or rounded away becomes the next residual. Raises DeltaRefusedError for a value
     that is not finite.
     """
-    ring, specs = terms.ring, in_order(manifest)
+    ring, specs = ring_of(terms), in_order(manifest)
     whose = ResidualHeader(**header.model_dump(include=set(ResidualHeader.model_fields)))
     layouts = [_layout(spec, ring) for spec in specs]
     with (

@@ -161,7 +161,7 @@ def test_a_sum_that_too_few_answer_for_waits_for_them(tmp_path, monkeypatch):
     wanted = federations.run(config(), tmp_path / "whole").adapter_sha
     with monkeypatch.context() as patched:
         silence(patched, "b", "c", "d")
-        with pytest.raises(RunStuckError, match="round 1 waits for b .*; c .*; d "):
+        with pytest.raises(RunStuckError, match=r"round 1 waits for b .*; c .*; d "):
             federations.run(config(), tmp_path / "silent")
     silence(monkeypatch, "b", "c")
     assert federations.run(config(), tmp_path / "silent").adapter_sha == wanted

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shared.secure_sum.answering import Answer, Bond, answer
+from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
 from shared.secure_sum.exchange import ExchangeKey
 from shared.secure_sum.masking import Masking, pairs_of
 from shared.secure_sum.opening import check_answer, check_offers, open_masks
 from shared.secure_sum.ring import ring_for
+
+if TYPE_CHECKING:
+    from shared.secure_sum.said import Answer
 
 LEVELS, LENGTH = 127, 24
 

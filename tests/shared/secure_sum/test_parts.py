@@ -15,9 +15,10 @@ from shared.errors import ConfigError, DecodeError, ProtocolError
 from shared.secure_sum import shamir
 from shared.secure_sum.cohort import Attempt
 from shared.secure_sum.exchange import ExchangeKey
-from shared.secure_sum.masks import Keystream, commitment
+from shared.secure_sum.masks import Keystream
 from shared.secure_sum.quantise import mean_of, next_reach, quantise, step_of, values_of
 from shared.secure_sum.ring import Ring, ring_for
+from shared.secure_sum.said import commitment
 
 ATTEMPT = Attempt("run", 7, 1)
 

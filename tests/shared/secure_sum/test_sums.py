@@ -13,7 +13,8 @@ from shared.errors import ProtocolError
 from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
 from shared.secure_sum.masking import pairs_of
-from shared.secure_sum.opening import check_answer, open_masks, waits_for
+from shared.secure_sum.opening import check_answer, open_masks
+from shared.secure_sum.said import waits_for
 from shared.trust.keys import SigningKey
 from tests.shared.secure_sum.sites import LENGTH, Federation
 
