@@ -12,6 +12,7 @@ from coordinator.round.state import (
     AnnounceRound,
     AnnounceRun,
     AnswerDelta,
+    AskUnmask,
 )
 from shared import modes, topology
 from shared.adapters import kind_of
@@ -24,6 +25,7 @@ from shared.protocol.events import (
     RoundStarted,
     RunAnnounced,
     RunFinished,
+    UnmaskRequested,
     UpdateOffered,
     WireBase,
     WireLora,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 URL_SECONDS = 6 * 3600.0
+UNMASKED_CODEC = "fp32"  # what a training writes before its site quantises and masks it
 
 
 class Announcer:
@@ -63,6 +66,8 @@ class Announcer:
                 yield from ((site, self._round_for(site, state)) for site in sites)
             case AnswerDelta(record):
                 yield record.site, answer_of(run, record)
+            case AskUnmask(sites):
+                yield from ((site, self._unmasking_for(site, state)) for site in sites)
             case AnnounceClosed(closed, sites):
                 event = RoundClosed(
                     run=run,
@@ -101,7 +106,7 @@ class Announcer:
             progress_from=opened.progress_from,
             progress_to=opened.progress_to,
             seed=opened.seed,
-            codec=self._config.codec.name,
+            codec=self._config.codec.name if opened.secure is None else UNMASKED_CODEC,
             packed=self._config.codec.packed,
             attempt=trouble.attempts + 1 if trouble else 1,
             last_counted=state.last_counted.get(site),
@@ -110,6 +115,24 @@ class Announcer:
             last_accepted=state.last_accepted(site) if feedback else None,
             updates=updates,
             genesis_seed=self._genesis_seed(site, state, opened.source_sha, updates),
+            secure=opened.secure,
+        )
+
+    def _unmasking_for(self, site: str, state: RunState) -> UnmaskRequested:
+        survivors = state.survivors
+        assert survivors is not None  # this is only sent while a sum waits for answers
+        attempt = survivors.cohort.attempt
+        told = {
+            other: state.uncounted[other, attempt.round].masked
+            for other in survivors.cohort.neighbours(site)
+            if other in survivors.shas
+        }
+        return UnmaskRequested(
+            run=attempt.run,
+            round=attempt.round,
+            attempt=attempt.number,
+            survivors=dict(survivors.shas),
+            sealed={other: masked.sealed[site] for other, masked in told.items() if masked},
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:
@@ -222,6 +245,7 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         rounds=config.run.rounds,
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
+        secure=config.aggregation.secure,
         modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
     )
 

@@ -10,13 +10,14 @@ from coordinator.aggregation.server_optimizer import wants_more_than_zeros
 from coordinator.announcing import answer_of
 from coordinator.arrivals import Upload
 from coordinator.batching import BATCH, BATCH_BYTES, THREADS, at_once
-from coordinator.round.state import Aggregate
+from coordinator.round.machine import next_step
 from shared.errors import DeltaRefusedError, ObjectMissingError, ProtocolError
 from shared.log import get_logger
 from shared.methods.averaging import delta_manifest
 from shared.protocol.events import DeltaSubmitted, UploadRequested
 from shared.protocol.records import AcceptedRecord, RefusedRecord
 from shared.tensors.delta_file import DeltaHeader
+from shared.tensors.masked_file import MASKED, masked_header, ring_of
 from shared.topology import accepted_key
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Deltas:
                 residual=event.residual,
                 traffic=event.traffic,
                 said=event.said,
+                masked=event.masked if opened.secure is not None else None,
             )
         )
 
@@ -116,6 +118,7 @@ class Deltas:
                 "the delta was trained from another adapter"
             )
         base, codec = self._run.genesis().fingerprint, self._run.config.codec.name
+        codec = codec if opened.secure is None else MASKED
         if event.fingerprint not in (None, base):
             return (
                 f"fingerprint: expected {base[:12]}, got {event.fingerprint[:12]}; the delta was "
@@ -128,7 +131,7 @@ class Deltas:
         is_open = opened is self._run.state.open_round  # of a round before, nobody counts any more
         if is_open and event.attempt is not None and event.attempt > tries:
             return f"attempt: expected at most {tries}, got {event.attempt}"
-        return None
+        return _mask_problem(event, sender, opened)
 
     def most(self) -> int:
         """How many may be read before the first is answered."""
@@ -155,6 +158,11 @@ class Deltas:
     def _norm(self, upload: Upload, opened: OpenedRecord) -> float:
         """The norm of a delta that is as it should be. Raises DeltaRefusedError, StoreError."""
         config = self._run.config
+        manifest = delta_manifest(self._run.genesis().manifest, config, upload.site, upload.round)
+        if opened.secure is not None:
+            header = masked_header(upload.run, upload.round, upload.site, opened.source_sha)
+            self._run.intake.take_masked(upload, manifest, header, ring_of(opened.secure))
+            return 0.0
         expected = DeltaHeader.of(
             config.codec.name,
             run=upload.run,
@@ -162,7 +170,6 @@ class Deltas:
             site=upload.site,
             source_sha=opened.source_sha,
         )
-        manifest = delta_manifest(self._run.genesis().manifest, config, upload.site, upload.round)
         limit = config.aggregation.max_delta_norm
         not_zero = wants_more_than_zeros(config, opened)
         return self._run.intake.take(upload, manifest, expected, limit, not_zero)
@@ -178,7 +185,7 @@ class Deltas:
         get_logger().info("delta.restored", site=upload.site, round=upload.round)
         del self._run.lost[upload]
         if self._run.state.closing is not None:
-            self._run.carry_out((Aggregate(self._run.state.closing),))
+            self._run.carry_out(filter(None, [next_step(self._run.state)]))
 
     def _refuse(self, upload: Upload, reason: str, said: Said | None) -> None:
         get_logger().warning("delta.refused", reason=reason)
@@ -261,3 +268,18 @@ class Deltas:
         """No codec here needs more than fp32 does; the rest is room for the file's header."""
         tensors = self._run.genesis().manifest.tensors
         return sum(4 * spec.elements for spec in tensors) + 1_000 * len(tensors) + 65_536
+
+
+def _mask_problem(event: DeltaSubmitted, sender: str, opened: OpenedRecord) -> str | None:
+    """What is wrong with what a masked delta came with; None if nothing is."""
+    if opened.secure is None:
+        return None
+    wanted = {*opened.secure.cohort(event.run, event.round).neighbours(sender)}
+    masked = event.masked
+    if masked is not None and {*masked.pairs} == {*masked.sealed} == wanted:
+        return None
+    got = "none" if masked is None else f"those of {len(masked.pairs)} and {len(masked.sealed)}"
+    return (
+        f"masked: expected commitments and shares for its {len(wanted)} neighbours in round "
+        f"{event.round}, got {got}; update the site"
+    )

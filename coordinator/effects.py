@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.aggregation.downlink import RoundFiles, close_round
 from coordinator.aggregation.server_optimizer import StateFiles
+from coordinator.aggregation.unmasking import next_reaches, open_sum, sum_deltas
 from coordinator.announcing import Announcer
 from coordinator.round.state import Aggregate, MakeGenesis, WriteRecord
 from shared import topology
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
+    from coordinator.aggregation.unmasking import Summed
     from coordinator.arrivals import Upload
     from coordinator.batching import Outbox
     from coordinator.intake import Intake
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from shared.adapters import AdapterSettings
     from shared.config import FederationConfig
     from shared.protocol.ledger import Ledger
+    from shared.protocol.manifest import Manifest
     from shared.protocol.record import Record
-    from shared.protocol.records import ClosingRecord, FinishedRecord, OpenedRecord
+    from shared.protocol.records import ClosingRecord, FinishedRecord, Input, OpenedRecord
 
 # A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
 GRANT_SECONDS = 900.0
@@ -112,16 +115,8 @@ class Effects:
     def _aggregate(self, closing: ClosingRecord, state: RunState) -> ClosedRecord:
         assert state.genesis is not None  # a round cannot be closing before genesis
         run, manifest = self._config.run.name, state.genesis.manifest
-        deltas = [
-            WeightedDelta(
-                item.label(closing.round),
-                self._intake.local_delta(run, item.from_round, item.site, item.sha),
-                item.weight,
-                item.scale,
-                delta_manifest(manifest, self._config, item.site, item.from_round),
-            )
-            for item in closing.inputs
-        ]
+        summed = self._sum(closing, state, manifest)
+        deltas = [summed.delta] if summed else self._deltas(closing, manifest)
         files = self._round_files(closing, state)
         result = close_round(self._config, closing, deltas, manifest, files)
         failpoint("round.aggregated")
@@ -150,6 +145,7 @@ class Effects:
             exact_sha=sent.exact.sha256 if sent else None,
             update_sha=sent.update.sha256 if sent else None,
             update_size=sent.update.size if sent else None,
+            reaches=self._next_reaches(summed, state, manifest) if summed else None,
         )
         closed = self._ledger.write(record)
         # Where late deltas are taken, an upload may be under way for rounds to come.
@@ -162,6 +158,47 @@ class Effects:
         )
         get_logger().info("round.closed", round=closed.round, adapter=closed.adapter_sha)
         return closed
+
+    def _deltas(self, closing: ClosingRecord, manifest: Manifest) -> list[WeightedDelta]:
+        return [
+            WeightedDelta(
+                item.label(closing.round),
+                self._local(item),
+                item.weight,
+                item.scale,
+                delta_manifest(manifest, self._config, item.site, item.from_round),
+            )
+            for item in closing.inputs
+        ]
+
+    def _local(self, item: Input) -> Path:
+        run = self._config.run.name
+        return self._intake.local_delta(run, item.from_round, item.site, item.sha)
+
+    def _sum(self, closing: ClosingRecord, state: RunState, manifest: Manifest) -> Summed | None:
+        """What the masked deltas come to; None where they are not masked."""
+        survivors = state.survivors
+        if survivors is None or state.opened is None or state.opened.secure is None:
+            return None
+        accepted = {item.site: state.uncounted[item.site, closing.round] for item in closing.inputs}
+        opened = open_sum(survivors, accepted, state.unmasked)
+        failpoint("sum.opened")
+        paths = {item.site: self._local(item) for item in closing.inputs}
+        return sum_deltas(
+            survivors,
+            state.opened.secure,
+            opened,
+            paths,
+            closing.source_sha,
+            delta_manifest(manifest, self._config, closing.inputs[0].site, closing.round),
+            self._intake.scratch("sum.safetensors"),
+        )
+
+    def _next_reaches(
+        self, summed: Summed, state: RunState, manifest: Manifest
+    ) -> tuple[float, ...]:
+        before = state.closed.reaches if state.closed else None
+        return next_reaches(manifest, before, summed, self._config.aggregation.secure_reach)
 
     def _round_files(self, closing: ClosingRecord, state: RunState) -> RoundFiles:
         """What the last closed round left, and where the next one's files go.

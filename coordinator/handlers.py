@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from coordinator.batching import BATCH
 from coordinator.deltas import Deltas
 from coordinator.live_run import LiveRun
-from coordinator.round.machine import pending, resume
+from coordinator.round.machine import next_step, pending, resume
 from coordinator.round.members import unfit
-from coordinator.round.state import Aggregate, Ticked
+from coordinator.round.state import Ticked
 from shared.adapters import kind_of
 from shared.errors import ProtocolError
 from shared.failpoints import failpoint
@@ -31,6 +31,7 @@ from shared.protocol.events import (
     SiteOnline,
     TrainingFailed,
     TrainingProgressed,
+    UnmaskAnswered,
     UploadRequested,
 )
 from shared.protocol.records import (
@@ -40,7 +41,9 @@ from shared.protocol.records import (
     MemberRecord,
     OpenedRecord,
     RejoinedRecord,
+    UnmaskedRecord,
 )
+from shared.secure_sum.opening import check_answer
 from shared.topology import site_queue
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class Coordinator(LiveRun):
             RunDeclined: self.on_run_declined,
             UploadRequested: deltas.on_upload_requested,
             DeltaSubmitted: deltas.on_delta_submitted,
+            UnmaskAnswered: self.on_unmask_answered,
             TrainingFailed: self.on_training_failed,
             TrainingProgressed: self.on_training_progressed,
             AdapterEvaluated: self.on_adapter_evaluated,
@@ -122,7 +126,7 @@ class Coordinator(LiveRun):
                 self.settle()
             if self.state.closing is not None:
                 # A store that was away left the decision undone; this may be of the next round.
-                self.carry_out((Aggregate(self.state.closing),))
+                self.carry_out(filter(None, [next_step(self.state)]))
             self.liveness.saw(sender, self.clock())
             handler(event, sender)
 
@@ -181,6 +185,7 @@ class Coordinator(LiveRun):
             from_round=self._next_round() if self.state.genesis is not None else 0,
             base_parameters=event.base_parameters,
             said=event.said,
+            exchange_key=event.exchange_key if self.config.aggregation.secure else None,
         )
 
     def _say_unfit(self) -> None:
@@ -193,6 +198,27 @@ class Coordinator(LiveRun):
         """Record that the site stays out. Idempotent: one record per site."""
         get_logger().warning("run.declined", reason=event.reason)
         self.record(DeclinedRecord(site=sender, reason=event.reason, said=event.said))
+
+    def on_unmask_answered(self, event: UnmaskAnswered, sender: str) -> None:
+        """Record what a survivor revealed. Idempotent: a site has one answer, on record once.
+
+        One that the decision at hand does not wait for is of a round that is closed by now.
+        """
+        state, survivors = self.state, self.state.survivors
+        if survivors is None or event.round != survivors.cohort.attempt.round:
+            return
+        if event.attempt != survivors.cohort.attempt.number or sender in state.unmasked:
+            return
+        offers = {
+            site: masked.offer(sha)
+            for site, sha in survivors.shas.items()
+            if (masked := state.uncounted[site, event.round].masked) is not None
+        }
+        check_answer(survivors, sender, event.revealed.answer, offers)
+        get_logger().info("sum.answered", round=event.round)
+        self.record(
+            UnmaskedRecord(round=event.round, site=sender, revealed=event.revealed, said=event.said)
+        )
 
     def on_training_failed(self, event: TrainingFailed, sender: str) -> None:
         """Record the failed attempt. Idempotent: one record per attempt, named by its number."""
@@ -298,5 +324,7 @@ class Coordinator(LiveRun):
 
 def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:
     """What is another one now than on record."""
-    names = ("fingerprint", "manifest", "numerics", "bases")
+    names = ["fingerprint", "manifest", "numerics", "bases"]
+    if known.exchange_key is not None:
+        names.append("exchange_key")
     return [name for name in names if getattr(known, name) != getattr(event, name)]

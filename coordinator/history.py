@@ -28,6 +28,7 @@ from shared.protocol.records import (
     OriginRecord,
     PrunedRecord,
     RefusedRecord,
+    UnmaskedRecord,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RoundHistory:
     """One round. What is not on record is None or not there.
 
     Round 0 has a ``genesis`` and no decision. ``accepted``, ``evaluated``: by site. ``refused``,
-    ``failed``: any number of each site's.
+    ``failed``: any number of each site's. ``unmasked``: by site.
     """
 
     number: int
@@ -58,6 +59,7 @@ class RoundHistory:
     refused: list[RefusedRecord] = field(default_factory=list)
     failed: list[FailedRecord] = field(default_factory=list)
     closing: ClosingRecord | None = None
+    unmasked: dict[str, UnmaskedRecord] = field(default_factory=dict)
     closed: ClosedRecord | None = None
     evaluated: dict[str, EvaluatedRecord] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ class RoundHistory:
             *self.refused,
             *self.failed,
             self.closing,
+            *self.unmasked.values(),
             self.genesis,
             self.closed,
             *self.evaluated.values(),
@@ -101,6 +104,8 @@ class RoundHistory:
                 self.failed.append(record)
             case ClosingRecord():
                 self.closing = record
+            case UnmaskedRecord():
+                self.unmasked[record.site] = record
             case ClosedRecord():
                 self.closed = record
             case EvaluatedRecord():

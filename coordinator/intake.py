@@ -7,7 +7,7 @@ again, so nobody who still holds an upload URL can change what was checked.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from coordinator.arrivals import Arrivals, Upload
 from shared import topology
@@ -22,15 +22,20 @@ from shared.errors import (
 from shared.failpoints import failpoint
 from shared.stores.port import read_again
 from shared.tensors.delta_file import check_delta
+from shared.tensors.masked_file import check_masked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from shared.protocol.manifest import Manifest
     from shared.protocol.records import AcceptedRecord
+    from shared.secure_sum.ring import Ring
     from shared.stores.port import ObjectStore, Spooled
     from shared.tensors.delta_file import DeltaHeader
+
+
+Checked = TypeVar("Checked")
 
 
 class _Fault(NamedTuple):
@@ -63,16 +68,29 @@ class Intake:
         Raises DeltaRefusedError with the reason; what was read and is wrong is removed by then.
         Repeatable: a delta that is there already is checked again.
         """
+
+        def check(path: Path) -> float:
+            return check_delta(path, manifest, expected, max_norm, not_zero).norm
+
+        return self._taken(upload, check)
+
+    def take_masked(
+        self, upload: Upload, manifest: Manifest, expected: DeltaHeader, ring: Ring
+    ) -> None:
+        """The same of a masked delta, of which nothing but its form can be checked."""
+        self._taken(upload, lambda path: check_masked(path, manifest, expected, ring))
+
+    def _taken(self, upload: Upload, check: Callable[[Path], Checked]) -> Checked:
         path, is_stored = self._spooled(upload, discards=True)
         try:
-            norm = check_delta(path, manifest, expected, max_norm, not_zero).norm
+            found = check(path)
         except DeltaRefusedError:
             self.discard(upload)
             raise
         failpoint("delta.checked")
         if not is_stored:
             self._put(upload, path)
-        return norm
+        return found
 
     def lost(self, run: str, counted: Iterable[AcceptedRecord]) -> dict[Upload, str]:
         """The deltas that the store does not hold as they were taken, and what is wrong."""

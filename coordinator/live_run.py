@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         GenesisRecord,
         MemberRecord,
         RefusedRecord,
+        UnmaskedRecord,
     )
 
     SiteRecord = (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         | FailedRecord
         | MemberRecord
         | RefusedRecord
+        | UnmaskedRecord
     )
 
 ASK_SECONDS = 60.0  # a site has to send a lost delta again before it is asked once more

@@ -49,6 +49,8 @@ def objections(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None
 def _unwanted(run: RunAnnounced, accept: AcceptSection) -> Iterator[str]:
     if accept.runs is not None and run.run not in accept.runs:
         yield f"accept.runs: expected one of {', '.join(accept.runs)}, got {run.run}"
+    if accept.secure and not run.secure:
+        yield "accept.secure: expected a run with aggregation.secure = true, got one without"
     if accept.models is not None and run.base.model not in accept.models:
         yield f"accept.models: expected one of {', '.join(accept.models)}, got {run.base.model}"
     if accept.models is None and not HUB_ID.fullmatch(run.base.model):
@@ -166,6 +168,8 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
             f"aggregation.averaging: expected {announced.averaging} as announced, "
             f"got {task.averaging}"
         )
+    if announced.secure and task.secure is None:
+        found.append("aggregation.secure: expected true as announced, got a round that is not")
     if codec := objection_to_codec(task.codec, announced):
         found.append(codec)
     # Beyond the end of a schedule the rate is 0: a round across it would be one of few steps.

@@ -16,6 +16,7 @@ from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
 from participant.heads import Heads
 from participant.local_round import train_and_commit
+from participant.secure_round import answer_once
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -40,6 +41,8 @@ from shared.protocol.events import (
     RunFinished,
     SiteOnline,
     TrainingFailed,
+    UnmaskAnswered,
+    UnmaskRequested,
     UploadGranted,
 )
 from shared.protocol.messages import to_coordinator
@@ -57,7 +60,7 @@ ONLINE_EXPIRES_SECONDS = 150.0
 ASK_SECONDS = 60.0
 ASKS = 3  # in that time
 
-Task = RunAnnounced | RoundStarted | UploadGranted | RunFinished
+Task = RunAnnounced | RoundStarted | UploadGranted | UnmaskRequested | RunFinished
 
 
 class Participant:
@@ -86,6 +89,7 @@ class Participant:
             RoundStarted: self.on_round_started,
             UploadGranted: self.on_upload_granted,
             DeltaAnswered: self.on_delta_answered,
+            UnmaskRequested: self.on_unmask_requested,
             RoundClosed: self.on_round_closed,
             RunFinished: self.on_run_finished,
         }
@@ -146,6 +150,11 @@ class Participant:
             return
         get_logger().warning("delta.answered", verdict=event.verdict, reason=event.reason)
         self._site.workspace.forget(event.run, event.round, event.sha)
+
+    def on_unmask_requested(self, event: UnmaskRequested, sender: str) -> None:
+        """Note to answer. Idempotent: there is one answer, which is told again."""
+        del sender
+        self._agenda.note(event)
 
     def on_round_closed(self, event: RoundClosed, sender: str) -> None:
         """Sweep what the closed round made needless. Idempotent: sweeping repeats."""
@@ -209,6 +218,8 @@ class Participant:
                 self._train(task)
             case UploadGranted():
                 self._upload(task)
+            case UnmaskRequested():
+                self._unmask(task)
             case RunFinished():
                 self._evaluate(task)
         self._agenda.done(task)
@@ -218,11 +229,15 @@ class Participant:
         return 0.0 if self.in_hand is None else self._agenda.defer(self.in_hand)
 
     def _next_task(self) -> Task | None:
-        """Getting ready comes first: the queue may announce a round from before a restart.
+        """What a sum waits for comes first: it takes no time and no model.
 
-        Then uploads: a delta that waits behind another training would be late.
+        Then getting ready: the queue may announce a round from before a restart. Then uploads: a
+        delta that waits behind another training would be late.
         """
         tasks = [word for word in self._agenda.due() if isinstance(word, Task)]
+        asked = next((task for task in tasks if isinstance(task, UnmaskRequested)), None)
+        if asked is not None:
+            return asked
         ready = (t for t in tasks if isinstance(t, RunAnnounced))
         later = (t for t in tasks if t.run in self._prepared)
         ordered = sorted(later, key=lambda task: not isinstance(task, UploadGranted))
@@ -267,6 +282,7 @@ class Participant:
                 examples=ready.examples,
                 bases=ready.bases,
                 base_parameters=ready.base_parameters,
+                exchange_key=self._site.workspace.exchange_key().public if task.secure else None,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.
@@ -334,10 +350,22 @@ class Participant:
             self._uploads.forget()
             self._ask_again(task.run, str(error))
             return
-        kept_here = {"expires_at", "settings", "left_out"}
+        kept_here = {"expires_at", "settings", "left_out", "mask_seed", "terms"}
         told = submission.model_dump(exclude=kept_here)
         self._publish(DeltaSubmitted(**told, traffic=self.meter.tell(task.run, task.sha)))
         self.handed_over = True
+
+    def _unmask(self, task: UnmaskRequested) -> None:
+        try:
+            revealed = answer_once(self._site, task)
+        except ProtocolError as error:
+            get_logger().warning("sum.refused", run=task.run, round=task.round, reason=str(error))
+            return
+        answered = UnmaskAnswered(
+            run=task.run, round=task.round, attempt=task.attempt, revealed=revealed
+        )
+        self._publish(answered)
+        get_logger().info("sum.answered", run=task.run, round=task.round)
 
     def _evaluate(self, task: RunFinished) -> None:
         if task.sha is None or task.get_url is None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from participant.checkpoints import settings_digest
 from participant.fetching import fetch_adapter
 from participant.learner.port import RESIDUAL_FILE
+from participant.secure_round import check_terms, mask_delta
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.tensors.masked_file import MASKED
 from shared.tensors.residual import Feedback
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from participant.site import Site
     from participant.workspace import Workspace
     from shared.protocol.events import RoundStarted
+    from shared.protocol.secure import MaskedWith
 
 
 def train_and_commit(
@@ -40,11 +44,14 @@ def train_and_commit(
     workspace = site.workspace
     guard.check_round(task)
     started = time.monotonic()
+    if task.secure is not None:
+        check_terms(site, task, task.secure, ready.manifest)  # before anything is trained for it
     source = fetch_adapter(site, guard, task, ready.manifest)
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
     feedback = _feedback(workspace, task, making)
+    masked: tuple[MaskedWith, bytes] | None = None
     failpoint("learn.before")
     with file_errors(making):
         learned = site.learner.learn(
@@ -55,11 +62,17 @@ def train_and_commit(
             should_stop,
             report,
             workspace.checkpoints(task, site.name),
-            feedback,
+            feedback if task.secure is None else None,
         )
         failpoint("learn.after")
         guard.check_delta(learned)
-        submission = _submission(task, learned, feedback, ready.fingerprint)
+        if task.secure is not None:
+            feedback = feedback or Feedback(None, making / RESIDUAL_FILE, owed=False)
+            digest, offer, seed = mask_delta(
+                site, task, task.secure, ready.manifest, making, feedback
+            )
+            learned, masked = replace(learned, delta=digest), (offer, seed)
+        submission = _submission(task, learned, feedback, ready.fingerprint, masked)
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)
         submission = submission.model_copy(update={"metrics": told})
@@ -85,7 +98,11 @@ def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedbac
 
 
 def _submission(
-    task: RoundStarted, learned: Learned, feedback: Feedback | None, fingerprint: str
+    task: RoundStarted,
+    learned: Learned,
+    feedback: Feedback | None,
+    fingerprint: str,
+    masked: tuple[MaskedWith, bytes] | None,
 ) -> Submission:
     return Submission(
         run=task.run,
@@ -103,5 +120,8 @@ def _submission(
         left_out=feedback.written.sha256 if feedback and feedback.written else None,
         attempt=task.attempt,
         fingerprint=fingerprint,
-        codec=task.codec,
+        codec=task.codec if masked is None else MASKED,
+        masked=masked[0] if masked else None,
+        mask_seed=masked[1].hex() if masked else None,
+        terms=task.secure,
     )

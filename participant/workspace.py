@@ -15,12 +15,15 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
     <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
     <root>/<run>/heads.jsonl                     the run's history as confirmed here (heads.py)
+    <root>/<run>/bonds/<round>.json              what binds this site in a secure sum: to be kept
+    <root>/exchange.key                          by which it shares masks with other sites
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -38,6 +41,9 @@ from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
+from shared.protocol.secure import MaskedWith, Revealed, Secret, SecureTerms
+from shared.secure_sum.answering import Bond
+from shared.secure_sum.exchange import ExchangeKey, ExchangeText
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -52,6 +58,7 @@ ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
 HEADS_FILE = "heads.jsonl"
+EXCHANGE_FILE = "exchange.key"
 
 
 class Submission(Schema):
@@ -61,6 +68,8 @@ class Submission(Schema):
     ``settings``: digest of what it asked for. ``residual``: what became of the one that the round
     began from. ``left_out``: sha256 of the one beside the delta. ``attempt``, ``fingerprint`` (of
     the base model) and ``codec``: as the round asked for it; none in an earlier release's.
+    ``masked``, ``mask_seed``, ``terms``: of a masked delta what goes with it, its own seed, and how
+    it was masked.
     """
 
     run: Name
@@ -79,6 +88,27 @@ class Submission(Schema):
     attempt: Annotated[int, Field(ge=1)] | None = None
     fingerprint: Sha256 | None = None
     codec: str | None = None
+    masked: MaskedWith | None = None
+    mask_seed: Secret | None = None
+    terms: SecureTerms | None = None
+
+
+class KeptBond(Schema):
+    """What binds this site in a round, and the one answer that it gave, if any."""
+
+    attempt: Annotated[int, Field(ge=1)]
+    survivors: str = ""
+    revealed: Revealed | None = None
+
+    @classmethod
+    def of(cls, bond: Bond, revealed: Revealed | None = None) -> Self:
+        """As it is kept."""
+        return cls(attempt=bond.attempt, survivors=bond.survivors, revealed=revealed)
+
+    @property
+    def bond(self) -> Bond:
+        """As it binds."""
+        return Bond(self.attempt, self.survivors, answered=self.revealed is not None)
 
 
 class Training(Schema):
@@ -92,7 +122,8 @@ class TakenPart(Schema):
     """What this site accepted of a run and gave to it.
 
     ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by
-    round. ``evaluated``: the one loss of the run's result that was told.
+    round. ``evaluated``: the one loss of the run's result that was told. ``roster``: exchange keys
+    of other sites, as they were first told.
     """
 
     config_digest: Sha256 | None = None
@@ -100,6 +131,7 @@ class TakenPart(Schema):
     trainings: tuple[Training, ...] = ()
     failures: dict[int, int] = Field(default_factory=dict)
     evaluated: AdapterEvaluated | None = None
+    roster: dict[Name, ExchangeText] = Field(default_factory=dict)
 
 
 class Workspace:
@@ -154,15 +186,64 @@ class Workspace:
 
     def keep_taken_part(self, run: str, taken: TakenPart) -> None:
         """Replace it, whole and durably."""
-        path = self._root / run / TAKEN_PART_FILE
         failpoint("counted.before")
+        self._replace(self._root / run / TAKEN_PART_FILE, taken)
+        failpoint("counted.after")
+
+    def exchange_key(self) -> ExchangeKey:
+        """The key for masks; made when it is first asked for. Raises StoreError.
+
+        It is never made anew: other sites know its public half.
+        """
+        path = self._root / EXCHANGE_FILE
+        with file_errors(path):
+            if not path.exists():
+                make_directories(path.parent)
+                with temporary(path.parent, f".{path.name}-") as new:
+                    handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    with os.fdopen(handle, "w", encoding="ascii") as file:
+                        file.write(ExchangeKey.generate().raw.hex())
+                    sync_path(new)
+                    new.rename(path)
+                sync_path(path.parent)
+            try:
+                return ExchangeKey(bytes.fromhex(path.read_text(encoding="ascii")))
+            except ValueError:
+                raise StoreError(
+                    f"{path}: expected 64 hex digits, got others; restore it from a copy: without "
+                    "it this site takes part in no secure sum that it began"
+                ) from None
+
+    def bond(self, run: str, round_number: int) -> KeptBond | None:
+        """What binds this site in a round. Raises StoreError where that cannot be read."""
+        path = self._bond_path(run, round_number)
+        try:
+            return KeptBond.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError):
+            raise StoreError(
+                f"{path}: expected what binds this site in round {round_number}, got an unreadable "
+                "file; restore it from a copy: without it the site reveals nothing of this round"
+            ) from None
+
+    def keep_bond(self, run: str, round_number: int, kept: KeptBond) -> None:
+        """Replace it, whole and durably."""
+        failpoint("bond.before")
+        self._replace(self._bond_path(run, round_number), kept)
+        failpoint("bond.after")
+
+    def _bond_path(self, run: str, round_number: int) -> Path:
+        return self._root / run / "bonds" / f"{round_number:05d}.json"
+
+    @staticmethod
+    def _replace(path: Path, value: Schema) -> None:
         with file_errors(path):
             make_directories(path.parent)
             with temporary(path.parent, f".{path.name}-") as new:
-                write_new(new, [canonical_json(taken.model_dump(mode="json"))])
+                write_new(new, [canonical_json(value.model_dump(mode="json"))])
                 new.replace(path)
             sync_path(path.parent)
-        failpoint("counted.after")
 
     def traffic_path(self, run: str) -> Path:
         """Where this site counts the bytes of a run."""

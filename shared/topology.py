@@ -25,7 +25,7 @@ REFUSED_QUEUE_LENGTH = 10_000
 MIRROR_QUEUE_LENGTH = 1_000
 MIRROR_QUEUE_BYTES = 64 * 1024 * 1024
 # What sites say, but for the chatter of work in progress.
-MIRRORED = ("ready", "declined", "requested", "submitted", "failed", "evaluated")
+MIRRORED = ("ready", "declined", "requested", "submitted", "unmasked", "failed", "evaluated")
 MIRRORED_ANY = ("online", "refused")
 DELIVERY_LIMIT = 20
 
@@ -302,6 +302,11 @@ def refused_key(run: str, round_number: int, site: str, sha256: str) -> str:
 def failed_key(run: str, round_number: int, site: str, attempt: int) -> str:
     """A local training that failed, and why."""
     return f"{round_prefix(run, round_number)}failed/{site}-{attempt:03d}.json"
+
+
+def unmasked_key(run: str, round_number: int, site: str) -> str:
+    """What a site revealed of the masks of a round's sum."""
+    return f"{round_prefix(run, round_number)}unmasked/{site}.json"
 
 
 def evaluated_key(run: str, round_number: int, site: str) -> str:

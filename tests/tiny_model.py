@@ -54,8 +54,9 @@ def write_federation(
     rounds: int = 3,
     extra: str = "",
     run: str = "",
+    sites: str = "ab",
 ) -> Path:
-    """A federation of two sites over ``model``; the path of its federation.toml.
+    """A federation of these sites over ``model``; the path of its federation.toml.
 
     ``run``: further lines of its [run]; ``extra``: further sections.
     """
@@ -65,7 +66,7 @@ def write_federation(
 [run]
 name = "tiny"
 rounds = {rounds}
-participants = ["a", "b"]
+participants = {json.dumps(list(sites))}
 {run}
 [base]
 model = {json.dumps(str(model))}
@@ -81,10 +82,10 @@ max_answer_tokens = 16
 cpu_threads = 1
 {extra}
 [simulation]
-sites = ["a.toml", "b.toml"]
+sites = {json.dumps([f"{site}.toml" for site in sites])}
 """
     )
-    for number, name in enumerate("ab"):
+    for number, name in enumerate(sites):
         (folder / f"{name}.toml").write_text(
             f'[site]\nname = "{name}"\n[data]\npath = "{name}.jsonl"\nprompt = "prompt"\n'
             'answer = "answer"\nheld_out_fraction = 0.25\n'

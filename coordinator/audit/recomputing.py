@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from coordinator.aggregation.downlink import RoundFiles, close_round, sends_updates
 from coordinator.aggregation.exactness import ROUNDING
 from coordinator.aggregation.server_optimizer import StateFiles
-from coordinator.audit.evidence import UNKNOWN, Evidence
+from coordinator.audit.evidence import UNKNOWN
+from coordinator.audit.secure_sums import SecureSums
 from shared import topology
 from shared.adapters import kind_of
 from shared.errors import DecodeError, DeltaRefusedError, LedgerError, ObjectMissingError
 from shared.methods.averaging import delta_manifest, get_averaging
 from shared.methods.inputs import WeightedDelta
 from shared.tensors.delta_file import DeltaHeader, check_delta
+from shared.tensors.masked_file import check_masked, masked_header, ring_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
 
     from coordinator.aggregation.closing import Aggregated
     from shared.adapters import AdapterSettings
+    from shared.protocol.manifest import Manifest
     from shared.protocol.records import ClosedRecord, ClosingRecord
 
 ENERGY_TOLERANCE = 2e-4  # relative; two units of the last of its five digits
 GAP_TOLERANCE = 2e-3  # relative; one unit of its last of four digits
 
 
-class Recomputing(Evidence):
+class Recomputing(SecureSums):
     """The arithmetic of a round, with the objects that it begins with and those that it leaves."""
 
     def _recompute(
@@ -120,7 +123,7 @@ class Recomputing(Evidence):
         self.result.deltas += 1
         manifest = delta_manifest(self._genesis.manifest, self._config, item.site, item.from_round)
         try:
-            found = check_delta(path, manifest, self._header(closing, index), None)
+            norm = self._norm(closing, index, path, manifest)
         except DeltaRefusedError as error:
             self._find(closing.round, key, str(error))
             return None
@@ -128,8 +131,18 @@ class Recomputing(Evidence):
         if record is not None:
             on_record = record.key(self._ledger.run)
             self._expect(closing.round, on_record, "size", path.stat().st_size, record.size)
-            self._compare(closing.round, on_record, {"norm": found.norm}, {"norm": record.norm})
+            self._compare(closing.round, on_record, {"norm": norm}, {"norm": record.norm})
         return WeightedDelta(item.label(closing.round), path, item.weight, item.scale, manifest)
+
+    def _norm(self, closing: ClosingRecord, index: int, path: Path, manifest: Manifest) -> float:
+        """Of a delta that is as it should be; 0 of a masked one. Raises DeltaRefusedError."""
+        opened, item = self._history.round(closing.round).opened, closing.inputs[index]
+        if opened is None or opened.secure is None:
+            return check_delta(path, manifest, self._header(closing, index), None).norm
+        source_sha = self._sources.get(item.from_round, closing.source_sha)
+        header = masked_header(self._ledger.run, item.from_round, item.site, source_sha)
+        check_masked(path, manifest, header, ring_of(opened.secure))
+        return 0.0
 
     def _header(self, closing: ClosingRecord, index: int) -> DeltaHeader:
         item = closing.inputs[index]

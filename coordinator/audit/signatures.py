@@ -15,6 +15,7 @@ from shared.protocol.events import (
     ParticipantReady,
     RunDeclined,
     TrainingFailed,
+    UnmaskAnswered,
 )
 from shared.protocol.record import SaidRecord
 from shared.protocol.records import (
@@ -25,7 +26,9 @@ from shared.protocol.records import (
     MemberRecord,
     RefusedRecord,
     RejoinedRecord,
+    UnmaskedRecord,
 )
+from shared.tensors.masked_file import MASKED
 from shared.trust.keys import PublicKey
 
 if TYPE_CHECKING:
@@ -35,14 +38,23 @@ if TYPE_CHECKING:
     from shared.protocol.record import Record
 
 # Of what event a record is made, and what the two must say alike.
-_JOINS = ("manifest", "fingerprint", "numerics", "examples", "bases", "base_parameters")
-_COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic")
+_JOINS = (
+    "manifest",
+    "fingerprint",
+    "numerics",
+    "examples",
+    "bases",
+    "base_parameters",
+    "exchange_key",
+)
+_COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic", "masked")
 _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {
     MemberRecord: (ParticipantReady, _JOINS),
     RejoinedRecord: (ParticipantReady, _JOINS),
     DeclinedRecord: (RunDeclined, ("reason",)),
     AcceptedRecord: (DeltaSubmitted, ("round", "sha", *_COUNTS)),
     RefusedRecord: (DeltaSubmitted, ("round", "sha")),
+    UnmaskedRecord: (UnmaskAnswered, ("round", "revealed")),
     FailedRecord: (TrainingFailed, ("round", "attempt", "reason", "retryable")),
     EvaluatedRecord: (AdapterEvaluated, ("round", "sha", "held_out", "traffic")),
 }
@@ -104,7 +116,7 @@ class Signatures:
             wanted = {
                 "source_sha": opened.source_sha if opened else event.source_sha,
                 "fingerprint": genesis.fingerprint if genesis else event.fingerprint,
-                "codec": history.config.codec.name,
+                "codec": MASKED if history.config.aggregation.secure else history.config.codec.name,
             }
             for name, expected in wanted.items():
                 got = getattr(event, name)

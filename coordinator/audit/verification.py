@@ -90,6 +90,8 @@ class _Verifier(Recomputing):
     def _check(self, there: RoundHistory) -> None:
         if there.opened is not None:
             self._check_opened(there.opened)
+            self._check_terms(there.opened)
+        self._check_answers(there.number)
         if there.genesis is not None:
             self._check_genesis(there.genesis)
         if there.closed is not None:
@@ -205,7 +207,12 @@ class _Verifier(Recomputing):
         files = self._round_files(closed, source)
         whole = [delta for delta in deltas if delta is not None]
         again = None
-        if decided and files is not None and len(whole) == len(deltas):
+        complete = len(whole) == len(deltas)
+        if self._config.aggregation.secure and complete:
+            summed = self._summed(closing, whole)
+            self._check_reaches(closed, summed)
+            whole, complete = [summed.delta] if summed else [], summed is not None
+        if decided and files is not None and complete:
             again = self._recompute(closing, closed, whole, files)
         for path in self._scratch.iterdir():
             path.unlink()

@@ -23,6 +23,7 @@ from coordinator.round.state import (
     AnnounceRound,
     AnnounceRun,
     AnswerDelta,
+    AskUnmask,
     Effect,
     Fact,
     MakeGenesis,
@@ -33,8 +34,10 @@ from coordinator.round.state import (
     Update,
     WriteRecord,
 )
+from coordinator.round.unmasking import is_enough, lacks_survivors, terms_for
 from coordinator.round.weighting import clips, shares
 from shared import modes
+from shared.config.secure import SMALLEST_COHORT
 from shared.methods.policies import Trouble, get_policy, given_up, weighting
 from shared.methods.rules import too_few
 from shared.protocol.events import MOST_UPDATES
@@ -55,6 +58,7 @@ from shared.protocol.records import (
     OpenedRecord,
     OriginRecord,
     RefusedRecord,
+    UnmaskedRecord,
 )
 from shared.seeds import derive_seed
 
@@ -89,6 +93,8 @@ def resume(state: RunState) -> tuple[Effect, ...]:
         notifications.append(AnnounceRun(state.waiting_for))
     if state.open_round is not None:
         notifications.append(AnnounceRound(state.waiting_for))
+    if silent := state.silent_survivors:
+        notifications.append(AskUnmask(silent))
     if state.finished is not None:
         notifications.append(AnnounceFinished(tuple(sorted(state.members))))
     step = next_step(state)
@@ -118,6 +124,8 @@ def pending(state: RunState, site: str, *, first: bool = True) -> tuple[Notifica
             notifications.append(AnswerDelta(mine))
         elif first or trouble is None or not given_up(state.config.policy, trouble):
             notifications.append(AnnounceRound((site,)))
+    if site in state.silent_survivors:
+        notifications.append(AskUnmask((site,)))
     return tuple(notifications)
 
 
@@ -126,14 +134,14 @@ def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per
     if state.finished is not None:
         return None
     steering = state.steering
-    if state.closing is not None:
+    if state.closing is not None and _is_open(state):
         return Aggregate(state.closing)
     if steering.stopped is not None:
         return _finish(state, f"stopped: {steering.stopped}", failed=state.genesis is None)
     if state.genesis is None:
         return _toward_genesis(state)
     if state.opened is not None:
-        return _toward_closing(state, state.opened)
+        return None if state.closing else _toward_closing(state, state.opened)
     if steering.paused is not None:
         return None  # not the end either: what is paused may still be extended
     if state.last_round >= state.total_rounds:
@@ -145,6 +153,12 @@ def next_step(state: RunState) -> Step | None:  # noqa: PLR0911 - one return per
     if not steering.in_force(state.members_in(state.last_round + 1)):
         return None  # every site was taken out: only a person can say what now
     return _open_next(state)
+
+
+def _is_open(state: RunState) -> bool:
+    """Whether what was decided can be computed: nothing is masked, or enough survivors answered."""
+    survivors = state.survivors
+    return survivors is None or is_enough(survivors, state.unmasked)
 
 
 def has_converged(state: RunState) -> bool:
@@ -194,7 +208,11 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
         case FailedRecord():
             return _fold_failure(state, fact)
         case ClosingRecord() if state.opened and fact.round == state.opened.round:
-            return replace(state, closing=fact), ()
+            after = replace(state, closing=fact)
+            silent = after.silent_survivors
+            return after, (AskUnmask(silent),) if silent else ()
+        case UnmaskedRecord() if state.closing and fact.round == state.closing.round:
+            return replace(state, unmasked={**state.unmasked, fact.site: fact}), ()
         case ClosedRecord() if state.closing and fact.round == state.closing.round:
             return _fold_closed(state, state.closing, fact)
         case EvaluatedRecord() if fact.sha == state.adapter_sha:
@@ -293,6 +311,7 @@ def _fold_closed(
         opened=None,
         troubles={},
         held_out=(*state.held_out, held_out),
+        unmasked={},
         uncounted=uncounted,
         counted_rounds=rounds,
         last_counted=last,
@@ -333,16 +352,21 @@ def _toward_genesis(state: RunState) -> Step | None:
     return None
 
 
-def _open_next(state: RunState) -> Step:
+def _open_next(state: RunState) -> Step | None:
     section, number = state.config.run, state.last_round + 1
     policy, total = state.config.policy, state.total_rounds
     assert state.adapter_sha is not None  # genesis drew one
     members = state.steering.in_force(state.members_in(number))
     times = [time for one in state.times for time in one]
+    selected = select(state.config.selection, members, section.seed, number)
+    assert state.genesis is not None
+    if state.config.aggregation.secure and len(selected) < SMALLEST_COHORT:
+        return None  # operators took out so many that a sum would give the others away
+    manifest = state.genesis.manifest
     return WriteRecord(
         OpenedRecord(
             round=number,
-            selected=select(state.config.selection, members, section.seed, number),
+            selected=selected,
             source_sha=state.adapter_sha,
             seed=derive_seed(section.seed, "round", number),
             progress_from=(number - 1) / total,
@@ -352,6 +376,7 @@ def _open_next(state: RunState) -> Step:
             rounds=total,
             members=members,
             controls=state.steering.number,
+            secure=terms_for(state.config, manifest, state.members, selected, number, state.closed),
         )
     )
 
@@ -370,6 +395,8 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
         decision = decide(policy, here, uncounted, state.troubles, state.now)
         if decision is None or too_few(section, len(decision.counted)) is not None:
             return None
+    if lacks_survivors(opened, len(decision.counted)) is not None:
+        return None
     mode = section.weights
     share = shares(mode, decision.counted, opened.round)
     clipped = clips(section, decision.counted, opened.round)

@@ -42,6 +42,8 @@ def unfit(
     def left() -> dict[str, MemberRecord]:
         return {site: member for site, member in sorted(members.items()) if site not in found}
 
+    if config.aggregation.secure:
+        found |= _without_key(left())
     found |= _other_base(left(), config, origin, excluded)
     found |= _other_factors(left(), config)
     found |= _other_bases(left(), config)
@@ -55,6 +57,18 @@ def unfit(
             "then no longer the same on every site)",
         )
     return {site: prose(why) for site, why in found.items()}  # it holds what sites said
+
+
+def _without_key(members: Mapping[str, MemberRecord]) -> dict[str, str]:
+    """Who can share no masks: a site of an older release, or one with another's key."""
+    keys = Counter(member.exchange_key for member in members.values())
+    return {
+        site: f"expected an exchange key of its own, which aggregation.secure needs, got "
+        f"{'none' if member.exchange_key is None else 'one that another site has, too'}; update "
+        f"the site, give it a workspace of its own {AGAIN}"
+        for site, member in members.items()
+        if member.exchange_key is None or keys[member.exchange_key] > 1
+    }
 
 
 def misfit(config: FederationConfig, origin: OriginRecord | None) -> str | None:

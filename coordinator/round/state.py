@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
 from coordinator.round.selection import is_among
+from coordinator.round.unmasking import survivors_in
 from shared.protocol.record import Record
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         OpenedRecord,
         OriginRecord,
         RefusedRecord,
+        UnmaskedRecord,
     )
+    from shared.secure_sum.cohort import Survivors
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class AnswerDelta:
 
 
 @dataclass(frozen=True)
+class AskUnmask:
+    """Ask survivors of the decision to reveal what opens the sum."""
+
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AnnounceClosed:
     """Tell members a round's result."""
 
@@ -111,7 +121,9 @@ class AnnounceFinished:
 
 
 Step = MakeGenesis | WriteRecord | Aggregate
-Notification = AnnounceRun | AnnounceRound | AnswerDelta | AnnounceClosed | AnnounceFinished
+Notification = (
+    AnnounceRun | AnnounceRound | AnswerDelta | AskUnmask | AnnounceClosed | AnnounceFinished
+)
 Effect = Step | Notification
 Fact = Record | Ticked
 
@@ -124,6 +136,7 @@ class RunState:
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
     ``verdicts``: the shas that were refused or late, by site and round. ``updates``: the newest, in
     order, without a gap. ``telling``: the sites whose newest delta came with a held-out loss.
+    ``unmasked``: by site what was revealed for the decision at hand.
     """
 
     config: FederationConfig
@@ -150,6 +163,7 @@ class RunState:
     finished: FinishedRecord | None = None
     evaluated: frozenset[str] = frozenset()
     telling: frozenset[str] = frozenset()
+    unmasked: Mapping[str, UnmaskedRecord] = field(default_factory=dict)
 
     @property
     def owed_losses(self) -> frozenset[str]:
@@ -233,17 +247,30 @@ class RunState:
 
     @property
     def waiting_for(self) -> tuple[str, ...]:
-        """Sites whose word is missing: to join, or for the open round."""
+        """Sites whose word is missing: to join, for the open round, or for a decided one's sum."""
         if self.finished is not None:
             return ()
         if self.genesis is None:
             return self.silent or self.steering.in_force(self.unfit)
+        if self.closing is not None:
+            return self.silent_survivors
         opened = self.open_round
         if opened is None:
             return ()
         out = self.steering.excluded
         waited = (s for s in opened.selected if s not in out)
         return tuple(s for s in waited if (s, opened.round) not in self.uncounted)
+
+    @property
+    def survivors(self) -> Survivors | None:
+        """Whose masked deltas the decision sums that is to be carried out now; None: of nobody."""
+        return survivors_in(self.config.run.name, self.opened, self.closing)
+
+    @property
+    def silent_survivors(self) -> tuple[str, ...]:
+        """Those of them who have not answered."""
+        there = self.survivors
+        return tuple(s for s in sorted(there.shas if there else ()) if s not in self.unmasked)
 
     @property
     def steering(self) -> Steering:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.bootstrap import build_coordinator
 from coordinator.live_run import checked_end
+from coordinator.round.unmasking import lacks_survivors
 from gradualdiff.embedded.metering import Meter, MeteredBroker, MeteredTransfer
 from participant.bootstrap import ParticipantRole, build_participant
 from participant.checkpoints import DEFAULT_SECONDS
@@ -188,5 +189,5 @@ def _too_few(state: RunState) -> str:
         return ""
     reachable = state.steering.reachable(state.uncounted)
     there = sum(number == opened.round for _, number in reachable)
-    short = too_few(state.config.aggregation, there)
+    short = too_few(state.config.aggregation, there) or lacks_survivors(opened, there)
     return "" if short is None else f"; {short}"

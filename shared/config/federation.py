@@ -39,6 +39,16 @@ class FederationConfig(FederationTables):
                     return {**tables, "codec": {**_MADE_ANEW, **codec}}
         return tables
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_a_secure_sum(cls, tables: Any) -> Any:
+        """Nobody sees a delta's norm, so the default that asks for it is off."""
+        match tables:
+            case {"aggregation": {"secure": True, **section}}:
+                given = {"clip_to_median": "off", **section, "secure": True}
+                return {**tables, "aggregation": given}
+        return tables
+
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """What tables must have to do with each other."""
         return (
@@ -135,6 +145,8 @@ _BEFORE: dict[str, dict[str, Any]] = {
         "rule": "mean",
         "assumed_bad": 1,
         "clip_to_median": "off",
+        "secure": False,
+        "secure_reach": 0.01,
     },
     "server": ServerSection().model_dump(mode="json"),
     "codec": {"feedback": False, "down": WHOLE, "packed": False},

@@ -132,7 +132,17 @@ class AggregationSection(Section):
     assumed_bad: Positive = 1
     """f: how many bad deltas ``trimmed-mean`` and ``multi-krum`` withstand."""
     clip_to_median: Annotated[float, Field(ge=1)] | Literal["off"] = 3.0
-    """A delta is scaled down to at most this many times the median norm of the round."""
+    """A delta is scaled down to at most this many times the median norm of the round; ``"off"``,
+    and nothing else, with ``secure``.
+    """
+    secure: bool = False
+    """Whether sites mask their deltas, so that the coordinator learns the sum of all and nothing of
+    one. See explanation/secure-sum.md for what it goes with.
+    """
+    secure_reach: Annotated[float, Field(gt=0, le=1e6)] = 0.01
+    """With ``secure``: the largest value of a delta that passes uncut in the first round. Later
+    ones follow from the sums; what is cut off travels later.
+    """
 
 
 class ServerSection(Section):

@@ -127,6 +127,10 @@ class AcceptSection(Section):
     """Whether it takes part in a run with ``averaging = "range-finder"``, in which it sends
     gradients of its text, each over all examples of a round, in place of trainings.
     """
+    secure: bool = False
+    """true: only runs with ``aggregation.secure``, whose coordinator learns the sum of all sites'
+    deltas and nothing of this one's.
+    """
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
 

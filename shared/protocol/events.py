@@ -24,6 +24,8 @@ from shared.protocol.manifest import (
     Traffic,
 )
 from shared.protocol.said import Said
+from shared.protocol.secure import MaskedWith, Revealed, SecureTerms, ShaBySite, SharesBySite
+from shared.secure_sum.exchange import ExchangeText
 from shared.topology import REFUSED_BYTES
 
 MOST_UPDATES = 32  # of one offer
@@ -128,6 +130,8 @@ class RunAnnounced(Event):
     """What a site runs of other packages for it: kind, name, version and distribution."""
     bases: BasesOffered | None = None
     """Where the bases that ``lora.bases`` names are."""
+    secure: bool = False
+    """Whether every round's deltas are masked: no other round of the run is to be trained."""
 
 
 class RoundStarted(Event):
@@ -173,6 +177,8 @@ class RoundStarted(Event):
     """The run's seed, where the run's first adapter, drawn from it, is what the updates start from,
     or without updates the source: the site can draw that itself.
     """
+    secure: SecureTerms | None = None
+    """How the delta is masked; none: it is not."""
 
     @property
     def adapter_sha(self) -> str:
@@ -211,6 +217,20 @@ class DeltaAnswered(Event):
     """What became of the delta."""
     reason: Prose = ""
     """Why."""
+
+
+class UnmaskRequested(Event):
+    """Coordinator -> each survivor, once it is on record whose masked deltas are summed."""
+
+    word = "unmask"
+    run: Name
+    round: Amount
+    attempt: Count = 1
+    """Which try of this round, from 1."""
+    survivors: ShaBySite
+    """Whose deltas are summed: by site the sha256 of its masked delta."""
+    sealed: SharesBySite
+    """By surviving neighbour: the shares that it sealed for this site."""
 
 
 class RoundClosed(Event):
@@ -285,6 +305,8 @@ class ParticipantReady(Event):
     """The bases that it holds, where the adapter has any."""
     base_parameters: Count | None = None
     """Numbers in its base model, packed ones as what they stand for."""
+    exchange_key: ExchangeText | None = None
+    """Public half of the key by which it shares masks with other sites."""
 
 
 class RunDeclined(Event):
@@ -334,6 +356,19 @@ class DeltaSubmitted(Event):
     """Which base model it was trained over."""
     codec: Word | None = None
     """How the delta travels."""
+    masked: MaskedWith | None = None
+    """What goes with the delta where it is masked."""
+
+
+class UnmaskAnswered(Event):
+    """Site -> coordinator, on UnmaskRequested: the one answer, kept at the site before it goes."""
+
+    word = "unmasked"
+    run: Name
+    round: Amount
+    attempt: Count = 1
+    revealed: Revealed
+    """What it reveals."""
 
 
 class TrainingFailed(Event):
@@ -441,6 +476,8 @@ EVENTS: dict[str, type[Event]] = {
         TrainingProgressed,
         AdapterEvaluated,
         MessageRefused,
+        UnmaskRequested,
+        UnmaskAnswered,
         CoordinatorTick,
     )
 }

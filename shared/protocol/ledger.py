@@ -41,6 +41,7 @@ from shared.protocol.records import (
     PrunedRecord,
     RefusedRecord,
     RejoinedRecord,
+    UnmaskedRecord,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ _ORDER: tuple[tuple[str, type[Record]], ...] = (
     ("rounds/*/refused/", RefusedRecord),
     ("rounds/*/failed/", FailedRecord),
     ("rounds/*/closing.json", ClosingRecord),
+    ("rounds/*/unmasked/", UnmaskedRecord),
     ("rounds/*/closed.json", ClosedRecord),
     ("rounds/*/evaluated/", EvaluatedRecord),
     ("finished.json", FinishedRecord),

@@ -36,7 +36,9 @@ from shared.protocol.record import (
     StampedRecord,
     delta_label,
 )
-from shared.trust.keys import PublicText  # noqa: TC001 - pydantic reads it
+from shared.protocol.secure import MaskedWith, Revealed, SecureTerms
+from shared.secure_sum.exchange import ExchangeText
+from shared.trust.keys import PublicText
 
 Named = dict[Annotated[str, StringConstraints(max_length=300)], Sha256]
 
@@ -75,7 +77,7 @@ class MemberRecord(SaidRecord):
     """A site that is ready: what its adapter looks like and what it computes with."""
 
     decides = True
-    newer = ("bases", "base_parameters", "said")
+    newer = ("bases", "base_parameters", "said", "exchange_key")
     site: Name
     manifest: Manifest
     fingerprint: Sha256
@@ -88,6 +90,8 @@ class MemberRecord(SaidRecord):
     base_parameters: Size | None = None
     """Numbers in its base model, packed ones as what they stand for; not there if it did not say.
     """
+    exchange_key: ExchangeText | None = None
+    """With ``aggregation.secure``: by which it shares masks with other sites. Not there without."""
 
     @property
     def word(self) -> int:
@@ -235,6 +239,7 @@ class OpenedRecord(StampedRecord):
     """A round begins: who trains from what, with which seed, on which span of the schedule."""
 
     decides = True
+    newer = ("secure",)
     round: Number
     selected: Names
     """The sites that train."""
@@ -252,6 +257,8 @@ class OpenedRecord(StampedRecord):
     """The sites among which it was selected."""
     controls: ControlNumber = 0
     """How many control records were in force."""
+    secure: SecureTerms | None = None
+    """With ``aggregation.secure``: how its deltas are masked. Not there without."""
 
     @property
     def closes_at(self) -> float | None:
@@ -269,7 +276,7 @@ class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said")
+    newer = ("residual", "traffic", "said", "masked")
     round: Number
     site: Name
     sha: Sha256
@@ -277,7 +284,7 @@ class AcceptedRecord(SaidRecord):
     examples: Size
     tokens: Size
     norm: float
-    """L2 norm of the delta as it was sent, feedback included."""
+    """L2 norm of the delta as it was sent, feedback included; 0 where it is masked."""
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
     residual: Literal["none", "kept", "lost"] = "none"
@@ -286,6 +293,8 @@ class AcceptedRecord(SaidRecord):
     """Bytes that the site moved since its delta before, up to the word of this one. Not there if it
     did not say.
     """
+    masked: MaskedWith | None = None
+    """What goes with the delta where it is masked. Not there where it is not."""
 
     @property
     def remark(self) -> str:
@@ -364,10 +373,23 @@ class ClosingRecord(StampedRecord):
         return topology.round_key(run, self.round, "closing")
 
 
+class UnmaskedRecord(SaidRecord):
+    """What a survivor revealed once the decision was on record: never a word on one delta."""
+
+    round: Number
+    site: Name
+    revealed: Revealed
+    """What it revealed."""
+
+    def key(self, run: str) -> str:
+        """One per site and round."""
+        return topology.unmasked_key(run, self.round, self.site)
+
+
 class ClosedRecord(Record):
     """THE RESULT: a pure function of closing.json and the objects that it names."""
 
-    newer = ("exact_sha", "update_sha", "update_size")
+    newer = ("exact_sha", "update_sha", "update_size", "reaches")
     round: Number
     adapter_sha: Sha256
     adapter_size: Size
@@ -404,6 +426,10 @@ class ClosedRecord(Record):
     """With ``codec.down``: what led from the adapter before to this one. Not there without."""
     update_size: Size | None = None
     """Its bytes. Not there without."""
+    reaches: Annotated[tuple[float, ...], Strict(False)] | None = None
+    """With ``aggregation.secure``: by tensor of the adapter, in the order of their names, the
+    largest value that will pass uncut in the next round that trains it. Not there without.
+    """
 
     def key(self, run: str) -> str:
         """One per round."""

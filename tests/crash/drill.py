@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from tests.servers.seaweedfs import S3Server
 
 ROUNDS = 2
-SITES = ("a", "b")
+SITES = ("a", "b")  # of most rows; Row.sites says whose a row is
 # Loaded by the server that processes are forked from.
 PRELOAD = [
     "tests.crash.drill",
@@ -122,6 +122,7 @@ class Ground:
             self.vhost,
             self.s3,
             rounds=ROUNDS,
+            sites="abc",
             extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\ndown = "int4"\n'
             '[server]\noptimizer = "nesterov"\n',
         )
@@ -141,7 +142,14 @@ class Ground:
         text = self.deployment.federation.read_text()
         text = text.replace('name = "tiny"', f'name = "{run}"', 1)
         assert LORA in text
-        path.write_text(text.replace(LORA, row.settings, 1))
+        text = text.replace(LORA, row.settings, 1)
+        if row.fault == "secure":
+            text = text.replace('name = "uniform4"', 'name = "int8"')
+        everybody, files = (json.dumps([f"{s}{end}" for s in "abc"]) for end in ("", ".toml"))
+        assert everybody in text
+        assert files in text
+        text = text.replace(everybody, json.dumps(list(row.sites)))
+        path.write_text(text.replace(files, json.dumps([f"{site}.toml" for site in row.sites])))
 
     def _drilled(self, row: Row) -> str:
         row = replace(row, point="")
@@ -156,10 +164,12 @@ class Ground:
         done = self.deployment.command("simulate", str(path), "--json")
         return json.loads(done.stdout)["adapter_sha"]
 
-    def _embedded(self, _row: Row) -> str:
-        config, folder = load_federation(self.deployment.federation), self.folder / "embedded"
-        trainers = {}
-        for site in SITES:
+    def _embedded(self, row: Row) -> str:
+        folder = self.folder / f"embedded-{row.sites}"
+        path = self.deployment.federation.with_name(f"{folder.name}.toml")
+        self.write_federation(path, folder.name, row)
+        config, trainers = load_federation(path), {}
+        for site in row.sites:
             (folder / site).mkdir(parents=True)
             trainers[site] = TinyTrainer(site, folder / site)
         embedding = Embedding(
@@ -227,7 +237,7 @@ class Drill:
             shutil.copy(base.folder / secret, self.folder)
         self.federation = self.folder / "federation.toml"
         self.ground.write_federation(self.federation, self.run, self.row)
-        for site in SITES:
+        for site in self.row.sites:
             shutil.copytree(base.site_toml(site).parent, self.folder / site)
             # Due after every step, so that a kill may cost one.
             toml = self.folder / site / "site.toml"
@@ -235,7 +245,7 @@ class Drill:
             toml.write_text(toml.read_text().replace("[site]", often, 1))
         office = open_servers(self.federation)
         self.store = office.store
-        declare_sites(office, list(SITES))
+        declare_sites(office, list(self.row.sites))
 
     def start(self, name: str, *, real: bool = False, **orders: Any) -> Life:
         """Start the coordinator or a site; ``orders`` as in ``Orders``."""
@@ -276,7 +286,7 @@ class Drill:
         """End all of it."""
         for life in self.lives:
             life.kill()
-        for queue in (coordinator_queue(self.run), *map(site_queue, SITES)):
+        for queue in (coordinator_queue(self.run), *map(site_queue, self.row.sites)):
             self.ground.drop_queue(queue)
 
     def ledger(self) -> Ledger:
@@ -322,7 +332,7 @@ def carry_out(drill: Drill) -> float | None:
 def _start_all(drill: Drill, row: Row, victim: str) -> Life:
     """The coordinator, then the sites: what they say first is to find its queue; the victim."""
     armed = {"point": row.point, "hit": row.hit, "pause": row.pause}
-    for name in ("coordinator", *SITES):
+    for name in ("coordinator", *row.sites):
         orders: dict[str, Any] = {"fault": row.fault} if name in _sick(row) else {}
         orders |= armed if name == victim else {}
         life = drill.start(name, real=row.real, **orders)
@@ -391,7 +401,7 @@ def check(drill: Drill) -> None:
     closings = [record for record in history if isinstance(record, ClosingRecord)]
     counted = [[(i.site, i.from_round) for i in closing.inputs] for closing in closings]
     assert counted == row.counted, name
-    for site in SITES:
+    for site in row.sites:
         rounds = [number for inputs in counted for one, number in inputs if one == site]
         disturbed = row is not UNDISTURBED and site == "a"
         least = len(rounds) + (row.again if disturbed else 0)

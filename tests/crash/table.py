@@ -2,9 +2,9 @@
 
 A row is a run of two sites over two rounds, whose codec leaves a residual, whose server's optimiser
 has a state and whose adapters travel as updates, in which one process dies at one point. Some
-rows train cores of a real model, and in some a late delta is carried into the second round. Points
-stand in the order in which a run reaches them. To add a point: a line in the right list, and where
-needed what is special about it in ``SPECIAL``.
+rows train cores of a real model, in some a late delta is carried into the second round, and in some
+three sites mask their deltas. Points stand in the order in which a run reaches them. To add a
+point: a line in the right list, and where needed what is special about it in ``SPECIAL``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ RECORDED = ("record.before", "record.after")
 
 LORA = "[lora]\n"  # of the federation's file
 CORE = '[lora]\nkind = "core"\n'
+SECURE = f"""[aggregation]
+secure = true
+secure_reach = 0.1
+{LORA}"""
 CARRY = f"""[policy]
 kind = "quorum"
 quorum = 1
@@ -64,14 +68,21 @@ class Row:
     @property
     def settings(self) -> str:
         """What stands in the federation's file in place of ``LORA``."""
+        if self.fault == "secure":
+            return SECURE
         return CARRY if self.fault == "late" else CORE if self.core else LORA
+
+    @property
+    def sites(self) -> str:
+        """Whose run it is."""
+        return "abc" if self.fault == "secure" else "ab"
 
     @property
     def counted(self) -> list[list[tuple[str, int]]]:
         """Of each round, site and round of what it counts."""
         if self.fault == "late":
             return [[("b", 1)], [("a", 1), ("a", 2)]]
-        return [[("a", number), ("b", number)] for number in (1, 2)]
+        return [[(site, number) for site in self.sites] for number in (1, 2)]
 
     @property
     def pause(self) -> float:
@@ -211,6 +222,9 @@ OF_COORDINATOR = ("parts", "inbox", "together")
 # What a kill at a point costs, and points that are worth a second kill, later in the run.
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("participant", "learn.after"): {"again": 1},
+    ("participant", "bond.before"): {"again": 1},
+    ("participant", "bond.after"): {"again": 1},
+    ("participant", "delta.masked"): {"again": 1},
     ("participant", "commit.written"): {"again": 1},
     ("participant", "commit.before"): {"again": 1},
     # Killed before the answer was acknowledged, it is told of the refusal once more.
@@ -283,6 +297,29 @@ LATE = [
 # Of which records a link is depends on what came together; a run has at least six.
 LINKS = [(f"{stage}:link", hit) for hit in (4, 5, 6) for stage in RECORDED]
 
+# Three sites, whose deltas are masked: what else there is to be killed at.
+MASKED = {
+    "participant": [
+        "bond.before",
+        "bond.after",
+        "delta.masked",
+        "commit.before",
+        "commit.renamed",
+        "upload.after",
+        *around(ACKNOWLEDGED, "UnmaskRequested"),
+        "answer.kept",
+        *around(PUBLISHED, "UnmaskAnswered"),
+    ],
+    "coordinator": [
+        *around(RECORDED, "opened", "accepted", "closing"),
+        *around(PUBLISHED, "UnmaskRequested"),
+        *around(RECORDED, "unmasked"),
+        *around(ACKNOWLEDGED, "UnmaskAnswered"),
+        "sum.opened",
+        *around(RECORDED, "closed"),
+    ],
+}
+
 # (role, whole point or its subject) -> why no row kills there.
 EXEMPT: dict[tuple[str, str], str] = {
     ("coordinator", f"{stage}:{word}"): (
@@ -324,6 +361,11 @@ def _rows() -> list[Row]:
     ]
     found += [Row(role, point, hit, real=True, core=True) for role, point, hit in REAL_CORES]
     found += [Row("coordinator", point, hit) for point, hit in LINKS]
+    found += [
+        Row(role, point, fault="secure", **SPECIAL.get((role, point), {}))
+        for role, points in MASKED.items()
+        for point in points
+    ]
     return found + [Row(role, point, hit, "late") for role, point, hit in LATE]
 
 

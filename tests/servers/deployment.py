@@ -37,7 +37,7 @@ EXACT = '[codec]\nname = "fp32"\ndown = "whole"\n'  # an adapter's bytes travel 
 
 @dataclass
 class Deployment:
-    """One federation over one virtual host and one bucket. Sites ``a`` and ``b``.
+    """One federation over one virtual host and one bucket. ``sites``: each a letter.
 
     Without a model the sites train in numpy, and start in a blink. ``proxies``: by whose line
     ("coordinator broker", "a broker", "coordinator store", "sites store") what it goes through;
@@ -56,6 +56,7 @@ class Deployment:
     proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
     width: int = 8  # numpy only: an adapter and a delta have 16 times as many bytes, and some
     settings: str = ""  # constants that are shorter in all processes, for tests.servers.armed
+    sites: str = "ab"
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class Deployment:
             rounds=self.rounds,
             extra=self.extra + self._servers(),
             run=self.run,
+            sites=self.sites,
         )
         self._secrets()
         self.rabbit.api(
@@ -75,7 +77,7 @@ class Deployment:
         everything = {"configure": ".*", "write": ".*", "read": ".*"}
         self.rabbit.api("PUT", f"permissions/{self.vhost}/coordinator", everything)
         self.command("setup", str(self.federation), "--kits", str(self.folder / "kits"))
-        for name in "ab":
+        for name in self.sites:
             self._fill_kit(name)
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -160,9 +162,9 @@ class Deployment:
         records = self.ledger().history()
         return [record for record in records if isinstance(record, ClosingRecord)]
 
-    def wanted(self, names: str = "ab") -> str:
+    def wanted(self, names: str = "") -> str:
         """The digest of the same federation, undisturbed, of these sites alone in one process."""
-        config = load_federation(self.federation)
+        config, names = load_federation(self.federation), names or self.sites
         run = config.run.model_copy(update={"participants": tuple(names)})
         config = config.model_copy(update={"run": run})
         sites = {name: NumpyLearner(name, manifest=manifest_of(self.width)) for name in names}
@@ -214,7 +216,7 @@ class Deployment:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(PATIENCE_SECONDS)
-        for name in ("a", "b", "coordinator"):
+        for name in (*self.sites, "coordinator"):
             with contextlib.suppress(urllib.error.HTTPError):
                 self.rabbit.api("DELETE", f"users/{name}")
 

@@ -34,6 +34,8 @@ from shared.protocol.events import (
     SiteOnline,
     TrainingFailed,
     TrainingProgressed,
+    UnmaskAnswered,
+    UnmaskRequested,
     UploadGranted,
     UploadRequested,
     WireBase,
@@ -41,6 +43,7 @@ from shared.protocol.events import (
     WireTraining,
 )
 from shared.protocol.manifest import HeldOut, LocalMetrics, Manifest, Numerics, TensorSpec
+from shared.protocol.secure import Revealed
 from shared.protocol.wire import decode, encode
 
 A, B = "a" * 64, "b" * 64
@@ -129,6 +132,12 @@ EXAMPLES = [
     ),
     AdapterEvaluated(run="r1", round=3, sha=A, held_out=HELD_OUT),
     MessageRefused(run=None, queue="q", sender=None, reason="no event", data=b"\x00\xff"),
+    UnmaskRequested(
+        run="r1", round=3, survivors={"site-a": A, "site-b": B}, sealed={"site-b": "00ff"}
+    ),
+    UnmaskAnswered(
+        run="r1", round=3, revealed=Revealed(own=A, keys={"site-c": B}, shares={"site-b": "00ff"})
+    ),
     CoordinatorTick(run="r1", writer="w", now=1.5),
 ]
 TICK = EXAMPLES[-1]

@@ -64,6 +64,7 @@ class Int4:
     name: str = "int4"
     version: int = 1
     exact: bool = False
+    levels: int = _LEVELS
 
     def misfits(self, _config: FederationConfig, /) -> Iterator[str]:
         """None."""

@@ -38,6 +38,7 @@ class Int8:
     name: str = "int8"
     version: int = 1
     exact: bool = False
+    levels: int = _LEVELS
 
     def misfits(self, _config: FederationConfig, /) -> Iterator[str]:
         """None."""

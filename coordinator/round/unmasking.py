@@ -1,0 +1,84 @@
+"""A secure round: on which terms it is masked, and whose answers its sum still waits for. Pure.
+
+The decision that is on record (``closing.json``) is the set of survivors: nothing is asked before,
+and no other set is ever asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.config.secure import fewest_survivors, levels_of
+from shared.methods.averaging import delta_manifest
+from shared.protocol.secure import SecureTerms, survivors_of
+from shared.secure_sum.said import waits_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shared.config import FederationConfig
+    from shared.protocol.manifest import Manifest
+    from shared.protocol.records import (
+        ClosedRecord,
+        ClosingRecord,
+        MemberRecord,
+        OpenedRecord,
+        UnmaskedRecord,
+    )
+    from shared.secure_sum.cohort import Survivors
+
+
+def terms_for(
+    config: FederationConfig,
+    manifest: Manifest,
+    members: Mapping[str, MemberRecord],
+    selected: tuple[str, ...],
+    number: int,
+    before: ClosedRecord | None,
+) -> SecureTerms | None:
+    """How the deltas of round ``number`` are masked; None where the run has no secure sum.
+
+    ``manifest``: the run's; ``before``: the result of the round before, None for the first.
+    """
+    if not config.aggregation.secure:
+        return None
+    names = sorted(spec.name for spec in manifest.tensors)
+    known = before.reaches if before is not None else None
+    reaches = dict(zip(names, known, strict=True)) if known is not None else {}
+    trained = delta_manifest(manifest, config, selected[0], number)
+    first = config.aggregation.secure_reach
+    return SecureTerms(
+        roster={site: key for site in selected if (key := members[site].exchange_key) is not None},
+        levels=levels_of(config),
+        reaches=tuple(
+            reaches.get(name, first) for name in sorted(spec.name for spec in trained.tensors)
+        ),
+    )
+
+
+def lacks_survivors(opened: OpenedRecord, count: int) -> str | None:
+    """Why a decision that counts ``count`` deltas would never be unmasked; None if it would."""
+    if opened.secure is None:
+        return None
+    wanted = fewest_survivors(len(opened.secure.roster))
+    if count >= wanted:
+        return None
+    return (
+        f"expected {wanted} masked deltas of {len(opened.secure.roster)} or more, got {count}: "
+        "sites reveal nothing for fewer (aggregation.secure)"
+    )
+
+
+def survivors_in(
+    run: str, opened: OpenedRecord | None, closing: ClosingRecord | None
+) -> Survivors | None:
+    """The survivors of a decision; None without one, and where nothing is masked."""
+    if opened is None or opened.secure is None or closing is None:
+        return None
+    shas = {item.site: item.sha for item in closing.inputs}
+    return survivors_of(opened.secure, run, opened.round, shas)
+
+
+def is_enough(survivors: Survivors, answers: Mapping[str, UnmaskedRecord]) -> bool:
+    """Whether these answers open the sum."""
+    return not waits_for(survivors, {s: record.revealed.answer for s, record in answers.items()})

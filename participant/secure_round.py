@@ -1,0 +1,144 @@
+"""A site's part of a secure sum: its delta masked before it is committed, and its one answer.
+
+What binds the site (``Bond``) is on disk before anything that follows from it leaves.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from participant.learner.port import DELTA_FILE
+from participant.workspace import KeptBond
+from shared.errors import NotAcceptedError, ProtocolError
+from shared.failpoints import failpoint
+from shared.methods.averaging import get_averaging
+from shared.protocol.secure import MaskedWith, Revealed, survivors_of
+from shared.secure_sum.answering import Bond, answer
+from shared.secure_sum.masking import Masking, pairs_of
+from shared.secure_sum.said import SEED_BYTES
+from shared.tensors.delta_file import DeltaFile
+from shared.tensors.masked_file import masked_header, write_masked
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from participant.site import Site
+    from participant.workspace import Submission, Workspace
+    from shared.protocol.events import RoundStarted, UnmaskRequested
+    from shared.protocol.manifest import Manifest
+    from shared.protocol.secure import SecureTerms
+    from shared.secure_sum.cohort import Cohort
+    from shared.tensors.residual import Feedback
+    from shared.tensors.tensor_file import FileDigest
+
+
+def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Manifest) -> Cohort:
+    """The cohort of a round that this site may mask for. Raises NotAcceptedError.
+
+    A key that another site was known by is never exchanged: who could do that stands between them.
+    """
+    taken, own = site.workspace.taken_part(task.run), site.workspace.exchange_key().public
+    try:
+        cohort = terms.cohort(task.run, task.round)
+    except ProtocolError as error:
+        raise NotAcceptedError(str(error)) from None
+    known = {**taken.roster, site.name: own}
+    changed = sorted(s for s, key in known.items() if terms.roster.get(s, key) != key)
+    if site.name not in terms.roster or changed:
+        raise NotAcceptedError(
+            f"cohort of round {task.round}: expected this site, and the exchange keys known of "
+            f"run {task.run}; got {'another of ' + ', '.join(changed) if changed else 'others'}. "
+            "Whoever lost a key needs another run"
+        )
+    trained = get_averaging(task.averaging).trained_in(manifest, task.round)
+    if len(terms.reaches) != len(trained.tensors):
+        raise NotAcceptedError(
+            f"cohort of round {task.round}: expected a reach for each of {len(trained.tensors)} "
+            f"tensors, got {len(terms.reaches)}"
+        )
+    if taken.roster.keys() != (known | terms.roster).keys():
+        update = {"roster": {**terms.roster, **known}}
+        site.workspace.keep_taken_part(task.run, taken.model_copy(update=update))
+    return cohort
+
+
+def mask_delta(
+    site: Site,
+    task: RoundStarted,
+    terms: SecureTerms,
+    manifest: Manifest,
+    making: Path,
+    feedback: Feedback,
+) -> tuple[FileDigest, MaskedWith, bytes]:
+    """Put a masked delta in the place of the trained one; what it is, and the site's own seed.
+
+    Raises NotAcceptedError, and DeltaRefusedError for values that are not finite.
+    """
+    cohort = check_terms(site, task, terms, manifest)
+    _bind(site.workspace, cohort)
+    pairs = pairs_of(cohort, site.name, site.workspace.exchange_key())
+    seed = os.urandom(SEED_BYTES)
+    masking = Masking(cohort, site.name, pairs, seed)
+    trained = get_averaging(task.averaging).trained_in(manifest, task.round)
+    header = masked_header(task.run, task.round, site.name, task.source_sha)
+    plain, masked = making / DELTA_FILE, making / "masked"
+    with DeltaFile(plain, trained) as delta:
+        digest = write_masked(
+            masked,
+            trained,
+            header,
+            terms,
+            masking,
+            delta.read,
+            feedback,
+            packed=task.packed,
+        )
+    masked.replace(plain)
+    failpoint("delta.masked")
+    return digest, MaskedWith.of(masking.offer(digest.sha256)), seed
+
+
+def _bind(workspace: Workspace, cohort: Cohort) -> None:
+    attempt = cohort.attempt
+    kept = workspace.bond(attempt.run, attempt.round)
+    try:
+        bond = kept.bond.to_attempt(attempt) if kept else Bond(attempt.number)
+    except ProtocolError as error:
+        raise NotAcceptedError(f"{error}; take another run.name") from None
+    workspace.keep_bond(attempt.run, attempt.round, KeptBond.of(bond))
+
+
+def answer_once(site: Site, task: UnmaskRequested) -> Revealed:
+    """The site's one answer, made or met again; on disk when this returns. Raises ProtocolError.
+
+    Whatever is asked and however often, for one round this is revealed and nothing else.
+    """
+    workspace = site.workspace
+    kept = workspace.bond(task.run, task.round)
+    submission = workspace.committed(task.run, task.round, task.survivors.get(site.name, ""))
+    if kept is None or submission is None or submission.terms is None:
+        raise ProtocolError(
+            f"survivors of round {task.round}: expected this site with a masked delta that it "
+            "holds, got none; its neighbours answer for it"
+        )
+    terms = submission.terms
+    if task.attempt != terms.number:
+        raise ProtocolError(f"attempt: expected {terms.number}, got {task.attempt}")
+    survivors = survivors_of(terms, task.run, task.round, task.survivors)
+    bond = kept.bond.to_survivors(survivors, answered=True)
+    if kept.revealed is not None:
+        return kept.revealed
+    sealed = {other: bytes.fromhex(text) for other, text in task.sealed.items()}
+    pairs = pairs_of(survivors.cohort, site.name, workspace.exchange_key())
+    seed = _seed_of(submission)
+    told = answer(survivors, site.name, pairs, seed, submission.sha, sealed)
+    revealed = Revealed.of(told)
+    workspace.keep_bond(task.run, task.round, KeptBond.of(bond, revealed))
+    failpoint("answer.kept")
+    return revealed
+
+
+def _seed_of(submission: Submission) -> bytes:
+    assert submission.mask_seed is not None  # it was committed with the terms
+    return bytes.fromhex(submission.mask_seed)

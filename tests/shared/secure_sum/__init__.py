@@ -1,0 +1,1 @@
+"""The secure sum: its parts, then whole sums with sites that go away."""
