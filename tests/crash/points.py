@@ -59,7 +59,8 @@ def _roles(path: Path) -> frozenset[str]:
 
 def subjects() -> set[tuple[str, str]]:
     """(role, whole point) for every kind of record, and every event that a role says or hears."""
-    kinds = [kind for kind in _subclasses(records.Record) if kind is not records.StampedRecord]
+    bases = (records.StampedRecord, records.SaidRecord)
+    kinds = [kind for kind in _subclasses(records.Record) if kind not in bases]
     words = [kind.__name__.removesuffix("Record").lower() for kind in kinds]
     heard = {"coordinator": _heard(Coordinator, Deltas), "participant": _heard(Participant)}
     # A refusal is published by whoever could not use a message; a tick is the coordinator's own.
