@@ -14,6 +14,7 @@ from shared.protocol.events import CoordinatorTick, Event, MessageRefused
 from tests.crash.table import ACKNOWLEDGED, PUBLISHED, RECORDED
 
 ROOT = Path(__file__).parents[2]
+_BASES = ("StampedRecord", "SaidRecord")  # of records, and none themselves
 FOLDERS = ("coordinator", "participant", "shared")
 
 
@@ -59,7 +60,7 @@ def _roles(path: Path) -> frozenset[str]:
 
 def subjects() -> set[tuple[str, str]]:
     """(role, whole point) for every kind of record, and every event that a role says or hears."""
-    kinds = [kind for kind in _subclasses(records.Record) if kind is not records.StampedRecord]
+    kinds = [kind for kind in _subclasses(records.Record) if kind.__name__ not in _BASES]
     words = [kind.__name__.removesuffix("Record").lower() for kind in kinds]
     heard = {"coordinator": _heard(Coordinator, Deltas), "participant": _heard(Participant)}
     # A refusal is published by whoever could not use a message; a tick is the coordinator's own.
