@@ -71,7 +71,7 @@ class Ring:
         return np.concatenate(planes)
 
     def unpack(self, data: NDArray[np.uint8], count: int) -> NDArray[Any]:
-        """``count`` words; what follows the last is not looked at. Raises DecodeError for a length."""
+        """``count`` words; bits after the last are left alone. Raises DecodeError for a length."""
         if data.size != self.packed_bytes(count):
             raise DecodeError(
                 f"packed ring of {self.bits} bits: expected {self.packed_bytes(count)} bytes for "
