@@ -133,6 +133,7 @@ class Announcer:
             attempt=attempt.number,
             survivors=dict(survivors.shas),
             sealed={other: masked.sealed[site] for other, masked in told.items() if masked},
+            signatures=dict(state.signatures) if state.may_unmask else {},
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:

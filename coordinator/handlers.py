@@ -15,7 +15,7 @@ from coordinator.deltas import Deltas
 from coordinator.live_run import LiveRun
 from coordinator.round.machine import next_step, pending, resume
 from coordinator.round.members import unfit
-from coordinator.round.state import Ticked
+from coordinator.round.state import SetSigned, Ticked
 from shared.adapters import kind_of
 from shared.errors import ProtocolError
 from shared.failpoints import failpoint
@@ -29,6 +29,7 @@ from shared.protocol.events import (
     ParticipantReady,
     RunDeclined,
     SiteOnline,
+    SurvivorsSigned,
     TrainingFailed,
     TrainingProgressed,
     UnmaskAnswered,
@@ -81,6 +82,7 @@ class Coordinator(LiveRun):
             RunDeclined: self.on_run_declined,
             UploadRequested: deltas.on_upload_requested,
             DeltaSubmitted: deltas.on_delta_submitted,
+            SurvivorsSigned: self.on_survivors_signed,
             UnmaskAnswered: self.on_unmask_answered,
             TrainingFailed: self.on_training_failed,
             TrainingProgressed: self.on_training_progressed,
@@ -185,7 +187,7 @@ class Coordinator(LiveRun):
             from_round=self._next_round() if self.state.genesis is not None else 0,
             base_parameters=event.base_parameters,
             said=event.said,
-            exchange_key=event.exchange_key if self.config.aggregation.secure else None,
+            exchange=event.exchange if self.config.aggregation.secure else None,
         )
 
     def _say_unfit(self) -> None:
@@ -198,6 +200,22 @@ class Coordinator(LiveRun):
         """Record that the site stays out. Idempotent: one record per site."""
         get_logger().warning("run.declined", reason=event.reason)
         self.record(DeclinedRecord(site=sender, reason=event.reason, said=event.said))
+
+    def on_survivors_signed(self, event: SurvivorsSigned, sender: str) -> None:
+        """Keep a signature of the decision's set. Idempotent: it is the same one each time.
+
+        No record is made of it: after a restart sites are asked again, and sign the same.
+        """
+        self.settle()
+        state, survivors = self.state, self.state.survivors
+        if survivors is None or event.round != survivors.cohort.attempt.round:
+            return
+        terms = state.opened.secure if state.opened else None
+        identity = terms.identities.get(sender) if terms else None
+        if identity is None or sender not in survivors.shas:
+            raise ProtocolError(f"signature: expected one of a survivor that signs, got {sender}'s")
+        identity.verify("survivors", bytes.fromhex(event.signature), survivors.signed)
+        self.feed(SetSigned(event.round, sender, event.signature))
 
     def on_unmask_answered(self, event: UnmaskAnswered, sender: str) -> None:
         """Record what a survivor revealed. Idempotent: a site has one answer, on record once.
@@ -325,6 +343,6 @@ class Coordinator(LiveRun):
 def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:
     """What is another one now than on record."""
     names = ["fingerprint", "manifest", "numerics", "bases"]
-    if known.exchange_key is not None:
-        names.append("exchange_key")
+    if known.exchange is not None:
+        names.append("exchange")
     return [name for name in names if getattr(known, name) != getattr(event, name)]

@@ -16,7 +16,7 @@ from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
 from participant.heads import Heads
 from participant.local_round import train_and_commit
-from participant.secure_round import answer_once
+from participant.secure_round import answer_once, exchange_of, sign_once
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -40,6 +40,7 @@ from shared.protocol.events import (
     RunDeclined,
     RunFinished,
     SiteOnline,
+    SurvivorsSigned,
     TrainingFailed,
     UnmaskAnswered,
     UnmaskRequested,
@@ -282,7 +283,7 @@ class Participant:
                 examples=ready.examples,
                 bases=ready.bases,
                 base_parameters=ready.base_parameters,
-                exchange_key=self._site.workspace.exchange_key().public if task.secure else None,
+                exchange=exchange_of(self._site) if task.secure else None,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.
@@ -357,6 +358,14 @@ class Participant:
 
     def _unmask(self, task: UnmaskRequested) -> None:
         try:
+            signature = sign_once(self._site, task)
+            if signature is not None:
+                self._publish(
+                    SurvivorsSigned(
+                        run=task.run, round=task.round, attempt=task.attempt, signature=signature
+                    )
+                )
+                return
             revealed = answer_once(self._site, task)
         except ProtocolError as error:
             get_logger().warning("sum.refused", run=task.run, round=task.round, reason=str(error))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from participant.learner.port import DELTA_FILE
 from participant.workspace import KeptBond
-from shared.errors import NotAcceptedError, ProtocolError
+from shared.errors import NotAcceptedError, ProtocolError, SignatureError
 from shared.failpoints import failpoint
 from shared.methods.averaging import get_averaging
-from shared.protocol.secure import MaskedWith, Revealed, survivors_of
+from shared.protocol.secure import Exchange, MaskedWith, Revealed, survivors_of
 from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.masking import Masking, pairs_of
 from shared.secure_sum.said import SEED_BYTES
@@ -21,6 +21,7 @@ from shared.tensors.delta_file import DeltaFile
 from shared.tensors.masked_file import masked_header, write_masked
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from participant.site import Site
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from shared.protocol.events import RoundStarted, UnmaskRequested
     from shared.protocol.manifest import Manifest
     from shared.protocol.secure import SecureTerms
-    from shared.secure_sum.cohort import Cohort
+    from shared.secure_sum.cohort import Cohort, Survivors
     from shared.tensors.residual import Feedback
     from shared.tensors.tensor_file import FileDigest
 
@@ -38,19 +39,22 @@ def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Ma
 
     A key that another site was known by is never exchanged: who could do that stands between them.
     """
-    taken, own = site.workspace.taken_part(task.run), site.workspace.exchange_key().public
+    taken, own = site.workspace.taken_part(task.run), exchange_of(site)
     try:
         cohort = terms.cohort(task.run, task.round)
     except ProtocolError as error:
         raise NotAcceptedError(str(error)) from None
     known = {**taken.roster, site.name: own}
-    changed = sorted(s for s, key in known.items() if terms.roster.get(s, key) != key)
+    changed = sorted(s for s, one in known.items() if terms.roster.get(s, one) != one)
     if site.name not in terms.roster or changed:
         raise NotAcceptedError(
             f"cohort of round {task.round}: expected this site, and the exchange keys known of "
             f"run {task.run}; got {'another of ' + ', '.join(changed) if changed else 'others'}. "
             "Whoever lost a key needs another run"
         )
+    peers = site.accept.peers if site.accept is not None else {}
+    if peers or site.trust.key is not None:
+        _check_identities(site.name, terms, peers)
     trained = get_averaging(task.averaging).trained_in(manifest, task.round)
     if len(terms.reaches) != len(trained.tensors):
         raise NotAcceptedError(
@@ -61,6 +65,21 @@ def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Ma
         update = {"roster": {**terms.roster, **known}}
         site.workspace.keep_taken_part(task.run, taken.model_copy(update=update))
     return cohort
+
+
+def _check_identities(own: str, terms: SecureTerms, peers: Mapping[str, str]) -> None:
+    """Each site of the cohort signed its key, with the identity that is known of it here."""
+    for name, exchange in terms.roster.items():
+        try:
+            exchange.check(name)
+        except SignatureError as error:
+            raise NotAcceptedError(str(error)) from None
+        if peers and name != own and peers.get(name) != exchange.identity:
+            raise NotAcceptedError(
+                f"accept.peers: expected sites that are named there with the keys they sign with, "
+                f"got {name} with {exchange.identity}; ask {name}'s operator for the key, or begin "
+                "a run without it"
+            )
 
 
 def mask_delta(
@@ -109,23 +128,40 @@ def _bind(workspace: Workspace, cohort: Cohort) -> None:
     workspace.keep_bond(attempt.run, attempt.round, KeptBond.of(bond))
 
 
+def exchange_of(site: Site) -> Exchange:
+    """By what this site shares masks with others; signed, if it signs at all."""
+    return Exchange.of(site.name, site.workspace.exchange_key().public, site.trust.key)
+
+
+def sign_once(site: Site, task: UnmaskRequested) -> str | None:
+    """The site's signature of the set that it is shown first, and of no other in this attempt.
+
+    None where it is time to answer: two thirds signed it, or this run's sites do not sign. What
+    binds the site to the set is on disk when this returns. Raises ProtocolError.
+    """
+    submission, kept, survivors = _asked(site, task)
+    identities = submission.terms.identities if submission.terms else {}
+    if not identities or kept.revealed is not None:
+        return None
+    bond = kept.bond.to_survivors(survivors)
+    if task.signatures:
+        signatures = {name: bytes.fromhex(text) for name, text in task.signatures.items()}
+        survivors.check_signatures(signatures, identities)
+        return None
+    if site.trust.key is None:
+        raise ProtocolError("survivors: expected a key to sign them with, got none at this site")
+    site.workspace.keep_bond(task.run, task.round, KeptBond.of(bond))
+    return survivors.sign(site.trust.key).hex()
+
+
 def answer_once(site: Site, task: UnmaskRequested) -> Revealed:
     """The site's one answer, made or met again; on disk when this returns. Raises ProtocolError.
 
-    Whatever is asked and however often, for one round this is revealed and nothing else.
+    Whatever is asked and however often, for one round this is revealed and nothing else. Whether
+    enough sites signed the set was looked at before.
     """
     workspace = site.workspace
-    kept = workspace.bond(task.run, task.round)
-    submission = workspace.committed(task.run, task.round, task.survivors.get(site.name, ""))
-    if kept is None or submission is None or submission.terms is None:
-        raise ProtocolError(
-            f"survivors of round {task.round}: expected this site with a masked delta that it "
-            "holds, got none; its neighbours answer for it"
-        )
-    terms = submission.terms
-    if task.attempt != terms.number:
-        raise ProtocolError(f"attempt: expected {terms.number}, got {task.attempt}")
-    survivors = survivors_of(terms, task.run, task.round, task.survivors)
+    submission, kept, survivors = _asked(site, task)
     bond = kept.bond.to_survivors(survivors, answered=True)
     if kept.revealed is not None:
         return kept.revealed
@@ -137,6 +173,22 @@ def answer_once(site: Site, task: UnmaskRequested) -> Revealed:
     workspace.keep_bond(task.run, task.round, KeptBond.of(bond, revealed))
     failpoint("answer.kept")
     return revealed
+
+
+def _asked(site: Site, task: UnmaskRequested) -> tuple[Submission, KeptBond, Survivors]:
+    """What the request is about: this site's masked delta, its bond, the set. ProtocolError."""
+    workspace = site.workspace
+    kept = workspace.bond(task.run, task.round)
+    submission = workspace.committed(task.run, task.round, task.survivors.get(site.name, ""))
+    if kept is None or submission is None or submission.terms is None:
+        raise ProtocolError(
+            f"survivors of round {task.round}: expected this site with a masked delta that it "
+            "holds, got none; its neighbours answer for it"
+        )
+    terms = submission.terms
+    if task.attempt != terms.number:
+        raise ProtocolError(f"attempt: expected {terms.number}, got {task.attempt}")
+    return submission, kept, survivors_of(terms, task.run, task.round, task.survivors)
 
 
 def _seed_of(submission: Submission) -> bytes:

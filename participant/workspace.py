@@ -41,9 +41,9 @@ from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
-from shared.protocol.secure import MaskedWith, Revealed, Secret, SecureTerms
+from shared.protocol.secure import Exchange, MaskedWith, Revealed, Secret, SecureTerms
 from shared.secure_sum.answering import Bond
-from shared.secure_sum.exchange import ExchangeKey, ExchangeText
+from shared.secure_sum.exchange import ExchangeKey
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -122,8 +122,8 @@ class TakenPart(Schema):
     """What this site accepted of a run and gave to it.
 
     ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by
-    round. ``evaluated``: the one loss of the run's result that was told. ``roster``: exchange keys
-    of other sites, as they were first told.
+    round. ``evaluated``: the one loss of the run's result that was told. ``roster``: by what other
+    sites share masks, as it was first told.
     """
 
     config_digest: Sha256 | None = None
@@ -131,7 +131,7 @@ class TakenPart(Schema):
     trainings: tuple[Training, ...] = ()
     failures: dict[int, int] = Field(default_factory=dict)
     evaluated: AdapterEvaluated | None = None
-    roster: dict[Name, ExchangeText] = Field(default_factory=dict)
+    roster: dict[Name, Exchange] = Field(default_factory=dict)
 
 
 class Workspace:

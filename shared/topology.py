@@ -25,7 +25,16 @@ REFUSED_QUEUE_LENGTH = 10_000
 MIRROR_QUEUE_LENGTH = 1_000
 MIRROR_QUEUE_BYTES = 64 * 1024 * 1024
 # What sites say, but for the chatter of work in progress.
-MIRRORED = ("ready", "declined", "requested", "submitted", "unmasked", "failed", "evaluated")
+MIRRORED = (
+    "ready",
+    "declined",
+    "requested",
+    "submitted",
+    "unmasked",
+    "signed",
+    "failed",
+    "evaluated",
+)
 MIRRORED_ANY = ("online", "refused")
 DELIVERY_LIMIT = 20
 

@@ -45,7 +45,7 @@ _JOINS = (
     "examples",
     "bases",
     "base_parameters",
-    "exchange_key",
+    "exchange",
 )
 _COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic", "masked")
 _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {

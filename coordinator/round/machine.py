@@ -29,6 +29,7 @@ from coordinator.round.state import (
     MakeGenesis,
     Notification,
     RunState,
+    SetSigned,
     Step,
     Ticked,
     Update,
@@ -211,6 +212,11 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             after = replace(state, closing=fact)
             silent = after.silent_survivors
             return after, (AskUnmask(silent),) if silent else ()
+        case SetSigned() if state.closing and fact.round == state.closing.round:
+            signatures = {**state.signatures, fact.site: fact.signature}
+            after = replace(state, signatures=signatures)
+            enough = after.may_unmask and not state.may_unmask
+            return after, (AskUnmask(after.silent_survivors),) if enough else ()
         case UnmaskedRecord() if state.closing and fact.round == state.closing.round:
             return replace(state, unmasked={**state.unmasked, fact.site: fact}), ()
         case ClosedRecord() if state.closing and fact.round == state.closing.round:
@@ -312,6 +318,7 @@ def _fold_closed(
         troubles={},
         held_out=(*state.held_out, held_out),
         unmasked={},
+        signatures={},
         uncounted=uncounted,
         counted_rounds=rounds,
         last_counted=last,

@@ -61,13 +61,13 @@ def unfit(
 
 def _without_key(members: Mapping[str, MemberRecord]) -> dict[str, str]:
     """Who can share no masks: a site of an older release, or one with another's key."""
-    keys = Counter(member.exchange_key for member in members.values())
+    keys = Counter(member.exchange.key for member in members.values() if member.exchange)
     return {
         site: f"expected an exchange key of its own, which aggregation.secure needs, got "
-        f"{'none' if member.exchange_key is None else 'one that another site has, too'}; update "
+        f"{'none' if member.exchange is None else 'one that another site has, too'}; update "
         f"the site, give it a workspace of its own {AGAIN}"
         for site, member in members.items()
-        if member.exchange_key is None or keys[member.exchange_key] > 1
+        if member.exchange is None or keys[member.exchange.key] > 1
     }
 
 

@@ -10,6 +10,7 @@ from coordinator.round.controls import Steering, steer
 from coordinator.round.members import unfit
 from coordinator.round.selection import is_among
 from coordinator.round.unmasking import survivors_in
+from shared.config.secure import two_thirds
 from shared.protocol.record import Record
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ class Ticked:
     """Time passed: seconds since the epoch."""
 
     now: float
+
+
+@dataclass(frozen=True)
+class SetSigned:
+    """A site signed the survivors of the decision at hand. It is asked again after a restart."""
+
+    round: int
+    site: str
+    signature: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ Notification = (
     AnnounceRun | AnnounceRound | AnswerDelta | AskUnmask | AnnounceClosed | AnnounceFinished
 )
 Effect = Step | Notification
-Fact = Record | Ticked
+Fact = Record | Ticked | SetSigned
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class RunState:
     opened. ``times``: of each closed round, the seconds that its deltas took to arrive.
     ``verdicts``: the shas that were refused or late, by site and round. ``updates``: the newest, in
     order, without a gap. ``telling``: the sites whose newest delta came with a held-out loss.
-    ``unmasked``: by site what was revealed for the decision at hand.
+    ``unmasked``: by site what was revealed for the decision at hand; ``signatures``: of its set.
     """
 
     config: FederationConfig
@@ -164,6 +174,7 @@ class RunState:
     evaluated: frozenset[str] = frozenset()
     telling: frozenset[str] = frozenset()
     unmasked: Mapping[str, UnmaskedRecord] = field(default_factory=dict)
+    signatures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def owed_losses(self) -> frozenset[str]:
@@ -271,6 +282,14 @@ class RunState:
         """Those of them who have not answered."""
         there = self.survivors
         return tuple(s for s in sorted(there.shas if there else ()) if s not in self.unmasked)
+
+    @property
+    def may_unmask(self) -> bool:
+        """Whether sites act on the decision's set: two thirds signed it, or nobody signs."""
+        terms = self.opened.secure if self.opened else None
+        if terms is None or not terms.identities:
+            return True
+        return len(self.signatures) >= two_thirds(len(terms.roster))
 
     @property
     def steering(self) -> Steering:

@@ -48,7 +48,7 @@ def terms_for(
     trained = delta_manifest(manifest, config, selected[0], number)
     first = config.aggregation.secure_reach
     return SecureTerms(
-        roster={site: key for site in selected if (key := members[site].exchange_key) is not None},
+        roster={site: one for site in selected if (one := members[site].exchange) is not None},
         levels=levels_of(config),
         reaches=tuple(
             reaches.get(name, first) for name in sorted(spec.name for spec in trained.tensors)

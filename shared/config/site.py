@@ -10,6 +10,7 @@ from shared.config.reading import load
 from shared.config.section import Section
 from shared.config.servers import BrokerSection, SiteStoreSection, SiteTrustSection
 from shared.config.values import Name, Positive
+from shared.trust.keys import PublicText
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,6 +131,10 @@ class AcceptSection(Section):
     secure: bool = False
     """true: only runs with ``aggregation.secure``, whose coordinator learns the sum of all sites'
     deltas and nothing of this one's.
+    """
+    peers: dict[Name, PublicText] = Field(default_factory=dict)
+    """What other sites sign with, as their operators read it out. With any: this site masks with
+    those sites alone, and only under these keys.
     """
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""

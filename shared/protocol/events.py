@@ -24,8 +24,16 @@ from shared.protocol.manifest import (
     Traffic,
 )
 from shared.protocol.said import Said
-from shared.protocol.secure import MaskedWith, Revealed, SecureTerms, ShaBySite, SharesBySite
-from shared.secure_sum.exchange import ExchangeText
+from shared.protocol.secure import (
+    Exchange,
+    MaskedWith,
+    Revealed,
+    SecureTerms,
+    ShaBySite,
+    SharesBySite,
+    Signature,
+    SignatureBySite,
+)
 from shared.topology import REFUSED_BYTES
 
 MOST_UPDATES = 32  # of one offer
@@ -231,6 +239,8 @@ class UnmaskRequested(Event):
     """Whose deltas are summed: by site the sha256 of its masked delta."""
     sealed: SharesBySite
     """By surviving neighbour: the shares that it sealed for this site."""
+    signatures: SignatureBySite = Field(default_factory=dict)
+    """Who signed this very set; none where sites are asked to sign it first."""
 
 
 class RoundClosed(Event):
@@ -305,8 +315,8 @@ class ParticipantReady(Event):
     """The bases that it holds, where the adapter has any."""
     base_parameters: Count | None = None
     """Numbers in its base model, packed ones as what they stand for."""
-    exchange_key: ExchangeText | None = None
-    """Public half of the key by which it shares masks with other sites."""
+    exchange: Exchange | None = None
+    """By what it shares masks with other sites."""
 
 
 class RunDeclined(Event):
@@ -369,6 +379,17 @@ class UnmaskAnswered(Event):
     attempt: Count = 1
     revealed: Revealed
     """What it reveals."""
+
+
+class SurvivorsSigned(Event):
+    """Site -> coordinator, on UnmaskRequested without signatures: it stands by this set alone."""
+
+    word = "signed"
+    run: Name
+    round: Amount
+    attempt: Count = 1
+    signature: Signature
+    """Of the cohort and the set of survivors, by the site's own key."""
 
 
 class TrainingFailed(Event):
@@ -478,6 +499,7 @@ EVENTS: dict[str, type[Event]] = {
         MessageRefused,
         UnmaskRequested,
         UnmaskAnswered,
+        SurvivorsSigned,
         CoordinatorTick,
     )
 }

@@ -36,8 +36,7 @@ from shared.protocol.record import (
     StampedRecord,
     delta_label,
 )
-from shared.protocol.secure import MaskedWith, Revealed, SecureTerms
-from shared.secure_sum.exchange import ExchangeText
+from shared.protocol.secure import Exchange, MaskedWith, Revealed, SecureTerms
 from shared.trust.keys import PublicText
 
 Named = dict[Annotated[str, StringConstraints(max_length=300)], Sha256]
@@ -77,7 +76,7 @@ class MemberRecord(SaidRecord):
     """A site that is ready: what its adapter looks like and what it computes with."""
 
     decides = True
-    newer = ("bases", "base_parameters", "said", "exchange_key")
+    newer = ("bases", "base_parameters", "said", "exchange")
     site: Name
     manifest: Manifest
     fingerprint: Sha256
@@ -90,8 +89,8 @@ class MemberRecord(SaidRecord):
     base_parameters: Size | None = None
     """Numbers in its base model, packed ones as what they stand for; not there if it did not say.
     """
-    exchange_key: ExchangeText | None = None
-    """With ``aggregation.secure``: by which it shares masks with other sites. Not there without."""
+    exchange: Exchange | None = None
+    """With ``aggregation.secure``: by what it shares masks with other sites. Not there without."""
 
     @property
     def word(self) -> int:

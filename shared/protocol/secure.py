@@ -9,24 +9,58 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, Strict, StringConstraints
 
-from shared.config import Name, Sha256
+from shared.config import Name, Sha256, canonical_json
+from shared.errors import SignatureError
 from shared.protocol.bounds import Figure, Most, Within
 from shared.protocol.manifest import Schema
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
 from shared.secure_sum.exchange import ExchangeText
 from shared.secure_sum.said import Answer, Offer
+from shared.trust.keys import PublicKey, PublicText
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from shared.trust.keys import SigningKey
 
 MOST_COHORT = 1_000
 _MOST_NEIGHBOURS = 64  # of one site: 40 at most in a complete graph, 3 log2 of a larger cohort
 _MOST_SHARES = 8_192  # hex digits
 Secret = Sha256  # 32 bytes as well
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+SignatureBySite = Annotated[dict[Name, Signature], Most(MOST_COHORT)]
 Shares = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$"), Most(_MOST_SHARES)]
 SharesBySite = Annotated[dict[Name, Shares], Most(_MOST_NEIGHBOURS)]
 SecretsBySite = Annotated[dict[Name, Secret], Most(_MOST_NEIGHBOURS)]
 ShaBySite = Annotated[dict[Name, Sha256], Most(MOST_COHORT)]
+
+
+class Exchange(Schema):
+    """By what a site shares masks with others, and whose that is."""
+
+    key: ExchangeText
+    """Public half of its exchange key."""
+    identity: PublicText | None = None
+    """The key that the site signs with; none where nobody signs."""
+    signature: Signature | None = None
+    """With it: the site's signature of its name and its exchange key."""
+
+    @classmethod
+    def of(cls, site: str, key: str, signer: SigningKey | None) -> Self:
+        """Of a site; signed if it has what to sign with."""
+        if signer is None:
+            return cls(key=key)
+        signature = signer.sign("exchange", _vouched(site, key)).hex()
+        return cls(key=key, identity=signer.public.text, signature=signature)
+
+    def check(self, site: str) -> None:
+        """That the identity that is named signed this. Raises SignatureError."""
+        if self.identity is None or self.signature is None:
+            raise SignatureError(
+                f"exchange key of {site}: expected one that the site signed, got one without"
+            )
+        signature = bytes.fromhex(self.signature)
+        PublicKey(self.identity).verify("exchange", signature, _vouched(site, self.key))
 
 
 class SecureTerms(Schema):
@@ -34,8 +68,8 @@ class SecureTerms(Schema):
 
     number: Annotated[int, Field(ge=1), Within(1, 1_000)] = 1
     """Which attempt at the round it is, from 1."""
-    roster: Annotated[dict[Name, ExchangeText], Most(MOST_COHORT)]
-    """The cohort: each site's exchange key."""
+    roster: Annotated[dict[Name, Exchange], Most(MOST_COHORT)]
+    """The cohort: by what each site shares masks."""
     levels: Annotated[int, Field(ge=1), Within(1, 32_767)]
     """Whole numbers to either side of zero."""
     reaches: Annotated[
@@ -45,7 +79,16 @@ class SecureTerms(Schema):
 
     def cohort(self, run: str, round_number: int) -> Cohort:
         """Raises ProtocolError for one that protects nobody."""
-        return Cohort(Attempt(run, round_number, self.number), self.roster)
+        keys = {site: exchange.key for site, exchange in self.roster.items()}
+        return Cohort(Attempt(run, round_number, self.number), keys)
+
+    @property
+    def identities(self) -> dict[str, PublicKey]:
+        """What each site signs with; of none where not all do."""
+        named = {site: exchange.identity for site, exchange in self.roster.items()}
+        if None in named.values():
+            return {}
+        return {site: PublicKey(text) for site, text in named.items() if text is not None}
 
 
 class MaskedWith(Schema):
@@ -96,6 +139,10 @@ def survivors_of(
 ) -> Survivors:
     """The set that a decision names. Raises ProtocolError for one that nobody reveals for."""
     return Survivors(terms.cohort(run, round_number), dict(shas))
+
+
+def _vouched(site: str, key: str) -> bytes:
+    return canonical_json([site, key])
 
 
 def _hex(values: Mapping[str, bytes]) -> dict[str, str]:

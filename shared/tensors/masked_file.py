@@ -117,23 +117,22 @@ class MaskedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         self._file.close()
 
     def words(self, spec: TensorSpec) -> NDArray[Any]:
-        """A tensor's part of the vector, flat. Raises DeltaRefusedError."""
-        try:
-            words = self._ring.unpack(self._file.read(spec.name), spec.elements)
-        except DecodeError as error:
-            raise DeltaRefusedError(f"tensor {spec.name!r}: {error}") from None
+        """A tensor's part of the vector, flat."""
+        words = self._ring.unpack(self._file.read(spec.name), spec.elements)
         self._file.release(spec.name)
         return words
 
 
 def check_masked(path: Path, manifest: Manifest, expected: DeltaHeader, ring: Ring) -> None:
-    """Read the whole file once. Raises DeltaRefusedError with the reason."""
-    with MaskedFile(path, manifest, expected, ring) as file:
-        for spec in manifest.tensors:
-            file.words(spec)
+    """That it is one of that form; any values will do. Raises DeltaRefusedError with the reason."""
+    MaskedFile(path, manifest, expected, ring).close()
 
 
 def _layout(spec: TensorSpec, ring: Ring) -> TensorLayout:

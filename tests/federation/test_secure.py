@@ -20,6 +20,7 @@ from shared.tensors.tensor_file import TensorFile
 from tests import federations
 from tests.federation.test_embedded import restarted
 from tests.federation.test_feedback import watched
+from tests.federation.test_signed import TRUST
 from tests.numpy_learner import MANIFEST
 
 LEVELS = 127
@@ -133,6 +134,40 @@ def test_dying_at_any_write_ends_in_the_same_adapter(tmp_path):
     """Before or after any record or object: masks and answers come out of it with one sum."""
     for folder in restarted(config("abc", 2), tmp_path):
         assert verified(folder).findings == []
+
+
+@pytest.mark.slow
+def test_dying_at_any_write_of_a_signed_run_ends_in_the_same_adapter(tmp_path):
+    """Signatures of a set are on no record: sites are asked again, and sign the same."""
+    for folder in restarted(config("abc", 1, trust=TRUST), tmp_path):
+        assert verified(folder).findings == []
+
+
+def test_sites_with_keys_sign_the_set_before_they_reveal_anything(tmp_path, monkeypatch):
+    """Everybody's signature is there by then; what each said is on record as it signed it."""
+    asked = []
+    answer = handlers.answer_once
+
+    def answer_once(site, task):
+        asked.append((site.name, {*task.signatures}))
+        return answer(site, task)
+
+    monkeypatch.setattr(handlers, "answer_once", answer_once)
+    wanted = federations.run(config(rounds=1), tmp_path / "unsigned").adapter_sha
+    assert {signers == set() for _, signers in asked} == {True}
+    asked.clear()
+    state = federations.run(config(rounds=1, trust=TRUST), tmp_path / "signed")
+    assert state.adapter_sha == wanted
+    assert asked
+    assert all(len(signers) >= 3 for _, signers in asked)
+    assert verified(tmp_path / "signed").findings == []
+    altered(
+        tmp_path / "signed",
+        "runs/test/rounds/00001/unmasked/a.json",
+        lambda r: r["revealed"]["shares"].update(b="00" * 32),
+    )
+    problems = [finding.problem for finding in verified(tmp_path / "signed").findings]
+    assert any("revealed: a signed" in problem for problem in problems)
 
 
 def silence(monkeypatch, *sites):

@@ -9,17 +9,22 @@ import pytest
 
 from coordinator.history import read_history
 from participant import handlers
-from participant.secure_round import answer_once, check_terms
+from participant.secure_round import answer_once, check_terms, sign_once
+from participant.site import NOBODY_SIGNS, Trust
 from participant.workspace import Workspace
 from shared import topology
+from shared.config import AcceptSection
 from shared.errors import NotAcceptedError, ProtocolError, RunStuckError
 from shared.protocol.events import RoundStarted, UnmaskRequested, WireTraining
+from shared.protocol.secure import Exchange
 from shared.secure_sum.exchange import ExchangeKey
 from shared.secure_sum.masks import Keystream
 from shared.stores.directory import DirectoryStore
 from shared.tensors.masked_file import MaskedFile, in_order, masked_header, ring_of
+from shared.trust.keys import SigningKey
 from tests import federations
 from tests.federation.test_secure import config
+from tests.federation.test_signed import TRUST
 from tests.numpy_learner import NumpyLearner, manifest_of
 
 WIDE = manifest_of(2048)  # 8,224 numbers: enough to tell a distribution
@@ -136,7 +141,8 @@ def test_after_all_answered_one_delta_is_still_masked(tmp_path):
 def site(tmp_path):
     """Site a of a run that is over, as a coordinator may still talk to it."""
     federations.run(config("abcd", 1), tmp_path)
-    return SimpleNamespace(name="a", workspace=Workspace(tmp_path / "sites" / "a"))
+    workspace = Workspace(tmp_path / "sites" / "a")
+    return SimpleNamespace(name="a", workspace=workspace, trust=NOBODY_SIGNS, accept=None)
 
 
 def asked(site, **changes):
@@ -199,10 +205,12 @@ def test_a_key_that_was_exchanged_is_refused(site):
     manifest = federations.learners(config())["a"].manifest
     check_terms(site, *started(site), manifest)
     with pytest.raises(NotAcceptedError, match="another of b"):
-        check_terms(site, *started(site, b=ExchangeKey.generate().public), manifest)
+        check_terms(site, *started(site, b=Exchange(key=ExchangeKey.generate().public)), manifest)
     with pytest.raises(NotAcceptedError, match="another of a"):
-        check_terms(site, *started(site, a=ExchangeKey.generate().public), manifest)
-    check_terms(site, *started(site, e=ExchangeKey.generate().public), manifest)  # one that joined
+        check_terms(site, *started(site, a=Exchange(key=ExchangeKey.generate().public)), manifest)
+    check_terms(
+        site, *started(site, e=Exchange(key=ExchangeKey.generate().public)), manifest
+    )  # one that joined
 
 
 def test_a_cohort_of_two_is_refused(site):
@@ -219,3 +227,97 @@ def test_masks_are_not_drawn_for_a_round_that_was_answered(site):
     submission = site.workspace.last_submission("test")
     with pytest.raises(ProtocolError, match="single sites"):
         kept.bond.to_attempt(submission.terms.cohort("test", 1).attempt)
+
+
+# A two-faced one, where sites sign ---------------------------------------------------------------
+
+
+@pytest.fixture
+def signed(tmp_path, monkeypatch):
+    """Four sites with keys after a round that nobody was asked to sign or answer for yet."""
+    with monkeypatch.context() as patched:
+        patched.setattr(handlers, "sign_once", lambda _site, _task: refuse())
+        with pytest.raises(RunStuckError):
+            federations.run(config("abcd", 1, trust=TRUST), tmp_path)
+    sites = {}
+    for name in "abcd":
+        folder = tmp_path / "sites" / name
+        key = SigningKey.load(folder / "identity.key", "test")
+        sites[name] = SimpleNamespace(
+            name=name, workspace=Workspace(folder), trust=Trust(key), accept=None
+        )
+    return sites
+
+
+def refuse():
+    raise ProtocolError("nobody signs")
+
+
+def shown(sites, name, survivors, signatures=None):
+    """What a site is asked: the set of these survivors."""
+    shas = {one: site.workspace.last_submission("test").sha for one, site in sites.items()}
+    masked = {one: site.workspace.last_submission("test").masked for one, site in sites.items()}
+    return UnmaskRequested(
+        run="test",
+        round=1,
+        survivors={one: shas[one] for one in survivors},
+        sealed={one: masked[one].sealed[name] for one in survivors if one != name},
+        signatures=signatures or {},
+    )
+
+
+def test_a_site_that_is_shown_another_set_than_the_others_reveals_nothing(signed):
+    """The attack that opens one delta: d is told that all are there, the others that d is gone.
+
+    With d's own seed from d and the pair keys from the others its delta would lie open. Each signs
+    what it is shown; d's set gets one signature and so no answer, whoever else's it is given.
+    """
+    others = {n: sign_once(signed[n], shown(signed, n, "abc")) for n in "abc"}
+    own = {"d": sign_once(signed["d"], shown(signed, "d", "abcd"))}
+    assert None not in {**others, **own}.values()
+    for signatures in (own, {**others, **own}, {**others, "d": others["a"]}):
+        with pytest.raises(ProtocolError, match="may have shown others another set"):
+            sign_once(signed["d"], shown(signed, "d", "abcd", signatures))
+    with pytest.raises(ProtocolError, match="named two sets"):
+        sign_once(signed["a"], shown(signed, "a", "abcd", own))
+    assert signed["d"].workspace.bond("test", 1).revealed is None
+    # What three of four signed is acted on by those three; d is in no other set.
+    for name in "abc":
+        task = shown(signed, name, "abc", others)
+        assert sign_once(signed[name], task) is None
+        assert {*answer_once(signed[name], task).keys} == {"d"}
+
+
+def test_a_cohort_without_signatures_is_refused_by_a_site_that_signs(signed):
+    """Taken away, a site's signature of its key would leave the coordinator's word for it."""
+    site, manifest = signed["a"], federations.learners(config())["a"].manifest
+    task, terms = started(site)
+    check_terms(site, task, terms, manifest)
+    bare = {n: one.model_copy(update={"signature": None}) for n, one in terms.roster.items()}
+    site.workspace.keep_taken_part(
+        "test", site.workspace.taken_part("test").model_copy(update={"roster": {}})
+    )
+    mine = {**bare, "a": terms.roster["a"]}
+    with pytest.raises(NotAcceptedError, match="expected one that the site signed"):
+        check_terms(site, task, terms.model_copy(update={"roster": mine}), manifest)
+    forged = {
+        **terms.roster,
+        "e": Exchange.of("b", ExchangeKey.generate().public, SigningKey.generate()),
+    }
+    with pytest.raises(NotAcceptedError, match="signature"):
+        check_terms(site, task, terms.model_copy(update={"roster": forged}), manifest)
+
+
+def test_sites_that_the_operator_does_not_know_are_refused(signed):
+    """Whom a coordinator invents, and whom it gives another key, is not among accept.peers."""
+    site, manifest = signed["a"], federations.learners(config())["a"].manifest
+    task, terms = started(site)
+    known = {name: one.identity for name, one in terms.roster.items() if name != "a"}
+    site.accept = AcceptSection(peers=known)
+    check_terms(site, task, terms, manifest)
+    site.accept = AcceptSection(peers={**known, "b": known["c"]})
+    with pytest.raises(NotAcceptedError, match=r"accept.peers.*got b with"):
+        check_terms(site, task, terms, manifest)
+    site.accept = AcceptSection(peers={n: key for n, key in known.items() if n != "d"})
+    with pytest.raises(NotAcceptedError, match=r"accept.peers.*got d with"):
+        check_terms(site, task, terms, manifest)

@@ -32,6 +32,7 @@ from shared.protocol.events import (
     RunDeclined,
     RunFinished,
     SiteOnline,
+    SurvivorsSigned,
     TrainingFailed,
     TrainingProgressed,
     UnmaskAnswered,
@@ -138,6 +139,7 @@ EXAMPLES = [
     UnmaskAnswered(
         run="r1", round=3, revealed=Revealed(own=A, keys={"site-c": B}, shares={"site-b": "00ff"})
     ),
+    SurvivorsSigned(run="r1", round=3, signature="0f" * 64),
     CoordinatorTick(run="r1", writer="w", now=1.5),
 ]
 TICK = EXAMPLES[-1]
