@@ -191,6 +191,16 @@ def site_keys_key(fingerprint: str, number: int) -> str:
     return f"{site_keys_prefix(fingerprint)}{number:06d}.json"
 
 
+def audit_prefix() -> str:
+    """All that operators did, of every run and site."""
+    return "audit/"
+
+
+def audit_key(number: int) -> str:
+    """What an operator was about to do: the first is 1, and no number is left out."""
+    return f"{audit_prefix()}{number:08d}.json"
+
+
 # Object keys ---------------------------------------------------------------------------------
 
 

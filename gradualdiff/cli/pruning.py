@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import ReasonOption, put_on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -35,9 +36,7 @@ def prune(
     yes: Annotated[
         bool, typer.Option("--yes", help="Delete. Without this option it only lists what would go.")
     ] = False,
-    reason: Annotated[
-        str, typer.Option("--reason", help="The reason, which stays on record.")
-    ] = "room",
+    reason: ReasonOption = "room",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,7 +53,8 @@ def prune(
     if not as_json:
         _show(plan)
     record = None
-    if yes:
+    if yes and plan.all:
+        put_on_record(ledger.store, store, "run.prune", f"{run} {keep}", reason)
         record = carry_out(ledger, plan, reason, operator(), lambda _: None)
     if as_json:
         print_json({"plan": plan, "bytes": plan.bytes, "deleted": yes and bool(plan.all)})

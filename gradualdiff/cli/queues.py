@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
 from gradualdiff.cli.kits import Servers, open_servers
 from gradualdiff.cli.output import (
     DEFAULT_FEDERATION,
@@ -139,6 +140,7 @@ def peek(
 @app.command()
 def redrive(
     yes: YesOption = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -162,6 +164,9 @@ def redrive(
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Send {_letters(count)} back to where they came from?", yes=yes)
+            put_on_servers_record(
+                servers, federation, "queue.redrive", f"{REFUSED} {count}", reason
+            )
         done = send_back(broker)
     if as_json:
         print_json(done)
@@ -176,6 +181,7 @@ def redrive(
 @app.command()
 def purge(
     yes: YesOption = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -187,6 +193,8 @@ def purge(
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Drop {_letters(count)} for ever?", yes=yes)
+        if count or yes:
+            put_on_servers_record(servers, federation, "queue.purge", f"{REFUSED} {count}", reason)
         # Not of what nobody was asked about: it may have come since, or not have been counted.
         dropped = broker.purge(REFUSED_QUEUE) if count or yes else 0
     if as_json:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
 from gradualdiff.cli.kits import (
     PASSWORD_FILE,
     Servers,
@@ -56,6 +57,7 @@ def add(
     name: NameArgument,
     kit: KitOption = None,
     key: KeyOption = None,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,9 +69,11 @@ def add(
     accounts.check_new(name)
     if key is not None:
         enrol_key(servers, name, PublicKey(key), "added")
+    put_on_servers_record(servers, federation, "kit.write", name, reason)
     folder = prepare_kit(servers, name, kit)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
+    put_on_servers_record(servers, federation, "account.add", name, reason)
     write_secret(folder / PASSWORD_FILE, accounts.add(name))
     _tell(servers, name, folder, "added", as_json=as_json)
 
@@ -78,6 +82,7 @@ def add(
 def rotate(
     name: NameArgument,
     kit: KitOption = None,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,6 +97,7 @@ def rotate(
     if not accounts.exists(name):
         raise unknown_site(name)
     folder = prepare_kit(servers, name, kit)
+    put_on_servers_record(servers, federation, "account.rotate", name, reason)
     write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
     _tell(servers, name, folder, "rotated", as_json=as_json)
 
@@ -100,6 +106,7 @@ def rotate(
 def remove(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,6 +114,7 @@ def remove(
     servers = open_servers(federation)
     _find(servers, name)
     agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
+    put_on_servers_record(servers, federation, "account.remove", name, reason)
     accounts_of(servers).remove(name)
     if servers.config.trust is not None:
         revoke_key(servers, name, "the site was removed")
@@ -153,9 +161,14 @@ def key_(
 
 
 @app.command()
-def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+def restore(
+    reason: ReasonOption = NO_REASON,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
     """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
     servers = open_servers(federation)
+    put_on_servers_record(servers, federation, "account.restore", "all sites", reason)
     restored = accounts_of(servers).restore()
     declare_sites(servers, restored)
     if as_json:
