@@ -42,6 +42,7 @@ Deed: TypeAlias = Literal[
     "run.exclude",
     "run.branch",
     "run.prune",
+    "run.erase",
     "run.delete",
     "queue.redrive",
     "queue.purge",

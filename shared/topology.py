@@ -234,9 +234,14 @@ def adapter_key(run: str, adapter_sha: str, file: str = "adapter_model.safetenso
     return f"runs/{run}/adapters/{adapter_sha}/{file}"
 
 
+def bases_prefix(run: str) -> str:
+    """All frozen bases of a run's core adapters."""
+    return f"runs/{run}/bases/"
+
+
 def bases_key(run: str, sha256: str) -> str:
     """The frozen bases of a run's core adapters, named by their sha256."""
-    return f"runs/{run}/bases/{sha256}"
+    return f"{bases_prefix(run)}{sha256}"
 
 
 def server_state_prefix(run: str) -> str:

@@ -48,10 +48,14 @@ def test_every_deed_on_a_run_is_logged_before_it_is_done(store):
     gradualdiff(store, "runs", "branch", "test", "--at", "1", "--name", "next", "--reason", "why")
     gradualdiff(store, "runs", "prune", "test", "--keep", "adapters", "--yes")
     gradualdiff(store, "runs", "prune", "test", "--keep", "adapters", "--yes")  # nothing is left
+    gradualdiff(store, "runs", "erase", "test", "--site", "a", "--reason", "withdrawn")
+    gradualdiff(store, "runs", "erase", "test", "--reason", "withdrawn", "--yes")
+    assert "erased on" in gradualdiff(store, "runs", "verify", "test").stdout
     gradualdiff(store, "runs", "delete", "test", "--yes", "--reason", "withdrawn")
     assert logged(store) == [
         ("run.branch", "test@1 next", "why"),
         ("run.prune", "test adapters", "room"),
+        ("run.erase", "test all", "withdrawn"),
         ("run.delete", "test", "withdrawn"),
     ]
     shown = gradualdiff(store, "audit", "list").stdout
