@@ -268,17 +268,20 @@ def _with_site(
 ) -> QueueRow:
     from dataclasses import replace
 
-    from coordinator.liveness import is_away, moment
+    from coordinator.liveness import AT_THE_SITE, awaits_approval, is_away, moment
     from coordinator.runs.newest_round import awaited
 
     told = status.sites.get(site) if status else None
     away = is_away(site, status, time.time())
+    waits = "nothing: the run has not begun" if now is None else awaited(now, site)
+    if awaits_approval(site, status) and not waits.startswith("nothing"):
+        waits = f"{waits}; it {AT_THE_SITE}"
     return replace(
         row,
         site=site,
         online=None if away is None else not away,
         last_seen=moment(told.seen) if told else None,
-        waits_for="nothing: the run has not begun" if now is None else awaited(now, site),
+        waits_for=waits,
     )
 
 

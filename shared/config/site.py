@@ -127,6 +127,8 @@ class AcceptSection(Section):
     """Whether it takes part in a run with ``averaging = "range-finder"``, in which it sends
     gradients of its text, each over all examples of a round, in place of trainings.
     """
+    approval: bool = False
+    """true: each run waits until a person at the site says ``gradualdiff site approve RUN``."""
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
 
