@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
 
-URL_SECONDS = 6 * 3600.0
-
 
 class Announcer:
     """Makes one run's events."""
@@ -189,7 +187,7 @@ class Announcer:
         return self._sign(topology.adapter_key(self._config.run.name, adapter_sha))
 
     def _sign(self, key: str) -> tuple[str, float]:
-        expires_at = self._clock() + URL_SECONDS
+        expires_at = self._clock() + self._config.limits.read_url_seconds
         return self._store.sign_get(key, expires_at), expires_at
 
 

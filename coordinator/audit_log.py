@@ -32,6 +32,8 @@ Deed: TypeAlias = Literal[
     "account.rotate",
     "account.remove",
     "account.restore",
+    "account.renew",
+    "account.expire",
     "key.enroll",
     "key.revoke",
     "kit.write",

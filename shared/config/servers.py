@@ -25,6 +25,12 @@ class LimitsSection(Section):
     """Messages of one site that are looked at, after ``burst`` at once; more are dropped."""
     burst: Positive = 500
     """Messages of one site that are looked at however fast they come."""
+    read_url_seconds: Annotated[float, Field(ge=60, le=604_800)] = 21_600.0
+    """How long a signed URL reads an adapter. It does so also after ``sites remove``."""
+    write_url_seconds: Annotated[float, Field(ge=60, le=604_800)] = 900.0
+    """How long a signed URL takes a piece of a delta: 16 MiB at 150 kbit/s by default. What is
+    missing then is asked for again.
+    """
 
 
 class BrokerSection(Section):
