@@ -11,8 +11,14 @@ from coordinator.accounts.site_accounts import find_account
 from shared.config import canonical_json
 from shared.protocol.records import AcceptedRecord
 from shared.topology import account_key
+from tests.federation.test_approval_live import until
 
 pytestmark = pytest.mark.slow
+
+QUICK = (
+    "coordinator.accounts.standing:LOOK_SECONDS=0.1 participant.uploads:REQUEST_SECONDS=1 "
+    "participant.daemon:ONLINE_SECONDS=2"
+)
 
 
 def test_a_site_whose_account_ends_is_out_and_in_again_once_it_is_renewed(deploy):
@@ -20,26 +26,26 @@ def test_a_site_whose_account_ends_is_out_and_in_again_once_it_is_renewed(deploy
 
     In the end the adapter is the undisturbed one's.
     """
-    deployment = deploy(rounds=2, settings="coordinator.accounts.standing:LOOK_SECONDS=0.1")
+    deployment = deploy(rounds=2, settings=QUICK)
+    place = ("--federation", str(deployment.federation))
     store = deployment.ledger().store
     found = find_account(store, "b")
     over = found.model_copy(update={"expires_at": time.time() - 1, "version": 2})
     deployment.start_coordinator()
-    for site in "ab":
-        deployment.start_participant(site, slow=2.0)
+    deployment.start_participant("a")
+    deployment.start_participant("b", slow=15.0)
     deployment.wait_for("opened.recorded", "coordinator")
     store.put(account_key("b"), canonical_json(over.model_dump(mode="json")))
     deployment.wait_for("account.ended", "coordinator")
-    deployment.wait_for("delta.accepted", "coordinator")
+
+    def listed():
+        told = json.loads(deployment.command("sites", "list", *place, "--json").stdout)
+        return next(site for site in told if site["site"] == "b")
+
+    until(lambda: deployment.trained("b") and listed()["over"].get("account"))
+    assert listed()["state"] == "expired"
     accepted = [r for r in deployment.ledger().history() if isinstance(r, AcceptedRecord)]
     assert {record.site for record in accepted} == {"a"}
-    place = ("--federation", str(deployment.federation))
-    (listed,) = [
-        site
-        for site in json.loads(deployment.command("sites", "list", *place, "--json").stdout)
-        if site["site"] == "b"
-    ]
-    assert listed["state"] == "expired"
     said = deployment.command("sites", "expire", *place, "--json").stdout
     assert json.loads(said) == {"expired": ["b"]}
     deployment.wait_for("broker.lost", "b")
