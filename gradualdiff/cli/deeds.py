@@ -45,9 +45,9 @@ def put_on_record(
 
 def put_on_servers_record(servers: Servers, source: Path, what: Deed, about: str, why: str) -> None:
     """The same, of a deed that needs the broker too."""
-    from shared.credentials import broker_address
+    from shared.credentials import broker_account
 
-    account = broker_address(servers.broker, servers.folder).account
+    account = broker_account(servers.broker)
     put_on_record(servers.store, source, what, about, why, account)
 
 

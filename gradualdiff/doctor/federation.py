@@ -67,16 +67,12 @@ def check_federation(file: Path, spool: Path | None) -> Iterator[CheckResult]:
 
 
 def _secrets(config: FederationConfig, folder: Path) -> Iterator[CheckResult]:
-    named: dict[str, str | None] = {}
     if config.broker is not None:
-        named["broker.password_file"] = config.broker.password_file
-        named["broker.management_password_file"] = config.broker.management_password_file
+        for name in ("password", "management_password"):
+            yield from check_secret(config.broker, name, folder, "broker")
     if config.store.url is not None:
-        named["store.access_key_file"] = config.store.access_key_file
-        named["store.secret_key_file"] = config.store.secret_key_file
-    for setting, name in named.items():
-        if name is not None:
-            yield from check_secret(setting, folder / name)
+        for name in ("access_key", "secret_key"):
+            yield from check_secret(config.store, name, folder, "store")
     if config.trust is not None:
         yield from check_key(folder / config.trust.key_file)
 
