@@ -34,7 +34,7 @@ Deed: TypeAlias = Literal[
     "account.restore",
     "account.renew",
     "account.expire",
-    "key.enroll",
+    "key.enrol",
     "key.revoke",
     "kit.write",
     "run.pause",

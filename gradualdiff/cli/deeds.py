@@ -52,6 +52,17 @@ def put_on_servers_record(servers: Servers, source: Path, what: Deed, about: str
 
 
 def operator_key(source: Path) -> SigningKey | None:
-    """The key that signs what operators do, if ``source`` is a federation.toml that names one."""
-    del source
-    return None
+    """What signs operators' deeds: the coordinator's key, if ``source`` is a file that names one.
+
+    A store that is named by its folder names no key. Raises ConfigError for a key file that cannot
+    be used.
+    """
+    from shared.config import load_federation
+    from shared.trust.keys import SigningKey
+
+    if source.suffix != ".toml":
+        return None
+    trust = load_federation(source).trust
+    if trust is None:
+        return None
+    return SigningKey.load(source.resolve().parent / trust.key_file, "trust.key_file")

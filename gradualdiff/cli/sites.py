@@ -75,6 +75,7 @@ def add(
     accounts = accounts_of(servers)
     accounts.check_new(name)
     if key is not None:
+        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
         enrol_key(servers, name, PublicKey(key), "added")
     put_on_servers_record(servers, federation, "kit.write", name, reason)
     folder = prepare_kit(servers, name, kit)
@@ -124,6 +125,7 @@ def remove(
     put_on_servers_record(servers, federation, "account.remove", name, reason)
     accounts_of(servers).remove(name)
     if servers.config.trust is not None:
+        put_on_servers_record(servers, federation, "key.revoke", name, reason)
         revoke_key(servers, name, "the site was removed")
     if as_json:
         print_json({"site": name, "state": "removed"})
@@ -156,7 +158,10 @@ def key_(
             "old one"
         )
     if key is not None:
+        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
         enrol_key(servers, name, PublicKey(key), reason or "enrolled")
+    if revoke:
+        put_on_servers_record(servers, federation, "key.revoke", name, reason)
     if revoke and revoke_key(servers, name, reason) is None:
         raise ConfigError(f"site {name}: expected a key in force, got none; nothing is revoked")
     told = keys_told(servers, name)
@@ -310,6 +315,12 @@ def _looked_at(servers: Servers, accounts: list[SiteAccount]) -> list[dict[str, 
         }
         for account in accounts
     ]
+
+
+def _told_key(name: str, key: str) -> str:
+    from shared.trust.keys import PublicKey
+
+    return f"{name} {PublicKey(key).fingerprint}"
 
 
 def _is_expired(account: SiteAccount) -> bool:
