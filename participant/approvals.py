@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shared.protocol.events import RunAnnounced
 
 FILE = "approvals.jsonl"
+MOST_BYTES = 16 * 1024 * 1024  # thousands of announcements; a coordinator must not fill the disk
 
 
 class ApprovalLine(Schema):
@@ -114,6 +115,11 @@ class Approvals:
         """Note that these terms wait for an answer, unless they are the ones that wait already."""
         terms = terms_digest(run)
         asked = self.asked().get(run.run)
+        if self._path.exists() and self._path.stat().st_size > MOST_BYTES:
+            raise StoreError(
+                f"{self._path}: expected at most {MOST_BYTES} bytes, got more: somebody announces "
+                "runs with other terms again and again; move the file away to begin anew"
+            )
         if asked is None or asked.terms != terms:
             line = ApprovalLine(
                 word="asked",

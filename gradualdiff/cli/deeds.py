@@ -54,8 +54,8 @@ def put_on_servers_record(servers: Servers, source: Path, what: Deed, about: str
 def operator_key(source: Path) -> SigningKey | None:
     """What signs operators' deeds: the coordinator's key, if ``source`` is a file that names one.
 
-    A store that is named by its folder names no key. Raises ConfigError for a key file that cannot
-    be used.
+    A store that is named by its folder names no key. Who has not got the key can pause a run all the
+    same: the entry shows that nobody signed it. Raises ConfigError for a file that is no key.
     """
     from shared.config import load_federation
     from shared.trust.keys import SigningKey
@@ -63,6 +63,5 @@ def operator_key(source: Path) -> SigningKey | None:
     if source.suffix != ".toml":
         return None
     trust = load_federation(source).trust
-    if trust is None:
-        return None
-    return SigningKey.load(source.resolve().parent / trust.key_file, "trust.key_file")
+    path = None if trust is None else source.resolve().parent / trust.key_file
+    return SigningKey.load(path, "trust.key_file") if path is not None and path.exists() else None

@@ -238,3 +238,14 @@ def test_participant_and_person_may_write_at_once(tmp_path):
     for writer in writers:
         writer.join()
     assert sorted(Approvals(path).asked()) == sorted(run.run for run in runs)
+
+
+def test_a_coordinator_cannot_fill_the_disk_by_asking(cautious, monkeypatch):
+    """With other terms again and again: from some size on nothing more is noted."""
+    monkeypatch.setattr("participant.approvals.MOST_BYTES", 4000)
+    participant = Participant(cautious)
+    for rounds in range(1, 20):
+        announce(participant, ANNOUNCED.model_copy(update={"rounds": rounds}))
+    assert (cautious.workspace.root / FILE).stat().st_size < 8000
+    assert told(cautious, RunDeclined)[-1].reason.startswith("StoreError")
+    assert told(cautious, ParticipantReady) == []
