@@ -54,7 +54,7 @@ def put_on_servers_record(servers: Servers, source: Path, what: Deed, about: str
 def operator_key(source: Path) -> SigningKey | None:
     """What signs operators' deeds: the coordinator's key, if ``source`` is a file that names one.
 
-    A store that is named by its folder names no key. Who has not got the key can pause a run all the
+    A store that is named by its folder names no key. Without the key a run can be paused all the
     same: the entry shows that nobody signed it. Raises ConfigError for a file that is no key.
     """
     from shared.config import load_federation
