@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
 
-URL_SECONDS = 6 * 3600.0
 UNMASKED_CODEC = "fp32"  # what a training writes before its site quantises and masks it
 
 
@@ -213,7 +212,7 @@ class Announcer:
         return self._sign(topology.adapter_key(self._config.run.name, adapter_sha))
 
     def _sign(self, key: str) -> tuple[str, float]:
-        expires_at = self._clock() + URL_SECONDS
+        expires_at = self._clock() + self._config.limits.read_url_seconds
         return self._store.sign_get(key, expires_at), expires_at
 
 

@@ -159,5 +159,6 @@ def _hear_operators(coordinator: Coordinator) -> None:
     """Their words lie in the store: they are read however much lies in the queue."""
     try:
         coordinator.notice_controls()
+        coordinator.notice_accounts()
     except StoreUnavailableError as error:  # a delivery waits for the store; this comes again
         get_logger().debug("controls.skipped", reason=str(error))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from coordinator.accounts.standing import Standing
 from coordinator.aggregation.downlink import RoundFiles, close_round
 from coordinator.aggregation.server_optimizer import StateFiles
 from coordinator.aggregation.unmasking import next_reaches, open_sum, sum_deltas
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from shared.protocol.record import Record
     from shared.protocol.records import ClosingRecord, FinishedRecord, Input, OpenedRecord
 
-# A chunk of 16 MiB gets through in that time at 150 kbit/s; the rest is asked for again.
-GRANT_SECONDS = 900.0
-
 
 class Effects:
     """The coordinator's hands: store, broker and spool of one run."""
@@ -65,6 +63,7 @@ class Effects:
         self._intake = intake
         self._clock = clock
         self._announcer = Announcer(config, ledger.store, clock)
+        self.standing = Standing(ledger.store, config.run.participants, clock)
 
     # Durable steps -----------------------------------------------------------------------------
 
@@ -268,7 +267,11 @@ class Effects:
 
     def _tell(self, events: Iterable[tuple[str, Event]]) -> None:
         now, key = self._clock(), self._ledger.key
-        self._outbox.put(partial(to_site, site, event, now, key) for site, event in events)
+        self._outbox.put(
+            partial(to_site, site, event, now, key)
+            for site, event in events
+            if not self.standing.ended(site)
+        )
 
     def grant(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> None:
         """Let a site upload what is missing; see :meth:`coordinator.arrivals.Arrivals.grant`."""
@@ -276,7 +279,7 @@ class Effects:
 
     def granted(self, upload: Upload, *, direct: bool = False, seen: bool = True) -> UploadGranted:
         """The word by which a site may upload what is missing. Raises StoreError."""
-        expires_at = self._clock() + GRANT_SECONDS
+        expires_at = self._clock() + self._config.limits.write_url_seconds
         given = self._intake.arrivals.grant(upload, expires_at, direct=direct, seen=seen)
         return UploadGranted(
             run=upload.run,

@@ -103,6 +103,7 @@ class Coordinator(LiveRun):
         failpoint("start.before")
         self.reload()
         failpoint("start.reloaded")
+        self.standing.look(now=True)
         self.carry_out(resume(self.state))
         self._say_unfit()
         self.publish()
@@ -129,6 +130,9 @@ class Coordinator(LiveRun):
             if self.state.closing is not None:
                 # A store that was away left the decision undone; this may be of the next round.
                 self.carry_out(filter(None, [next_step(self.state)]))
+            if self.standing.ended(sender):
+                self.limits.count(sender, "account")
+                return
             self.liveness.saw(sender, self.clock())
             handler(event, sender)
 

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     Damage = Callable[[Place, LedgerDamagedError], None]
 
+NO_WORD = "no word from it yet"
+
 
 @dataclass
 class RoundHistory:
@@ -208,7 +210,7 @@ class History:
         said = {site: f"it declined: {why}" for site, why in self.declined.items()}
         sites = (site for site in sorted(self.config.run.participants) if site not in out)
         reasons = {
-            site: odd.get(site) if site in self.members else said.get(site, "no word from it yet")
+            site: odd.get(site) if site in self.members else said.get(site, NO_WORD)
             for site in sites
         }
         return {site: why for site, why in reasons.items() if why is not None}

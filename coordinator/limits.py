@@ -48,7 +48,7 @@ class Limits:
         grown = (now - bucket.at) * self._section.messages_per_second
         bucket.left, bucket.at = min(full, bucket.left + grown), now
         if bucket.left < 1:
-            return self._count(site, "messages")
+            return self.count(site, "messages")
         bucket.left -= 1
         return True
 
@@ -57,13 +57,13 @@ class Limits:
         known = state.verdicts.get((site, number), frozenset())
         if sha in known or len(known) < self._section.records:
             return True
-        return self._count(site, "records")
+        return self.count(site, "records")
 
     def records_failure(self, state: RunState, site: str, event: TrainingFailed) -> bool:
         """Whether another failure goes on record: nobody is asked more than ``max_attempts``."""
         if event.attempt <= state.config.policy.max_attempts:
             return True
-        return self._count(site, "records")
+        return self.count(site, "records")
 
     def grants(
         self, state: RunState, site: str, number: int, sha: str, present: Iterable[str]
@@ -80,7 +80,7 @@ class Limits:
         if sha in granted:
             return True
         if len(granted) >= self._section.uploads:
-            return self._count(site, "uploads")
+            return self.count(site, "uploads")
         granted.add(sha)
         return True
 
@@ -88,7 +88,8 @@ class Limits:
         """The shas that this process let a site upload for a round."""
         return self._granted.get(number, {}).get(site, frozenset())
 
-    def _count(self, site: str, limit: str) -> bool:
+    def count(self, site: str, limit: str) -> bool:
+        """Note that a limit was passed (``account``: the site's has ended); always False."""
         counts = self._over.setdefault(site, {})
         counts[limit] = counts.get(limit, 0) + 1
         return False

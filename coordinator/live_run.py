@@ -29,7 +29,7 @@ from shared.protocol.bounds import prose
 from shared.protocol.dispatch import ABOUT_THE_MESSAGE, Desk, UnsettledError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from coordinator.arrivals import Upload
     from coordinator.batching import Result
@@ -88,7 +88,8 @@ class LiveRun(Desk):
         self.liveness = Liveness(ledger.store, config.run.name, ledger.writer, self.limits.over)
         # Counted deltas that the store lost: when each was asked for again, what is wrong with it.
         self.lost: dict[Upload, tuple[float, str]] = {}
-        self._cleared: Mapping[str, str] = {}  # the excluded sites whose uploads are deleted
+        self.standing = effects.standing
+        self._cleared: frozenset[str] = frozenset()  # the sites that are out, uploads deleted
         # What a batch left for its end, in the order of delivery, and the state before all of it.
         self._tasks: list[Task[Any]] = []
         self._settled = self.state
@@ -107,7 +108,8 @@ class LiveRun(Desk):
         self.links.reload()
         self.state = replay(self.config, self.ledger.history())
         self.links.check()
-        self.lost, self._cleared = {}, {}  # whoever noticed an exclusion may have died at it
+        # Whoever noticed that a site is out may have died at it.
+        self.lost, self._cleared = {}, frozenset()
         self._tasks = []
 
     def feed(self, fact: Fact) -> None:
@@ -121,6 +123,11 @@ class LiveRun(Desk):
         self.carry_out(asked or ())
         self.effects.say()
         return asked is not None
+
+    def notice_accounts(self) -> None:
+        """Look whose account has ended: what such a site sent and no record names is deleted."""
+        self.standing.look()
+        self._clear_excluded()
 
     def _fold_controls(self) -> tuple[Effect, ...] | None:
         """Fold in what operators asked since the last look; what follows, or None without any."""
@@ -139,7 +146,7 @@ class LiveRun(Desk):
 
     def _clear_excluded(self) -> None:
         """Nothing of a site that is out is taken any more, but for what a decision lacks."""
-        out = self.state.steering.excluded
+        out = frozenset({*self.state.steering.excluded, *self.standing.all_ended()})
         if out != self._cleared:
             last, late = self.state.last_round, self.config.policy.late_rounds
             rounds = range(max(1, last - late + 1), last + 2)  # the others are swept already

@@ -17,6 +17,7 @@ from shared.config import Name, canonical_json
 from shared.errors import ObjectMissingError, StoreError
 from shared.failpoints import failpoint
 from shared.log import get_logger
+from shared.protocol.events import AWAITS_APPROVAL
 from shared.protocol.manifest import Schema
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 ONLINE_SECONDS = 150.0  # a site says every 60 s that it is there
+AT_THE_SITE = "awaits approval at the site"
 
 
 class SiteStatus(Schema):
@@ -162,6 +164,15 @@ def is_away(site: str, status: RunStatus | None, now: float) -> bool | None:
         return True
     told = status.sites.get(site)
     return None if told is None else status.at - told.seen > ONLINE_SECONDS
+
+
+def awaits_approval(site: str, status: RunStatus | None) -> bool:
+    """Whether a site said of late that a person there is still to approve the run."""
+    told = status.sites.get(site) if status else None
+    if status is None or told is None or told.progress_at is None:
+        return False
+    is_fresh = status.at - told.progress_at <= ONLINE_SECONDS
+    return told.activity == AWAITS_APPROVAL and is_fresh
 
 
 def away_since(site: str, status: RunStatus) -> tuple[float, str]:

@@ -22,7 +22,7 @@ from meanings import by_name, meanings
 from pydantic_core import PydanticUndefined
 from python_page import python_page
 
-from coordinator import liveness, site_keys
+from coordinator import audit_log, liveness, site_keys
 from coordinator.accounts import site_accounts
 from shared import errors, modes, topology
 from shared.config import FederationConfig, SiteConfig
@@ -61,7 +61,13 @@ TOP = (
     "tests",
 )
 
-STATUS = (liveness.RunStatus, liveness.SiteStatus, site_accounts.SiteAccount, site_keys.KeyRecord)
+STATUS = (
+    liveness.RunStatus,
+    liveness.SiteStatus,
+    site_accounts.SiteAccount,
+    site_keys.KeyRecord,
+    audit_log.AuditEntry,
+)
 SHORT_TYPES = {
     Any: "any",
     str: "text",
@@ -125,7 +131,7 @@ def ledger_page() -> str:
         parts.append(_table(kind, _named()))
     parts.append(
         "## Outside the run\n\nThe status is written again and again and decides nothing; an "
-        "account is not part of any run.\n"
+        "account is not part of any run. An entry of the audit log is never overwritten.\n"
     )
     for kind in STATUS:
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")

@@ -20,6 +20,7 @@ from coordinator.runs.inspection import (
     summarise_rounds,
     summarise_run,
     with_absence,
+    with_approvals,
 )
 from coordinator.runs.wire import Wire, of_run
 from gradualdiff.adapter import Adapter
@@ -81,7 +82,10 @@ class Run:
     @cached_property
     def summary(self) -> RunSummary:
         """The run in one line: its state, how far it is, its newest adapter and loss."""
-        return summarise_run(self.history)
+        summary = summarise_run(self.history)
+        if not summary.waits_for:
+            return summary
+        return with_approvals(summary, read_status(self.objects, self.name))
 
     @property
     def rounds(self) -> Rows[RoundSummary]:

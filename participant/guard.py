@@ -18,17 +18,17 @@ from participant.acceptance import (
     objection_to_round,
     objections,
 )
+from participant.approvals import FILE, Approvals, terms_digest
 from participant.checkpoints import settings_digest
 from participant.workspace import Training
 from shared.config import canonical_json
-from shared.errors import NotAcceptedError
+from shared.errors import GradualDiffError, NotAcceptedError
 from shared.protocol.manifest import LocalMetrics
 
 if TYPE_CHECKING:
     from participant.learner.port import Learned, Readiness
     from participant.workspace import Workspace
     from shared.config import AcceptSection
-    from shared.errors import GradualDiffError
     from shared.protocol.events import (
         AdapterEvaluated,
         RoundClosed,
@@ -44,6 +44,7 @@ class Guard:
     def __init__(self, accept: AcceptSection | None, workspace: Workspace) -> None:
         self._accept = accept
         self._workspace = workspace
+        self._approvals = Approvals(workspace.root / FILE)
         self._announced: dict[str, RunAnnounced] = {}
         self._closed: dict[str, RoundClosed] = {}
 
@@ -53,7 +54,7 @@ class Guard:
             return
         _refuse(objections(run, self._accept, ready))
         taken = self._workspace.taken_part(run.run)
-        announced = _digest(run.model_dump(mode="json", exclude_defaults=True))
+        announced = terms_digest(run)
         if taken.config_digest == run.config_digest and taken.announced != announced:
             raise NotAcceptedError(
                 f"run {run.run}: expected the settings that were announced before under this "
@@ -65,6 +66,47 @@ class Guard:
                 update = {"config_digest": run.config_digest, "announced": announced}
                 self._workspace.keep_taken_part(run.run, taken.model_copy(update=update))
 
+    def is_approved(self, run: RunAnnounced, now: float) -> bool:
+        """Whether a person said yes to just these terms, where the site wants that; else asks.
+
+        ``now``: seconds since the epoch. Raises NotAcceptedError where a person said no.
+        """
+        if self._accept is None or not self._accept.approval:
+            return True
+        answer = self._approvals.answer(run.run, terms_digest(run))
+        if answer is None:
+            self._approvals.ask(run, now)
+            return False
+        if answer.word == "declined":
+            raise NotAcceptedError(
+                f"this site does not take part: a person there declined run {run.run}: "
+                f"{answer.reason}"
+            )
+        return True
+
+    def is_answered(self, run: RunAnnounced) -> bool:
+        """Whether there is something to do about a run that waited for a person's answer."""
+        try:
+            return self._approvals.answer(run.run, terms_digest(run)) is not None
+        except GradualDiffError:
+            return True  # whoever prepares the run meets the error, and says it
+
+    def _check_approval(self, task: RoundStarted) -> None:
+        """A person's yes holds until it is taken back, and for the rounds that were meant."""
+        if self._accept is None or not self._accept.approval:
+            return
+        answer = self._approvals.answer(task.run, terms_digest(self._announced[task.run]))
+        if answer is None or answer.word == "declined":
+            reason = f": {answer.reason}" if answer else ""
+            raise NotAcceptedError(
+                f"this site no longer takes part: a person there declined run {task.run}{reason}"
+            )
+        if task.round > answer.rounds:
+            raise NotAcceptedError(
+                f"this site does not take part in round {task.round}: a person there approved "
+                f"{answer.rounds} rounds, and the run was extended; ask them to approve more"
+            )
+
     def check_round(self, task: RoundStarted) -> None:
         """Count this training before it begins. Raises NotAcceptedError.
 
@@ -73,6 +115,7 @@ class Guard:
         if self._accept is None:
             return
         _refuse(objection_to_round(task, self._announced[task.run], self._accept))
+        self._check_approval(task)
         taken = self._workspace.taken_part(task.run)
         this = Training(round=task.round, task=_task_digest(task))
         here = [one for one in taken.trainings if one.round == task.round]

@@ -78,6 +78,7 @@ class Participant:
         # Runs whose base model is loaded, and what was found then; work for another run waits for
         # its announcement.
         self._prepared: dict[str, Readiness] = {}
+        self._held: dict[str, RunAnnounced] = {}  # until a person at the site says yes or no
         self.finished: RunFinished | None = None
         self._asked: list[float] = []
         # The training that nobody takes any more, once there is one; written by the listener.
@@ -181,6 +182,7 @@ class Participant:
         del sender
         self._heads.keep(event, self._site.clock())
         self.finished = event
+        self._held.pop(event.run, None)
         waiting = self._agenda.find(RoundStarted, event.run)
         if waiting is not None:
             self._agenda.drop(waiting)
@@ -235,6 +237,9 @@ class Participant:
         Then getting ready: the queue may announce a round from before a restart. Then uploads: a
         delta that waits behind another training would be late.
         """
+        for held in list(self._held.values()):
+            if self._guard.is_answered(held):
+                self._agenda.note(self._held.pop(held.run))
         tasks = [word for word in self._agenda.due() if isinstance(word, Task)]
         asked = next((task for task in tasks if isinstance(task, UnmaskRequested)), None)
         if asked is not None:
@@ -248,8 +253,13 @@ class Participant:
         # What the learner holds from here on is this announcement's: one that is not accepted
         # leaves nothing to train.
         self._prepared.pop(task.run, None)
+        self._held.pop(task.run, None)
         try:
             self._guard.check_run(task)
+            if not self._guard.is_approved(task, self._site.clock()):
+                get_logger().warning("run.awaits_approval", run=task.run)
+                self._held[task.run] = task
+                return
             fetch_bases(self._site, task)
             ready = self._site.learner.prepare(task, self._reporter(None))
             self._guard.check_run(task, ready)
@@ -289,6 +299,10 @@ class Participant:
         # One that came too late, or whose upload a kill cut off: the run may take it still.
         for submission in self._site.workspace.unanswered(task.run):
             self._uploads.request_once(submission)
+
+    def held(self) -> list[str]:
+        """The runs that wait for a person at the site; asked by the listener too."""
+        return list(self._held)
 
     def _decline(self, task: RunAnnounced, reason: str) -> None:
         self._publish(RunDeclined(run=task.run, reason=reason))

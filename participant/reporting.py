@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from shared.protocol.events import TrainingProgressed
+from shared.protocol.events import AWAITS_APPROVAL, TrainingProgressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,8 @@ class Reporter:
         self._activity: tuple[str, int, str] | None = None
         self._activity_began = 0.0
         self._last_report = clock()
+        self._held_since: dict[str, float] = {}
+        self._turn = 0
 
     def report(self, site: str, round_number: int | None, progress: Progress) -> None:
         """The working thread's side."""
@@ -52,6 +54,25 @@ class Reporter:
         )
 
     def newest(self) -> TrainingProgressed | None:
-        """What was not given out before; None when nothing moved."""
+        """What was not given out before; None when nothing moved.
+
+        While a run waits for a person at the site, that: of several in turn.
+        """
         newest, self._newest = self._newest, None
-        return newest
+        return newest or self._awaited()
+
+    def _awaited(self) -> TrainingProgressed | None:
+        held = self.participant.held() if self.participant else []
+        self._held_since = {run: self._held_since.get(run, self._clock()) for run in held}
+        if not held:
+            return None
+        self._turn += 1
+        run = held[self._turn % len(held)]
+        return TrainingProgressed(
+            run=run,
+            round=0,
+            activity=AWAITS_APPROVAL,
+            step=0,
+            of=0,
+            seconds=round(self._clock() - self._held_since[run], 3),
+        )

@@ -141,6 +141,11 @@ class Workspace:
         self._root = root
         self._checkpoint_seconds = checkpoint_seconds
 
+    @property
+    def root(self) -> Path:
+        """Where it lies."""
+        return self._root
+
     def begin(self, run: str, config_digest: str) -> bool:
         """Clear away what was made for a run of this name under other settings; whether it was.
 

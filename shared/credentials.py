@@ -1,24 +1,30 @@
 """From a TOML file's connection settings to addresses: secrets read, transport checked.
 
-Secrets stand in files of their own, never in the TOML file, a URL, an error or a log line.
+Secrets come from files of their own, the environment or a command (a vault's), and never stand in
+the TOML file, a URL, a command line, an error or a log line.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import subprocess
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from shared.config.servers import secret_sources
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from shared.config import BrokerSection
+    from shared.config.section import Section
 
 AMQP_PORT = 5672
 AMQPS_PORT = 5671
+SECRET_SECONDS = 30.0  # a vault that has not answered by then does not
 
 
 @dataclass(frozen=True)
@@ -54,24 +60,79 @@ def broker_address(section: BrokerSection, folder: Path) -> BrokerAddress:
         host=parts.hostname or "",
         port=port,
         vhost=unquote(parts.path.removeprefix("/")) or "/",
-        account=unquote(parts.username or ""),
-        password=read_secret(folder / section.password_file, "broker.password_file"),
+        account=broker_account(section),
+        password=read_secret(section, "password", folder, "broker"),
         tls=tls,
         ca_file=existing_file(folder, section.ca_file, "broker.ca_file"),
     )
 
 
-def read_secret(path: Path, setting: str) -> str:
-    """The file's one line. Raises ConfigError naming ``setting`` when it is missing or empty."""
+def broker_account(section: BrokerSection) -> str:
+    """Who we are there; needs no password."""
+    return unquote(urlsplit(section.url).username or "")
+
+
+def read_secret(section: Section, name: str, folder: Path, table: str) -> str:
+    """A secret of a table: from the file, the variable or the command that it names.
+
+    Raises ConfigError naming the setting when there is none, or none that can be used.
+    """
+    for setting, value in secret_sources(section, name).items():
+        where = f"{table}.{setting}"
+        if isinstance(value, tuple):
+            return _one_line(_printed_by(value, folder, where), where, f"what {value[0]} prints")
+        if setting.endswith("_env"):
+            return _one_line(os.environ.get(value, ""), where, f"the variable {value}")
+        return _one_line(_written_in(folder / value, where), where, str(folder / value))
+    raise ConfigError(
+        f"{table}.{name}_file: expected where the secret is, got nothing; add it, or "
+        f"{name}_env or {name}_command"
+    )
+
+
+def _written_in(path: Path, setting: str) -> str:
     try:
-        secret = path.read_text(encoding="utf-8").strip()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not text"
         raise ConfigError(
             f"{setting}: expected a file with the secret at {path}, got: {reason}; fix the path"
         ) from None
+
+
+def _printed_by(command: tuple[str, ...], folder: Path, setting: str) -> str:
+    """No word of its output is repeated anywhere, nor of its complaints: they may hold it."""
+    try:
+        done = subprocess.run(  # noqa: S603 - the operator's own word, without a shell
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SECRET_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"nothing in {SECRET_SECONDS} s"
+        raise ConfigError(
+            f"{setting}: expected a command that prints the secret, got from {command[0]}: "
+            f"{reason}; run it by hand"
+        ) from None
+    if done.returncode != 0:
+        raise ConfigError(
+            f"{setting}: expected {command[0]} to end with code 0, got {done.returncode}; run it "
+            "by hand (what it said is not shown here)"
+        )
+    return done.stdout.decode("utf-8", errors="replace")
+
+
+def _one_line(text: str, setting: str, place: str) -> str:
+    secret = text.strip()
     if not secret:
-        raise ConfigError(f"{setting}: expected a secret in {path}, got an empty file")
+        raise ConfigError(f"{setting}: expected a secret in {place}, got nothing")
+    if not secret.isprintable():
+        raise ConfigError(
+            f"{setting}: expected one line of text in {place}, got several, or bytes that are none"
+        )
     return secret
 
 

@@ -200,6 +200,16 @@ def site_keys_key(fingerprint: str, number: int) -> str:
     return f"{site_keys_prefix(fingerprint)}{number:06d}.json"
 
 
+def audit_prefix() -> str:
+    """All that operators did, of every run and site."""
+    return "audit/"
+
+
+def audit_key(number: int) -> str:
+    """What an operator was about to do: the first is 1, and no number is left out."""
+    return f"{audit_prefix()}{number:08d}.json"
+
+
 # Object keys ---------------------------------------------------------------------------------
 
 
@@ -233,9 +243,14 @@ def adapter_key(run: str, adapter_sha: str, file: str = "adapter_model.safetenso
     return f"runs/{run}/adapters/{adapter_sha}/{file}"
 
 
+def bases_prefix(run: str) -> str:
+    """All frozen bases of a run's core adapters."""
+    return f"runs/{run}/bases/"
+
+
 def bases_key(run: str, sha256: str) -> str:
     """The frozen bases of a run's core adapters, named by their sha256."""
-    return f"runs/{run}/bases/{sha256}"
+    return f"{bases_prefix(run)}{sha256}"
 
 
 def server_state_prefix(run: str) -> str:

@@ -15,12 +15,13 @@ import subprocess
 from base64 import b64encode
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import urllib3
 
 from shared.config import canonical_json
-from shared.credentials import existing_file, is_loopback, read_secret
+from shared.config.servers import secret_sources
+from shared.credentials import broker_account, existing_file, is_loopback, read_secret
 from shared.errors import AccessRefusedError, BrokerError, BrokerUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -247,17 +248,16 @@ def broker_admin(section: OperatedBrokerSection, folder: Path) -> BrokerAdmin:
 
 
 def _administrator(section: OperatedBrokerSection, folder: Path) -> tuple[str, str]:
-    account, file = section.management_account, section.management_password_file
-    if (account is None) != (file is None):
+    account, sources = section.management_account, secret_sources(section, "management_password")
+    if (account is None) != (not sources):
         missing = "management_account" if account is None else "management_password_file"
         raise ConfigError(
             f"broker.{missing}: expected a value, got nothing; management_account and "
-            "management_password_file go together"
+            "management_password_file (or _env, or _command) go together"
         )
-    if account is None or file is None:
-        own = unquote(urlsplit(section.url).username or "")
-        return own, read_secret(folder / section.password_file, "broker.password_file")
-    return account, read_secret(folder / file, "broker.management_password_file")
+    if account is None:
+        return broker_account(section), read_secret(section, "password", folder, "broker")
+    return account, read_secret(section, "management_password", folder, "broker")
 
 
 def _management_url(section: OperatedBrokerSection) -> str:

@@ -20,6 +20,7 @@ import hashlib
 import re
 import secrets
 from base64 import b64encode
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 PASSWORD_BYTES = 32
 MOST_CONNECTIONS = 8  # of one site: it has one, a second while its doctor runs, some that are dying
 MOST_CHANNELS = 64
+WARN_SECONDS = 14 * 86_400.0  # before an account ends
 NAME_RULE = "1 to 40 of a-z 0-9 -, no - at the beginning"
 
 
@@ -105,6 +107,25 @@ class SiteAccount(Schema):
     """When it was made, seconds since the epoch."""
     changed: float
     """When it was changed, seconds since the epoch."""
+    expires_at: float | None = None
+    """When it ends, seconds since the epoch; none: it does not end by itself."""
+
+    def ended(self, now: float) -> str:
+        """Why the site is out; empty where it is in. ``now``: seconds since the epoch."""
+        if self.state in ("removing", "removed"):
+            return f"the account of {self.site} was removed"
+        if self.expires_at is not None and self.expires_at <= now:
+            return f"the account of {self.site} ended on {_day(self.expires_at)}"
+        return ""
+
+    def ends_soon(self, now: float) -> str:
+        """That it will end within two weeks, and what to do; empty where it will not."""
+        if self.expires_at is None or self.expires_at - now > WARN_SECONDS:
+            return ""
+        return (
+            f"the account of {self.site} ends on {_day(self.expires_at)}; gradualdiff sites renew "
+            f"{self.site} --valid-days N"
+        )
 
 
 def list_accounts(store: ObjectStore) -> list[SiteAccount]:
@@ -146,8 +167,10 @@ class Accounts:
         self._vhost = vhost
         self._clock = clock
 
-    def add(self, site: str) -> str:
+    def add(self, site: str, expires_at: float | None = None) -> str:
         """Give a site an account; the password, which is kept nowhere else.
+
+        ``expires_at``: when it ends, seconds since the epoch; None: not by itself.
 
         Raises ConfigError as :meth:`check_new` does. Repeated after a crash in it: a new password.
         """
@@ -160,6 +183,7 @@ class Accounts:
             password_hash=None,
             created=now,
             changed=now,
+            expires_at=expires_at,
         )
         if found is None:
             self._create(account)
@@ -178,7 +202,51 @@ class Accounts:
             raise ConfigError(
                 f"site {site}: is only partly removed; repeat gradualdiff sites remove {site}"
             )
+        if found.ended(self._clock()):
+            raise ConfigError(
+                f"site {site}: {found.ended(self._clock())}; gradualdiff sites renew {site} first"
+            )
         return self._give_password(self._write(self._next(found, "rotating")))
+
+    def renew(self, site: str, expires_at: float | None) -> None:
+        """Let an account last until ``expires_at`` (None: for ever), with the password it has.
+
+        Raises ConfigError when the site has none, or one that is half made or half removed.
+        Repeatable.
+        """
+        found = self._existing(site)
+        if found.state != "active" or found.password_hash is None:
+            raise ConfigError(
+                f"site {site}: expected an account that is active, got one that is {found.state}; "
+                "repeat that command first"
+            )
+        renewed = self._write(
+            found.model_copy(
+                update={
+                    "version": found.version + 1,
+                    "changed": self._clock(),
+                    "expires_at": expires_at,
+                }
+            )
+        )
+        if not renewed.ended(self._clock()):
+            self._broker.apply(definitions(site, found.password_hash, self._vhost))
+
+    def expire(self) -> list[str]:
+        """Cut off every site whose account has ended by itself; their names. Repeatable.
+
+        Its record stays, so that :meth:`renew` brings it back with the same password.
+        """
+        on_broker = set(self._broker.accounts())
+        gone = []
+        for account in self.list():
+            is_there = account.state not in ("removing", "removed") and account.site in on_broker
+            if is_there and account.ended(self._clock()):
+                self._broker.delete(account.site)
+                self._broker.disconnect(account.site)
+                self._clear_inbox(account.site)
+                gone.append(account.site)
+        return gone
 
     def remove(self, site: str) -> None:
         """Take a site's account away, close its connections, empty its inbox; its queue stays.
@@ -201,15 +269,16 @@ class Accounts:
     def restore(self) -> list[str]:
         """Make every account anew with the password its site holds, and finish removals.
 
-        For a wiped broker; on any other it changes only what differs from the records. Returns the
-        names of the sites that can log in afterwards. Repeatable.
+        For a wiped broker; on any other it changes only what differs from the records: also who
+        has ended is cut off. Returns the names of the sites that can log in afterwards. Repeatable.
         """
+        self.expire()
         everything: dict[str, list[dict[str, Any]]] = {}
         restored = []
         for account in self.list():
             if account.state == "removing":
                 self.remove(account.site)
-            elif account.password_hash is not None:
+            elif account.password_hash is not None and not account.ended(self._clock()):
                 restored.append(account.site)
                 parts = definitions(account.site, account.password_hash, self._vhost)
                 for kind, entries in parts.items():
@@ -303,6 +372,10 @@ def _read(store: ObjectStore, key: str) -> SiteAccount:
 
 def _bytes(account: SiteAccount) -> bytes:
     return canonical_json(account.model_dump(mode="json"))
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
 
 
 def _check_name(site: str) -> None:

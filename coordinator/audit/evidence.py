@@ -90,7 +90,7 @@ class Evidence:
             self._find(number, key, "is missing")
             return
         day = datetime.fromtimestamp(pruned.time, UTC).strftime("%Y-%m-%d")
-        self._note(number, key, f"pruned on {day}: cannot be recomputed")
+        self._note(number, key, f"{pruned.did} on {day}: cannot be recomputed")
 
     def _note(self, number: int, key: str, says: str) -> None:
         note = Finding(number, key, says)

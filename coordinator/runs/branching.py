@@ -110,8 +110,8 @@ def _read_adapter(parent: Ledger, sha: str, tensors: Path) -> bytes:
     except ObjectMissingError as error:
         if pruned is not None:
             raise LedgerDamagedError(
-                f"{key}: was pruned ({pruned.key(parent.run)}: {pruned.reason}); choose a round "
-                "whose adapter was kept"
+                f"{key}: was {pruned.did} ({pruned.key(parent.run)}: {pruned.reason}); choose a "
+                "round whose adapter was kept"
             ) from None
         raise LedgerDamagedError(f"{error}; restore it from a copy of the store") from None
     if damage is not None:

@@ -150,5 +150,5 @@ def _why_missing(history: History, key: str) -> str:
     for record in history.pruned:
         if key in record.keys:
             where = record.key(history.run)
-            return f"was pruned ({where}: {record.reason}); name a round that was kept"
+            return f"was {record.did} ({where}: {record.reason}); name a round that was kept"
     return "is missing; see: gradualdiff runs verify"

@@ -10,10 +10,11 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from coordinator.liveness import away_since, is_away, read_status
+from coordinator.liveness import AT_THE_SITE, away_since, is_away, read_status
 from coordinator.runs.newest_round import Follower, awaited
 from shared.errors import RunNotFoundError, StoreError
 from shared.methods.rules import too_few
+from shared.protocol.events import AWAITS_APPROVAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 1.0
 LEDGER_SECONDS = 3.0
 SILENT_SECONDS = 30.0  # a coordinator writes every five
-DOING = {"load": "loading", "evaluate": "evaluating", "train": "training", "upload": "uploading"}
+DOING = {
+    "load": "loading",
+    "evaluate": "evaluating",
+    "train": "training",
+    "upload": "uploading",
+    AWAITS_APPROVAL: AT_THE_SITE,
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,9 @@ class SiteNow:
 
     ``state``: waiting, loading, evaluating, training, uploading, accepted, counted, left out (by
     the rule), excluded, declined, does not fit (the others' base, tensors or versions), joined,
-    idle (not in this round) or away. ``eta_seconds``: to the end of the activity, at the speed so
-    far. ``pending_since``: since when its word is awaited; None if it is not. Rates and bytes are
-    as it told last.
+    idle (not in this round), away, or awaits approval at the site. ``eta_seconds``: to the end of
+    the activity, at the speed so far. ``pending_since``: since when its word is awaited; None if it
+    is not. Rates and bytes are as it told last.
     """
 
     site: str

@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from coordinator.history import read_history
-from coordinator.liveness import away_since, is_away, moment
+from coordinator.history import NO_WORD, read_history
+from coordinator.liveness import AT_THE_SITE, awaits_approval, away_since, is_away, moment
 from coordinator.runs.wire import in_round
 from shared.errors import MissingPackageError, RunNotFoundError
 from shared.methods.rules import too_few
@@ -226,6 +226,15 @@ def with_absence(rows: list[SiteRow], status: RunStatus | None) -> list[SiteRow]
         return replace(row, reason=f"away since {moment(since)}: {why}")
 
     return [told(row) for row in rows]
+
+
+def with_approvals(summary: RunSummary, status: RunStatus | None) -> RunSummary:
+    """The run; a site of which no word is on record says so if a person there is still asked."""
+    waits_for = {
+        site: f"it {AT_THE_SITE}" if why == NO_WORD and awaits_approval(site, status) else why
+        for site, why in summary.waits_for.items()
+    }
+    return replace(summary, waits_for=waits_for)
 
 
 def perplexity(held_out: HeldOut | None) -> float | None:

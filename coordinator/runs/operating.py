@@ -50,11 +50,12 @@ def order(
     ledger: Ledger,
     action: Action,
     reason: str,
+    first: Callable[[], None] = lambda: None,
     *,
     rounds: int | None = None,
     site: str | None = None,
 ) -> ControlRecord | None:
-    """Put it on record; None where that is in force already.
+    """Put it on record; None where that is in force already. ``first``: called just before.
 
     Raises RunNotFoundError, ConfigError (no such site), LedgerError (the run is finished, or about
     to stop).
@@ -82,6 +83,7 @@ def order(
             number=number, action=action, rounds=rounds, site=site, reason=reason, by=operator()
         )
 
+    first()
     record = ledger.append(make, topology.control_prefix(ledger.run))
     refuse_if_finished(ledger)  # it may have ended between the two; then the record says nothing
     return record

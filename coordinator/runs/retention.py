@@ -47,6 +47,7 @@ class Plan:
     """What is to go, what stays although it was asked for, and what can then not be done.
 
     ``uploads``: what lies in the inbox and nobody takes any more; no record speaks of it.
+    ``erased``: what content is to be gone, empty where room is to be made.
     """
 
     run: str
@@ -55,6 +56,7 @@ class Plan:
     kept: tuple[str, ...]
     consequences: tuple[str, ...]
     uploads: tuple[Doomed, ...] = ()
+    erased: str = ""
 
     @property
     def all(self) -> tuple[Doomed, ...]:
@@ -99,14 +101,23 @@ def plan(history: History, sizes: Mapping[str, int], keep: str) -> Plan:
 def read_plan(ledger: Ledger, keep: str) -> Plan:
     """The plan for a run as it is now. Raises RunNotFoundError, LedgerDamagedError, ConfigError."""
     history = read_history(ledger.store, ledger.run)
-    prefix = topology.run_prefix(ledger.run)
-    states, updates = topology.server_state_prefix(ledger.run), topology.updates_prefix(ledger.run)
-    folders = (f"{prefix}adapters/", f"{prefix}deltas/", states, updates)
-    sizes = {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
-    wanted = plan(history, sizes, keep)
+    wanted = plan(history, sizes_of(ledger), keep)
     if keep == "all":
         return wanted
-    return replace(wanted, uploads=tuple(_uploads(ledger, history)))
+    return replace(wanted, uploads=tuple(uploads_of(ledger, history)))
+
+
+def sizes_of(ledger: Ledger) -> dict[str, int]:
+    """The bytes of every tensor file of a run, by key."""
+    run = ledger.run
+    folders = (
+        f"{topology.run_prefix(run)}adapters/",
+        topology.deltas_prefix(run),
+        topology.server_state_prefix(run),
+        topology.updates_prefix(run),
+        topology.bases_prefix(run),
+    )
+    return {info.key: info.size for folder in folders for info in ledger.store.list(folder)}
 
 
 def carry_out(
@@ -119,7 +130,9 @@ def carry_out(
 
     def make(number: int) -> PrunedRecord:
         keys = tuple(item.key for item in wanted.objects)
-        return PrunedRecord(number=number, keep=wanted.keep, keys=keys, reason=reason, by=by)
+        return PrunedRecord(
+            number=number, keep=wanted.keep, erased=wanted.erased, keys=keys, reason=reason, by=by
+        )
 
     record = None
     if wanted.objects:
@@ -190,7 +203,7 @@ def _deltas(
     return objects, kept
 
 
-def _uploads(ledger: Ledger, history: History) -> Iterator[Doomed]:
+def uploads_of(ledger: Ledger, history: History) -> Iterator[Doomed]:
     """What lies in the inbox of rounds that take nothing any more; after the end all of it."""
     newest = history.last_closed - history.config.policy.late_rounds
     for info in ledger.store.list(topology.inbox_prefix(ledger.run)):
@@ -202,6 +215,12 @@ def _uploads(ledger: Ledger, history: History) -> Iterator[Doomed]:
 def _consequences(history: History, objects: tuple[Doomed, ...]) -> tuple[str, ...]:
     if not objects:
         return ()
+    rest = "its result is" if history.finished else "what the run needs to continue is"
+    return (*what_is_lost(history, objects), f"nothing else: {rest} kept")
+
+
+def what_is_lost(history: History, objects: tuple[Doomed, ...]) -> list[str]:
+    """What can no longer be done without these objects, a line each."""
     adapters = {item.round for item in objects if "/adapters/" in item.key}
     blind = {item.round for item in objects if "/deltas/" in item.key}
     states = {item.round for item in objects if "/server_state/" in item.key}
@@ -217,9 +236,7 @@ def _consequences(history: History, objects: tuple[Doomed, ...]) -> tuple[str, .
         found.append(
             f"runs export and runs branch can no longer take the adapter of {_spans(adapters)}"
         )
-    rest = "its result is" if history.finished else "what the run needs to continue is"
-    found.append(f"nothing else: {rest} kept")
-    return tuple(found)
+    return found
 
 
 def _spans(numbers: Iterable[int]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def delete(
     run: RunArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: ReasonOption = NO_REASON,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,6 +52,7 @@ def delete(
                 soft_wrap=True,
             )
         agree(f"Delete run {run} for good?", yes=yes)
+        put_on_record(objects, store, "run.delete", run, reason)
         delete_run(operator_ledger(objects, run, time.time), operator())
     if as_json:
         print_json({"run": run, "records": records, "objects": len(going), "bytes": size})

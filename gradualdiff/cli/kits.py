@@ -272,6 +272,8 @@ min_held_out = {least.min_held_out}
 # Adapters stand on attention and MLP layers, never on embeddings or head; or only on these:
 # modules = ["q_proj", "v_proj"]
 # runs = [{run}]
+# Hospitals switch this on: no run begins here until a person says gradualdiff site approve RUN.
+# approval = true
 # send_metrics = true
 #   {metrics}
 """

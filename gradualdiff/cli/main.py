@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gradualdiff.cli import (
+    audit,
     check,
     config,
     demo,
@@ -46,9 +47,11 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")
 app.add_typer(sites.app, name="sites")
+app.add_typer(site.app, name="site")
 app.add_typer(runs.app, name="runs")
 app.add_typer(rounds.app, name="rounds")
 app.add_typer(queues.app, name="queues")
+app.add_typer(audit.app, name="audit")
 
 
 def _print_version(wanted: bool) -> None:

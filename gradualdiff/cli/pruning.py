@@ -1,4 +1,4 @@
-"""``gradualdiff runs prune``: delete what a run no longer needs, after saying what that costs."""
+"""``gradualdiff runs prune`` and ``erase``: delete tensors of a run, after saying what is lost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import ReasonOption, put_on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -20,6 +21,7 @@ from gradualdiff.cli.output import (
 
 if TYPE_CHECKING:
     from coordinator.runs.retention import Plan
+    from shared.protocol.records import PrunedRecord
 
 
 def prune(
@@ -35,9 +37,7 @@ def prune(
     yes: Annotated[
         bool, typer.Option("--yes", help="Delete. Without this option it only lists what would go.")
     ] = False,
-    reason: Annotated[
-        str, typer.Option("--reason", help="The reason, which stays on record.")
-    ] = "room",
+    reason: ReasonOption = "room",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,13 +54,52 @@ def prune(
     if not as_json:
         _show(plan)
     record = None
-    if yes:
+    if yes and plan.all:
+        put_on_record(ledger.store, store, "run.prune", f"{run} {keep}", reason)
         record = carry_out(ledger, plan, reason, operator(), lambda _: None)
+    _tell(plan, record, yes=yes, as_json=as_json)
+
+
+def erase(
+    run: RunArgument,
+    reason: ReasonOption,
+    number: Annotated[
+        int | None,
+        typer.Option("--round", min=0, help="Only what was made for or in this round."),
+    ] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Only this site's deltas.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete. Without this option it only lists what would go.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a run's content for good: deltas, adapters, states. Digests and records stay.
+
+    Of an unfinished run only one site's deltas of closed rounds (--site). Repeat one that was cut
+    off.
+    """
+    from coordinator.runs import erasure
+    from coordinator.runs.operating import operator, operator_ledger
+    from gradualdiff.store import open_store
+
+    ledger = operator_ledger(open_store(store, writable=True).objects, run, time.time)
+    plan = erasure.read_erasure(ledger, number=number, site=site)
+    if not as_json:
+        _show(plan)
+    record = None
+    if yes:
+        put_on_record(ledger.store, store, "run.erase", f"{run} {plan.erased}", reason)
+        record = erasure.erase(ledger, plan, reason, operator(), lambda _: None)
+    _tell(plan, record, yes=yes, as_json=as_json)
+
+
+def _tell(plan: Plan, record: PrunedRecord | None, *, yes: bool, as_json: bool) -> None:
     if as_json:
         print_json({"plan": plan, "bytes": plan.bytes, "deleted": yes and bool(plan.all)})
         return
     if record is not None:
-        _say(f"Deleted {len(plan.objects)} objects; which, stands in {record.key(run)}")
+        _say(f"Deleted {len(plan.objects)} objects; which, stands in {record.key(plan.run)}")
     if yes and plan.uploads:
         _say(f"Deleted {len(plan.uploads)} uploads; no record speaks of them")
     if plan.all and not yes:
@@ -73,11 +112,13 @@ def _show(plan: Plan) -> None:
     for line in plan.kept:
         _say(f"kept: {line}")
     if not plan.all:
-        _say(f"run {plan.run}: --keep {plan.keep} leaves nothing to delete")
+        asked = f"erasing {plan.erased}" if plan.erased else f"--keep {plan.keep}"
+        _say(f"run {plan.run}: {asked} leaves nothing to delete")
         return
     kinds: dict[tuple[int, str], list[int]] = {}
     for item in plan.all:
         kind = "delta" if "/deltas/" in item.key else "adapter"
+        kind = "bases" if "/bases/" in item.key else kind
         kind = "upload" if item.key.startswith(INBOX) else kind
         kinds.setdefault((item.round, kind), []).append(item.size)
     rows = [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
 from gradualdiff.cli.kits import Servers, open_servers
 from gradualdiff.cli.output import (
     DEFAULT_FEDERATION,
@@ -139,6 +140,7 @@ def peek(
 @app.command()
 def redrive(
     yes: YesOption = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -162,6 +164,9 @@ def redrive(
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Send {_letters(count)} back to where they came from?", yes=yes)
+            put_on_servers_record(
+                servers, federation, "queue.redrive", f"{REFUSED} {count}", reason
+            )
         done = send_back(broker)
     if as_json:
         print_json(done)
@@ -176,6 +181,7 @@ def redrive(
 @app.command()
 def purge(
     yes: YesOption = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -187,6 +193,8 @@ def purge(
         count = broker.depth(REFUSED_QUEUE)
         if count:
             agree(f"Drop {_letters(count)} for ever?", yes=yes)
+        if count or yes:
+            put_on_servers_record(servers, federation, "queue.purge", f"{REFUSED} {count}", reason)
         # Not of what nobody was asked about: it may have come since, or not have been counted.
         dropped = broker.purge(REFUSED_QUEUE) if count or yes else 0
     if as_json:
@@ -260,17 +268,20 @@ def _with_site(
 ) -> QueueRow:
     from dataclasses import replace
 
-    from coordinator.liveness import is_away, moment
+    from coordinator.liveness import AT_THE_SITE, awaits_approval, is_away, moment
     from coordinator.runs.newest_round import awaited
 
     told = status.sites.get(site) if status else None
     away = is_away(site, status, time.time())
+    waits = "nothing: the run has not begun" if now is None else awaited(now, site)
+    if awaits_approval(site, status) and not waits.startswith("nothing"):
+        waits = f"{waits}; it {AT_THE_SITE}"
     return replace(
         row,
         site=site,
         online=None if away is None else not away,
         last_seen=moment(told.seen) if told else None,
-        waits_for="nothing: the run has not begun" if now is None else awaited(now, site),
+        waits_for=waits,
     )
 
 

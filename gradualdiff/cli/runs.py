@@ -37,6 +37,7 @@ for command in (
     steering.exclude,
     steering.branch,
     pruning.prune,
+    pruning.erase,
     deleting.delete,
     comparing.compare,
     exporting.export,

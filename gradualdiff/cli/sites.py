@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
 from gradualdiff.cli.kits import (
     PASSWORD_FILE,
     Servers,
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
     from coordinator.accounts.site_accounts import SiteAccount
 
 app = typer.Typer(
-    help="Sites' broker accounts: add, list, rotate, remove, restore.", no_args_is_help=True
+    help="Sites' broker accounts: add, list, rotate, renew, expire, remove, restore.",
+    no_args_is_help=True,
 )
+DAY_SECONDS = 86_400.0
 NameArgument = Annotated[str, typer.Argument(help="The site's name.")]
 KitOption = Annotated[
     Path | None,
@@ -56,6 +60,11 @@ def add(
     name: NameArgument,
     kit: KitOption = None,
     key: KeyOption = None,
+    valid_days: Annotated[
+        int | None,
+        typer.Option(min=1, max=36_500, help="Days until the account ends (default: never)."),
+    ] = None,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,11 +75,14 @@ def add(
     accounts = accounts_of(servers)
     accounts.check_new(name)
     if key is not None:
+        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
         enrol_key(servers, name, PublicKey(key), "added")
+    put_on_servers_record(servers, federation, "kit.write", name, reason)
     folder = prepare_kit(servers, name, kit)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
-    write_secret(folder / PASSWORD_FILE, accounts.add(name))
+    put_on_servers_record(servers, federation, "account.add", name, reason)
+    write_secret(folder / PASSWORD_FILE, accounts.add(name, _end(valid_days)))
     _tell(servers, name, folder, "added", as_json=as_json)
 
 
@@ -78,6 +90,7 @@ def add(
 def rotate(
     name: NameArgument,
     kit: KitOption = None,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -92,6 +105,7 @@ def rotate(
     if not accounts.exists(name):
         raise unknown_site(name)
     folder = prepare_kit(servers, name, kit)
+    put_on_servers_record(servers, federation, "account.rotate", name, reason)
     write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
     _tell(servers, name, folder, "rotated", as_json=as_json)
 
@@ -100,6 +114,7 @@ def rotate(
 def remove(
     name: NameArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,8 +122,10 @@ def remove(
     servers = open_servers(federation)
     _find(servers, name)
     agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
+    put_on_servers_record(servers, federation, "account.remove", name, reason)
     accounts_of(servers).remove(name)
     if servers.config.trust is not None:
+        put_on_servers_record(servers, federation, "key.revoke", name, reason)
         revoke_key(servers, name, "the site was removed")
     if as_json:
         print_json({"site": name, "state": "removed"})
@@ -141,7 +158,10 @@ def key_(
             "old one"
         )
     if key is not None:
+        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
         enrol_key(servers, name, PublicKey(key), reason or "enrolled")
+    if revoke:
+        put_on_servers_record(servers, federation, "key.revoke", name, reason)
     if revoke and revoke_key(servers, name, reason) is None:
         raise ConfigError(f"site {name}: expected a key in force, got none; nothing is revoked")
     told = keys_told(servers, name)
@@ -153,9 +173,56 @@ def key_(
 
 
 @app.command()
-def restore(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption = False) -> None:
+def renew(
+    name: NameArgument,
+    valid_days: Annotated[
+        int,
+        typer.Option(min=0, max=36_500, help="Days from now until it ends; 0: it does not end."),
+    ],
+    reason: ReasonOption = NO_REASON,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a site's account last longer (or shorter), with the password and kit that it has."""
+    from coordinator.liveness import moment
+
+    servers = open_servers(federation)
+    _find(servers, name)
+    put_on_servers_record(servers, federation, "account.renew", f"{name} {valid_days}", reason)
+    expires_at = _end(valid_days)
+    accounts_of(servers).renew(name, expires_at)
+    if as_json:
+        print_json({"site": name, "state": "renewed", "expires": moment(expires_at)})
+        return
+    until = f"lasts until {moment(expires_at)}" if expires_at else "does not end by itself"
+    console().print(f"the account of {name} {until}", highlight=False)
+
+
+@app.command()
+def expire(
+    reason: ReasonOption = NO_REASON,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
+    """Cut off every site whose account has ended: for cron. The coordinator refuses them anyway."""
+    servers = open_servers(federation)
+    put_on_servers_record(servers, federation, "account.expire", "all sites", reason)
+    gone = accounts_of(servers).expire()
+    if as_json:
+        print_json({"expired": gone})
+        return
+    console().print(f"cut off {len(gone)} accounts that had ended: {', '.join(gone) or 'none'}")
+
+
+@app.command()
+def restore(
+    reason: ReasonOption = NO_REASON,
+    federation: FederationOption = DEFAULT_FEDERATION,
+    as_json: JsonOption = False,
+) -> None:
     """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
     servers = open_servers(federation)
+    put_on_servers_record(servers, federation, "account.restore", "all sites", reason)
     restored = accounts_of(servers).restore()
     declare_sites(servers, restored)
     if as_json:
@@ -177,9 +244,9 @@ def list_(federation: FederationOption = DEFAULT_FEDERATION, as_json: JsonOption
     if as_json:
         print_json(sites)
         return
-    told = ("site", "account", "version", "created", "listens", "waiting", "last seen")
-    keys = ("site", "state", "version", "created", "listens", "waiting", "last_seen", "over")
-    rows = [[_told(site[key]) for key in keys] for site in sites]
+    told = ("site", "account", "version", "created", "ends", "listens", "waiting", "last seen")
+    keys = ("site", "state", "version", "created", "expires", "listens", "waiting", "last_seen")
+    rows = [[_told(site[key]) for key in (*keys, "over")] for site in sites]
     print_table("Sites", (*told, _over_in(servers)), rows)
 
 
@@ -236,10 +303,11 @@ def _looked_at(servers: Servers, accounts: list[SiteAccount]) -> list[dict[str, 
     return [
         {
             "site": account.site,
-            "state": account.state,
+            "state": "expired" if _is_expired(account) else account.state,
             "version": account.version,
             "created": moment(account.created),
             "changed": moment(account.changed),
+            "expires": moment(account.expires_at),
             "listens": None if account.site not in queues else queues[account.site][1] > 0,
             "waiting": None if account.site not in queues else queues[account.site][0],
             "last_seen": moment(told[account.site].seen if account.site in told else None),
@@ -247,6 +315,20 @@ def _looked_at(servers: Servers, accounts: list[SiteAccount]) -> list[dict[str, 
         }
         for account in accounts
     ]
+
+
+def _told_key(name: str, key: str) -> str:
+    from shared.trust.keys import PublicKey
+
+    return f"{name} {PublicKey(key).fingerprint}"
+
+
+def _is_expired(account: SiteAccount) -> bool:
+    return account.state == "active" and bool(account.ended(time.time()))
+
+
+def _end(valid_days: int | None) -> float | None:
+    return time.time() + valid_days * DAY_SECONDS if valid_days else None
 
 
 def _queues(servers: Servers, sites: list[str]) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -20,11 +21,17 @@ from shared.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coordinator.audit_log import Deed
     from coordinator.runs.operating import Action
     from shared.protocol.ledger import Ledger
 
-ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
-NO_REASON = "no reason given"
+DEEDS: dict[Action, Deed] = {
+    "pause": "run.pause",
+    "resume": "run.resume",
+    "stop": "run.stop",
+    "extend": "run.extend",
+    "exclude": "run.exclude",
+}
 WHEN = "A running coordinator sees it within seconds, otherwise the next start does."
 
 
@@ -38,7 +45,7 @@ def pause(
     from coordinator.runs.operating import open_round
 
     ledger = _ledger(store, run)
-    if not _order(ledger, "pause", reason, as_json=as_json):
+    if not _order(ledger, store, "pause", reason, as_json=as_json):
         return
     number = open_round(ledger)
     _say(
@@ -57,7 +64,7 @@ def resume(
     as_json: JsonOption = False,
 ) -> None:
     """Undo a pause."""
-    if _order(_ledger(store, run), "resume", reason, as_json=as_json):
+    if _order(_ledger(store, run), store, "resume", reason, as_json=as_json):
         _say("The next round begins.", WHEN, "A simulation that ended: start it again.")
 
 
@@ -71,7 +78,7 @@ def stop(
     from coordinator.runs.operating import last_closed
 
     ledger = _ledger(store, run)
-    if not _order(ledger, "stop", reason, as_json=as_json):
+    if not _order(ledger, store, "stop", reason, as_json=as_json):
         return
     last = last_closed(ledger)
     if last < 0:
@@ -95,7 +102,7 @@ def extend(
     from coordinator.round.controls import steer
 
     ledger = _ledger(store, run)
-    if not _order(ledger, "extend", reason, rounds=rounds, as_json=as_json):
+    if not _order(ledger, store, "extend", reason, rounds=rounds, as_json=as_json):
         return
     total = ledger.config().run.rounds + steer(tuple(ledger.controls())).more_rounds
     _say(
@@ -117,7 +124,7 @@ def exclude(
     from coordinator.runs.operating import open_round
 
     ledger = _ledger(store, run)
-    if not _order(ledger, "exclude", reason, site=site, as_json=as_json):
+    if not _order(ledger, store, "exclude", reason, site=site, as_json=as_json):
         return
     number = open_round(ledger)
     here = f"Round {number} closes without {site}, and it" if number else site
@@ -132,6 +139,7 @@ def branch(
     run: RunArgument,
     at: Annotated[int, typer.Option("--at", min=0, help="Begin with this round's adapter.")],
     name: Annotated[str, typer.Option("--name", help="The new run's name.")],
+    reason: ReasonOption = NO_REASON,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -147,6 +155,7 @@ def branch(
         raise ConfigError(f"--name: expected 1 to 40 of a-z, 0-9 and dashes, got {name!r}")
     objects = open_store(store, writable=True).objects
     child = operator_ledger(objects, name, time.time)
+    put_on_record(objects, store, "run.branch", f"{run}@{at} {name}", reason)
     origin = branch_run(operator_ledger(objects, run, time.time), at, child)
     if as_json:
         print_json(origin)
@@ -169,6 +178,7 @@ def _ledger(store: Path, run: str) -> Ledger:
 
 def _order(
     ledger: Ledger,
+    store: Path,
     action: Action,
     reason: str,
     *,
@@ -179,7 +189,12 @@ def _order(
     """Put it on record and say so; whether there is more to say to a person."""
     from coordinator.runs.operating import order
 
-    record = order(ledger, action, reason, rounds=rounds, site=site)
+    about = " ".join(str(word) for word in (ledger.run, rounds, site) if word is not None)
+
+    def first() -> None:
+        put_on_record(ledger.store, store, DEEDS[action], about, reason)
+
+    record = order(ledger, action, reason, first, rounds=rounds, site=site)
     if as_json:
         print_json(record)
         return False

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from shared.brokers.rabbitmq import RabbitConnection
     from shared.config import BrokerSection
+    from shared.config.section import Section
     from shared.credentials import BrokerAddress
 
 Verdict = Literal["OK", "WARN", "FAIL", "SKIP"]
@@ -51,24 +52,33 @@ def attempt(check: str, call: Callable[[], str]) -> Iterator[CheckResult]:
         yield CheckResult(check, "FAIL", f"{where}: {error.strerror or error}; fix that path")
 
 
-def check_secret(setting: str, path: Path) -> Iterator[CheckResult]:
-    """A file with a secret: it is there, and nobody but its owner reads it."""
+def check_secret(section: Section, name: str, folder: Path, table: str) -> Iterator[CheckResult]:
+    """A secret can be had, and of one in a file nobody but its owner reads it."""
+    from shared.config.servers import secret_sources
     from shared.credentials import read_secret
 
-    try:
-        read_secret(path, setting)
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except (ConfigError, OSError) as error:
-        yield CheckResult("secret", "FAIL", str(error))
-        return
+    for setting, value in secret_sources(section, name).items():
+        where = f"{table}.{setting}"
+        try:
+            read_secret(section, name, folder, table)
+            if setting.endswith("_file"):
+                yield _permissions(where, folder / str(value))
+            else:
+                place = value if isinstance(value, str) else value[0]
+                yield CheckResult("secret", "OK", f"{where}: {place} gives one")
+        except (ConfigError, OSError) as error:
+            yield CheckResult("secret", "FAIL", str(error))
+
+
+def _permissions(setting: str, path: Path) -> CheckResult:
+    mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        yield CheckResult(
+        return CheckResult(
             "secret",
             "WARN",
             f"{setting}: {path} has mode {mode:04o}: others may use it; run: chmod 600 {path}",
         )
-    else:
-        yield CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
+    return CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
 
 
 def check_key(path: Path) -> Iterator[CheckResult]:

@@ -25,6 +25,7 @@ from shared.errors import BrokerError, ConfigError, GradualDiffError, StoreUnava
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from coordinator.accounts.site_accounts import SiteAccount
     from shared.brokers.rabbitmq import RabbitConnection
     from shared.config import FederationConfig, OperatedBrokerSection
     from shared.stores.port import ObjectStore
@@ -66,16 +67,12 @@ def check_federation(file: Path, spool: Path | None) -> Iterator[CheckResult]:
 
 
 def _secrets(config: FederationConfig, folder: Path) -> Iterator[CheckResult]:
-    named: dict[str, str | None] = {}
     if config.broker is not None:
-        named["broker.password_file"] = config.broker.password_file
-        named["broker.management_password_file"] = config.broker.management_password_file
+        for name in ("password", "management_password"):
+            yield from check_secret(config.broker, name, folder, "broker")
     if config.store.url is not None:
-        named["store.access_key_file"] = config.store.access_key_file
-        named["store.secret_key_file"] = config.store.secret_key_file
-    for setting, name in named.items():
-        if name is not None:
-            yield from check_secret(setting, folder / name)
+        for name in ("access_key", "secret_key"):
+            yield from check_secret(config.store, name, folder, "store")
     if config.trust is not None:
         yield from check_key(folder / config.trust.key_file)
 
@@ -244,11 +241,21 @@ def _account(store: ObjectStore, site: str, on_broker: set[str]) -> CheckResult:
         return CheckResult(
             check, "WARN", f"is half done ({found.state}); repeat gradualdiff sites {word} {site}"
         )
-    if site not in on_broker:
+    return _active(check, found, on_broker)
+
+
+def _active(check: str, account: SiteAccount, on_broker: set[str]) -> CheckResult:
+    ended, soon = account.ended(time.time()), account.ends_soon(time.time())
+    is_there = account.site in on_broker
+    if ended:
+        still = "; gradualdiff sites expire cuts it off" if is_there else ""
+        again = f"gradualdiff sites renew {account.site} --valid-days N lets it in again"
+        return CheckResult(check, "FAIL", f"{ended}; {again}{still}")
+    if not is_there:
         return CheckResult(
             check, "FAIL", "is on record, but the broker lost it; run gradualdiff sites restore"
         )
-    return CheckResult(check, "OK", "is there")
+    return CheckResult(check, "WARN" if soon else "OK", soon or "is there")
 
 
 def _coordinator(

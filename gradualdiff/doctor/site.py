@@ -57,7 +57,7 @@ def check_site(file: Path, store_url: str | None) -> Iterator[CheckResult]:
             "participant take the table from the kit that gradualdiff sites add wrote",
         )
     else:
-        yield from check_secret("broker.password_file", folder / config.broker.password_file)
+        yield from check_secret(config.broker, "password", folder, "broker")
         yield from check_tls(config.broker, folder)
         yield from _broker(config.broker, config.site.name, folder)
         if config.store is None:

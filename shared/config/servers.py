@@ -14,6 +14,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+Command = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+def secret_sources(section: Section, name: str) -> dict[str, str | tuple[str, ...]]:
+    """Where a table says that a secret comes from: of ``NAME_file``, ``_env``, ``_command``."""
+    settings = (f"{name}_{how}" for how in ("file", "env", "command"))
+    given = {setting: getattr(section, setting, None) for setting in settings}
+    return {setting: value for setting, value in given.items() if value is not None}
+
+
+def _one_source(section: Section, name: str, *, needed: bool = True) -> Iterator[str]:
+    given = secret_sources(section, name)
+    if len(given) > 1 or (needed and not given):
+        got = " and ".join(given) or "none"
+        yield f"expected one of {name}_file, {name}_env and {name}_command, got {got}"
+
+
 class LimitsSection(Section):
     """What one site may cause; beyond it, it is counted and dropped. See ``sites list``."""
 
@@ -25,6 +42,12 @@ class LimitsSection(Section):
     """Messages of one site that are looked at, after ``burst`` at once; more are dropped."""
     burst: Positive = 500
     """Messages of one site that are looked at however fast they come."""
+    read_url_seconds: Annotated[float, Field(ge=60, le=604_800)] = 21_600.0
+    """How long a signed URL reads an adapter. It does so also after ``sites remove``."""
+    write_url_seconds: Annotated[float, Field(ge=60, le=604_800)] = 900.0
+    """How long a signed URL takes a piece of a delta: 16 MiB at 150 kbit/s by default. What is
+    missing then is asked for again.
+    """
 
 
 class BrokerSection(Section):
@@ -32,14 +55,27 @@ class BrokerSection(Section):
 
     url: Annotated[str, StringConstraints(pattern=r"^amqps?://[^@/\s]+@[^@\s]+$")]
     """``amqps://ACCOUNT@HOST:PORT/VHOST``, without the password."""
-    password_file: str
-    """File with the account's password, relative to this file."""
+    password_file: str | None = None
+    """File with the account's password, relative to this file. One of these three says it."""
+    password_env: str | None = None
+    """Environment variable with it."""
+    password_command: Command | None = None
+    """Command, word by word, that prints it: a vault's. Run in this file's folder, without a shell,
+    whenever it is needed; no word of it may be a secret.
+    """
     ca_file: str | None = None
     """Certificate of the authority that signed the broker's (at a site: and the store's). Without
     it: the system's authorities.
     """
     transport: Transport = "tls"
     """``"plaintext"`` allows a connection without TLS to another machine."""
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """One place for the password."""
+        return (self._one_password,)
+
+    def _one_password(self) -> Iterator[str]:
+        yield from _one_source(self, "password")
 
 
 class OperatedBrokerSection(BrokerSection):
@@ -53,8 +89,19 @@ class OperatedBrokerSection(BrokerSection):
     """Its administrator, if the coordinator's account is not one."""
     management_password_file: str | None = None
     """That account's password."""
+    management_password_env: str | None = None
+    """Or the environment variable with it."""
+    management_password_command: Command | None = None
+    """Or the command that prints it."""
     rabbitmqctl: tuple[str, ...] | None = None
     """Or the command that reaches the broker's own tool, word by word."""
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """And one place for the administrator's."""
+        return (*super().rules(), self._one_management_password)
+
+    def _one_management_password(self) -> Iterator[str]:
+        yield from _one_source(self, "management_password", needed=False)
 
 
 class StoreSection(Section):
@@ -70,8 +117,16 @@ class StoreSection(Section):
     """As the server names it."""
     access_key_file: str | None = None
     """File with the access key, relative to this file."""
+    access_key_env: str | None = None
+    """Or the environment variable with it."""
+    access_key_command: Command | None = None
+    """Or the command that prints it, as ``broker.password_command``."""
     secret_key_file: str | None = None
     """File with the secret key."""
+    secret_key_env: str | None = None
+    """Or the environment variable with it."""
+    secret_key_command: Command | None = None
+    """Or the command that prints it."""
     site_url: StoreUrl | None = None
     """The server as sites reach it, if that differs; signed URLs carry it."""
     ca_file: str | None = None
@@ -84,8 +139,8 @@ class StoreSection(Section):
         return (self._keys_go_with_the_url,)
 
     def _keys_go_with_the_url(self) -> Iterator[str]:
-        if self.url is not None and (self.access_key_file is None or self.secret_key_file is None):
-            yield "url needs access_key_file and secret_key_file"
+        for name in ("access_key", "secret_key"):
+            yield from _one_source(self, name, needed=self.url is not None)
 
 
 class SiteStoreSection(Section):

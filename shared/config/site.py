@@ -136,6 +136,8 @@ class AcceptSection(Section):
     """What other sites sign with, as their operators read it out. With any: this site masks with
     those sites alone, and only under these keys.
     """
+    approval: bool = False
+    """true: each run waits until a person at the site says ``gradualdiff site approve RUN``."""
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
 

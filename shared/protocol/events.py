@@ -36,6 +36,7 @@ from shared.protocol.secure import (
 )
 from shared.topology import REFUSED_BYTES
 
+AWAITS_APPROVAL = "approval"  # an activity: nothing goes on until a person at the site says so
 MOST_UPDATES = 32  # of one offer
 Time = Annotated[float, Within(0, 1e11)]  # seconds since the epoch
 
@@ -407,7 +408,8 @@ class TrainingFailed(Event):
 class TrainingProgressed(Event):
     """Site -> coordinator, every few seconds while it works; expires unread within seconds.
 
-    ``activity``: load, evaluate, train or upload; ``step`` of ``of``. ``tokens_per_second`` is of
+    ``activity``: load, evaluate, train or upload, or approval while a person at the site is to
+    approve the run; ``step`` of ``of``. ``tokens_per_second`` is of
     the training, bytes are of this process. No record is made of it.
     """
 
@@ -415,7 +417,8 @@ class TrainingProgressed(Event):
     run: Name
     round: Amount
     activity: Annotated[str, Most(20)]
-    """What it is doing: ``load``, ``evaluate``, ``train`` or ``upload``."""
+    """What it is doing: ``load``, ``evaluate``, ``train`` or ``upload``; or ``approval``: it waits.
+    """
     step: Amount
     """How many steps are done."""
     of: Amount

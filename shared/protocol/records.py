@@ -190,15 +190,25 @@ class ControlRecord(StampedRecord):
 class PrunedRecord(StampedRecord):
     """Objects that an operator deleted. Written before the first of them is deleted."""
 
+    newer = ("erased",)
     number: Number
     """Which one, from 1."""
     keep: str
-    """What was to be kept: ``all``, ``adapters`` or ``last:N``."""
+    """What was to be kept: ``all``, ``adapters`` or ``last:N``; of an erasure ``records``."""
+    erased: str = ""
+    """What was to be gone: ``all``, ``round 3``, ``site north``, ``round 3 of site north``. Not
+    there where objects were deleted to make room.
+    """
     keys: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
     """The objects."""
     reason: str
     by: str
     """Who asked: account@machine."""
+
+    @property
+    def did(self) -> str:
+        """What became of the objects, in a word."""
+        return "erased" if self.erased else "pruned"
 
     def key(self, run: str) -> str:
         """Numbered from 1."""

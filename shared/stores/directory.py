@@ -79,6 +79,10 @@ class DirectoryStore:
                 os.link(probe, second)
 
     @property
+    def account(self) -> None:
+        """A directory has no accounts."""
+
+    @property
     def indirect(self) -> str:
         """Nothing is against it: link(2) creates."""
         return ""

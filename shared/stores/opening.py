@@ -27,16 +27,14 @@ def open_s3(section: StoreSection, folder: Path) -> S3Store:
     from shared.stores.s3 import S3Store  # noqa: PLC0415 - a directory needs no SDK
 
     assert section.url is not None  # the caller asked
-    assert section.access_key_file is not None  # the config says so
-    assert section.secret_key_file is not None
     for url in (section.url, section.site_url):
         if url is not None:
             check_transport("store", url, section.transport)
     return S3Store(
         section.url,
         section.bucket,
-        read_secret(folder / section.access_key_file, "store.access_key_file"),
-        read_secret(folder / section.secret_key_file, "store.secret_key_file"),
+        read_secret(section, "access_key", folder, "store"),
+        read_secret(section, "secret_key", folder, "store"),
         region=section.region,
         ca_file=existing_file(folder, section.ca_file, "store.ca_file"),
         site_endpoint=section.site_url,

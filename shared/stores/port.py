@@ -110,6 +110,10 @@ class ObjectStore(Protocol):
     """Objects by key. All sizes in bytes, all times in seconds since the epoch."""
 
     @property
+    def account(self) -> str | None:
+        """Who we are to the server, its access key's name; None: it has no accounts."""
+
+    @property
     def indirect(self) -> str:
         """Why sites cannot create objects by URLs here, and use the inbox; "": they can."""
 

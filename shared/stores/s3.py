@@ -86,6 +86,7 @@ class S3Store:
         )
         self._bucket = bucket
         self._secret_key = secret_key
+        self._access_key = access_key
         self._pool = http_pool(ca_file, "store.ca_file", retries)
         clients = []
         for url, setting in (
@@ -120,6 +121,11 @@ class S3Store:
             self._client, self._pool, bucket, self._errors, secret_key, self._sign_put
         )
         self._indirect = ""
+
+    @property
+    def account(self) -> str:
+        """The access key: its name, which every signed URL carries too."""
+        return self._access_key
 
     @property
     def indirect(self) -> str:

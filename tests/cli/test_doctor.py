@@ -15,21 +15,24 @@ import pytest
 from typer.testing import CliRunner
 
 from coordinator.accounts.broker_administration import ManagementAdmin
+from coordinator.accounts.site_accounts import SiteAccount
 from coordinator.limits import Limits
 from coordinator.liveness import Liveness
 from coordinator.round.machine import replay
 from gradualdiff.cli.main import app
 from gradualdiff.doctor import checks
+from gradualdiff.doctor.federation import _account
 from shared import topology
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
-from shared.config import LimitsSection, load_federation
+from shared.config import BrokerSection, LimitsSection, canonical_json, load_federation
 from shared.credentials import broker_address
 from shared.errors import ConfigError, GradualDiffError
 from shared.protocol import wire
 from shared.protocol.events import UploadGranted
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import FinishedRecord
+from shared.stores.directory import DirectoryStore
 from shared.stores.s3_parts import S3Parts
 from tests.servers.faults import ToldServer, make_certificate, reply
 from tests.servers.rabbitmq import ADMIN, RabbitServer
@@ -404,3 +407,53 @@ def test_a_site_that_is_simulated_only_needs_no_broker(tmp_path):
     assert "gradualdiff simulate" in found["broker"][1]
     assert found["data"][0] == found["device"][0] == "OK"
     assert "clock" not in found
+
+
+def test_a_secret_is_looked_at_where_it_comes_from(tmp_path, monkeypatch):
+    """A file that others may read is told with the command that ends it; no secret is shown."""
+    monkeypatch.setenv("OUR_SECRET", "tell-tale")
+    (tmp_path / "open").write_text("tell-tale")
+    (tmp_path / "open").chmod(0o640)
+    (tmp_path / "own").write_text("tell-tale")
+    (tmp_path / "own").chmod(0o600)
+    wanted = {
+        ("password_file", "open"): ("WARN", "chmod 600"),
+        ("password_file", "own"): ("OK", "owner's alone"),
+        ("password_file", "nowhere"): ("FAIL", "nowhere"),
+        ("password_env", "OUR_SECRET"): ("OK", "OUR_SECRET gives one"),
+        ("password_env", "NOT_SET"): ("FAIL", "NOT_SET"),
+        ("password_command", ("cat", "own")): ("OK", "cat gives one"),
+        ("password_command", ("false",)): ("FAIL", "code 0, got 1"),
+    }
+    for (setting, value), (verdict, says) in wanted.items():
+        section = BrokerSection(url="amqps://a@rabbit.example/", **{setting: value})
+        (found,) = checks.check_secret(section, "password", tmp_path, "broker")
+        assert (found.verdict, says in found.says) == (verdict, True), found
+        assert "tell-tale" not in found.says
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict", "says"),
+    [
+        (None, "OK", "is there"),
+        (15, "OK", "is there"),
+        (13, "WARN", "renew"),
+        (-1, "FAIL", "ended"),
+    ],
+)
+def test_an_account_that_ends_is_told_two_weeks_ahead(tmp_path, days, verdict, says):
+    """And once it has ended, with what lets the site in again."""
+    store = DirectoryStore(tmp_path / "store")
+    expires_at = None if days is None else time.time() + 86_400 * days
+    account = SiteAccount(
+        site="north",
+        version=1,
+        state="active",
+        password_hash="x",
+        created=0.0,
+        changed=0.0,
+        expires_at=expires_at,
+    )
+    store.put(topology.account_key("north"), canonical_json(account.model_dump(mode="json")))
+    found = _account(store, "north", {"north"})
+    assert (found.verdict, says in found.says) == (verdict, True), found

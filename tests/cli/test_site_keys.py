@@ -9,8 +9,9 @@ import tomllib
 import pytest
 from typer.testing import CliRunner
 
+from coordinator.audit_log import raw_entries, read_entries
 from coordinator.site_keys import SiteKeys
-from gradualdiff.cli import site, sites
+from gradualdiff.cli import audit, site, sites
 from gradualdiff.cli.kits import open_servers, prepare_kit
 from gradualdiff.doctor.checks import check_key
 from shared.config import load_site
@@ -208,3 +209,30 @@ def test_doctor_says_what_is_wrong_with_a_key(tmp_path):
     assert (open_one.verdict, missing.verdict) == ("FAIL", "FAIL")
     assert "chmod 600" in open_one.says
     assert "site init" in missing.says
+
+
+# On record ---------------------------------------------------------------------------------------
+
+
+def test_what_is_done_to_keys_is_logged_and_signed_by_the_coordinators(office):
+    """So that whoever holds the store alone cannot write the log anew."""
+    public = fresh()
+    command(sites.app, "key", "north", "--key", public.text)
+    command(sites.app, "key", "north", "--revoke", "--reason", "lost")
+    store, own = DirectoryStore(office / "store"), own_key(office)
+    entries = list(read_entries(raw_entries(store)))
+    assert [(entry.what, entry.about, entry.why) for entry in entries] == [
+        ("key.enrol", f"north {public.fingerprint}", ""),
+        ("key.revoke", "north", "lost"),
+    ]
+    assert {(entry.broker_account, entry.key) for entry in entries} == {("coordinator", own.text)}
+    place = ("--store", str(office / "federation.toml"))
+    found = command(audit.app, "verify", "--key", own.text, *place)
+    assert (found["entries"], found["signed"]) == (2, 2)
+    with pytest.raises(LedgerDamagedError, match="audit/00000001"):
+        command(audit.app, "verify", "--key", public.text, *place)
+
+
+def own_key(office):
+    """The coordinator's public key."""
+    return SigningKey.load(office / "coordinator.key", "trust.key_file").public

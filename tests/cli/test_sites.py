@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from coordinator.accounts.broker_administration import ManagementAdmin
 from coordinator.accounts.site_accounts import find_account
+from coordinator.audit_log import raw_entries, read_entries
 from coordinator.limits import Limits
 from coordinator.liveness import Liveness
 from coordinator.round.machine import replay
@@ -195,8 +196,16 @@ def test_removing_asks_first(office):
     office.store().put(chunks[0], b"by a URL that was signed before")
     sites("remove", office.name, "--yes")
     assert [info.key for info in office.store().list("inbox/")] == chunks[1:]
-    sites("add", office.name)
+    sites("add", office.name, "--reason", "back again")
     assert can_log_in(office, (office.kit / "broker-password").read_text().strip())
+    log = list(read_entries(raw_entries(office.store())))
+    assert [entry.what for entry in log] == [
+        *("kit.write", "account.add"),
+        *("account.remove", "account.remove"),
+        *("kit.write", "account.add"),
+    ]
+    assert {(entry.about, entry.broker_account) for entry in log} == {(office.name, ADMIN)}
+    assert log[-1].why == "back again"
 
 
 def test_a_wiped_broker_is_restored(office):

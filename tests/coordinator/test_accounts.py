@@ -482,3 +482,49 @@ def test_the_hash_is_rabbitmqs_own_format():
         )
         assert hash_password("test12") == "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
     assert hash_password("test12") != hash_password("test12")
+
+
+def publish_on(channel, site):
+    """Until the line is cut."""
+    while True:
+        publish(channel, site)
+
+
+def test_an_account_that_ended_is_cut_off_and_comes_back_with_its_password(world, accounts):
+    """By the sweep or a restore, at once; its record stays, and renewing needs no new kit."""
+    now = [7.0]
+    accounts._clock = lambda: now[0]
+    password = accounts.add(world.north, expires_at=100.0)
+    forever = accounts.add(world.south)
+    assert accounts.expire() == []
+    now[0] = 100.0
+    with logged_in(world, world.north, password) as channel:
+        assert accounts.expire() == [world.north]
+        with pytest.raises(pika.exceptions.AMQPError):
+            publish_on(channel, world.north)
+    assert not can_log_in(world, world.north, password)
+    assert accounts.expire() == []
+    assert accounts.restore() == [world.south]
+    assert not can_log_in(world, world.north, password)
+    with pytest.raises(ConfigError, match="renew"):
+        accounts.rotate(world.north)
+    accounts.renew(world.north, 200.0)
+    assert can_log_in(world, world.north, password)
+    now[0] = 300.0
+    assert accounts.restore() == [world.south]
+    assert not can_log_in(world, world.north, password)
+    accounts.renew(world.north, None)
+    assert can_log_in(world, world.north, password)
+    assert can_log_in(world, world.south, forever)
+    assert find_account(world.store, world.north).expires_at is None
+
+
+def test_only_an_account_that_is_whole_can_be_renewed(world, managed):
+    """One that is half made, removed or not there is named."""
+    with pytest.raises(ConfigError, match="expected a site with an account"):
+        managed.renew(world.north, None)
+    managed.add(world.north)
+    half = find_account(world.store, world.north).model_copy(update={"state": "rotating"})
+    world.store.put(account_key(world.north), json.dumps(half.model_dump(mode="json")).encode())
+    with pytest.raises(ConfigError, match="rotating"):
+        managed.renew(world.north, None)

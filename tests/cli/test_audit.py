@@ -1,0 +1,107 @@
+"""``gradualdiff audit``, and that every command that does something for good is in the log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from gradualdiff.cli.main import app
+from shared.errors import LedgerDamagedError, RunNotFoundError
+from shared.topology import audit_key
+from tests import federations
+from tests.steering import store_of
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with one finished run and one that is paused."""
+    federations.run(federations.config(("a", "b"), 2), tmp_path)
+    return tmp_path / "store"
+
+
+def gradualdiff(store, *arguments, exit_code=0):
+    """Run a command on this store; its result."""
+    result = CliRunner().invoke(app, [*arguments, "--store", str(store)], terminal_width=300)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == exit_code, result.output
+    return result
+
+
+def logged(store):
+    """(what, about, why) of every entry."""
+    found = json.loads(gradualdiff(store, "audit", "list", "--json").stdout)
+    return [(entry["what"], entry["about"], entry["why"]) for entry in found]
+
+
+def test_a_run_that_nobody_steered_leaves_an_empty_log(store):
+    """A simulation's own doings are none of a person's."""
+    assert logged(store) == []
+    assert "0 entries" in gradualdiff(store, "audit", "verify").stdout
+
+
+def test_every_deed_on_a_run_is_logged_before_it_is_done(store):
+    """Also the deletion of the run: the log outlives it."""
+    gradualdiff(store, "runs", "branch", "test", "--at", "1", "--name", "next", "--reason", "why")
+    gradualdiff(store, "runs", "prune", "test", "--keep", "adapters", "--yes")
+    gradualdiff(store, "runs", "prune", "test", "--keep", "adapters", "--yes")  # nothing is left
+    gradualdiff(store, "runs", "erase", "test", "--site", "a", "--reason", "withdrawn")
+    gradualdiff(store, "runs", "erase", "test", "--reason", "withdrawn", "--yes")
+    assert "erased on" in gradualdiff(store, "runs", "verify", "test").stdout
+    gradualdiff(store, "runs", "delete", "test", "--yes", "--reason", "withdrawn")
+    assert logged(store) == [
+        ("run.branch", "test@1 next", "why"),
+        ("run.prune", "test adapters", "room"),
+        ("run.erase", "test all", "withdrawn"),
+        ("run.delete", "test", "withdrawn"),
+    ]
+    shown = gradualdiff(store, "audit", "list").stdout
+    assert "withdrawn" in shown
+
+
+def test_orders_to_an_open_run_are_logged_and_those_that_change_nothing_are_not(tmp_path):
+    """Neither those of a run that is not there."""
+    config = federations.config(("a", "b"), 2)
+    from coordinator.runs.operating import operator_ledger
+
+    operator_ledger(store_of(tmp_path), "test", lambda: 1.0).begin(config)
+    store = tmp_path / "store"
+    gradualdiff(store, "runs", "pause", "test", "--reason", "lunch")
+    gradualdiff(store, "runs", "pause", "test")
+    with pytest.raises(RunNotFoundError):
+        gradualdiff(store, "runs", "pause", "tset")
+    gradualdiff(store, "runs", "resume", "test")
+    gradualdiff(store, "runs", "extend", "test", "3")
+    gradualdiff(store, "runs", "exclude", "test", "b", "--reason", "broken")
+    gradualdiff(store, "runs", "stop", "test", "--reason", "enough")
+    assert logged(store) == [
+        ("run.pause", "test", "lunch"),
+        ("run.resume", "test", "no reason given"),
+        ("run.extend", "test 3", "no reason given"),
+        ("run.exclude", "test b", "broken"),
+        ("run.stop", "test", "enough"),
+    ]
+
+
+def test_an_export_can_be_verified_without_the_store(store, tmp_path):
+    """Line by line each names the sha256 of the one before; an edit of a line is found."""
+    for at in ("0", "1", "2"):
+        gradualdiff(store, "runs", "branch", "test", "--at", at, "--name", f"from-{at}")
+    file = tmp_path / "log.jsonl"
+    gradualdiff(store, "audit", "export", "--to", str(file))
+    assert gradualdiff(store, "audit", "export").stdout == file.read_text()
+    lines = file.read_bytes().splitlines()
+    assert [json.loads(line)["before"] for line in lines] == [
+        None,
+        *(hashlib.sha256(line).hexdigest() for line in lines[:-1]),
+    ]
+    head = hashlib.sha256(lines[-1]).hexdigest()
+    elsewhere = tmp_path / "no-store"
+    said = gradualdiff(elsewhere, "audit", "verify", "--file", str(file), "--head", head).stdout
+    assert f"3 entries, 0 of them signed, each in its place; head sha256 {head}" in said
+    file.write_bytes(file.read_bytes().replace(b"from-1", b"from-9"))
+    with pytest.raises(LedgerDamagedError, match=audit_key(3)):
+        gradualdiff(elsewhere, "audit", "verify", "--file", str(file))
