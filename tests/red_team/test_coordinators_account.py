@@ -42,6 +42,12 @@ def channel_of(rabbit_server, s3_server, tmp_path_factory):
     office = open_channel(ADMIN, rabbit_server.password)
     office.queue_declare(FOREIGN, durable=True)
     office.basic_publish("", FOREIGN, b"bait")
+    # Again: what is there keeps its password, and gets back the rights that were widened since.
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    rabbit_server.api("PUT", f"permissions/{vhost}/coordinator", everything)
+    before = rabbit_server.api("GET", "users/coordinator")["password_hash"]
+    deployment.command("setup", str(deployment.federation), "--kits", str(folder / "kits"))
+    assert rabbit_server.api("GET", "users/coordinator")["password_hash"] == before
     yield open_channel
     for connection in opened:
         connection.close()
