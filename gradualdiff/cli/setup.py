@@ -53,9 +53,9 @@ def setup(
     store.make_bucket()
     store.check()
     out.print(f"store   {config.store.url}: bucket {config.store.bucket} exists and can be used")
-    own = make_coordinator_account(config.broker, folder)
-    if own is not None:
-        out.print(f"broker  account {own} may use what is ours alone, and administers nothing")
+    account = make_coordinator_account(config.broker, folder)
+    if account is not None:
+        out.print(f"broker  account {account} may use what is ours alone, and administers nothing")
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")
