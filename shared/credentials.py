@@ -29,7 +29,10 @@ SECRET_SECONDS = 30.0  # a vault that has not answered by then does not
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """Where the broker is and who we are there. ``ca_file`` None: the system's authorities."""
+    """Where the broker is and who we are there. ``ca_file`` None: the system's authorities.
+
+    ``cert_file``, ``key_file``: the certificate that we show, None without one.
+    """
 
     host: str
     port: int
@@ -38,6 +41,8 @@ class BrokerAddress:
     password: str = field(repr=False)
     tls: bool = True
     ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -64,6 +69,8 @@ def broker_address(section: BrokerSection, folder: Path) -> BrokerAddress:
         password=read_secret(section, "password", folder, "broker"),
         tls=tls,
         ca_file=existing_file(folder, section.ca_file, "broker.ca_file"),
+        cert_file=existing_file(folder, section.cert_file, "broker.cert_file"),
+        key_file=existing_file(folder, section.key_file, "broker.key_file"),
     )
 
 

@@ -145,8 +145,12 @@ def site_rights(site: str) -> Rights:
 
 
 def coordinator_rights() -> Rights:
-    """The coordinator's account may do everything on its broker."""
-    return Rights(*(re.compile(r"^.*$") for _ in range(4)))
+    """The coordinator declares, writes to and reads what is ours, and nothing else on its broker.
+
+    Of its own exchange for events any key: only its own queues are bound there.
+    """
+    ours = re.compile(r"^gradualdiff\..+$")
+    return Rights(configure=ours, write=ours, read=ours, topic_write=re.compile(r"^.*$"))
 
 
 def site_queue(site: str) -> str:

@@ -105,7 +105,7 @@ class ManagementAdmin:
         try:
             counted = json.loads(answer).get("messages_unacknowledged")
             return None if counted is None else int(counted)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise BrokerError(
                 f"{self._where}: expected RabbitMQ's view of queue {queue} as JSON, got something "
                 "else; check broker.management_url"
@@ -282,7 +282,7 @@ def _management_url(section: OperatedBrokerSection) -> str:
 def _names(listing: bytes, field: str, source: str) -> list[str]:
     try:
         return [str(entry[field]) for entry in json.loads(listing)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise BrokerError(
             f"{source}: expected RabbitMQ's list of accounts as JSON, got something else; check "
             "that this is RabbitMQ 3.10 or newer"
@@ -293,7 +293,7 @@ def _reason(body: bytes) -> str:
     try:
         said = json.loads(body)["reason"]
         text = said if isinstance(said, str) else json.dumps(said)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         text = body.decode(errors="replace") or "(it gave no reason)"
     return _without_hashes(" ".join(text.split()))[:SHORT]
 

@@ -1,6 +1,7 @@
-"""Make the secrets of ``docker compose up``, once: the broker's password and the store's keys.
+"""Make the secrets of ``docker compose up``, once: the broker's passwords and the store's keys.
 
-One volume for the broker and one for the store, so that neither server holds the other's. A secret
+A volume for the broker's administrator, one for the coordinator's account there, and one for the
+store, so that nobody holds what is another's. A secret
 that is there already stays: the broker and the store keep the one they first started with.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 SECRETS = Path("/secrets")
 # MinIO wants 3 to 20 characters for a key and 8 to 40 for its secret.
 FILES = {
+    "broker-admin/password": 32,
     "broker/password": 32,
     "store/access-key": 16,
     "store/secret-key": 32,

@@ -30,6 +30,9 @@ BROKER = {
     "password_file": "/secrets/broker/password",
     "transport": "plaintext",  # one host, one internal network
     "management_url": "http://rabbitmq:15672",
+    # Mounted here and not at the coordinator, whose own account administers nothing.
+    "management_account": "operator",
+    "management_password_file": "/secrets/broker-admin/password",
 }
 STORE = {
     "url": "http://minio:9000",

@@ -27,8 +27,15 @@ import urllib.request
 from pathlib import Path
 
 import tomli_w
+from minio import Minio
+from minio.error import S3Error
+from urllib3.exceptions import HTTPError
 
 BUCKET = "gradualdiff"
+SECRETS = (
+    *("administrators-password", "broker-password"),
+    *("root-access-key", "root-secret-key", "store-access-key", "store-secret-key"),
+)
 PORTS = ("amqp", "dist", "management", "s3", "filer", "master", "volume", "admin")
 START_SECONDS = 90.0
 
@@ -48,6 +55,7 @@ def main() -> int:
         started.append(_start_seaweedfs(weed, folder, settings))
         _wait(f"http://127.0.0.1:{settings['management']}/", started[0], folder / "rabbitmq")
         _wait(f"http://127.0.0.1:{settings['s3']}/", started[1], folder / "seaweedfs")
+        _make_bucket(folder, settings)
         _write_toml(folder, settings)
         sys.stdout.write(f"both are up; their tables are in {folder / 'servers.toml'}\n")
         sys.stdout.flush()
@@ -80,7 +88,7 @@ def _settings(folder: Path) -> dict[str, object]:
         values["cookie"] = secrets.token_hex(16)
         file.touch(mode=0o600)
         file.write_text(json.dumps(values))
-        for name in ("broker-password", "store-access-key", "store-secret-key"):
+        for name in SECRETS:
             (folder / name).touch(mode=0o600)
             (folder / name).write_text(secrets.token_urlsafe(24) + "\n")
     kept: dict[str, object] = json.loads(file.read_text())
@@ -111,8 +119,8 @@ def _start_rabbitmq(
     conf = home / "rabbitmq.conf"
     conf.touch(mode=0o600)
     conf.write_text(
-        "default_user = coordinator\n"
-        f"default_pass = {_secret(folder, 'broker-password')}\n"
+        "default_user = operator\n"
+        f"default_pass = {_secret(folder, 'administrators-password')}\n"
         "default_user_tags.administrator = true\n"
         "management.tcp.ip = 127.0.0.1\n"
         f"management.tcp.port = {settings['management']}\n"
@@ -142,19 +150,26 @@ def _start_seaweedfs(
 ) -> subprocess.Popen[bytes]:
     home = folder / "seaweedfs"
     (home / "data").mkdir(parents=True, exist_ok=True)
-    identity = {
-        "name": "coordinator",
-        "credentials": [
-            {
-                "accessKey": _secret(folder, "store-access-key"),
-                "secretKey": _secret(folder, "store-secret-key"),
-            }
-        ],
-        "actions": ["Admin"],
+    rights = {
+        "root": ["Admin"],
+        "store": [f"{verb}:{BUCKET}" for verb in ("Read", "Write", "List")],
     }
+    identities = [
+        {
+            "name": name,
+            "credentials": [
+                {
+                    "accessKey": _secret(folder, f"{name}-access-key"),
+                    "secretKey": _secret(folder, f"{name}-secret-key"),
+                }
+            ],
+            "actions": actions,
+        }
+        for name, actions in rights.items()
+    ]
     accounts = home / "s3.json"
     accounts.touch(mode=0o600)
-    accounts.write_text(json.dumps({"identities": [identity]}))
+    accounts.write_text(json.dumps({"identities": identities}))
     # Behind the S3 server the filer and the volumes serve the same objects over HTTP: to nobody who
     # has no token of this key, which the S3 server makes itself. It is read from this folder.
     security = home / "security.toml"
@@ -210,12 +225,31 @@ def _wait(url: str, process: subprocess.Popen[bytes], home: Path) -> None:
     sys.exit(f"the server in {home} did not start; see {home / 'server.log'}")
 
 
+def _make_bucket(folder: Path, settings: dict[str, object]) -> None:
+    """As the store's root: the coordinator's key is good for this bucket alone."""
+    keys = (_secret(folder, f"root-{kind}-key") for kind in ("access", "secret"))
+    root = Minio(f"127.0.0.1:{settings['s3']}", *keys, secure=False)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            if not root.bucket_exists(BUCKET):
+                root.make_bucket(BUCKET)
+        except (S3Error, HTTPError):  # it answers before the volumes behind it are there
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
 def _write_toml(folder: Path, settings: dict[str, object]) -> None:
     tables = {
         "broker": {
             "url": f"amqp://coordinator@127.0.0.1:{settings['amqp']}/",
             "password_file": str(folder / "broker-password"),
             "management_url": f"http://127.0.0.1:{settings['management']}",
+            "management_account": "operator",
+            "management_password_file": str(folder / "administrators-password"),
         },
         "store": {
             "url": f"http://127.0.0.1:{settings['s3']}",

@@ -39,6 +39,7 @@ def setup(
     All accounts on record get the rights and limits of this release; nobody is cut off. What --set
     says here, the coordinator must be told too.
     """
+    from coordinator.accounts.coordinator_account import make_coordinator_account
     from shared.brokers.rabbitmq import connect
     from shared.config import load_federation
     from shared.credentials import broker_address
@@ -58,6 +59,9 @@ def setup(
     store.make_bucket()
     store.check()
     out.print(f"store   {config.store.url}: bucket {config.store.bucket} exists and can be used")
+    account = make_coordinator_account(config.broker, folder)
+    if account is not None:
+        out.print(f"broker  account {account} may use what is ours alone, and administers nothing")
     with connect(broker_address(config.broker, folder)) as broker:
         broker.declare(run_topology(config.run.name, config.run.participants))
     out.print(f"broker  queues for run {config.run.name} exist")

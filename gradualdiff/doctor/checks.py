@@ -138,13 +138,12 @@ def _check_certificate(address: BrokerAddress) -> Iterator[CheckResult]:
     import socket
     import ssl
 
+    from shared.brokers.rabbitmq.tls import tls_context
+
     try:
-        context = ssl.create_default_context(
-            cafile=None if address.ca_file is None else str(address.ca_file)
-        )
         with (
             socket.create_connection((address.host, address.port), TLS_SECONDS) as plain,
-            context.wrap_socket(plain, server_hostname=address.host) as secure,
+            tls_context(address).wrap_socket(plain, server_hostname=address.host) as secure,
         ):
             version = secure.version()
             ends = str((secure.getpeercert() or {}).get("notAfter", ""))

@@ -45,7 +45,12 @@ def load(path: Path, kind: type[AnyConfig], overrides: Sequence[str] = ()) -> An
     Raises ConfigError naming every mistake in both.
     """
     values, given = overridden(kind, read_tables(path), overrides)
-    return parse(kind, values, f"{path} with --set" if given else str(path), given)
+    try:
+        return parse(kind, values, f"{path} with --set" if given else str(path), given)
+    except RecursionError:
+        raise ConfigError(
+            f"{path}: expected settings in tables, got names nested too deep; see config show"
+        ) from None
 
 
 def read_tables(path: Path) -> dict[str, Any]:

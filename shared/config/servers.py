@@ -67,15 +67,27 @@ class BrokerSection(Section):
     """Certificate of the authority that signed the broker's (at a site: and the store's). Without
     it: the system's authorities.
     """
+    cert_file: str | None = None
+    """This account's certificate (PEM, with those between it and its authority), for a broker that
+    demands one of who connects. With ``key_file``.
+    """
+    key_file: str | None = None
+    """The certificate's private key (PEM, without a passphrase)."""
     transport: Transport = "tls"
     """``"plaintext"`` allows a connection without TLS to another machine."""
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
-        """One place for the password."""
-        return (self._one_password,)
+        """One place for the password; a certificate wants its key, and TLS."""
+        return (self._one_password, self._a_certificate_goes_with_its_key)
 
     def _one_password(self) -> Iterator[str]:
         yield from _one_source(self, "password")
+
+    def _a_certificate_goes_with_its_key(self) -> Iterator[str]:
+        if (self.cert_file is None) != (self.key_file is None):
+            yield "cert_file and key_file go together; give both or neither"
+        elif self.cert_file is not None and not self.url.startswith("amqps://"):
+            yield "cert_file needs TLS; use amqps:// in url"
 
 
 class OperatedBrokerSection(BrokerSection):
@@ -86,7 +98,9 @@ class OperatedBrokerSection(BrokerSection):
     management_url: str | None = None
     """The management API, for ``sites`` and exact counts of ``queues list``."""
     management_account: str | None = None
-    """Its administrator, if the coordinator's account is not one."""
+    """Its administrator, if the coordinator's account is not one. Then ``setup`` makes the
+    coordinator's account, with the rights to what is ours alone.
+    """
     management_password_file: str | None = None
     """That account's password."""
     management_password_env: str | None = None

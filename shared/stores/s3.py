@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 
 MAX_SIGNED_SECONDS = 7 * 24 * 3600
+_ALREADY_MADE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists", "AccessDenied")
 
 
 class S3Store:
@@ -158,12 +159,15 @@ class S3Store:
         self._indirect = self._parts.why_not(f"{key}-by-url")
 
     def make_bucket(self) -> None:
-        """Make the bucket; one that is there and can be listed is no error."""
+        """Make the bucket; one that is there and can be listed is no error.
+
+        A key that is good for this bucket alone may not make it: somebody else did.
+        """
         with self._errors.translated(f"bucket {self._bucket}"):
             try:
                 self._client.make_bucket(self._bucket)
             except S3Error as error:
-                if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                if error.code not in _ALREADY_MADE:
                     raise
         self._try_bucket()
 

@@ -22,10 +22,9 @@ from shared.topology import (
     Queue,
     Rights,
     Topology,
-    coordinator_rights,
     site_rights,
 )
-from tests.contracts.broker_contract import BrokerContract, event, one_queue
+from tests.contracts.broker_contract import EVERYTHING, BrokerContract, event, one_queue
 
 
 class TestEmbeddedBroker(BrokerContract):
@@ -57,7 +56,7 @@ def bus(clock):
 
 @pytest.fixture
 def broker(bus):
-    broker = bus.connect("coordinator", coordinator_rights())
+    broker = bus.connect("coordinator", EVERYTHING)
     broker.declare(one_queue(Queue("q"), "k"))
     return broker
 
@@ -120,7 +119,7 @@ def test_a_dropped_message_is_logged(broker):
 def test_deliveries_of_one_connection_come_back_in_their_old_order(bus, broker):
     """Several consumers, one cut: the oldest message is in front again."""
     broker.publish([event("k", b"%d" % number) for number in range(4)])
-    reader = bus.connect("reader", coordinator_rights())
+    reader = bus.connect("reader", EVERYTHING)
     held = [reader.consume("q").receive() for _ in range(3)]
     assert all(held)
     assert bus.cut("reader") == 1
@@ -146,12 +145,12 @@ def test_a_cut_meets_every_connection_of_one_identity_and_no_other(bus, broker):
 
 def test_a_connection_cut_before_the_confirm_leaves_the_publisher_in_doubt(bus, broker):
     """The batch is there, the publisher does not know; only its next publish is hit."""
-    site = bus.connect("publisher", coordinator_rights())
+    site = bus.connect("publisher", EVERYTHING)
     bus.cut_before_confirm("publisher")
     with pytest.raises(BrokerUnavailableError):
         site.publish([event("k", b"1"), event("k", b"2")])
     assert broker.depth("q") == 2
-    bus.connect("publisher", coordinator_rights()).publish([event("k", b"1")])
+    bus.connect("publisher", EVERYTHING).publish([event("k", b"1")])
     assert broker.depth("q") == 3
 
 
@@ -190,7 +189,7 @@ def test_what_is_published_is_a_copy_of_bytes(broker):
 @pytest.mark.parametrize("end", ["publish", "cut", "close"])
 def test_a_waiting_receive_is_woken(bus, broker, end):
     """By a message, by a cut and by its own close: nobody waits for a timeout that is far away."""
-    reader = bus.connect("reader", coordinator_rights())
+    reader = bus.connect("reader", EVERYTHING)
     consumer = reader.consume("q")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(consumer.receive, 60.0)
@@ -209,7 +208,7 @@ def test_many_threads_settle_each_message_once(bus, broker):
     finished = threading.Event()
 
     def read() -> None:
-        consumer = bus.connect("reader", coordinator_rights()).consume("q")
+        consumer = bus.connect("reader", EVERYTHING).consume("q")
         while not finished.is_set():
             delivery = consumer.receive(0.05)
             if delivery is None:
@@ -223,7 +222,7 @@ def test_many_threads_settle_each_message_once(bus, broker):
                 finished.set()
 
     def publish(number: int) -> None:
-        connection = bus.connect("publisher", coordinator_rights())
+        connection = bus.connect("publisher", EVERYTHING)
         for index in range(50):
             connection.publish([event("k", b"%d-%d" % (number, index))])
 

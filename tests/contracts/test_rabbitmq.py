@@ -27,12 +27,11 @@ from shared.topology import (
     EVENTS_EXCHANGE,
     SITES_EXCHANGE,
     coordinator_queue,
-    coordinator_rights,
     mirror_queue,
     run_topology,
     site_queue,
 )
-from tests.contracts.broker_contract import BrokerContract, event
+from tests.contracts.broker_contract import EVERYTHING, BrokerContract, event
 from tests.patience import PATIENCE_SECONDS
 from tests.servers.faults import make_certificate
 from tests.servers.proxy import FaultProxy
@@ -132,7 +131,7 @@ def address(rabbit_server, vhost):
 
 @pytest.fixture
 def coordinator(bus):
-    broker = bus.connect(COORDINATOR, coordinator_rights())
+    broker = bus.connect(COORDINATOR, EVERYTHING)
     broker.declare(run_topology("r1", ("site-a",)))
     return broker
 

@@ -13,13 +13,23 @@ import time
 import warnings
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
+from tests.fuzz.corpus import KEPT
 from tests.fuzz.damage import damaged
 from tests.fuzz.targets import Target, targets
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def first_failure(target: Target, seed: str, count: int) -> bytes | None:
-    """The first of ``count`` inputs from this seed that does not hold."""
+
+def first_failure(
+    target: Target, seed: str, count: int, kept: Sequence[bytes] = ()
+) -> bytes | None:
+    """The first that does not hold of those kept and ``count`` inputs from this seed."""
+    for data in kept:
+        if not target.holds(data):
+            return data
     draw = Random(seed)
     for _ in range(count):
         data = damaged(draw, draw.choice(target.examples))
@@ -66,7 +76,7 @@ def main() -> int:
         shares = sum(target.share for target in all_targets.values())
         for name, target in all_targets.items():
             count, began = given.inputs * target.share // shares, time.monotonic()
-            failure = first_failure(target, f"{given.seed} {name}", count)
+            failure = first_failure(target, f"{given.seed} {name}", count, KEPT.get(name, ()))
             if failure is None:
                 say(f"{name}: {count} inputs, {count / (time.monotonic() - began):.0f} a second")
             else:

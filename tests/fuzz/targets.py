@@ -11,7 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shared import modes
 from shared.config import load_federation, load_site
-from shared.errors import ConfigError, DecodeError, DeltaRefusedError, GradualDiffError
+from shared.errors import (
+    ConfigError,
+    DecodeError,
+    DeltaRefusedError,
+    GradualDiffError,
+    LedgerDamagedError,
+)
 from shared.protocol import wire
 from shared.protocol.manifest import TensorSpec
 from shared.tensors.arithmetic import is_finite, squared_norm
@@ -22,7 +28,7 @@ from shared.tensors.packing import to_frame
 from shared.tensors.tensor_file import TensorFile, TensorLayout, write_tensors
 from shared.trust.keys import SigningKey
 from shared.trust.seal import seal
-from tests.fuzz import federations, records, stores
+from tests.fuzz import federations, operators, records, stores
 from tests.numpy_learner import MANIFEST
 from tests.shared.test_wire import EXAMPLES
 
@@ -207,5 +213,10 @@ def targets(folder: Path) -> dict[str, Target]:
         "stores": Target(
             stores.scripts(), lambda data: stores.feed(data, file), GradualDiffError, share=100
         ),
+        "management": Target(operators.ANSWERS, operators.management, GradualDiffError),
+        "accounts": Target(
+            operators.ACCOUNTS + operators.STATUS, operators.accounts, LedgerDamagedError
+        ),
+        "keys": Target(operators.KEYS, lambda data: operators.keys(data, file), ConfigError),
         "records": Target(records.whole(), records.Reader().read, GradualDiffError),
     }

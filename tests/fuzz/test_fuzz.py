@@ -10,6 +10,7 @@ from coordinator.handlers import Coordinator
 from shared.errors import LedgerDamagedError
 from tests.fuzz import records, stores
 from tests.fuzz.__main__ import first_failure, shorter
+from tests.fuzz.corpus import KEPT
 from tests.fuzz.targets import Target, targets
 
 NAMES = [
@@ -22,6 +23,9 @@ NAMES = [
     "codecs",
     "federations",
     "stores",
+    "management",
+    "accounts",
+    "keys",
     "records",
 ]
 
@@ -33,6 +37,13 @@ def test_damaged_input_is_refused_by_an_error_of_the_tree(tmp_path, name):
     for data in target.examples:
         assert target.holds(data)
     assert first_failure(target, "suite", target.share) is None
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_kept_is_refused_by_an_error_of_the_tree(tmp_path, name):
+    """Each door takes them or says what is wrong with them."""
+    target = targets(tmp_path)[name]
+    assert [data[:20] for data in KEPT[name] if not target.holds(data)] == []
 
 
 @pytest.mark.parametrize(

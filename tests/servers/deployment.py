@@ -20,6 +20,7 @@ from shared.stores.opening import open_s3
 from tests import federations
 from tests.numpy_learner import NumpyLearner, manifest_of
 from tests.patience import PATIENCE_SECONDS
+from tests.servers.rabbitmq import ADMIN
 from tests.tiny_model import write_federation
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Deployment:
     authority: Path | None = None  # with it everything goes over TLS
     proxies: Mapping[str, FaultProxy] = field(default_factory=dict)
     width: int = 8  # numpy only: an adapter and a delta have 16 times as many bytes, and some
+    bucket: str = ""  # without: one named as the virtual host
     settings: str = ""  # constants that are shorter in all processes, for tests.servers.armed
     sites: str = "ab"
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
@@ -69,13 +71,6 @@ class Deployment:
             sites=self.sites,
         )
         self._secrets()
-        self.rabbit.api(
-            "PUT",
-            "users/coordinator",
-            {"password": COORDINATOR_PASSWORD, "tags": "administrator"},
-        )
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        self.rabbit.api("PUT", f"permissions/{self.vhost}/coordinator", everything)
         self.command("setup", str(self.federation), "--kits", str(self.folder / "kits"))
         for name in self.sites:
             self._fill_kit(name)
@@ -237,12 +232,14 @@ class Deployment:
 url = "{scheme}://coordinator@{broker}/{self.vhost}"
 password_file = "broker-password"
 management_url = "{self.rabbit.management_url}"
+management_account = "{ADMIN}"
+management_password_file = "administrators-password"
 {transport}
 {authority}
 [store]
 url = "{self.s3.url.rpartition("/")[0]}/{store}"
 {sites}
-bucket = "{self.vhost}"
+bucket = "{self.bucket or self.vhost}"
 {authority}
 access_key_file = "access-key"
 secret_key_file = "secret-key"
@@ -256,6 +253,7 @@ secret_key_file = "secret-key"
     def _secrets(self) -> None:
         for file, secret in (
             ("broker-password", COORDINATOR_PASSWORD),
+            ("administrators-password", self.rabbit.password),
             ("access-key", self.s3.access_key),
             ("secret-key", self.s3.secret_key),
         ):

@@ -47,10 +47,14 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class RabbitServer:
-    """One node. ``tls``: (certificate, key, authority) files for a second, encrypted port."""
+    """One node. ``tls``: (certificate, key, authority) files for a second, encrypted port.
+
+    ``mutual``: that port takes nobody in who shows no certificate of the authority.
+    """
 
     folder: Path
     tls: tuple[Path, Path, Path] | None = None
+    mutual: bool = False
     password: str = field(default_factory=lambda: secrets.token_urlsafe(12))
     process: subprocess.Popen[bytes] | None = None
 
@@ -201,8 +205,8 @@ class RabbitServer:
                 f"ssl_options.cacertfile = {authority}",
                 f"ssl_options.certfile = {certificate}",
                 f"ssl_options.keyfile = {key}",
-                "ssl_options.verify = verify_none",
-                "ssl_options.fail_if_no_peer_cert = false",
+                f"ssl_options.verify = {'verify_peer' if self.mutual else 'verify_none'}",
+                f"ssl_options.fail_if_no_peer_cert = {'true' if self.mutual else 'false'}",
             ]
         (self.folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -68,6 +68,8 @@ def named_server() -> S3Server | None:
 class SeaweedFS:
     """``weed mini`` in ``folder``. With a certificate and its key it speaks TLS.
 
+    ``limited_to``: a second key, good for this bucket alone and not to make or delete it.
+
     Ports and data stay the same from one start to the next, so that it can be killed and come back.
     """
 
@@ -76,6 +78,7 @@ class SeaweedFS:
     certificate_key: Path | None = None
     access_key: str = "coordinator-key"
     secret_key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    limited_to: str | None = None
     _port: int = 0
     _process: subprocess.Popen[bytes] | None = None
 
@@ -84,6 +87,11 @@ class SeaweedFS:
         scheme = "https" if self.certificate else "http"
         url = f"{scheme}://127.0.0.1:{self._port}"
         return S3Server(url, self.access_key, self.secret_key, self.certificate)
+
+    @property
+    def limited_server(self) -> S3Server:
+        """The same to whoever has the key of one bucket."""
+        return replace(self.server, access_key="limited-key", secret_key=self.secret_key[::-1])
 
     @property
     def is_running(self) -> bool:
@@ -148,9 +156,12 @@ class SeaweedFS:
 
     def _identities(self) -> dict[str, object]:
         keys = {"accessKey": self.access_key, "secretKey": self.secret_key}
-        return {
-            "identities": [{"name": "coordinator", "credentials": [keys], "actions": ["Admin"]}]
-        }
+        found = [{"name": "root", "credentials": [keys], "actions": ["Admin"]}]
+        if self.limited_to is not None:
+            keys = {"accessKey": "limited-key", "secretKey": self.secret_key[::-1]}
+            actions = [f"{verb}:{self.limited_to}" for verb in ("Read", "Write", "List")]
+            found.append({"name": "coordinator", "credentials": [keys], "actions": actions})
+        return {"identities": found}
 
     def _options(self) -> list[str]:
         names = ("s3.port", "filer.port", "master.port", "volume.port", "admin.port")

@@ -104,11 +104,25 @@ def test_a_site_reaches_only_its_own(site, other, run):
     assert not rights.read.fullmatch(coordinator_queue(run))
 
 
-def test_the_coordinator_reaches_everything():
-    """All four rights, any name."""
+@given(site=NAMES, run=NAMES)
+def test_the_coordinator_reaches_all_that_is_ours_and_nothing_else(site, run):
+    """What it declares, it may configure, write and read; no name of anybody else's."""
     rights = coordinator_rights()
-    for right in (rights.configure, rights.write, rights.read, rights.topic_write):
-        assert right.fullmatch("gradualdiff.site.a")
+    declared = run_topology(run, (site,))
+    for what in (*declared.queues, *declared.exchanges):
+        for right in (rights.configure, rights.write, rights.read):
+            assert right.fullmatch(what.name)
+    assert rights.topic_write.fullmatch(event_key(run, COORDINATOR, "tick"))
+    for foreign in (
+        "",
+        "amq.default",
+        "amq.topic",
+        "orders",
+        "gradualdiff",
+        "x.gradualdiff.site.a",
+    ):
+        for right in (rights.configure, rights.write, rights.read):
+            assert not right.fullmatch(foreign)
 
 
 def test_a_site_that_comes_online_is_heard_by_every_run():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import ssl
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
@@ -19,8 +18,9 @@ import pika.exceptions
 from shared.brokers.rabbitmq import decoding
 from shared.brokers.rabbitmq.futures import answer, fail, guarded
 from shared.brokers.rabbitmq.sockets import Sockets
+from shared.brokers.rabbitmq.tls import tls_context
 from shared.brokers.rabbitmq.translation import because, translate
-from shared.errors import BrokerSilentError, BrokerUnavailableError, ConfigError
+from shared.errors import BrokerSilentError, BrokerUnavailableError
 from shared.log import get_logger
 
 if TYPE_CHECKING:
@@ -246,16 +246,7 @@ class IoThread:
 def _parameters(address: BrokerAddress, heartbeat_seconds: int) -> pika.ConnectionParameters:
     options = None
     if address.tls:
-        try:
-            context = ssl.create_default_context(
-                cafile=None if address.ca_file is None else str(address.ca_file)
-            )
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"broker.ca_file: expected certificates (PEM) in {address.ca_file}, got: {error}"
-            ) from None
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        options = pika.SSLOptions(context, address.host)
+        options = pika.SSLOptions(tls_context(address), address.host)
     return pika.ConnectionParameters(
         host=address.host,
         port=address.port,

@@ -30,6 +30,11 @@ _ARGUMENTS = {
     "x-max-length-bytes": "max_bytes",
     "x-overflow": "refuses",
 }
+# How OpenSSL tells that the server wants a certificate of its authority; pika hands on the text
+# alone. In TLS 1.3 it comes after our side is done, and is lost where we write first: an EOF.
+_NO_CERTIFICATE = re.compile(
+    r"ALERT_CERTIFICATE_REQUIRED|ALERT_BAD_CERTIFICATE|ALERT_UNKNOWN_CA|SSLEOFError"
+)
 _NAMED = re.compile(r"(queue|exchange) '([^']*)'")
 # pika takes any end in the middle of the login for a refusal; only these are the broker's word.
 _REFUSAL = re.compile(r"ConnectionClosedByBroker: \((403|530)\)")
@@ -56,6 +61,12 @@ def translate(error: BaseException, address: BrokerAddress) -> BaseException:
         if known is not None:
             return known
     text = str(causes[-1]) or type(causes[-1]).__name__
+    reason = _NO_CERTIFICATE.search(text)
+    if reason:
+        return BrokerUnavailableError(
+            f"broker {address}: ended the TLS connection ({reason[0]}); if it demands a "
+            "certificate, check broker.cert_file and broker.key_file, else the network"
+        )
     return BrokerUnavailableError(f"broker {address}: {text}; check broker.url and the network")
 
 
