@@ -27,6 +27,7 @@ from shared.protocol.events import (
     UpdateOffered,
     WireBase,
     WireLora,
+    WirePrivacy,
     WireTraining,
 )
 from shared.protocol.records import AcceptedRecord, RefusedRecord
@@ -110,6 +111,7 @@ class Announcer:
             last_accepted=state.last_accepted(site) if feedback else None,
             updates=updates,
             genesis_seed=self._genesis_seed(site, state, opened.source_sha, updates),
+            privacy=_privacy_of(self._config),
         )
 
     def _finish_for(self, site: str, state: RunState) -> RunFinished:
@@ -222,8 +224,13 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         rounds=config.run.rounds,
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
+        privacy=_privacy_of(config),
         modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
     )
+
+
+def _privacy_of(config: FederationConfig) -> WirePrivacy | None:
+    return None if config.privacy is None else WirePrivacy(**config.privacy.model_dump())
 
 
 def _lora_of(config: FederationConfig, site: str) -> WireLora:

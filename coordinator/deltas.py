@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from coordinator.live_run import LiveRun
+    from shared.config import FederationConfig
     from shared.protocol.events import Event
     from shared.protocol.records import OpenedRecord
     from shared.protocol.said import Said
@@ -102,6 +103,7 @@ class Deltas:
                 residual=event.residual,
                 traffic=event.traffic,
                 said=event.said,
+                privacy=event.privacy,
             )
         )
 
@@ -123,6 +125,8 @@ class Deltas:
             )
         if event.codec not in (None, codec):
             return f"codec: expected {codec}, got {event.codec}; start the site again"
+        if less := _without_privacy(self._run.config, event):
+            return less
         trouble = self._run.state.troubles.get(sender)
         tries = trouble.attempts + 1 if trouble else 1
         is_open = opened is self._run.state.open_round  # of a round before, nobody counts any more
@@ -261,3 +265,12 @@ class Deltas:
         """No codec here needs more than fp32 does; the rest is room for the file's header."""
         tensors = self._run.genesis().manifest.tensors
         return sum(4 * spec.elements for spec in tensors) + 1_000 * len(tensors) + 65_536
+
+
+def _without_privacy(config: FederationConfig, event: DeltaSubmitted) -> str:
+    """Why a delta has less noise than the run asks for, by its site's word; empty if it has not."""
+    if config.privacy is None:
+        return ""
+    if event.privacy is None:
+        return "privacy: expected what the site spent, got nothing; update the site's release"
+    return event.privacy.problem(config.privacy)

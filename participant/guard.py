@@ -15,6 +15,7 @@ from participant.acceptance import (
     TRAININGS_PER_ROUND,
     objection_to_codec,
     objection_to_delta,
+    objection_to_epsilon,
     objection_to_round,
     objections,
 )
@@ -47,11 +48,18 @@ class Guard:
         self._announced: dict[str, RunAnnounced] = {}
         self._closed: dict[str, RoundClosed] = {}
 
+    @property
+    def max_epsilon(self) -> float | None:
+        """What this site's privacy budget ends at; None: nowhere."""
+        return None if self._accept is None else self._accept.max_epsilon
+
     def check_run(self, run: RunAnnounced, ready: Readiness | None = None) -> None:
         """Raises NotAcceptedError; with ``ready``, and no error, the run is accepted."""
         if self._accept is None:
             return
         _refuse(objections(run, self._accept, ready))
+        if self._accept.max_epsilon is not None and ready is not None:
+            self._check_epsilon(run, ready, self._accept.max_epsilon)
         taken = self._workspace.taken_part(run.run)
         announced = _digest(run.model_dump(mode="json", exclude_defaults=True))
         if taken.config_digest == run.config_digest and taken.announced != announced:
@@ -64,6 +72,13 @@ class Guard:
             if taken.announced != announced:
                 update = {"config_digest": run.config_digest, "announced": announced}
                 self._workspace.keep_taken_part(run.run, taken.model_copy(update=update))
+
+    def _check_epsilon(self, run: RunAnnounced, ready: Readiness, most: float) -> None:
+        if ready.privacy is None:
+            raise NotAcceptedError("accept.max_epsilon: expected a run whose epsilon is known")
+        budget = self._workspace.budget(most)
+        total = budget.with_run(run.run, ready.privacy, ready.records)
+        _refuse(objection_to_epsilon(total, ready.privacy, most))
 
     def check_round(self, task: RoundStarted) -> None:
         """Count this training before it begins. Raises NotAcceptedError.

@@ -262,6 +262,7 @@ class Participant:
                 examples=ready.examples,
                 bases=ready.bases,
                 base_parameters=ready.base_parameters,
+                private=task.privacy is not None,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.

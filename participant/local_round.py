@@ -45,6 +45,8 @@ def train_and_commit(
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
     feedback = _feedback(workspace, task, making)
+    if task.privacy is not None:
+        site.learner.take_budget(workspace.budget(guard.max_epsilon))
     failpoint("learn.before")
     with file_errors(making):
         learned = site.learner.learn(
@@ -104,4 +106,5 @@ def _submission(
         attempt=task.attempt,
         fingerprint=fingerprint,
         codec=task.codec,
+        privacy=learned.privacy,
     )

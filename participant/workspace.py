@@ -13,6 +13,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
     <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
+    <root>/.privacy/                             of all runs: what is spent of differential privacy
     <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
 """
 
@@ -30,6 +31,7 @@ from participant.checkpoints import (
     settings_digest,
 )
 from participant.learner.port import DELTA_FILE, RESIDUAL_FILE, STATE_FILE
+from participant.privacy import Budget
 from shared.config import Name, Sha256, canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import digest_file, sync_path
@@ -37,6 +39,7 @@ from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
+from shared.protocol.privacy import PrivacySpent
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -50,6 +53,7 @@ WORK = ("adapters", "updates", "trained", "making", "checkpoints")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
+PRIVACY_FOLDER = ".privacy"  # no run's name
 
 
 class Submission(Schema):
@@ -77,6 +81,7 @@ class Submission(Schema):
     attempt: Annotated[int, Field(ge=1)] | None = None
     fingerprint: Sha256 | None = None
     codec: str | None = None
+    privacy: PrivacySpent | None = None
 
 
 class Training(Schema):
@@ -161,6 +166,10 @@ class Workspace:
                 new.replace(path)
             sync_path(path.parent)
         failpoint("counted.after")
+
+    def budget(self, most_epsilon: float | None) -> Budget:
+        """What is spent of this site's differential privacy; ``most_epsilon``: in all."""
+        return Budget(self._root / PRIVACY_FOLDER, most_epsilon)
 
     def traffic_path(self, run: str) -> Path:
         """Where this site counts the bytes of a run."""

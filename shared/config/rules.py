@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from shared import modes
+from shared.config.privacy_rules import PRIVACY_RULES
 from shared.modes import WHOLE
 
 if TYPE_CHECKING:
@@ -185,4 +186,5 @@ RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _server_needs_no_more,
     _server_needs_factors_that_stay,
     _updates_lead_from_the_adapter_before,
+    *PRIVACY_RULES,
 )

@@ -11,7 +11,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr, Strict
 
-from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.config import (
+    BaseSection,
+    LoraSection,
+    Name,
+    PrivacySection,
+    Sha256,
+    TrainingSection,
+)
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.protocol.manifest import (
@@ -23,6 +30,7 @@ from shared.protocol.manifest import (
     Schema,
     Traffic,
 )
+from shared.protocol.privacy import PrivacySpent
 from shared.protocol.said import Said
 from shared.topology import REFUSED_BYTES
 
@@ -46,6 +54,10 @@ class WireTraining(TrainingSection):
     """The training section as a site reads it."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class WirePrivacy(PrivacySection):
+    """The privacy section as a site reads it. No setting of it may be ignored."""
 
 
 class Event(Schema):
@@ -128,6 +140,8 @@ class RunAnnounced(Event):
     """What a site runs of other packages for it: kind, name, version and distribution."""
     bases: BasesOffered | None = None
     """Where the bases that ``lora.bases`` names are."""
+    privacy: WirePrivacy | None = None
+    """``[privacy]`` of the run's settings; without it the run has none."""
 
 
 class RoundStarted(Event):
@@ -169,6 +183,7 @@ class RoundStarted(Event):
     """
     packed: bool = False
     """Whether the delta's file is to be packed; else it is a safetensors file."""
+    privacy: WirePrivacy | None = None
     genesis_seed: Seed | None = None
     """The run's seed, where the run's first adapter, drawn from it, is what the updates start from,
     or without updates the source: the site can draw that itself.
@@ -285,6 +300,8 @@ class ParticipantReady(Event):
     """The bases that it holds, where the adapter has any."""
     base_parameters: Count | None = None
     """Numbers in its base model, packed ones as what they stand for."""
+    private: bool = False
+    """Whether it trains with the run's ``[privacy]``; an older release does not know of any."""
 
 
 class RunDeclined(Event):
@@ -334,6 +351,8 @@ class DeltaSubmitted(Event):
     """Which base model it was trained over."""
     codec: Word | None = None
     """How the delta travels."""
+    privacy: PrivacySpent | None = None
+    """What its noise leaves to be learnt of a record; none in a run without ``[privacy]``."""
 
 
 class TrainingFailed(Event):

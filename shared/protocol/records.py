@@ -24,6 +24,7 @@ from shared.protocol.manifest import (
     Schema,
     Traffic,
 )
+from shared.protocol.privacy import PrivacySpent  # noqa: TC001 - pydantic reads it
 from shared.protocol.record import (
     MOST,
     ControlNumber,
@@ -267,7 +268,7 @@ class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said")
+    newer = ("residual", "traffic", "said", "privacy")
     round: Number
     site: Name
     sha: Sha256
@@ -283,6 +284,10 @@ class AcceptedRecord(SaidRecord):
     traffic: Traffic | None = None
     """Bytes that the site moved since its delta before, up to the word of this one. Not there if it
     did not say.
+    """
+    privacy: PrivacySpent | None = None
+    """What its site's noise leaves to be learnt of a record, by the site's word. Not there in a run
+    without ``[privacy]``.
     """
 
     @property
