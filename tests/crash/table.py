@@ -19,6 +19,7 @@ RECORDED = ("record.before", "record.after")
 
 LORA = "[lora]\n"  # of the federation's file
 CORE = '[lora]\nkind = "core"\n'
+PRIVATE = f"[privacy]\nclip = 1.0\nnoise_multiplier = 1.0\n{LORA}"
 CARRY = f"""[policy]
 kind = "quorum"
 quorum = 1
@@ -58,13 +59,14 @@ class Row:
         """For the test's report."""
         kind = "core" if self.core else "real" if self.real else ""
         words = [self.role, self.point, self.fault, kind]
-        words.append(f"{self.hit}nd" if self.hit == 2 else "")
+        words.append({2: "2nd", 3: "3rd"}.get(self.hit, ""))
         return "-".join(word for word in words if word)
 
     @property
     def settings(self) -> str:
         """What stands in the federation's file in place of ``LORA``."""
-        return CARRY if self.fault == "late" else CORE if self.core else LORA
+        by_fault = {"late": CARRY, "private": PRIVATE}
+        return by_fault.get(self.fault, CORE if self.core else LORA)
 
     @property
     def counted(self) -> list[list[tuple[str, int]]]:
@@ -278,6 +280,9 @@ LATE = [
     ("coordinator", "record.before:closed", 2),
 ]
 
+# With [privacy]: the account is begun, then the seed, then the first training is paid for.
+PAID = [("participant", f"budget.{when}", hit) for hit in (1, 2, 3) for when in ("before", "after")]
+
 # (role, whole point or its subject) -> why no row kills there.
 EXEMPT: dict[tuple[str, str], str] = {
     ("coordinator", f"{stage}:{word}"): (
@@ -318,6 +323,7 @@ def _rows() -> list[Row]:
         for role, point, hit in REAL
     ]
     found += [Row(role, point, hit, real=True, core=True) for role, point, hit in REAL_CORES]
+    found += [Row(role, point, hit, "private") for role, point, hit in PAID]
     return found + [Row(role, point, hit, "late") for role, point, hit in LATE]
 
 
