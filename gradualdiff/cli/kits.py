@@ -272,6 +272,8 @@ min_held_out = {least.min_held_out}
 # Adapters stand on attention and MLP layers, never on embeddings or head; or only on these:
 # modules = ["q_proj", "v_proj"]
 # runs = [{run}]
+# privacy = "required"          # a run without differential privacy is declined
+# max_epsilon = 8.0             # and one that would cost more, counted over all runs on this text
 # send_metrics = true
 #   {metrics}
 """
