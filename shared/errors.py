@@ -73,12 +73,6 @@ class NotAcceptedError(GradualDiffError):
     exit_code = 16
 
 
-class PrivacyBudgetError(GradualDiffError):
-    """What a site spent of its differential privacy is not known any more: it does not train."""
-
-    exit_code = 17
-
-
 class ConfigError(GradualDiffError):
     """A setting is missing, misspelt or out of range."""
 
@@ -101,6 +95,12 @@ class DivergedError(ModelError):
     """A training or an adapter gave a loss that is not a finite number."""
 
     exit_code = 14
+
+
+class PrivacyBudgetError(GradualDiffError):
+    """What a site spent of its differential privacy is not known any more: it does not train."""
+
+    exit_code = 17
 
 
 class MissingPackageError(GradualDiffError):
