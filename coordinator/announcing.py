@@ -29,6 +29,7 @@ from shared.protocol.events import (
     UpdateOffered,
     WireBase,
     WireLora,
+    WirePrivacy,
     WireTraining,
 )
 from shared.protocol.records import AcceptedRecord, RefusedRecord
@@ -115,6 +116,7 @@ class Announcer:
             updates=updates,
             genesis_seed=self._genesis_seed(site, state, opened.source_sha, updates),
             secure=opened.secure,
+            privacy=_privacy_of(self._config),
         )
 
     def _unmasking_for(self, site: str, state: RunState) -> UnmaskRequested:
@@ -246,8 +248,13 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
         participants=len(config.run.participants),
         averaging=config.aggregation.averaging,
         secure=config.aggregation.secure,
+        privacy=_privacy_of(config),
         modes=tuple(one for one in modes.origins(config) if modes.KINDS[one.kind].at_sites),
     )
+
+
+def _privacy_of(config: FederationConfig) -> WirePrivacy | None:
+    return None if config.privacy is None else WirePrivacy(**config.privacy.model_dump())
 
 
 def _lora_of(config: FederationConfig, site: str) -> WireLora:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from coordinator.live_run import LiveRun
+    from shared.config import FederationConfig
     from shared.protocol.events import Event
     from shared.protocol.records import OpenedRecord
     from shared.protocol.said import Said
@@ -104,6 +105,7 @@ class Deltas:
                 traffic=event.traffic,
                 said=event.said,
                 masked=event.masked if opened.secure is not None else None,
+                privacy=event.privacy,
             )
         )
 
@@ -126,6 +128,8 @@ class Deltas:
             )
         if event.codec not in (None, codec):
             return f"codec: expected {codec}, got {event.codec}; start the site again"
+        if less := _without_privacy(self._run.config, event):
+            return less
         trouble = self._run.state.troubles.get(sender)
         tries = trouble.attempts + 1 if trouble else 1
         is_open = opened is self._run.state.open_round  # of a round before, nobody counts any more
@@ -283,3 +287,12 @@ def _mask_problem(event: DeltaSubmitted, sender: str, opened: OpenedRecord) -> s
         f"masked: expected commitments and shares for its {len(wanted)} neighbours in round "
         f"{event.round}, got {got}; update the site"
     )
+
+
+def _without_privacy(config: FederationConfig, event: DeltaSubmitted) -> str:
+    """Why a delta has less noise than the run asks for, by its site's word; empty if it has not."""
+    if config.privacy is None:
+        return ""
+    if event.privacy is None:
+        return "privacy: expected what the site spent, got nothing; update the site's release"
+    return event.privacy.problem(config.privacy)

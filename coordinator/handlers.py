@@ -156,6 +156,10 @@ class Coordinator(LiveRun):
                 f"config_digest: {sender} is ready for {event.config_digest[:12]}, this run is "
                 f"{self._digest[:12]}; start the site again"
             )
+        if self.config.privacy is not None and not event.private:
+            raise ProtocolError(
+                f"privacy: {sender} knows of none and would train without noise; update its release"
+            )
         known, genesis = self.state.members.get(sender), self.state.genesis
         changed = [] if known is None else _changed(known, event)
         if known is not None and not (changed and genesis is None):

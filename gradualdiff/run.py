@@ -15,6 +15,7 @@ from coordinator.runs.inspection import (
     RoundSummary,
     RunSummary,
     SiteRow,
+    privacy_of,
     show_round,
     summarise_round,
     summarise_rounds,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from coordinator.history import History
     from shared.config import FederationConfig
     from shared.errors import StoreError
+    from shared.protocol.privacy import PrivacySpent
     from shared.stores.port import ObjectStore
 
 
@@ -104,6 +106,11 @@ class Run:
     def wire(self) -> Wire | None:
         """What the run cost on the wire, as its sites counted it; None where none told."""
         return of_run(self.history)
+
+    @property
+    def privacy(self) -> dict[str, PrivacySpent]:
+        """What each site told last of its differential privacy; empty in a run without."""
+        return privacy_of(self.history, self.history.last_closed)
 
     @property
     def best_round(self) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from participant.learner.port import Learned, Readiness
+    from participant.privacy import Mechanism
     from shared.config import AcceptSection, TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
 
@@ -25,6 +26,8 @@ FAILURES_PER_ROUND = 10
 # A step of AdamW multiplies what was trained before by 1 minus this: near 1 only the last step of
 # a round would be left in its delta.
 MOST_DECAY = 0.1
+# So much noise over so few records hides what they have in common too.
+LEAST_RECORDS, MOST_STEPS_OF_FEW, STRONG_EPSILON = 1_000, 200, 8.0
 _UNANNOUNCED = "expected a built-in mode, or one that the run was announced with"
 _REMEDY = (
     "Change the run's settings (under another run.name), or ask the site to change [accept] in "
@@ -41,6 +44,7 @@ def objections(run: RunAnnounced, accept: AcceptSection, ready: Readiness | None
     found = [*_unwanted(run, accept), *(_foreign(run, accept) or _consent(run, accept))]
     found += _too_large(run, accept, ready)
     found += _too_telling(run.training, accept, ready)
+    found += _without_privacy(run, accept, ready)
     if ready is not None:
         found += _layers(accept, ready)
     return f"this site does not take part: {'; '.join(found)}. {_REMEDY}" if found else ""
@@ -132,6 +136,46 @@ def _too_telling(
         )
 
 
+def _without_privacy(
+    run: RunAnnounced, accept: AcceptSection, ready: Readiness | None
+) -> Iterator[str]:
+    """What is no protection, or one that leaves nothing to be learnt."""
+    if run.privacy is None:
+        if accept.privacy == "required":
+            yield "accept.privacy: expected a run with [privacy], got one without"
+        return
+    steps = ready.privacy if ready is not None else None
+    if steps is None:
+        return
+    if steps.delta * steps.examples > 1:
+        yield (
+            f"privacy.delta: expected at most 1 / {steps.examples} (one record of all), got "
+            f"{steps.delta:g}"
+        )
+    few = steps.examples < LEAST_RECORDS and steps.steps > MOST_STEPS_OF_FEW
+    if few and steps.epsilon <= STRONG_EPSILON:
+        yield (
+            f"privacy: expected at least {LEAST_RECORDS} different examples here, or at most "
+            f"{MOST_STEPS_OF_FEW} steps in all, for an epsilon of {STRONG_EPSILON:g} or less; got "
+            f"{steps.examples} and {steps.steps} steps with epsilon {steps.epsilon:.3g}, whose "
+            f"noise ({steps.noise.multiplier:.3g} x clip) leaves nothing to be learnt"
+        )
+
+
+def objection_to_epsilon(total: float, planned: Mechanism, most: float) -> str:
+    """Why a run would cost too much of a text's privacy; empty where it does not.
+
+    ``total``: epsilon of all other runs on this text and of this one as ``planned``.
+    """
+    if total <= most:
+        return ""
+    return (
+        f"this site does not take part: accept.max_epsilon: expected at most {most:g} for all runs "
+        f"on this text, got {total:.4g} at delta {planned.delta:.3g}, of which this run's "
+        f"{planned.steps} steps are {planned.epsilon:.4g}. {_REMEDY}"
+    )
+
+
 def _layers(accept: AcceptSection, ready: Readiness) -> Iterator[str]:
     if ready.exposed:
         yield (
@@ -163,6 +207,8 @@ def objection_to_round(task: RoundStarted, announced: RunAnnounced, accept: Acce
         for name in asked
         if asked[name] != agreed[name]
     ]
+    if task.privacy != announced.privacy:
+        found.append("privacy: expected the settings that were announced, got others")
     if task.averaging != announced.averaging:
         found.append(
             f"aggregation.averaging: expected {announced.averaging} as announced, "

@@ -244,6 +244,8 @@ def settings_digest(task: RoundStarted) -> str:
         # Which state the round began from, where it began from any.
         "state": task.last_counted if task.training.optimizer_state == "keep" else None,
     }
+    if task.privacy is not None:
+        settings["privacy"] = task.privacy.model_dump(mode="json")
     return _digest(settings)
 
 

@@ -15,6 +15,7 @@ from participant.acceptance import (
     TRAININGS_PER_ROUND,
     objection_to_codec,
     objection_to_delta,
+    objection_to_epsilon,
     objection_to_round,
     objections,
 )
@@ -48,11 +49,18 @@ class Guard:
         self._announced: dict[str, RunAnnounced] = {}
         self._closed: dict[str, RoundClosed] = {}
 
+    @property
+    def max_epsilon(self) -> float | None:
+        """What this site's privacy budget ends at; None: nowhere."""
+        return None if self._accept is None else self._accept.max_epsilon
+
     def check_run(self, run: RunAnnounced, ready: Readiness | None = None) -> None:
         """Raises NotAcceptedError; with ``ready``, and no error, the run is accepted."""
         if self._accept is None:
             return
         _refuse(objections(run, self._accept, ready))
+        if self._accept.max_epsilon is not None and ready is not None:
+            self._check_epsilon(run, ready, self._accept.max_epsilon)
         taken = self._workspace.taken_part(run.run)
         announced = terms_digest(run)
         if taken.config_digest == run.config_digest and taken.announced != announced:
@@ -106,6 +114,13 @@ class Guard:
                 f"this site does not take part in round {task.round}: a person there approved "
                 f"{answer.rounds} rounds, and the run was extended; ask them to approve more"
             )
+
+    def _check_epsilon(self, run: RunAnnounced, ready: Readiness, most: float) -> None:
+        if ready.privacy is None:
+            raise NotAcceptedError("accept.max_epsilon: expected a run whose epsilon is known")
+        budget = self._workspace.budget(most)
+        total = budget.with_run(run.run, ready.privacy, ready.records)
+        _refuse(objection_to_epsilon(total, ready.privacy, most))
 
     def check_round(self, task: RoundStarted) -> None:
         """Count this training before it begins. Raises NotAcceptedError.

@@ -294,6 +294,7 @@ class Participant:
                 bases=ready.bases,
                 base_parameters=ready.base_parameters,
                 exchange=exchange_of(self._site) if task.secure else None,
+                private=task.privacy is not None,
             )
         )
         # One that came too late, or whose upload a kill cut off: the run may take it still.

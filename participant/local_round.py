@@ -52,6 +52,8 @@ def train_and_commit(
     state = workspace.state_path(task.run, task.last_counted)
     feedback = _feedback(workspace, task, making)
     masked: tuple[MaskedWith, bytes] | None = None
+    if task.privacy is not None:
+        site.learner.take_budget(workspace.budget(guard.max_epsilon))
     failpoint("learn.before")
     with file_errors(making):
         learned = site.learner.learn(
@@ -124,4 +126,5 @@ def _submission(
         masked=masked[0] if masked else None,
         mask_seed=masked[1].hex() if masked else None,
         terms=task.secure,
+        privacy=learned.privacy,
     )

@@ -13,6 +13,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/config                          digest of the run's settings
     <root>/<run>/checkpoints/<round>-<source>/   how far its training is (checkpoints.py)
     <root>/<run>/taken-part.json                 what this site gave to the run: to be kept
+    <root>/.privacy/                             of all runs: what is spent of differential privacy
     <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
     <root>/<run>/heads.jsonl                     the run's history as confirmed here (heads.py)
     <root>/<run>/bonds/<round>.json              what binds this site in a secure sum: to be kept
@@ -34,6 +35,7 @@ from participant.checkpoints import (
     settings_digest,
 )
 from participant.learner.port import DELTA_FILE, RESIDUAL_FILE, STATE_FILE
+from participant.privacy import Budget
 from shared.config import Name, Sha256, canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import digest_file, sync_path
@@ -41,6 +43,7 @@ from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated
 from shared.protocol.manifest import LocalMetrics, Schema
+from shared.protocol.privacy import PrivacySpent
 from shared.protocol.secure import Exchange, MaskedWith, Revealed, Secret, SecureTerms
 from shared.secure_sum.answering import Bond
 from shared.secure_sum.exchange import ExchangeKey
@@ -59,6 +62,7 @@ TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
 HEADS_FILE = "heads.jsonl"
 EXCHANGE_FILE = "exchange.key"
+PRIVACY_FOLDER = ".privacy"  # no run's name
 
 
 class Submission(Schema):
@@ -91,6 +95,7 @@ class Submission(Schema):
     masked: MaskedWith | None = None
     mask_seed: Secret | None = None
     terms: SecureTerms | None = None
+    privacy: PrivacySpent | None = None
 
 
 class KeptBond(Schema):
@@ -249,6 +254,10 @@ class Workspace:
                 write_new(new, [canonical_json(value.model_dump(mode="json"))])
                 new.replace(path)
             sync_path(path.parent)
+
+    def budget(self, most_epsilon: float | None) -> Budget:
+        """What is spent of this site's differential privacy; ``most_epsilon``: in all."""
+        return Budget(self._root / PRIVACY_FOLDER, most_epsilon)
 
     def traffic_path(self, run: str) -> Path:
         """Where this site counts the bytes of a run."""

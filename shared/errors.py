@@ -7,6 +7,7 @@
     |- DataError               11   a site's text: file, columns, too few examples
     |- ModelError              12   the base model: path, quantisation, fingerprint
     |  `- DivergedError        14   a training or an adapter came to a loss that is not finite
+    |- PrivacyBudgetError      17   the record of what a site's privacy was spent on is gone
     |- MissingPackageError     13   a package is not installed, or in another version
     |- ForeignPackageError     15   another project's package takes a name of ours, or its mode
     |                               does not work
@@ -94,6 +95,12 @@ class DivergedError(ModelError):
     """A training or an adapter gave a loss that is not a finite number."""
 
     exit_code = 14
+
+
+class PrivacyBudgetError(GradualDiffError):
+    """What a site spent of its differential privacy is not known any more: it does not train."""
+
+    exit_code = 17
 
 
 class MissingPackageError(GradualDiffError):

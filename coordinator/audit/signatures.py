@@ -47,7 +47,17 @@ _JOINS = (
     "base_parameters",
     "exchange",
 )
-_COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic", "masked")
+_COUNTS = (
+    "size",
+    "examples",
+    "tokens",
+    "metrics",
+    "state",
+    "residual",
+    "traffic",
+    "masked",
+    "privacy",
+)
 _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {
     MemberRecord: (ParticipantReady, _JOINS),
     RejoinedRecord: (ParticipantReady, _JOINS),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from coordinator.history import History, RoundHistory
     from coordinator.liveness import RunStatus
     from shared.protocol.manifest import HeldOut, Traffic
+    from shared.protocol.privacy import PrivacySpent
     from shared.protocol.records import Input
     from shared.stores.port import ObjectStore
 
@@ -95,7 +96,8 @@ class SiteRow:
     """One site in one round. Held-out values are of the adapter the round began from.
 
     ``weight`` and ``scale``: as decided; a delta that the rule left out has them too. ``traffic``:
-    bytes that it moved since its delta before.
+    bytes that it moved since its delta before. ``privacy``: what its noise leaves to be learnt of
+    a record, by its word; None in a run without.
     """
 
     site: str
@@ -114,6 +116,7 @@ class SiteRow:
     weight: float | None = None
     scale: float | None = None
     traffic: Traffic | None = None
+    privacy: PrivacySpent | None = None
 
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
@@ -273,7 +276,19 @@ def _row(history: History, number: int, site: str, counted: tuple[int, Input] | 
         weight=counted[1].weight if counted else None,
         scale=counted[1].scale if counted else None,
         traffic=accepted.traffic,
+        privacy=accepted.privacy,
     )
+
+
+def privacy_of(history: History, last: int) -> dict[str, PrivacySpent]:
+    """What each site's deltas up to round ``last`` told of its privacy, the last word of each."""
+    return {
+        site: accepted.privacy
+        for number in sorted(history.rounds)
+        if number <= last
+        for site, accepted in sorted(history.round(number).accepted.items())
+        if accepted.privacy is not None
+    }
 
 
 def _counted(history: History, number: int, counted_in: int, item: Input) -> tuple[str, str]:

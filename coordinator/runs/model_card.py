@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from coordinator.runs.inspection import perplexity
+from coordinator.runs.inspection import perplexity, privacy_of
 from shared.adapters import kind_of
 from shared.base_model import hub_id
 from shared.methods.averaging import get_averaging
@@ -63,6 +63,7 @@ def model_card(
                 f"codec: {config.codec.name}; seed: {config.run.seed}"
             ),
             "",
+            *_privacy(history, number),
             "## Use",
             "",
             (
@@ -88,6 +89,23 @@ def _joined(config: FederationConfig) -> str:
     steps = get_server_optimizer(optimizer).rows > 0
     step = taken if not steps else f"the step that {optimizer} makes of {taken}"
     return f"each round's global adapter is the one before plus {step}"
+
+
+def _privacy(history: History, number: int) -> list[str]:
+    """By site: never an epsilon without delta, unit, sampling and steps."""
+    if history.config.privacy is None:
+        return []
+    return [
+        "## Differential privacy",
+        "",
+        (
+            "By each site's own word; held-out text, counts and times have no noise. What this "
+            "means: docs/explanation/privacy.md of GradualDiff-Fed."
+        ),
+        "",
+        *(f"- {site}: {spent.words()}" for site, spent in privacy_of(history, number).items()),
+        "",
+    ]
 
 
 def _losses(history: History, number: int) -> list[str]:

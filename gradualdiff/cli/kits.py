@@ -274,6 +274,8 @@ min_held_out = {least.min_held_out}
 # runs = [{run}]
 # Hospitals switch this on: no run begins here until a person says gradualdiff site approve RUN.
 # approval = true
+# privacy = "required"          # a run without differential privacy is declined
+# max_epsilon = 8.0             # and one that would cost more, counted over all runs on this text
 # send_metrics = true
 #   {metrics}
 """

@@ -140,6 +140,7 @@ def _remarks(shown: Round) -> Iterator[str]:
             )
             if moved.refused:
                 yield f"{row.site}: updates that led to no announced adapter: {moved.refused}"
+    yield from (f"{row.site}: {row.privacy.words()}" for row in shown.sites if row.privacy)
     yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():
         yield f"{label}: clipped, its delta was multiplied by {scale:.3g}"

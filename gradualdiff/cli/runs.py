@@ -86,7 +86,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
     if as_json:
         config = history.config.recorded()
         shown = {"summary": summary, "members": members, "config": config, "captured": held}
-        print_json({**shown, "wire": opened.wire})
+        print_json({**shown, "wire": opened.wire, "privacy": opened.privacy})
         return
     facts = [
         ("state", summary.state),
@@ -98,6 +98,7 @@ def show(run: RunArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOpti
         *((f"without {site}", why) for site, why in summary.excluded.items()),
         ("held-out loss", summary.held_out_nll),
         *wire_facts(opened.wire),
+        *((f"privacy of {site}", spent.words()) for site, spent in opened.privacy.items()),
         ("adapter", summary.adapter_sha),
         ("config digest", history.federation.digest),
         ("base model", history.config.base.model),

@@ -38,13 +38,15 @@ class SiteData:
     """A site's text as token ids.
 
     ``truncated`` examples of the two sides were cut in prompt or answer; ``dropped`` rows are on
-    neither side: not text, blank, without answer or group, or copies of held-out ones.
+    neither side: not text, blank, without answer or group, or copies of held-out ones. ``records``:
+    sha256 of each different example to train on, as text: the same for any tokenizer and limits.
     """
 
     train: tuple[TokenisedExample, ...]
     held_out: tuple[TokenisedExample, ...]
     truncated: int
     dropped: int
+    records: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
@@ -85,7 +87,8 @@ def load_site_data(
     train, held_out = sides
     if not train:
         raise _nothing_to_train(folder / config.path, rows, len(held_out), dropped)
-    return SiteData(train, held_out, truncated, dropped.total())
+    records = frozenset(example.digest for example in split.train)
+    return SiteData(train, held_out, truncated, dropped.total(), records)
 
 
 def split_text(config: DataSection, folder: Path) -> tuple[int, Split, list[Unusable]]:

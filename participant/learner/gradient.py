@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from participant.learner.training import (
     StepsDone,
     TrainingResult,
     accumulate,
+    check_running,
     check_sane,
     step_batches,
     summarise,
@@ -71,9 +73,8 @@ def gradient_pass(
             parameter.zero_()
     with model.training(gradient_checkpointing=settings.gradient_checkpointing, only=only):
         for step, (batch, own) in enumerate(zip(batches, counts, strict=True)):
-            nll = accumulate(
-                model, batch, sum(counts), settings.batch_size, place, step, should_stop
-            )
+            check = partial(check_running, place, step, should_stop)
+            nll = accumulate(model, batch, sum(counts), settings.batch_size, place, step, check)
             done.losses.append((nll, own))
             report(Progress("train", step + 1, len(batches), nll / own, sum(counts[: step + 1])))
         with torch.no_grad():

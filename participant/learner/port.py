@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from participant.checkpoints import Checkpoints
+    from participant.privacy import Budget, Mechanism
     from shared.config import TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
     from shared.protocol.manifest import BasesFound, HeldOut, LocalMetrics, Manifest, Numerics
+    from shared.protocol.privacy import PrivacySpent
     from shared.tensors.residual import Feedback
     from shared.tensors.tensor_file import FileDigest
 
@@ -33,6 +35,8 @@ class Readiness:
 
     ``distinct``: different examples among them, None for all. ``exposed``: layers with an adapter
     that are no layers of the model's blocks, or share a weight with embeddings or head.
+    ``records``: sha256 of each different example, as text. ``privacy``: the noisy steps of a run
+    that has any.
     ``base_parameters``: numbers in the base model, packed ones as what they stand for.
     """
 
@@ -44,6 +48,8 @@ class Readiness:
     exposed: tuple[str, ...] = ()
     bases: BasesFound | None = None
     base_parameters: int | None = None
+    records: frozenset[str] = frozenset()
+    privacy: Mechanism | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Learned:
     """One local training. The files lie in the folder that was given to ``learn``.
 
     ``delta``: what ``write_delta`` said of its file. ``distinct``: different examples that the
-    steps saw, None for as many as there are.
+    steps saw, None for as many as there are, or where nobody may know. ``privacy``: of a run that
+    has any: what it cost.
     """
 
     delta: FileDigest
@@ -60,6 +67,7 @@ class Learned:
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
     distinct: int | None = None
+    privacy: PrivacySpent | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,9 @@ class Learner(Protocol):
 
     def take_bases(self, run: str, path: Path) -> None:
         """The file of bases that a run's core adapter has; told before the run is prepared."""
+
+    def take_budget(self, budget: Budget) -> None:
+        """What a run with ``[privacy]`` spends of; told before a round of it is trained."""
 
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
         """Load data and base model for this run; repeatable and cheap the second time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from participant.learner.port import (
     Rehearsal,
     steps_in_round,
 )
+from participant.learner.private_steps import begin_private, planned, rehearsed
 from participant.learner.resuming import Resumable
 from participant.learner.training import Beginning, RoundPlace, step_batches, train_round
 from shared.adapters import kind_of
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from participant.learner.model_pool import ModelPool
     from participant.learner.training import TrainingResult
     from participant.model import LocalModel
+    from participant.privacy import Budget
     from shared.config import DataSection, TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
     from shared.protocol.manifest import HeldOut, Manifest, TensorSpec
@@ -70,11 +73,16 @@ class TorchLearner:
         self._models = models
         self._announced: dict[str, RunAnnounced] = {}
         self._bases: dict[str, Path] = {}
+        self._budget: Budget | None = None
         self._tokenised: tuple[tuple[str, int, int], SiteData] | None = None
 
     def take_bases(self, run: str, path: Path) -> None:
         """See the port."""
         self._bases[run] = path
+
+    def take_budget(self, budget: Budget) -> None:
+        """See the port."""
+        self._budget = budget
 
     def prepare(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Readiness:
         """Load base model and text. Raises NotAcceptedError for another base than the run's."""
@@ -101,6 +109,8 @@ class TorchLearner:
                 exposed=model.exposed,
                 bases=model.bases.told() if model.bases else None,
                 base_parameters=model.base_elements,
+                records=data.records,
+                privacy=planned(announced, data) if announced.privacy else None,
             )
         self._announced[announced.run] = announced
         report(Progress("load", 2, 2))
@@ -123,7 +133,7 @@ class TorchLearner:
         place = RoundPlace(self._site, task.round, task.seed, task.progress_from, task.progress_to)
         sample = place
         kept = state if task.training.optimizer_state == "keep" else None
-        mode = get_averaging(task.averaging)
+        mode, private = get_averaging(task.averaging), None
         with self._opened(announced, source) as (model, adapter):
             data = self._data(model, task.training)
             trained = mode.trained_in(model.manifest(), task.round)
@@ -142,12 +152,15 @@ class TorchLearner:
                     model, data.train, task.training, place, sample, only, should_stop, report
                 )
             else:
+                if task.privacy is not None:
+                    ground = f"{basis} {course.state}"
+                    private = begin_private(task, announced, self._site, data, ground, self._budget)
                 result = train_round(
                     model,
-                    data.train,
+                    data.train if private is None else private.examples,
                     task.training,
                     place,
-                    begin=course.begin(task, read),
+                    begin=replace(course.begin(task, read), private=private),
                     should_stop=should_stop,
                     report=report,
                     keep=course.keep,
@@ -159,7 +172,7 @@ class TorchLearner:
                 kinds = {name: model.parameters[name] for name in only}
                 save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
             clock.lap("encode")
-        return Learned(
+        learned = Learned(
             delta=delta,
             examples=len(data.train),
             tokens=result.tokens,
@@ -167,6 +180,7 @@ class TorchLearner:
             state=course.state,
             distinct=_distinct(data, task.training, sample),
         )
+        return learned if private is None else private.veiled(learned)
 
     def evaluate(
         self, run: str, source: Path, report: Callable[[Progress], None]
@@ -204,12 +218,13 @@ class TorchLearner:
         at: list[float] = []
         with self._borrowed(announced) as model:
             data = self._data(model, announced.training)
+            private = None if announced.privacy is None else rehearsed(announced, data)
             train_round(
                 model,
-                data.train,
+                data.train if private is None else private.examples,
                 announced.training.model_copy(update={"local_steps": 2, "local_epochs": None}),
                 RoundPlace(self._site, 1, 0, 0.0, 1.0),
-                begin=Beginning(),
+                begin=Beginning(private=private),
                 should_stop=lambda: False,
                 report=lambda _: at.append(time.monotonic()),
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from participant.data import TokenisedExample
+    from participant.learner.private_steps import PrivateSteps
     from participant.model import LocalModel
     from shared.config import TrainingSection
 
@@ -75,13 +76,15 @@ class Beginning:
 
     ``only``: the tensors that are trained, None for all; the others keep every bit.
     ``source(name)``: a tensor of the round's adapter, which differs from what the model holds once
-    steps are done. None: what the model holds.
+    steps are done. None: what the model holds. ``private``: what makes the gradients of a run with
+    differential privacy, in place of mean and clipping.
     """
 
     state: Path | None = None
     done: StepsDone = field(default_factory=StepsDone)
     only: Collection[str] | None = None
     source: Callable[[str], NDArray[Any]] | None = None
+    private: PrivateSteps | None = None
 
 
 def keep_nothing(done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
@@ -132,25 +135,25 @@ def train_round(
     parameters = list(factors.values())
     optimizer = _optimizer(factors, settings, begin.state)
     proximal = _proximal(model, factors, settings, begin)
+    if begin.private is None:
+        max_norm, gradient = settings.max_grad_norm, _mean(model, examples, settings, place)
+    else:
+        max_norm, gradient = math.inf, partial(begin.private.gradient, model, factors)
     steps = steps_in_round(len(examples), settings)
     done = StepsDone([*begin.done.losses], [*begin.done.norms], begin.done.seconds)
-    batches = enumerate(step_batches(len(examples), settings, place))
     with model.training(gradient_checkpointing=settings.gradient_checkpointing, only=only):
-        for step, indices in islice(batches, done.count, None):
-            batch = [examples[index] for index in indices]
+        for step in range(done.count, steps):
             try:
-                tokens = sum(scored_tokens(example) for example in batch)
-                nll = accumulate(
-                    model, batch, tokens, settings.batch_size, place, step, should_stop
-                )
+                nll, tokens = gradient(step, partial(check_running, place, step, should_stop))
             except InterruptedRunError:
                 if done.count:
                     keep(done, optimizer, True)
                 raise
             if proximal is not None:
                 proximal.add_gradient()
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-            check_sane(nll / tokens, norm, step, place)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+            loss = nll / max(tokens, 1)  # a private step may draw no example
+            check_sane(loss, norm, step, place)
             progress = place.progress_at(step + 1, steps)
             optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
             optimizer.step()
@@ -158,8 +161,8 @@ def train_round(
             done.losses.append((nll, tokens))
             done.norms.append(norm)
             failpoint("training.stepped")
-            trained = sum(count for _, count in done.losses)
-            report(Progress("train", step + 1, steps, nll / tokens, trained, done.seconds))
+            trained = 0 if begin.private else sum(count for _, count in done.losses)
+            report(Progress("train", step + 1, steps, loss, trained, done.seconds))
             keep(done, optimizer, False)
     return summarise(done, optimizer)
 
@@ -225,6 +228,33 @@ def learning_rate(settings: TrainingSection, progress: float) -> float:
             return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * rest))
 
 
+def _mean(
+    model: LocalModel,
+    examples: Sequence[TokenisedExample],
+    settings: TrainingSection,
+    place: RoundPlace,
+) -> Callable[[int, Callable[[], None]], tuple[float, int]]:
+    """What puts the gradient of a step's mean loss in place: its summed nats, and tokens."""
+    batches = list(step_batches(len(examples), settings, place))
+
+    def gradient(step: int, check: Callable[[], None]) -> tuple[float, int]:
+        batch = [examples[index] for index in batches[step]]
+        tokens = sum(scored_tokens(example) for example in batch)
+        nll = accumulate(model, batch, tokens, settings.batch_size, place, step, check)
+        return nll, tokens
+
+    return gradient
+
+
+def check_running(place: RoundPlace, step: int, should_stop: Callable[[], bool]) -> None:
+    """Raises InterruptedRunError when ``should_stop()`` turns true."""
+    if should_stop():
+        raise InterruptedRunError(
+            f"round {place.number} of {place.site} was stopped in step {step + 1}; "
+            "it continues from there at the next start"
+        )
+
+
 def accumulate(
     model: LocalModel,
     batch: Sequence[TokenisedExample],
@@ -232,21 +262,17 @@ def accumulate(
     micro_size: int,
     place: RoundPlace,
     step: int,
-    should_stop: Callable[[], bool],
+    check: Callable[[], None],
 ) -> float:
     """Add ``batch``'s gradients of the mean loss over ``tokens`` answer tokens; its summed nats.
 
     Divided by the tokens of the whole step, not micro-batch by micro-batch: a mean of means would
-    weigh a token by how short its neighbours' answers are. Raises InterruptedRunError when
-    ``should_stop()`` turns true.
+    weigh a token by how short its neighbours' answers are. ``check`` is called before each
+    micro-batch and may raise.
     """
     nll = 0.0
     for micro, start in enumerate(range(0, len(batch), micro_size)):
-        if should_stop():
-            raise InterruptedRunError(
-                f"round {place.number} of {place.site} was stopped in step {step + 1}; "
-                "it continues from there at the next start"
-            )
+        check()
         torch.manual_seed(derive_seed(place.seed, place.site, place.number, step, micro))
         loss = model.answer_nll(batch[start : start + micro_size])
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
@@ -279,13 +305,13 @@ def check_sane(nll: float, norm: float, step: int, place: RoundPlace) -> None:
 def summarise(done: StepsDone, optimizer: torch.optim.AdamW | None = None) -> TrainingResult:
     """What the steps that were done came to."""
     losses = done.losses
-    tokens = sum(count for _, count in losses)
+    tokens = max(sum(count for _, count in losses), 1)
     return TrainingResult(
         steps=len(losses),
         tokens=tokens,
         train_nll=math.fsum(nll for nll, _ in losses) / tokens,
-        first_step_nll=losses[0][0] / losses[0][1],
-        last_step_nll=losses[-1][0] / losses[-1][1],
+        first_step_nll=losses[0][0] / max(losses[0][1], 1),
+        last_step_nll=losses[-1][0] / max(losses[-1][1], 1),
         mean_grad_norm=math.fsum(done.norms) / len(done.norms),
         optimizer=optimizer,
     )

@@ -8,6 +8,7 @@ The paper's settings (arXiv:2506.19164, section IV) are the defaults.
 """
 
 from shared.config.federation import NOT_RECORDED, FederationConfig, load_federation
+from shared.config.privacy import PrivacySection
 from shared.config.reading import parse
 from shared.config.rounds import AggregationSection, PolicySection, SelectionSection, ServerSection
 from shared.config.section import Section
@@ -39,6 +40,7 @@ __all__ = [
     "OperatedBrokerSection",
     "PolicySection",
     "Positive",
+    "PrivacySection",
     "Section",
     "SelectionSection",
     "ServerSection",

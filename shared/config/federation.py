@@ -107,6 +107,8 @@ class FederationConfig(FederationTables):
         A newer setting is left out where its value does what releases without it did.
         """
         values = self.model_dump(mode="json", exclude=set(NOT_RECORDED))
+        if self.privacy is None:
+            del values["privacy"]
         for table, before in _BEFORE.items():
             for name, value in before.items():
                 if values[table][name] == value:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from shared import modes
+from shared.config.privacy_rules import PRIVACY_RULES
 from shared.config.secure import secure_rules
 from shared.modes import WHOLE
 
@@ -187,4 +188,5 @@ RULES: Final[tuple[Callable[[FederationTables], Iterator[str]], ...]] = (
     _server_needs_factors_that_stay,
     _updates_lead_from_the_adapter_before,
     secure_rules,
+    *PRIVACY_RULES,
 )

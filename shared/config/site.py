@@ -140,6 +140,20 @@ class AcceptSection(Section):
     """true: each run waits until a person at the site says ``gradualdiff site approve RUN``."""
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
+    privacy: Literal["any", "required"] = "any"
+    """``"required"``: a run without ``[privacy]`` is declined."""
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Most epsilon of everything that is trained on this text, in all runs together; what would go
+    beyond is declined, or not trained.
+    """
+
+    def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
+        """A ceiling holds for what has noise."""
+        return (self._ceiling_needs_privacy,)
+
+    def _ceiling_needs_privacy(self) -> Iterator[str]:
+        if self.max_epsilon is not None and self.privacy != "required":
+            yield 'max_epsilon needs privacy = "required": a run without noise has no epsilon'
 
 
 class SiteConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from shared.config.privacy import PrivacySection
 from shared.config.rounds import (
     AggregationSection,
     CodecSection,
@@ -37,6 +38,7 @@ class FederationTables(Section):
     server: ServerSection = ServerSection()
     codec: CodecSection = CodecSection()
     convergence: ConvergenceSection = ConvergenceSection()
+    privacy: PrivacySection | None = None
     limits: LimitsSection = LimitsSection()
     broker: OperatedBrokerSection | None = None
     trust: TrustSection | None = None

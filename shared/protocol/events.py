@@ -11,7 +11,14 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr, Strict
 
-from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSection
+from shared.config import (
+    BaseSection,
+    LoraSection,
+    Name,
+    PrivacySection,
+    Sha256,
+    TrainingSection,
+)
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.protocol.manifest import (
@@ -23,6 +30,7 @@ from shared.protocol.manifest import (
     Schema,
     Traffic,
 )
+from shared.protocol.privacy import PrivacySpent
 from shared.protocol.said import Said
 from shared.protocol.secure import (
     Exchange,
@@ -57,6 +65,10 @@ class WireTraining(TrainingSection):
     """The training section as a site reads it."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class WirePrivacy(PrivacySection):
+    """The privacy section as a site reads it. No setting of it may be ignored."""
 
 
 class Event(Schema):
@@ -141,6 +153,8 @@ class RunAnnounced(Event):
     """Where the bases that ``lora.bases`` names are."""
     secure: bool = False
     """Whether every round's deltas are masked: no other round of the run is to be trained."""
+    privacy: WirePrivacy | None = None
+    """``[privacy]`` of the run's settings; without it the run has none."""
 
 
 class RoundStarted(Event):
@@ -182,6 +196,7 @@ class RoundStarted(Event):
     """
     packed: bool = False
     """Whether the delta's file is to be packed; else it is a safetensors file."""
+    privacy: WirePrivacy | None = None
     genesis_seed: Seed | None = None
     """The run's seed, where the run's first adapter, drawn from it, is what the updates start from,
     or without updates the source: the site can draw that itself.
@@ -318,6 +333,8 @@ class ParticipantReady(Event):
     """Numbers in its base model, packed ones as what they stand for."""
     exchange: Exchange | None = None
     """By what it shares masks with other sites."""
+    private: bool = False
+    """Whether it trains with the run's ``[privacy]``; an older release does not know of any."""
 
 
 class RunDeclined(Event):
@@ -369,6 +386,8 @@ class DeltaSubmitted(Event):
     """How the delta travels."""
     masked: MaskedWith | None = None
     """What goes with the delta where it is masked."""
+    privacy: PrivacySpent | None = None
+    """What its noise leaves to be learnt of a record; none in a run without ``[privacy]``."""
 
 
 class UnmaskAnswered(Event):

@@ -24,6 +24,7 @@ from shared.protocol.manifest import (
     Schema,
     Traffic,
 )
+from shared.protocol.privacy import PrivacySpent
 from shared.protocol.record import (
     MOST,
     ControlNumber,
@@ -285,7 +286,7 @@ class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said", "masked")
+    newer = ("residual", "traffic", "said", "masked", "privacy")
     round: Number
     site: Name
     sha: Sha256
@@ -304,6 +305,10 @@ class AcceptedRecord(SaidRecord):
     """
     masked: MaskedWith | None = None
     """What goes with the delta where it is masked. Not there where it is not."""
+    privacy: PrivacySpent | None = None
+    """What its site's noise leaves to be learnt of a record, by the site's word. Not there in a run
+    without ``[privacy]``.
+    """
 
     @property
     def remark(self) -> str:

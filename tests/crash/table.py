@@ -23,6 +23,7 @@ SECURE = f"""[aggregation]
 secure = true
 secure_reach = 0.1
 {LORA}"""
+PRIVATE = f"[privacy]\nclip = 1.0\nnoise_multiplier = 1.0\n{LORA}"
 CARRY = f"""[policy]
 kind = "quorum"
 quorum = 1
@@ -68,9 +69,8 @@ class Row:
     @property
     def settings(self) -> str:
         """What stands in the federation's file in place of ``LORA``."""
-        if self.fault == "secure":
-            return SECURE
-        return CARRY if self.fault == "late" else CORE if self.core else LORA
+        by_fault = {"late": CARRY, "private": PRIVATE, "secure": SECURE}
+        return by_fault.get(self.fault, CORE if self.core else LORA)
 
     @property
     def sites(self) -> str:
@@ -319,6 +319,8 @@ MASKED = {
         *around(RECORDED, "closed"),
     ],
 }
+# With [privacy]: the account is begun, then the seed, then the first training is paid for.
+PAID = [("participant", f"budget.{when}", hit) for hit in (1, 2, 3) for when in ("before", "after")]
 
 # (role, whole point or its subject) -> why no row kills there.
 EXEMPT: dict[tuple[str, str], str] = {
@@ -376,6 +378,7 @@ def _rows() -> list[Row]:
         for role, points in MASKED.items()
         for point in points
     ]
+    found += [Row(role, point, hit, "private") for role, point, hit in PAID]
     return found + [Row(role, point, hit, "late") for role, point, hit in LATE]
 
 

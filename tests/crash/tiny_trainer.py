@@ -11,6 +11,7 @@ has heard that it closed, and its second when the first delta may go; b's second
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -24,10 +25,12 @@ from participant.checkpoints import Tensors, TrainingProgress
 from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
 from participant.learner.port import DELTA_FILE, STATE_FILE, Learned, Progress, Readiness
+from participant.privacy import Spend
 from shared.config import load_site
 from shared.errors import InterruptedRunError, ModelError
 from shared.log import configure
 from shared.protocol.manifest import HeldOut, LocalMetrics
+from shared.protocol.privacy import PrivacySpent
 from shared.seeds import derive_seed
 from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import ADAPTER_METADATA, TensorFile, TensorLayout, write_tensors
@@ -58,6 +61,9 @@ class TinyTrainer:
         self._fault = fault
         self._trace = trace
 
+    def take_budget(self, budget):
+        self._budget = budget
+
     def prepare(self, announced, report):
         report(Progress("load", 1, 1))
         if self.strikes("declined"):
@@ -70,6 +76,7 @@ class TinyTrainer:
             raise RuntimeError("the first training fails, as was ordered")
         if self._fault == "late":
             self._wait(task.round, should_stop)
+        privacy = self._paid(task) if task.privacy is not None else None
         torch.set_num_threads(1)
         before = _read(source)
         factors = {name: torch.nn.Parameter(value.clone()) for name, value in before.items()}
@@ -113,7 +120,31 @@ class TinyTrainer:
             seconds={"train": 0.0},
         )
         known = "fresh" if state is None else "kept"
-        return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known)
+        return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known, privacy=privacy)
+
+    def _paid(self, task):
+        """What a private round costs; the noise itself is left out, for it is each site's own."""
+        training = hashlib.sha256(f"{task.run} {task.round} {task.source_sha}".encode()).hexdigest()
+        spend = Spend(
+            run=task.run,
+            round=task.round,
+            training=training,
+            text="d" * 64,
+            rate=0.5,
+            multiplier=task.privacy.noise_multiplier,
+            steps=STEPS,
+        )
+        _, spent = self._budget.charge(spend, ["e" * 64], 1e-3, begun=task.round > 1)
+        assert spent.steps == task.round * STEPS  # none forgotten, none paid for twice
+        return PrivacySpent(
+            epsilon=spent.run,
+            total_epsilon=spent.total,
+            delta=1e-3,
+            steps=spent.steps,
+            rate=0.5,
+            clip=task.privacy.clip,
+            noise_multiplier=task.privacy.noise_multiplier,
+        )
 
     def _wait(self, number, should_stop):
         assert self._trace is not None  # who is late has one

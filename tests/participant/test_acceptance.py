@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from participant.acceptance import objection_to_delta, objection_to_round, objections
+from participant.guard import Guard
 from participant.learner.port import Learned, Readiness
-from shared.config import AcceptSection
-from shared.protocol.events import RoundStarted, RunAnnounced, WireBase, WireLora, WireTraining
+from participant.privacy import Spend, mechanism
+from participant.workspace import Workspace
+from shared.config import AcceptSection, PrivacySection, parse
+from shared.errors import ConfigError, NotAcceptedError
+from shared.protocol.events import (
+    RoundStarted,
+    RunAnnounced,
+    WireBase,
+    WireLora,
+    WirePrivacy,
+    WireTraining,
+)
 from shared.protocol.manifest import LocalMetrics
 from shared.tensors.tensor_file import FileDigest
 from tests.numpy_learner import MANIFEST, NUMERICS
@@ -185,3 +198,98 @@ def test_a_round_asks_for_what_was_announced(fields, said):
     """Nothing else is trained under the run's name."""
     assert objection_to_round(started(), run(), AcceptSection()) == ""
     assert said in objection_to_round(started(**fields), run(), AcceptSection())
+
+
+# Differential privacy ------------------------------------------------------------------------
+
+
+def private_run(name="r1", **privacy) -> RunAnnounced:
+    section = WirePrivacy(**{"clip": 1.0, "noise_multiplier": 1.0, **privacy})
+    return run().model_copy(update={"run": name, "privacy": section})
+
+
+def private_ready(announced, examples=5_000, batch=64) -> Readiness:
+    """At a site of so many examples, over the run's rounds of ten steps."""
+    section = PrivacySection(**announced.privacy.model_dump())
+    steps = mechanism(section, batch, examples, 10, announced.rounds)
+    return replace(ready(examples), privacy=steps, records=frozenset({"a" * 64}))
+
+
+REQUIRED = AcceptSection(models=("owner/m",), privacy="required")
+
+
+def test_a_site_that_asks_for_privacy_declines_a_run_without():
+    """At the announcement, before anything is loaded."""
+    assert objections(private_run(), REQUIRED) == ""
+    assert "accept.privacy: expected a run with [privacy], got one without" in objections(
+        run(), REQUIRED
+    )
+
+
+def test_a_ceiling_without_the_demand_is_a_mistake():
+    """A run without noise would go past it unseen."""
+    with pytest.raises(ConfigError, match='max_epsilon needs privacy = "required"'):
+        parse(AcceptSection, {"max_epsilon": 8.0}, "site.toml")
+
+
+def test_a_delta_above_one_over_n_is_declined():
+    """With it, giving a whole record away would be within the promise."""
+    fits = private_run(delta=1 / 5_000)
+    assert objections(fits, REQUIRED, private_ready(fits)) == ""
+    loose = private_run(delta=1 / 4_999)
+    said = objections(loose, REQUIRED, private_ready(loose))
+    assert "privacy.delta: expected at most 1 / 5000" in said
+
+
+def test_much_noise_on_few_records_is_declined_with_the_numbers():
+    """Below 1,000 records a strong epsilon over more than 200 steps leaves nothing to learn."""
+    few = private_run(target_epsilon=8.0, noise_multiplier=None).model_copy(update={"rounds": 21})
+    said = objections(few, REQUIRED, private_ready(few, 999))
+    assert "expected at least 1000 different examples here, or at most 200 steps" in said
+    assert "got 999 and 210 steps with epsilon" in said
+    assert objections(few, REQUIRED, private_ready(few, 1_000)) == ""
+    short = few.model_copy(update={"rounds": 20})
+    assert objections(short, REQUIRED, private_ready(short, 999)) == ""
+    weak = private_run(noise_multiplier=0.3).model_copy(update={"rounds": 21})
+    assert objections(weak, REQUIRED, private_ready(weak, 999)) == ""
+
+
+def test_a_run_that_would_cost_more_than_the_ceiling_is_declined_with_the_number(tmp_path):
+    """By what it plans and what other runs spent; its own rounds count once."""
+    workspace = Workspace(tmp_path)
+    announced = private_run()
+    prepared = private_ready(announced)
+    planned = prepared.privacy.epsilon
+
+    def check(most, name="r1"):
+        accept = REQUIRED.model_copy(update={"max_epsilon": most})
+        told = announced.model_copy(update={"run": name})
+        Guard(accept, workspace).check_run(told, prepared)
+
+    check(planned)
+    with pytest.raises(NotAcceptedError, match=r"accept.max_epsilon: expected at most .*50 steps"):
+        check(planned - 1e-6)
+    steps = prepared.privacy
+    spend = Spend(
+        run="r1",
+        round=1,
+        training="b" * 64,
+        text="c" * 64,
+        rate=steps.noise.rate,
+        multiplier=steps.noise.multiplier,
+        steps=50,
+    )
+    workspace.budget(None).charge(spend, prepared.records, steps.delta)
+    check(planned)
+    with pytest.raises(NotAcceptedError, match=r"accept.max_epsilon: expected at most"):
+        check(planned, "r2")
+    check(2 * planned, "r2")
+
+
+def test_a_round_with_other_noise_than_announced_is_declined():
+    """None at all, for one."""
+    announced = private_run()
+    for other in (None, WirePrivacy(clip=1.0, noise_multiplier=0.5)):
+        asked = started(privacy=other)
+        said = objection_to_round(asked, announced, AcceptSection())
+        assert "privacy: expected the settings that were announced, got others" in said

@@ -7,6 +7,7 @@ in the adapter of a run that nothing disturbed.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import signal
 import subprocess
@@ -14,6 +15,10 @@ import sys
 
 import pytest
 
+from participant.privacy import Secret
+from participant.privacy.budget import SEED_FILE, SPENT_FILE, Spent
+from participant.workspace import PRIVACY_FOLDER
+from shared.config import canonical_json
 from tests.patience import PATIENCE_SECONDS
 from tests.tiny_model import make_tiny_model, write_federation
 
@@ -49,6 +54,17 @@ CASES = {
             ("training.stepped", 1),
         ],
     ),
+    "private": (
+        "local_steps = 5\n[privacy]\nclip = 0.5\nnoise_multiplier = 1.0\n",
+        1,
+        [
+            ("budget.before", 1),  # neither site has paid: the account is there, and the seed
+            ("budget.after", 1),  # paid for, and not a step of it done
+            ("training.stepped", 3),
+            ("checkpoint.renamed", 1),
+            ("training.stepped", 4),  # of the other site
+        ],
+    ),
 }
 
 
@@ -67,7 +83,17 @@ def federation(folder, model, training, rounds, every_seconds=EVERY_SECONDS):
         site.write_text(
             site.read_text().replace("[data]", f"checkpoint_seconds = {every_seconds}\n[data]")
         )
+        give_seed(folder / "sites" / name / PRIVACY_FOLDER)
     return path
+
+
+def give_seed(folder):
+    """A secret that two runs share, as no two sites ever do: else no bytes could be compared."""
+    folder.mkdir(parents=True)
+    seed = hashlib.sha256(folder.parent.name.encode()).digest()
+    (folder / SEED_FILE).write_bytes(seed)
+    spent = Spent(seed=Secret(seed).fingerprint)
+    (folder / SPENT_FILE).write_bytes(canonical_json(spent.model_dump(mode="json")))
 
 
 def simulate(path, *options, point="-", nth=0, name="SIGKILL"):

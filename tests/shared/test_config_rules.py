@@ -8,6 +8,7 @@ from shared.errors import ConfigError
 from tests.federations import config
 
 PLAIN = {"base": {"quantisation": "none"}}
+NOISE = {"clip": 1.0, "noise_multiplier": 2.0}
 QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
 
 
@@ -54,6 +55,22 @@ QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
         ),
         ({"mode": "rolora", "policy": {**QUORUM, "late": "carry"}}, r"policy.*rolora.*drop"),
         ({"mode": "svd", "policy": {"kind": "buffered", "buffer": 2}}, r"policy.*svd"),
+        ({"privacy": {"clip": 1.0}}, r"exactly one of noise_multiplier and target_epsilon"),
+        (
+            {"privacy": {**NOISE, "target_epsilon": 8.0}},
+            r"exactly one of noise_multiplier and target_epsilon",
+        ),
+        (
+            {"privacy": {**NOISE, "unit": "site"}},
+            r"privacy.unit.*3 sites and noise of 2 x clip.*more than 2 numbers.*667 for a million",
+        ),
+        ({"privacy": NOISE, "aggregation": {"weights": "examples"}}, r'weights.*"equal".*no noise'),
+        ({"privacy": NOISE, "aggregation": {"weights": "tokens"}}, r'weights.*"equal".*no noise'),
+        ({"privacy": NOISE, "mode": "range-finder"}, r"range-finder.*gradients without noise"),
+        (
+            {"privacy": NOISE, "lora": {"kind": "core", "bases": "other@2"}},
+            r'lora.bases: expected "weights" or a file.*"other@2".*gradients without noise',
+        ),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused(sections, says):
