@@ -102,6 +102,7 @@ class Deltas:
                 residual=event.residual,
                 traffic=event.traffic,
                 said=event.said,
+                audit=event.audit,
             )
         )
 

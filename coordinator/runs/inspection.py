@@ -22,7 +22,7 @@ from shared.protocol.manifest import pool_held_out
 if TYPE_CHECKING:
     from coordinator.history import History, RoundHistory
     from coordinator.liveness import RunStatus
-    from shared.protocol.manifest import HeldOut, Traffic
+    from shared.protocol.manifest import AuditFigures, HeldOut, Traffic
     from shared.protocol.records import Input
     from shared.stores.port import ObjectStore
 
@@ -114,6 +114,7 @@ class SiteRow:
     weight: float | None = None
     scale: float | None = None
     traffic: Traffic | None = None
+    audit: AuditFigures | None = None
 
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
@@ -264,6 +265,7 @@ def _row(history: History, number: int, site: str, counted: tuple[int, Input] | 
         weight=counted[1].weight if counted else None,
         scale=counted[1].scale if counted else None,
         traffic=accepted.traffic,
+        audit=accepted.audit,
     )
 
 

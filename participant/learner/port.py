@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from participant.audit.report import AuditReport
     from participant.checkpoints import Checkpoints
     from shared.config import TrainingSection
     from shared.protocol.events import RoundStarted, RunAnnounced
@@ -51,7 +52,7 @@ class Learned:
     """One local training. The files lie in the folder that was given to ``learn``.
 
     ``delta``: what ``write_delta`` said of its file. ``distinct``: different examples that the
-    steps saw, None for as many as there are.
+    steps saw, None for as many as there are. ``audit``: None where the site makes none.
     """
 
     delta: FileDigest
@@ -60,6 +61,7 @@ class Learned:
     metrics: LocalMetrics
     state: Literal["fresh", "kept"]
     distinct: int | None = None
+    audit: AuditReport | None = None
 
 
 @dataclass(frozen=True)

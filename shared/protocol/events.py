@@ -15,6 +15,7 @@ from shared.config import BaseSection, LoraSection, Name, Sha256, TrainingSectio
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.protocol.manifest import (
+    AuditFigures,
     BasesFound,
     HeldOut,
     LocalMetrics,
@@ -334,6 +335,8 @@ class DeltaSubmitted(Event):
     """Which base model it was trained over."""
     codec: Word | None = None
     """How the delta travels."""
+    audit: AuditFigures | None = None
+    """What the site's audit of the delta came to; none where it makes none."""
 
 
 class TrainingFailed(Event):

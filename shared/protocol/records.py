@@ -16,6 +16,7 @@ from shared.config import FederationConfig, Name, Sha256
 from shared.errors import ConfigError
 from shared.modes import Origin, require
 from shared.protocol.manifest import (
+    AuditFigures,
     BasesFound,
     HeldOut,
     LocalMetrics,
@@ -267,7 +268,7 @@ class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said")
+    newer = ("residual", "traffic", "said", "audit")
     round: Number
     site: Name
     sha: Sha256
@@ -284,6 +285,8 @@ class AcceptedRecord(SaidRecord):
     """Bytes that the site moved since its delta before, up to the word of this one. Not there if it
     did not say.
     """
+    audit: AuditFigures | None = None
+    """What the site's audit of it came to, by its own word. Not there where it makes none."""
 
     @property
     def remark(self) -> str:
