@@ -70,3 +70,13 @@ def _trust_table(site: Path) -> dict[str, Any]:
 def _append(site: Path, lines: str) -> None:
     with site.open("a", encoding="utf-8") as file:
         file.write(f"\n{lines}")
+"""``gradualdiff site``: what an operator of a site does at the site, beside its participant."""
+
+from __future__ import annotations
+
+import typer
+
+from gradualdiff.cli import audit
+
+app = typer.Typer(help="At a site: audit.", no_args_is_help=True)
+app.add_typer(audit.app, name="audit")

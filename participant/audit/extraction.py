@@ -101,30 +101,36 @@ def find_hits(
         if hit is not None:
             suspects.append((cut, hit))
     without = base([cut.prefix for cut, _ in suspects])
-    hits = []
-    for (cut, hit), tokens in zip(suspects, without, strict=True):
-        known = _hit(cut, tokens, decode, patterns)
-        if known is None or (hit.is_long and not known.is_long):
-            hits.append(hit)
-        elif not hit.is_long and not set(hit.personal) <= set(known.personal):
-            hits.append(hit)
-    return hits
+    return [
+        hit
+        for (cut, hit), tokens in zip(suspects, without, strict=True)
+        if not _explains(_hit(cut, tokens, decode, patterns), hit)
+    ]
+
+
+def _explains(base: Hit | None, hit: Hit) -> bool:
+    """Whether the base reproduces as much."""
+    if base is None:
+        return False
+    return base.is_long if hit.is_long else set(hit.personal) <= set(base.personal)
 
 
 def _hit(
     cut: Cut, tokens: Sequence[int], decode: Callable[[Sequence[int]], str], patterns: Patterns
 ) -> Hit | None:
-    begins, length = longest_run(cut.suffix, tokens)
-    if length >= cut.wanted:
-        text = decode(cut.suffix[begins : begins + length])
-        return Hit(cut.index, text, tuple(patterns.find(text)), is_long=True)
     # A few tokens are enough where they are a number or an address that was not given.
     given, written = decode(cut.prefix), decode(tokens)
-    leaked = tuple(
+    leaked = [
         found
         for found in patterns.find(decode(cut.suffix))
         if found.kind in DISTINCT and found.text in written and found.text not in given
-    )
-    if not leaked:
-        return None
-    return Hit(cut.index, "; ".join(found.text for found in leaked), leaked, is_long=False)
+    ]
+    begins, length = longest_run(cut.suffix, tokens)
+    if length >= cut.wanted:
+        text = decode(cut.suffix[begins : begins + length])
+        personal = dict.fromkeys([*patterns.find(text), *leaked])
+        return Hit(cut.index, text, tuple(personal), is_long=True)
+    if leaked:
+        text = "; ".join(found.text for found in leaked)
+        return Hit(cut.index, text, tuple(leaked), is_long=False)
+    return None

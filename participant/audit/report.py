@@ -47,3 +47,8 @@ def read_report(folder: Path) -> AuditReport | None:
         return AuditReport.model_validate_json((folder / AUDIT_FILE).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def is_held(report: AuditReport | None) -> bool:
+    """Whether the delta stays at the site until a person decides."""
+    return report is not None and report.figures.gate and report.figures.verdict == "blocked"

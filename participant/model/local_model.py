@@ -153,7 +153,7 @@ class LocalModel:
         """The same sum for each example alone."""
         with torch.inference_mode():
             losses = self._answer_losses(examples, "none")
-        parts = losses.split([scored_tokens(example) for example in examples])
+        parts = torch.split(losses, [scored_tokens(example) for example in examples])
         return [float(part.sum()) for part in parts]
 
     def _answer_losses(
