@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 
 import pytest
@@ -25,7 +26,7 @@ from shared.protocol.events import (  # noqa: E402
 from tests.red_team.conftest import HostileCoordinator  # noqa: E402
 from tests.tiny_audit import LORA, SETTINGS, SITES, make_confident_model, write_text  # noqa: E402
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 SEEDS = (1, 2, 3)
 
@@ -42,21 +43,47 @@ def pool():
 
 @pytest.fixture
 def at_site(tmp_path, confident, pool):
-    """A site of this kind, and a coordinator that asks it for one round; each in its own folder."""
+    """A site of this kind, and a coordinator that asks it for rounds; each in its own folder."""
 
     def make(kind, seed=1, extra="", **privacy):
-        folder = tmp_path / f"{kind}-{seed}-{len(list(tmp_path.iterdir()))}"
+        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         write_text(folder / "text.jsonl", SITES[kind][0], seed, extra)
-        data = DataSection(path="text.jsonl", prompt="q", answer="a", held_out_fraction=0.5)
-        section = SitePrivacySection(**{"audit": "gate", **privacy})
-        learner = TorchLearner("a", data, folder, pool, section)
-        accept = AcceptSection(models=(str(confident),), max_rounds=5)
-        coordinator = HostileCoordinator(folder, learner, accept, model=str(confident))
-        coordinator.training = {**SETTINGS, "local_steps": SITES[kind][1]}
-        return coordinator
+        return coordinator_of(folder, confident, pool, kind, **privacy)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory, confident, pool):
+    """An overfitted site whose delta was kept; tests that change anything take a copy."""
+    folder = tmp_path_factory.mktemp("once") / "site"
+    folder.mkdir()
+    write_text(folder / "text.jsonl", SITES["overfitted"][0], 1)
+    site = coordinator_of(folder, confident, pool, "overfitted")
+    announce(site)
+    site.task = start(site)
+    return site
+
+
+@pytest.fixture
+def again(tmp_path, confident, pool, once):
+    """The same site after a restart, with the folder to itself, and its delta."""
+    shutil.copytree(once.folder, tmp_path / "again")
+    site = coordinator_of(tmp_path / "again", confident, pool, "overfitted")
+    announce(site)
+    (kept,) = deltas(site).all()
+    return site, kept
+
+
+def coordinator_of(folder, model, pool, kind, **privacy):
+    data = DataSection(path="text.jsonl", prompt="q", answer="a", held_out_fraction=0.5)
+    section = SitePrivacySection(**{"audit": "gate", **privacy})
+    learner = TorchLearner("a", data, folder, pool, section)
+    accept = AcceptSection(models=(str(model),), max_rounds=5)
+    coordinator = HostileCoordinator(folder, learner, accept, model=str(model))
+    coordinator.training = {**SETTINGS, "local_steps": SITES[kind][1]}
+    return coordinator
 
 
 def announce(site, **fields):
@@ -69,15 +96,6 @@ def start(site, **fields):
 
 def deltas(site):
     return AuditedDeltas(site.folder / "workspace", lambda: 1000.0)
-
-
-def trained(site):
-    """Optimiser steps from here on, and the points of an audit, in order."""
-    passed = []
-    failpoints.arm(
-        lambda point: passed.append(point) if point.startswith(("training", "audit")) else None
-    )
-    return passed
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +116,6 @@ def test_an_overfitted_site_is_blocked_and_a_normal_one_passes(at_site, seed):
     assert (kept.state, figures.verdict) == ("held", "blocked")
     assert {"hits_block", "auc_block"} <= set(figures.crossed)
     assert figures.hits >= 3
-    assert figures.control_hits == 0
     assert figures.auc > 0.75
     assert bad.submitted == bad.uploads == bad.said(UploadRequested) == []
     (delta,) = good.submitted
@@ -109,89 +126,93 @@ def test_an_overfitted_site_is_blocked_and_a_normal_one_passes(at_site, seed):
     assert metrics.last_step_nll < metrics.first_step_nll / 2
 
 
-def test_a_kept_delta_says_nothing_of_why_and_is_not_trained_again(at_site):
+def test_a_kept_delta_says_nothing_of_why_and_is_not_trained_again(once, again):
     """The coordinator hears that there is none; a site that starts again says the same."""
-    site = at_site("overfitted")
-    announce(site)
-    steps = trained(site)
-    task = start(site)
-    done = len(steps)
-    assert done > SITES["overfitted"][1]
-    (failure,) = site.said(TrainingFailed)
+    site, kept = again
+    (failure,) = once.said(TrainingFailed)
     assert (failure.retryable, "privacy.audit" in failure.reason) == (False, True)
-    (kept,) = deltas(site).all()
     texts = [finding.text for finding in kept.report.findings]
     assert texts
-    figures = kept.report.figures
-    told = failure.model_dump_json()
-    assert not any(text in told for text in [*texts, str(figures.hits) + " of", "AUC"])
-    site.restart_site()
-    announce(site)
-    site.tell(task)
-    assert len(site.said(TrainingFailed)) == 2
-    assert len(steps) == done
+    assert not any(text in failure.reason for text in [*texts, "AUC", "hits"])
+    passed = []
+    failpoints.arm(passed.append)
+    site.tell(once.task)
+    assert [told.reason for told in site.said(TrainingFailed)] == [failure.reason]
+    assert "training.stepped" not in passed
     assert site.said(UploadRequested) == []
 
 
-def test_what_was_reproduced_is_for_this_user_only(at_site):
-    """It is text of patients: the file's mode says so, and no log line has it."""
-    site = at_site("overfitted")
-    announce(site)
-    start(site)
-    (kept,) = deltas(site).all()
-    rows = [json.loads(line)["a"] for line in (site.folder / "text.jsonl").read_text().splitlines()]
+def test_what_was_reproduced_is_for_this_user_only(once):
+    """It is text of patients: the file's mode says so."""
+    (kept,) = deltas(once).all()
+    rows = [json.loads(line)["a"] for line in (once.folder / "text.jsonl").read_text().splitlines()]
     assert all(any(finding.text in row for row in rows) for finding in kept.report.findings)
     assert stat.S_IMODE((kept.folder / AUDIT_FILE).stat().st_mode) == 0o600
 
 
-def test_an_operator_releases_it_and_it_is_sent_with_that_word(at_site):
+def test_an_operator_releases_it_and_it_is_sent_with_that_word(again):
     """While the site runs; once; on record with who and why."""
-    site = at_site("overfitted")
-    announce(site)
-    start(site)
-    (kept,) = deltas(site).all()
+    site, kept = again
     deltas(site).release(kept.submission.sha[:8], "ward@north", "the text is public")
+    site.site.offer_released()
     site.site.offer_released()
     (asked,) = site.said(UploadRequested)
     assert asked.sha == kept.submission.sha
-    site.site.offer_released()
-    assert len(site.said(UploadRequested)) == 1
     (line,) = deltas(site).decisions()
-    assert line["action"] == "release"
-    assert (line["by"], line["reason"], line["sha"]) == (
-        "ward@north",
-        "the text is public",
-        asked.sha,
-    )
-    site.restart_site()
-    announce(site)
-    site.take(site.said(UploadRequested)[-1])
+    said = line["action"], line["by"], line["reason"], line["sha"]
+    assert said == ("release", "ward@north", "the text is public", asked.sha)
+    site.take(asked)
     (sent,) = site.submitted
     assert (sent.sha, sent.audit.verdict, sent.audit.released) == (asked.sha, "blocked", True)
-    with pytest.raises(ConfigError, match="expected one that the gate keeps, got one that is read"):
+    with pytest.raises(ConfigError, match="one that the gate keeps, got one that is ready"):
         deltas(site).drop(asked.sha, "ward@north", "no")
 
 
-def test_one_that_is_released_too_late_is_swept(at_site):
-    """The coordinator's answer ends it."""
-    site = at_site("overfitted")
+def test_a_released_one_is_offered_at_the_next_start(again):
+    """The participant need not be running when its operator decides."""
+    site, kept = again
+    deltas(site).release(kept.submission.sha, "ward@north", "public")
+    site.restart_site()
     announce(site)
-    start(site)
-    (kept,) = deltas(site).all()
+    assert [asked.sha for asked in site.said(UploadRequested)] == [kept.submission.sha]
+
+
+def test_one_that_is_released_too_late_is_swept(again):
+    """The coordinator's answer ends it."""
+    site, kept = again
     deltas(site).release(kept.submission.sha, "ward@north", "public")
     late = DeltaAnswered(run="r", round=1, sha=kept.submission.sha, verdict="late", reason="over")
     site.tell(late)
     assert deltas(site).all() == []
 
 
-def test_a_dropped_one_is_gone_and_stays_on_record(at_site):
-    """The folder goes, the line stays, after a torn one too."""
-    site = at_site("overfitted")
-    announce(site)
-    start(site)
-    log = site.folder / "workspace" / LOG_FILE
-    log.write_text('{"action":"rel')
-    (kept,) = deltas(site).all()
+@pytest.mark.parametrize(
+    ("action", "point"), [("release", "release.before"), ("drop", "drop.before")]
+)
+def test_a_kill_in_a_decision_leaves_it_to_be_made_again(again, action, point):
+    """The line is on record, the delta still kept; then it works."""
+    site, kept = again
+
+    def die(here):
+        if here == point:
+            raise InterruptedRunError("killed")
+
+    failpoints.arm(die)
+    with pytest.raises(InterruptedRunError):
+        getattr(deltas(site), action)(kept.submission.sha, "ward@north", "why")
+    failpoints.arm(None)
+    assert [one.state for one in deltas(site).all()] == ["held"]
+    site.site.offer_released()
+    assert site.said(UploadRequested) == []
+    getattr(deltas(site), action)(kept.submission.sha, "ward@north", "why")
+    assert len(deltas(site).decisions()) == 2
+    assert [one.state for one in deltas(site).all()] == (["ready"] if action == "release" else [])
+
+
+def test_a_dropped_one_is_gone_and_stays_on_record(again):
+    """The folder goes, the line stays, also behind one that a kill tore."""
+    site, kept = again
+    (site.folder / "workspace" / LOG_FILE).write_text('{"action":"rel')
     with pytest.raises(ConfigError, match="which fits 0"):
         deltas(site).drop("0" * 64, "ward@north", "why")
     deltas(site).drop(kept.submission.sha, "ward@north", "learnt by heart")
@@ -211,13 +232,12 @@ def test_in_report_mode_a_blocked_delta_leaves_with_its_numbers(at_site):
     (sent,) = site.submitted
     assert (sent.audit.verdict, sent.audit.gate, sent.audit.released) == ("blocked", False, False)
     assert sent.audit.hits >= 3
-    quiet = at_site("overfitted", audit="report")
+    quiet = at_site("normal", audit="report")
     quiet.accept = quiet.accept.model_copy(update={"send_metrics": False})
     quiet.restart_site()
     announce(quiet)
     start(quiet)
-    told = quiet.submitted[0].audit
-    assert told.model_dump(exclude_defaults=True) == {"verdict": "blocked"}
+    assert quiet.submitted[0].audit.model_dump(exclude_defaults=True) == {"verdict": "passed"}
 
 
 def test_an_audit_changes_no_byte_of_the_delta(at_site):
@@ -233,12 +253,9 @@ def test_an_audit_changes_no_byte_of_the_delta(at_site):
     assert shas[0] == shas[1]
 
 
-def test_a_kill_during_the_audit_repeats_the_audit_and_no_step(at_site):
+def test_a_kill_during_the_audit_repeats_the_audit_and_no_step(at_site, once):
     """The same numbers and the same delta; all steps are found again."""
-    whole = at_site("overfitted")
-    announce(whole)
-    start(whole)
-    (wanted,) = deltas(whole).all()
+    (wanted,) = deltas(once).all()
     site = at_site("overfitted")
     announce(site)
     passed = []
