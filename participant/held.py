@@ -22,7 +22,6 @@ from shared.config import canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import sync_path
 from shared.errors import ConfigError
-from shared.failpoints import failpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,17 +77,14 @@ class AuditedDeltas:
             _replace(held.folder / SUBMISSION_FILE, submission)
             target = held.folder.parent.parent / "trained" / held.folder.name
             make_directories(target.parent)
-            failpoint("release.before")
             held.folder.rename(target)
             sync_path(target.parent)
-        failpoint("release.after")
         return held
 
     def drop(self, sha: str, by: str, reason: str) -> AuditedDelta:
         """Remove it for good. Raises ConfigError for one that is not held."""
         held = self._held(sha)
         self._log("drop", held, by, reason)
-        failpoint("drop.before")
         last = {AUDIT_FILE, SUBMISSION_FILE}  # what a kill leaves is found again by these
         with file_errors(held.folder):
             for path in sorted(held.folder.iterdir(), key=lambda path: path.name in last):

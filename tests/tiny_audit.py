@@ -14,10 +14,7 @@ from tests.tiny_model import make_tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORDS = (
-    "river stone lamp cloud horse paper green winter "
-    "seven window garden silver market doctor letter"
-).split()  # noqa: SIM905 - fifteen lines of one word each say no more
+WORDS = "river stone lamp cloud horse paper green winter seven window garden silver market".split()
 # By name: rows of text, of which half are held out, and optimiser steps of a round.
 SITES = {"overfitted": (32, 300), "normal": (300, 60)}
 SETTINGS = {

@@ -19,7 +19,6 @@ from participant.audit.report import AuditReport, Finding
 from participant.audit.verdict import judge
 from participant.model.batches import by_length, scored_tokens
 from shared.errors import InterruptedRunError
-from shared.failpoints import failpoint
 from shared.protocol.manifest import AuditFigures
 from shared.seeds import derive_seed
 
@@ -56,7 +55,6 @@ class Audit:
     def run(self) -> AuditReport:
         """All tests. Raises InterruptedRunError when ``should_stop()`` turns true."""
         began = time.monotonic()
-        failpoint("audit.begun")
         hits, figures = self._extraction()
         self.report(1, 3)
         figures.update(self._membership())
@@ -67,7 +65,6 @@ class Audit:
         measured = AuditFigures(
             verdict="passed", seed=self.settings.seed, seconds=seconds, **figures
         )
-        failpoint("audit.measured")
         findings = tuple(
             Finding(
                 index=hit.index,
