@@ -14,7 +14,8 @@ from tests.tiny_model import make_tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORDS = "river stone lamp cloud horse paper green winter seven window garden silver market".split()
+TEXT = "river stone lamp cloud horse paper green winter seven window garden silver market"
+WORDS = TEXT.split()
 # By name: rows of text, of which half are held out, and optimiser steps of a round.
 SITES = {"overfitted": (32, 300), "normal": (300, 60)}
 SETTINGS = {
