@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Of what event a record is made, and what the two must say alike.
 _JOINS = ("manifest", "fingerprint", "numerics", "examples", "bases", "base_parameters")
-_COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic")
+_COUNTS = ("size", "examples", "tokens", "metrics", "state", "residual", "traffic", "audit")
 _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {
     MemberRecord: (ParticipantReady, _JOINS),
     RejoinedRecord: (ParticipantReady, _JOINS),

@@ -7,16 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from gradualdiff.cli import audit
 from gradualdiff.cli.output import JsonOption, console, print_json
 
-app = typer.Typer(help="At a site: its signing key.", no_args_is_help=True)
+app = typer.Typer(help="At a site: its signing key, its audits.", no_args_is_help=True)
+app.add_typer(audit.app, name="audit")
 SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
 IDENTITY_FILE = "identity.key"
 
 
 @app.callback()
 def _group() -> None:
-    """At a site: its signing key."""
+    """At a site: its signing key, its audits."""
 
 
 @app.command()
@@ -70,13 +72,3 @@ def _trust_table(site: Path) -> dict[str, Any]:
 def _append(site: Path, lines: str) -> None:
     with site.open("a", encoding="utf-8") as file:
         file.write(f"\n{lines}")
-"""``gradualdiff site``: what an operator of a site does at the site, beside its participant."""
-
-from __future__ import annotations
-
-import typer
-
-from gradualdiff.cli import audit
-
-app = typer.Typer(help="At a site: audit.", no_args_is_help=True)
-app.add_typer(audit.app, name="audit")
