@@ -174,11 +174,11 @@ def measure(preset: str, seeds: list[int]) -> list[dict[str, Any]]:
                 figures, train, audit = audited(case, Path(name) / f"{kind}-{seed}", seed)
                 found.append(
                     {
+                        **figures.model_dump(mode="json"),
                         "site": kind,
                         "seed": seed,
                         "train_cpu_seconds": round(train, 2),
                         "audit_cpu_seconds": round(audit, 2),
-                        **figures.model_dump(mode="json"),
                     }
                 )
                 print_row(found[-1])

@@ -124,7 +124,8 @@ def test_an_overfitted_site_is_blocked_and_a_normal_one_passes(at_site, seed):
     assert bad.submitted == bad.uploads == bad.said(UploadRequested) == []
     (delta,) = good.submitted
     assert delta.audit.verdict in ("passed", "warned")
-    assert (delta.audit.hits, delta.audit.personal) == (0, 0)
+    assert delta.audit.hits < 3  # two words of thirteen may be right by chance
+    assert delta.audit.personal == 0
     assert delta.audit.auc < 0.75
     metrics = delta.metrics
     assert metrics.last_step_nll < metrics.first_step_nll / 2
