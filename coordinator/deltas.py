@@ -106,6 +106,7 @@ class Deltas:
                 said=event.said,
                 masked=event.masked if opened.secure is not None else None,
                 privacy=event.privacy,
+                audit=event.audit,
             )
         )
 

@@ -252,6 +252,8 @@ class Worker:
             elif participant.has_work:
                 participant.work()
                 self.failed = None
+            else:
+                participant.offer_released()
         except InterruptedRunError:
             self._context.stopping.set()
         except GradualDiffError as error:

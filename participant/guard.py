@@ -24,7 +24,7 @@ from participant.checkpoints import settings_digest
 from participant.workspace import Training
 from shared.config import canonical_json
 from shared.errors import GradualDiffError, NotAcceptedError
-from shared.protocol.manifest import LocalMetrics
+from shared.protocol.manifest import AuditFigures, LocalMetrics
 
 if TYPE_CHECKING:
     from participant.learner.port import Learned, Readiness
@@ -214,6 +214,12 @@ class Guard:
         if held_out is not None and held_out.examples < accept.min_held_out:
             return metrics.model_copy(update={"held_out": None})
         return metrics
+
+    def told_audit(self, figures: AuditFigures) -> AuditFigures:
+        """What leaves of an audit's numbers."""
+        if self._accept is None or self._accept.send_metrics:
+            return figures
+        return AuditFigures(verdict=figures.verdict, gate=figures.gate)
 
     def outward(self, error: GradualDiffError) -> str:
         """What leaves of an error: the site's own word about [accept], or the error's name."""

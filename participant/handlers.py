@@ -227,6 +227,12 @@ class Participant:
                 self._evaluate(task)
         self._agenda.done(task)
 
+    def offer_released(self) -> None:
+        """Offer the deltas that the site's operator released while this process was running."""
+        for run in self._prepared:
+            for submission in self._site.workspace.take_released(run):
+                self._uploads.request(submission)
+
     def defer(self) -> float:
         """The work in hand failed for now: other work comes first; seconds until it is due."""
         return 0.0 if self.in_hand is None else self._agenda.defer(self.in_hand)

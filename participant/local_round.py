@@ -6,12 +6,14 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from participant.audit.report import is_held, write_report
 from participant.checkpoints import settings_digest
 from participant.fetching import fetch_adapter
 from participant.learner.port import RESIDUAL_FILE
 from participant.secure_round import check_terms, mask_delta
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
+from shared.errors import NotAcceptedError
 from shared.failpoints import failpoint
 from shared.log import get_logger
 from shared.tensors.masked_file import MASKED
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     from shared.protocol.events import RoundStarted
     from shared.protocol.secure import MaskedWith
 
+# All that the coordinator is told of it.
+HELD = (
+    'privacy.audit: this site\'s gate keeps the delta of this round ("gate"); an operator of the '
+    "site may release it while the round is open"
+)
+
 
 def train_and_commit(
     site: Site,
@@ -39,9 +47,13 @@ def train_and_commit(
 ) -> Submission:
     """Train it, whatever was trained before; what is committed. ``ready``: as it was told.
 
-    Raises NotAcceptedError, GrantError, InterruptedRunError, and what the learner raises.
+    A delta that the site's gate keeps is committed where nothing is sent from; then, and when the
+    round is asked for again, this is a NotAcceptedError. Raises also GrantError,
+    InterruptedRunError, and what the learner raises.
     """
     workspace = site.workspace
+    if workspace.held(task) is not None:
+        raise NotAcceptedError(HELD)
     guard.check_round(task)
     started = time.monotonic()
     if task.secure is not None:
@@ -78,12 +90,27 @@ def train_and_commit(
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)
         submission = submission.model_copy(update={"metrics": told})
-        workspace.commit(making, submission)
+        if learned.audit is not None:
+            write_report(making, learned.audit)
+            audit = guard.told_audit(learned.audit.figures)
+            submission = submission.model_copy(update={"audit": audit})
+        hold = is_held(learned.audit)
+        workspace.commit(making, submission, hold=hold)
     if feedback is not None and feedback.state == "lost":
         get_logger().warning(
             "residual.lost", site=site.name, run=task.run, round=task.round, reason=feedback.problem
         )
     get_logger().info("round.trained", site=site.name, run=task.run, round=task.round)
+    if hold:
+        get_logger().warning(
+            "delta.held",
+            site=site.name,
+            run=task.run,
+            round=task.round,
+            sha=submission.sha,
+            hint=f"see: gradualdiff site audit show {submission.sha[:12]}",
+        )
+        raise NotAcceptedError(HELD)
     return submission
 
 

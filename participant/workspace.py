@@ -8,6 +8,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/<run>/updates/<sha>                   what leads from one to the next, while it is added
     <root>/<run>/trained/<round>-<sha>/          delta.safetensors, submission.json, optimizer...,
                                                  residual.safetensors: what the codec left out
+    <root>/<run>/held/<round>-<sha>/             the same of a delta that the site's gate keeps
     <root>/<run>/bases/<sha>.safetensors         of core adapters, fetched once
     <root>/<run>/making/                         the round in hand, not committed
     <root>/<run>/config                          digest of the run's settings
@@ -42,7 +43,7 @@ from shared.disk.files import digest_file, sync_path
 from shared.errors import StoreError, StoreUnavailableError
 from shared.failpoints import failpoint
 from shared.protocol.events import AdapterEvaluated
-from shared.protocol.manifest import LocalMetrics, Schema
+from shared.protocol.manifest import AuditFigures, LocalMetrics, Schema
 from shared.protocol.privacy import PrivacySpent
 from shared.protocol.secure import Exchange, MaskedWith, Revealed, Secret, SecureTerms
 from shared.secure_sum.answering import Bond
@@ -56,8 +57,9 @@ if TYPE_CHECKING:
 
 SUBMISSION_FILE = "submission.json"
 DIGEST_FILE = "config"  # of which settings all of a run's folder is
-WORK = ("adapters", "updates", "trained", "making", "checkpoints")
+WORK = ("adapters", "updates", "trained", "making", "checkpoints", "held")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
+RELEASED_FILE = "released"  # beside one that an operator let go, until it is offered
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
 HEADS_FILE = "heads.jsonl"
@@ -96,6 +98,7 @@ class Submission(Schema):
     mask_seed: Secret | None = None
     terms: SecureTerms | None = None
     privacy: PrivacySpent | None = None
+    audit: AuditFigures | None = None
 
 
 class KeptBond(Schema):
@@ -278,14 +281,16 @@ class Workspace:
         folder = self._checkpoints(task.run, task.round, task.source_sha)
         return Checkpoints(folder, task, site, self._checkpoint_seconds)
 
-    def commit(self, making: Path, submission: Submission) -> None:
+    def commit(self, making: Path, submission: Submission, *, hold: bool = False) -> None:
         """Commit delta and state of the round in hand by one rename, durably.
 
-        Its checkpoints go: they hold nothing that the delta does not.
+        Its checkpoints go: they hold nothing that the delta does not. ``hold``: to where nothing is
+        sent from.
         """
         (making / SUBMISSION_FILE).write_bytes(canonical_json(submission.model_dump(mode="json")))
         failpoint("commit.written")
-        target = self._trained(submission.run, submission.round, submission.sha)
+        place = "held" if hold else "trained"
+        target = self._place(submission.run, place, submission.round, submission.sha)
         shutil.rmtree(target, ignore_errors=True)
         for path in (*making.iterdir(), making):
             sync_path(path)
@@ -299,16 +304,31 @@ class Workspace:
         failpoint("checkpoint.cleared")
 
     def submission(self, task: RoundStarted) -> Submission | None:
-        """What this site trained in just this round, if it is committed.
+        """What this site trained in just this round, if it is committed and may leave.
 
         A run that begins anew under its name may ask for other settings from the same source.
         """
+        return self._found(task, "trained")
+
+    def held(self, task: RoundStarted) -> Submission | None:
+        """The same of one that the site's gate keeps."""
+        return self._found(task, "held")
+
+    def _found(self, task: RoundStarted, place: str) -> Submission | None:
         wanted = (task.source_sha, settings_digest(task))
-        for folder in self._folder(task.run, "trained").glob(f"{task.round:05d}-*"):
+        for folder in self._folder(task.run, place).glob(f"{task.round:05d}-*"):
             found = self._read(folder)
             if found is not None and (found.source_sha, found.settings) == wanted:
                 return found
         return None
+
+    def take_released(self, run: str) -> list[Submission]:
+        """What an operator released since this was asked last; each is told once."""
+        marks = list(self._folder(run, "trained").glob(f"*/{RELEASED_FILE}"))
+        found = [self._read(mark.parent) for mark in marks]
+        for mark in marks:
+            mark.unlink(missing_ok=True)
+        return [submission for submission in found if submission is not None]
 
     def mark_accepted(self, run: str, round_number: int, sha: str) -> None:
         """Remember that the coordinator has this delta; no harm where it is gone."""
@@ -450,7 +470,10 @@ class Workspace:
         return self._root / run / "checkpoints" / checkpoint_folder_name(round_number, source_sha)
 
     def _trained(self, run: str, round_number: int, sha: str) -> Path:
-        return self._folder(run, "trained") / f"{round_number:05d}-{sha}"
+        return self._place(run, "trained", round_number, sha)
+
+    def _place(self, run: str, place: str, round_number: int, sha: str) -> Path:
+        return self._folder(run, place) / f"{round_number:05d}-{sha}"
 
     def _read(self, folder: Path) -> Submission | None:
         """What a folder holds; None if anything of it is torn, so that it is trained anew."""

@@ -57,6 +57,7 @@ _COUNTS = (
     "traffic",
     "masked",
     "privacy",
+    "audit",
 )
 _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {
     MemberRecord: (ParticipantReady, _JOINS),

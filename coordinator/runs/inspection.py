@@ -22,7 +22,7 @@ from shared.protocol.manifest import pool_held_out
 if TYPE_CHECKING:
     from coordinator.history import History, RoundHistory
     from coordinator.liveness import RunStatus
-    from shared.protocol.manifest import HeldOut, Traffic
+    from shared.protocol.manifest import AuditFigures, HeldOut, Traffic
     from shared.protocol.privacy import PrivacySpent
     from shared.protocol.records import Input
     from shared.stores.port import ObjectStore
@@ -117,6 +117,7 @@ class SiteRow:
     scale: float | None = None
     traffic: Traffic | None = None
     privacy: PrivacySpent | None = None
+    audit: AuditFigures | None = None
 
 
 def summarise_runs(store: ObjectStore) -> list[RunSummary]:
@@ -277,6 +278,7 @@ def _row(history: History, number: int, site: str, counted: tuple[int, Input] | 
         scale=counted[1].scale if counted else None,
         traffic=accepted.traffic,
         privacy=accepted.privacy,
+        audit=accepted.audit,
     )
 
 

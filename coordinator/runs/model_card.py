@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from coordinator.runs.audits import card_section
 from coordinator.runs.inspection import perplexity, privacy_of
 from shared.adapters import kind_of
 from shared.base_model import hub_id
@@ -77,6 +78,7 @@ def model_card(
             "",
             *_losses(history, number),
             "",
+            *card_section(history, number),
         ]
     )
 

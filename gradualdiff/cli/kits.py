@@ -278,4 +278,9 @@ min_held_out = {least.min_held_out}
 # max_epsilon = 8.0             # and one that would cost more, counted over all runs on this text
 # send_metrics = true
 #   {metrics}
+
+[privacy]
+# Before a delta leaves: was text learnt by heart? "report" sends the numbers along, "gate" also
+# keeps a bad one here until you say what becomes of it (gradualdiff site audit).
+audit = "off"
 """

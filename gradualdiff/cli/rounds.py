@@ -129,6 +129,8 @@ def _print(run: str, shown: Round) -> None:
 
 
 def _remarks(shown: Round) -> Iterator[str]:
+    from coordinator.runs.audits import in_words
+
     summary = shown.summary
     for row in shown.sites:
         if row.traffic is not None:
@@ -140,6 +142,8 @@ def _remarks(shown: Round) -> Iterator[str]:
             )
             if moved.refused:
                 yield f"{row.site}: updates that led to no announced adapter: {moved.refused}"
+        if row.audit is not None:
+            yield f"{row.site}: {in_words(row.audit)}"
     yield from (f"{row.site}: {row.privacy.words()}" for row in shown.sites if row.privacy)
     yield from (f"{row.site}: {row.reason}" for row in shown.sites if row.reason)
     for label, scale in summary.clipped.items():

@@ -200,7 +200,7 @@ def make_learner(config: SiteConfig, folder: Path) -> Learner:
     # Whoever names no model takes those of the hub: that owner/name is a folder here too is then
     # nobody's business, and nothing to train over.
     pool = ModelPool(config.device.kind, folder if config.accept.models is not None else None)
-    return TorchLearner(config.site.name, config.data, folder, pool)
+    return TorchLearner(config.site.name, config.data, folder, pool, config.privacy)
 
 
 def _check_store(store: S3Store, stopping: threading.Event) -> None:

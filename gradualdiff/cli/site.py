@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradualdiff.cli import site_audit
 from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
 from shared.errors import ConfigError, RunNotFoundError
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
     from participant.approvals import ApprovalLine, Approvals
 
 app = typer.Typer(
-    help="At a site: its signing key, which runs wait for approval, and what was confirmed to it.",
+    help="At a site: its key, its audits, which runs wait for approval, what was confirmed to it.",
     no_args_is_help=True,
 )
+app.add_typer(site_audit.app, name="audit")
 SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
 IDENTITY_FILE = "identity.key"
 SiteOption = Annotated[

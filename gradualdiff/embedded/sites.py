@@ -34,7 +34,8 @@ def load_learners(
     from participant.learner.torch_learner import TorchLearner
 
     return {
-        site.site.name: TorchLearner(site.site.name, site.data, base, pool) for site, base in sites
+        site.site.name: TorchLearner(site.site.name, site.data, base, pool, site.privacy)
+        for site, base in sites
     }
 
 

@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from participant.learner.port import Progress
-from participant.model.batches import scored_tokens
+from participant.model.batches import by_length, scored_tokens
 from shared.errors import DataError, DivergedError, InterruptedRunError
 from shared.protocol.bounds import LEAST_NLL, MOST_NLL
 from shared.protocol.manifest import HeldOut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from participant.data import TokenisedExample
     from participant.model import LocalModel
-
-# Tokens of one rectangle: enough to spread the cost of unpacking 4-bit weights, and logits that
-# fit into any memory that holds the model.
-_BATCH_TOKENS = 2048
 
 
 def evaluate_held_out(
@@ -46,7 +42,7 @@ def evaluate_held_out(
     done = 0
     model.clear()
     with torch.inference_mode():
-        for batch in _batches(examples):
+        for batch in by_length(examples):
             if should_stop():
                 raise InterruptedRunError("evaluation was stopped; it begins again")
             nll.append(float(model.answer_nll(batch)))
@@ -70,15 +66,3 @@ def generate_replies(
     """
     model.clear()
     return model.replies(prompts, max_new_tokens, batch_size)
-
-
-def _batches(examples: Sequence[TokenisedExample]) -> Iterator[list[TokenisedExample]]:
-    """Neighbours in length together, so that little of a rectangle is padding."""
-    batch: list[TokenisedExample] = []
-    for example in sorted(examples, key=lambda one: len(one.input_ids)):
-        if batch and (len(batch) + 1) * len(example.input_ids) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch

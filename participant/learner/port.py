@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from participant.audit.report import AuditReport
     from participant.checkpoints import Checkpoints
     from participant.privacy import Budget, Mechanism
     from shared.config import TrainingSection
@@ -57,8 +58,8 @@ class Learned:
     """One local training. The files lie in the folder that was given to ``learn``.
 
     ``delta``: what ``write_delta`` said of its file. ``distinct``: different examples that the
-    steps saw, None for as many as there are, or where nobody may know. ``privacy``: of a run that
-    has any: what it cost.
+    steps saw, None for as many as there are, or where nobody may know. ``audit``: None where the
+    site makes none. ``privacy``: of a run that has any: what it cost.
     """
 
     delta: FileDigest
@@ -68,6 +69,7 @@ class Learned:
     state: Literal["fresh", "kept"]
     distinct: int | None = None
     privacy: PrivacySpent | None = None
+    audit: AuditReport | None = None
 
 
 @dataclass(frozen=True)

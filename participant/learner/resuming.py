@@ -39,7 +39,8 @@ class Resumable:
     """One round in ``model``, resumed from its newest checkpoint or begun.
 
     ``only``: the tensors that are trained. ``basis``: digest of what the bytes depend on beside the
-    task. ``kept``: the optimiser state to begin with, if any. ``is_evaluated``: ``held_out`` is
+    task. ``kept``: the optimiser state to begin with, if any. ``last``: a step after which one is
+    kept in any case, since long work follows it. ``is_evaluated``: ``held_out`` is
     known from before (None: no such text).
     """
 
@@ -50,8 +51,10 @@ class Resumable:
         checkpoints: Checkpoints,
         basis: str,
         kept: Path | None,
+        last: int | None = None,
     ) -> None:
         self._model = model
+        self._last = last
         self._trained = {name: p for name, p in model.parameters.items() if name in only}
         self._checkpoints = checkpoints
         self._found = found = checkpoints.newest(basis)
@@ -89,7 +92,8 @@ class Resumable:
     def keep(self, done: StepsDone, optimizer: torch.optim.AdamW, stopped: bool) -> None:
         """After a step: write a checkpoint if one is due, or if there will be no other chance."""
         model = self._model
-        if done.count == self._saved or not (stopped or self._checkpoints.due()):
+        is_wanted = stopped or done.count == self._last or self._checkpoints.due()
+        if done.count == self._saved or not is_wanted:
             return
         specs = model.manifest().tensors
         layouts = [TensorLayout(spec.name, "F32", spec.shape) for spec in specs]

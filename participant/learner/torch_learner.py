@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from participant.data import NOTHING_HELD_OUT, load_site_data
+from participant.learner.auditor import Auditor, Sent
 from participant.learner.evaluation import evaluate_held_out, generate_replies
 from participant.learner.gradient import gradient_pass, sample_place
 from participant.learner.memory import peak_bytes, reset_peak
@@ -32,7 +33,7 @@ from participant.learner.private_steps import begin_private, planned, rehearsed
 from participant.learner.resuming import Resumable
 from participant.learner.training import Beginning, RoundPlace, step_batches, train_round
 from shared.adapters import kind_of
-from shared.config import canonical_json
+from shared.config import SitePrivacySection, canonical_json
 from shared.errors import DecodeError, ModelError, NotAcceptedError, ProtocolError
 from shared.log import get_logger
 from shared.methods.averaging import get_averaging
@@ -64,13 +65,21 @@ REHEARSED_EXAMPLES = 16
 
 
 class TorchLearner:
-    """Trains and evaluates for ``site``. ``folder``: what ``data.path`` is relative to."""
+    """Trains and evaluates for ``site``. ``folder``: what the paths of its file are relative to."""
 
-    def __init__(self, site: str, data: DataSection, folder: Path, models: ModelPool) -> None:
+    def __init__(
+        self,
+        site: str,
+        data: DataSection,
+        folder: Path,
+        models: ModelPool,
+        privacy: SitePrivacySection | None = None,
+    ) -> None:
         self._site = site
         self._config = data
         self._folder = folder
         self._models = models
+        self._auditor = Auditor(site, privacy or SitePrivacySection(), folder)
         self._announced: dict[str, RunAnnounced] = {}
         self._bases: dict[str, Path] = {}
         self._budget: Budget | None = None
@@ -95,8 +104,10 @@ class TorchLearner:
                     f"base.fingerprint: expected {wanted}, got {model.fingerprint} for "
                     f"{announced.base.model}; give this site the same model files and tokenizer"
                 )
-            if get_averaging(announced.averaging).merges:
+            mode = get_averaging(announced.averaging)
+            if mode.merges:
                 model.check_merges()
+            self._auditor.check(makes_bases=mode.makes_bases)
             data = self._data(model, announced.training)
             if not data.held_out:
                 get_logger().warning("data.not_held_out", site=self._site, hint=NOTHING_HELD_OUT)
@@ -139,7 +150,9 @@ class TorchLearner:
             trained = mode.trained_in(model.manifest(), task.round)
             only = [spec.name for spec in trained.tensors]
             basis = _basis(announced, model, data)
-            course = Resumable(model, only, checkpoints, basis, kept)
+            audited = self._auditor.is_on and not mode.makes_bases
+            last = steps_in_round(len(data.train), task.training) if audited else None
+            course = Resumable(model, only, checkpoints, basis, kept, last)
             read = _reader(adapter, announced)
             model.load_adapter(read)
             clock.lap("load")
@@ -172,6 +185,11 @@ class TorchLearner:
                 kinds = {name: model.parameters[name] for name in only}
                 save_optimizer(result.optimizer, kinds, folder / STATE_FILE)
             clock.lap("encode")
+            audit = None
+            if audited:
+                sent = Sent(folder / DELTA_FILE, trained, model.manifest(), read)
+                audit = self._auditor.audit(task, model, data, sent, should_stop, report)
+                clock.lap("audit")
         learned = Learned(
             delta=delta,
             examples=len(data.train),
@@ -179,6 +197,7 @@ class TorchLearner:
             metrics=_metrics(result, data, course.held_out, clock.seconds),
             state=course.state,
             distinct=_distinct(data, task.training, sample),
+            audit=audit,
         )
         return learned if private is None else private.veiled(learned)
 
@@ -274,6 +293,7 @@ class TorchLearner:
         key = (model.fingerprint, settings.max_prompt_tokens, settings.max_answer_tokens)
         if self._tokenised is None or self._tokenised[0] != key:
             data = load_site_data(self._config, self._folder, model.tokenizer, key[1], key[2])
+            data = self._auditor.with_canaries(data, model, settings)
             self._tokenised = (key, data)
         return self._tokenised[1]
 

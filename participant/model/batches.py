@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from participant.data import TokenisedExample
 
 # Any token would do: nothing that is scored sees the padding.
 _FILLER = 0
+# Tokens of one rectangle: enough to spread the cost of unpacking 4-bit weights, and logits that
+# fit into any memory that holds the model.
+_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,15 @@ def pad(examples: Sequence[TokenisedExample], device: torch.device) -> Batch:
         torch.tensor(rows, dtype=torch.int64, device=device),
         torch.tensor(targets, dtype=torch.int64, device=device),
     )
+
+
+def by_length(examples: Sequence[TokenisedExample]) -> Iterator[list[TokenisedExample]]:
+    """Neighbours in length together, so that little of a rectangle is padding."""
+    batch: list[TokenisedExample] = []
+    for example in sorted(examples, key=lambda one: len(one.input_ids)):
+        if batch and (len(batch) + 1) * len(example.input_ids) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from participant.model.adapter import (
     trainable,
     write_parameters,
 )
-from participant.model.batches import pad
+from participant.model.batches import pad, scored_tokens
 from participant.model.fingerprint import fingerprint_of
 from participant.model.greedy import greedy_tokens
 from participant.model.kinds.core import frozen_in
@@ -147,11 +147,23 @@ class LocalModel:
         Logits are computed at answer positions only. No attention mask is needed: padding is on
         the right and attention is causal, so no answer sees it.
         """
+        return self._answer_losses(examples, "sum")
+
+    def answer_nlls(self, examples: Sequence[TokenisedExample]) -> list[float]:
+        """The same sum for each example alone."""
+        with torch.inference_mode():
+            losses = self._answer_losses(examples, "none")
+        parts = torch.split(losses, [scored_tokens(example) for example in examples])
+        return [float(part.sum()) for part in parts]
+
+    def _answer_losses(
+        self, examples: Sequence[TokenisedExample], reduction: Literal["sum", "none"]
+    ) -> torch.Tensor:
         batch = pad(examples, self.device)
         with self._head_sees(batch.rows), self._autocast():
             logits = self._network(input_ids=batch.input_ids, use_cache=False).logits
         return torch.nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(), batch.targets, reduction="sum"
+            logits.flatten(0, -2).float(), batch.targets, reduction=reduction
         )
 
     def replies(
@@ -169,20 +181,30 @@ class LocalModel:
         ``should_stop()`` turns true.
         """
         rows = [self._prompt_ids(prompt) for prompt in prompts]
+        answers = self.continuations(rows, max_new_tokens, batch_size, should_stop)
+        texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
+        return [str(text).strip() for text in texts]
+
+    def continuations(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch_size: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[int]]:
+        """What follows each row of token ids, greedily and without an end token; as ``replies``."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        ends = self._end_tokens()
-        answers: dict[int, str] = {}
+        ends = self.end_tokens()
+        found: dict[int, list[int]] = {}
         with torch.inference_mode(), self._autocast():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 batch = [rows[index] for index in chosen]
-                found = greedy_tokens(
+                answers = greedy_tokens(
                     self._network, batch, ends, max_new_tokens, self.device, should_stop
                 )
-                for index, tokens in zip(chosen, found, strict=True):
-                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                    answers[index] = str(text).strip()
-        return [answers[index] for index in range(len(rows))]
+                found.update(zip(chosen, answers, strict=True))
+        return [found[index] for index in range(len(rows))]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template is None:
@@ -193,7 +215,7 @@ class LocalModel:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _end_tokens(self) -> set[int]:
+    def end_tokens(self) -> set[int]:
         """The model's own end tokens (there may be several) and the tokenizer's."""
         ends: set[int] = set()
         for end in (self._network.generation_config.eos_token_id, self.tokenizer.eos_token_id):

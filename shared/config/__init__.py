@@ -14,6 +14,7 @@ from shared.config.rounds import AggregationSection, PolicySection, SelectionSec
 from shared.config.section import Section
 from shared.config.servers import BrokerSection, LimitsSection, OperatedBrokerSection, StoreSection
 from shared.config.site import AcceptSection, DataSection, SiteConfig, load_site
+from shared.config.site_privacy import SitePrivacySection
 from shared.config.training import BaseSection, LoraSection, TrainingSection
 from shared.config.values import (
     NAME_PATTERN,
@@ -46,6 +47,7 @@ __all__ = [
     "ServerSection",
     "Sha256",
     "SiteConfig",
+    "SitePrivacySection",
     "StoreSection",
     "TrainingSection",
     "canonical_json",

@@ -9,6 +9,7 @@ from pydantic import Field
 from shared.config.reading import load
 from shared.config.section import Section
 from shared.config.servers import BrokerSection, SiteStoreSection, SiteTrustSection
+from shared.config.site_privacy import SitePrivacySection
 from shared.config.values import Name, Positive
 from shared.trust.keys import PublicText
 
@@ -166,6 +167,7 @@ class SiteConfig(Section):
     store: SiteStoreSection | None = None
     trust: SiteTrustSection = SiteTrustSection()
     accept: AcceptSection = AcceptSection()
+    privacy: SitePrivacySection = SitePrivacySection()
 
 
 def load_site(path: Path) -> SiteConfig:

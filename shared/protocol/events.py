@@ -22,6 +22,7 @@ from shared.config import (
 from shared.modes import Origin
 from shared.protocol.bounds import Amount, Count, Figure, Most, Prose, Url, Within, Word
 from shared.protocol.manifest import (
+    AuditFigures,
     BasesFound,
     HeldOut,
     LocalMetrics,
@@ -388,6 +389,8 @@ class DeltaSubmitted(Event):
     """What goes with the delta where it is masked."""
     privacy: PrivacySpent | None = None
     """What its noise leaves to be learnt of a record; none in a run without ``[privacy]``."""
+    audit: AuditFigures | None = None
+    """What the site's audit of the delta came to; none where it makes none."""
 
 
 class UnmaskAnswered(Event):

@@ -158,6 +158,54 @@ class LocalMetrics(Schema):
     """Seconds by phase."""
 
 
+class AuditFigures(Schema):
+    """What a site's audit of its own delta came to. No text, no per-example values.
+
+    A site that sends no metrics leaves all out but verdict, gate and released.
+    """
+
+    verdict: Literal["passed", "warned", "blocked"]
+    """Whether a limit was crossed."""
+    gate: bool = False
+    """Whether the site keeps a blocked delta until a person there releases it."""
+    released: bool = False
+    """Whether a person did."""
+    crossed: Annotated[tuple[Word, ...], Strict(False), Most(20)] = ()
+    """The limits that were crossed, by name."""
+    limits: Annotated[dict[Word, Figure], Most(20)] = Field(default_factory=dict)
+    """The limits in force at the site."""
+    seed: Amount | None = None
+    """Which records were drawn; only the site can tell."""
+    records: Amount | None = None
+    """Training records that were continued from their first half."""
+    hits: Amount | None = None
+    """Of these, reproduced by the model and not by its base."""
+    hits_upper: Figure | None = None
+    """95 % upper bound (Clopper-Pearson) of the share that would be."""
+    personal: Amount | None = None
+    """Of these, with personal data in what was reproduced."""
+    controls: Amount | None = None
+    """Held-out records that were continued in the same way; none unless a limit was reached."""
+    control_hits: Amount | None = None
+    """Of these, reproduced."""
+    members: Amount | None = None
+    """Training records whose loss was compared with that of held-out ones."""
+    held_out: Amount | None = None
+    """These held-out ones."""
+    auc: Figure | None = None
+    """Area under the ROC curve of telling one from the other by the loss; 0.5 is chance."""
+    tpr: Figure | None = None
+    """Share of members found at 1 % false alarms; none with fewer than 100 held-out ones."""
+    canaries: Amount | None = None
+    """Canaries, in the training text and not."""
+    canaries_right: Amount | None = None
+    """Of these, guessed rightly by the loss."""
+    epsilon_lower: Figure | None = None
+    """95 % lower bound of epsilon that follows."""
+    seconds: Figure | None = None
+    """What it took."""
+
+
 class Traffic(Schema):
     """Bytes that a site moved for a run since it told them last, as it counts them itself.
 

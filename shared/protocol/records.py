@@ -16,6 +16,7 @@ from shared.config import FederationConfig, Name, Sha256
 from shared.errors import ConfigError
 from shared.modes import Origin, require
 from shared.protocol.manifest import (
+    AuditFigures,
     BasesFound,
     HeldOut,
     LocalMetrics,
@@ -286,7 +287,7 @@ class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said", "masked", "privacy")
+    newer = ("residual", "traffic", "said", "masked", "privacy", "audit")
     round: Number
     site: Name
     sha: Sha256
@@ -309,6 +310,8 @@ class AcceptedRecord(SaidRecord):
     """What its site's noise leaves to be learnt of a record, by the site's word. Not there in a run
     without ``[privacy]``.
     """
+    audit: AuditFigures | None = None
+    """What the site's audit of it came to, by its own word. Not there where it makes none."""
 
     @property
     def remark(self) -> str:

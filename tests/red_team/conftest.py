@@ -137,16 +137,20 @@ class HostileCoordinator:
         asked = len(self.said(UploadRequested))
         self.tell(event)
         for wanted in self.said(UploadRequested)[asked:]:
-            grant = UploadGranted(
-                run=wanted.run,
-                round=wanted.round,
-                sha=wanted.sha,
-                chunk_size=2**24,
-                urls={0: "https://store/0"},
-                expires_at=2000.0,
-            )
-            self.tell(grant)
+            self.take(wanted)
         return event
+
+    def take(self, wanted: UploadRequested) -> None:
+        """Take a delta that is offered."""
+        grant = UploadGranted(
+            run=wanted.run,
+            round=wanted.round,
+            sha=wanted.sha,
+            chunk_size=2**24,
+            urls={0: "https://store/0"},
+            expires_at=2000.0,
+        )
+        self.tell(grant)
 
     @property
     def manifest(self) -> Manifest:

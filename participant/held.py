@@ -1,0 +1,173 @@
+"""Deltas that a site's gate keeps, and what its operator decides: release or drop, on record.
+
+For the command line beside a running participant: each decision is a line in a log that is only
+added to, then one rename. What is released lies where the participant sends from; it finds it
+there.
+
+    <root>/decisions.jsonl     one JSON object a line: who, when, what, which delta, why
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ValidationError
+
+from participant.audit.report import AUDIT_FILE, AuditReport, read_report
+from participant.workspace import ACCEPTED_FILE, RELEASED_FILE, SUBMISSION_FILE, Submission
+from shared.config import canonical_json
+from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
+from shared.disk.files import sync_path
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+LOG_FILE = "decisions.jsonl"
+
+
+@dataclass(frozen=True)
+class AuditedDelta:
+    """A committed delta that was audited. ``state``: ``held``, ``ready`` to be sent, or ``sent``.
+
+    Sent: the coordinator has taken it.
+    """
+
+    folder: Path
+    state: Literal["held", "ready", "sent"]
+    submission: Submission
+    report: AuditReport
+
+
+class AuditedDeltas:
+    """Those of one workspace, under ``root``. ``clock``: seconds since the epoch."""
+
+    def __init__(self, root: Path, clock: Callable[[], float]) -> None:
+        self._root = root
+        self._clock = clock
+
+    def all(self) -> list[AuditedDelta]:
+        """Every one, by run and round."""
+        return sorted(self._read(), key=lambda one: (one.submission.run, one.submission.round))
+
+    def find(self, sha: str) -> AuditedDelta:
+        """The one whose sha256 begins so. Raises ConfigError where that is none, or not one."""
+        found = [one for one in self.all() if sha and one.submission.sha.startswith(sha)]
+        if len(found) == 1:
+            return found[0]
+        raise ConfigError(
+            f"delta: expected the beginning of one audited delta's sha256, got {sha!r}, which "
+            f"fits {len(found)}; see: gradualdiff site audit list"
+        )
+
+    def release(self, sha: str, by: str, reason: str) -> AuditedDelta:
+        """Let it go to where it is sent from. Raises ConfigError for one that is not held."""
+        held = self._held(sha)
+        self._log("release", held, by, reason)
+        submission = held.submission
+        if submission.audit is not None:
+            audit = submission.audit.model_copy(update={"released": True})
+            submission = submission.model_copy(update={"audit": audit})
+        with file_errors(held.folder):
+            (held.folder / RELEASED_FILE).touch()
+            _replace(held.folder / SUBMISSION_FILE, submission)
+            target = held.folder.parent.parent / "trained" / held.folder.name
+            make_directories(target.parent)
+            held.folder.rename(target)
+            sync_path(target.parent)
+        return held
+
+    def drop(self, sha: str, by: str, reason: str) -> AuditedDelta:
+        """Remove it for good. Raises ConfigError for one that is not held."""
+        held = self._held(sha)
+        self._log("drop", held, by, reason)
+        last = {AUDIT_FILE, SUBMISSION_FILE}  # what a kill leaves is found again by these
+        with file_errors(held.folder):
+            for path in sorted(held.folder.iterdir(), key=lambda path: path.name in last):
+                path.unlink()
+            held.folder.rmdir()
+        return held
+
+    def decisions(self) -> list[dict[str, object]]:
+        """What was decided, oldest first; a line that a kill tore is left out."""
+        try:
+            lines = (self._root / LOG_FILE).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [line for text in lines if (line := _object(text)) is not None]
+
+    def _held(self, sha: str) -> AuditedDelta:
+        found = self.find(sha)
+        if found.state != "held":
+            raise ConfigError(
+                f"delta {found.submission.sha[:12]}: expected one that the gate keeps, got one "
+                f"that is {found.state}; see: gradualdiff site audit list"
+            )
+        return found
+
+    def _log(self, action: str, delta: AuditedDelta, by: str, reason: str) -> None:
+        """Add a line, durably: before the deed, so that none is without one."""
+        submission = delta.submission
+        line = {
+            "action": action,
+            "by": by,
+            "reason": reason,
+            "time": round(self._clock(), 3),
+            "run": submission.run,
+            "round": submission.round,
+            "sha": submission.sha,
+            "crossed": list(delta.report.figures.crossed),
+        }
+        path = self._root / LOG_FILE
+        with file_errors(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            try:
+                os.write(handle, b"\n" * _is_torn(path) + canonical_json(line) + b"\n")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            sync_path(path.parent)
+
+    def _read(self) -> Iterator[AuditedDelta]:
+        for path in self._root.glob(f"*/*/*/{AUDIT_FILE}"):
+            folder, report = path.parent, read_report(path.parent)
+            state: Literal["held", "ready", "sent"]
+            match folder.parent.name:
+                case "held":
+                    state = "held"
+                case "trained":
+                    state = "sent" if (folder / ACCEPTED_FILE).exists() else "ready"
+                case _:
+                    continue
+            try:
+                text = (folder / SUBMISSION_FILE).read_bytes()
+                submission = Submission.model_validate_json(text)
+            except (OSError, ValidationError):  # torn: it is trained anew
+                continue
+            if report is not None:
+                yield AuditedDelta(folder, state, submission, report)
+
+
+def _replace(path: Path, submission: Submission) -> None:
+    with temporary(path.parent, f".{path.name}-") as new:
+        write_new(new, [canonical_json(submission.model_dump(mode="json"))])
+        new.replace(path)
+    sync_path(path.parent)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a kill left a line without its end."""
+    data = path.read_bytes()
+    return bool(data) and not data.endswith(b"\n")
+
+
+def _object(text: str) -> dict[str, object] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
