@@ -92,8 +92,9 @@ def train_and_commit(
         submission = submission.model_copy(update={"metrics": told})
         if learned.audit is not None:
             write_report(making, learned.audit)
-            audit = guard.told_audit(learned.audit.figures)
-            submission = submission.model_copy(update={"audit": audit})
+            if learned.privacy is None:  # else no number leaves that no noise was added to
+                audit = guard.told_audit(learned.audit.figures)
+                submission = submission.model_copy(update={"audit": audit})
         hold = is_held(learned.audit)
         workspace.commit(making, submission, hold=hold)
     if feedback is not None and feedback.state == "lost":
