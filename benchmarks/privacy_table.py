@@ -69,7 +69,7 @@ def main() -> None:
             steps = [trial.noise(epsilon) for epsilon in EPSILONS if epsilon]
     print(f"{SITES} sites of {given.records} records, {given.rounds} rounds of {STEPS} steps, ")
     print(f"expected batch {BATCH} (q = {steps[0].noise.rate:g}), delta {steps[0].delta:g}, ")
-    print(f"{given.seeds} seeds; {time.process_time() - began:.0f} s of CPU\n")
+    print(f"{given.seeds} seed(s); {time.process_time() - began:.0f} s of CPU\n")
     print(
         "| | numbers | clip | before |", *("none |" if e is None else f"{e:g} |" for e in EPSILONS)
     )
@@ -78,7 +78,10 @@ def main() -> None:
     for kind, trial, found in rows:
         about = f"| {kind} | {trial.numbers:,} | {trial.clip:.3g} | {trial.before:.3f} |"
         print(about, *(f"{mean(one):.3f} |" for one in found))
-        print("| by seed | | | |", *(", ".join(f"{x:.3f}" for x in one) + " |" for one in found))
+        if given.seeds > 1:
+            print(
+                "| by seed | | | |", *(", ".join(f"{x:.3f}" for x in one) + " |" for one in found)
+            )
 
 
 class Trial:

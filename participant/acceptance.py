@@ -144,6 +144,11 @@ def _without_privacy(
         if accept.privacy == "required":
             yield "accept.privacy: expected a run with [privacy], got one without"
         return
+    if get_averaging(run.averaging).makes_bases:
+        yield (
+            f'privacy: expected a run that trains, got aggregation.averaging = "{run.averaging}", '
+            "which takes gradients without noise"
+        )
     steps = ready.privacy if ready is not None else None
     if steps is None:
         return

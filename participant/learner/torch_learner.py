@@ -165,7 +165,7 @@ class TorchLearner:
                     model, data.train, task.training, place, sample, only, should_stop, report
                 )
             else:
-                if task.privacy is not None:
+                if task.privacy is not None or announced.privacy is not None:
                     ground = f"{basis} {course.state}"
                     private = begin_private(task, announced, self._site, data, ground, self._budget)
                 result = train_round(

@@ -226,6 +226,13 @@ def test_a_site_that_asks_for_privacy_declines_a_run_without():
     )
 
 
+def test_gradients_without_noise_are_declined_whatever_the_run_says_of_privacy():
+    """Also where the site gives gradients to runs that promise nothing."""
+    accept = REQUIRED.model_copy(update={"gradients": True})
+    said = objections(private_run().model_copy(update={"averaging": "range-finder"}), accept)
+    assert "privacy: expected a run that trains" in said
+
+
 def test_a_ceiling_without_the_demand_is_a_mistake():
     """A run without noise would go past it unseen."""
     with pytest.raises(ConfigError, match='max_epsilon needs privacy = "required"'):

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from participant.data import TokenisedExample
-from participant.learner.private_steps import PrivateSteps, add_clipped
+from participant.data import SiteData, TokenisedExample
+from participant.learner.private_steps import PrivateSteps, add_clipped, begin_private
 from participant.learner.training import Beginning, RoundPlace, train_round
 from participant.model import LocalModel, pick_device, settle_threads
 from participant.privacy import Mechanism, Noise, Secret
 from shared.config import BaseSection, LoraSection, TrainingSection
+from shared.errors import ProtocolError
+from shared.protocol.events import WirePrivacy
+from tests.participant.test_acceptance import private_run, started
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.model
@@ -179,6 +182,17 @@ def test_a_step_that_draws_nobody_is_noise_alone(model, draw):
     result, _ = train(model, draw, private)
     assert (result.steps, result.first_step_nll) == (3, 0.0)
     assert result.mean_grad_norm > 0
+
+
+def test_a_round_without_what_was_announced_is_not_trained():
+    """A word that lost its [privacy] on the way would else be trained without noise."""
+    announced = private_run()
+    data = SiteData(tuple(examples()), (), 0, 0)
+    for privacy in (None, WirePrivacy(clip=9.0, noise_multiplier=1.0)):
+        with pytest.raises(
+            ProtocolError, match=r"privacy: expected for round 1 of run r1 what was"
+        ):
+            begin_private(started(privacy=privacy), announced, "site", data, "", None)
 
 
 def test_gradients_are_not_clipped_a_second_time(model, draw):
