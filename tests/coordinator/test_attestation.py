@@ -262,6 +262,24 @@ def test_the_file_of_an_unsigned_run_says_so(tmp_path):
         check_attestation(path, key=OTHER.public.text)
 
 
+def test_a_signed_run_of_masked_deltas_is_attested(tmp_path):
+    """What survivors revealed is linked and in the file; its check misses no tensor."""
+    secure = {"aggregation": {"secure": True}, "codec": {"name": "int8"}}
+    config = federations.config("abc", 2, trust={"key_file": "coordinator.key"}, **secure)
+    state = federations.run(config, tmp_path)
+    key = SigningKey.load(tmp_path / "coordinator.key", "test")
+    path = tmp_path / "file"
+    path.write_bytes(made(tmp_path, key))
+    checked = check_attestation(path, key=key.public.text)
+    assert (checked.found.findings, checked.found.adapter_sha) == ([], state.adapter_sha)
+    for number in (1, 2):
+        prefix = f"rounds/{number:05d}/unmasked/"
+        revealed = [name for name in checked.told.records if prefix in name]
+        assert len(revealed) >= 2  # two thirds are enough
+        linked = b"".join(checked.told.records.values())
+        assert all(name.partition("test/")[2].encode() in linked for name in revealed)
+
+
 def test_nothing_but_records_is_held():
     """A tensor is never in it."""
     with pytest.raises(ObjectMissingError):

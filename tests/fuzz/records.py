@@ -20,6 +20,7 @@ from shared.protocol.records import (
     FinishedRecord,
     GenesisRecord,
     Input,
+    LinkRecord,
     MemberRecord,
     OpenedRecord,
     OriginRecord,
@@ -27,7 +28,9 @@ from shared.protocol.records import (
     Record,
     RefusedRecord,
     RejoinedRecord,
+    UnmaskedRecord,
 )
+from shared.protocol.secure import Revealed
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS
 
@@ -127,6 +130,19 @@ EXAMPLES: list[Record] = [
     ),
     EvaluatedRecord(**STAMP, round=1, site="a", sha=A, held_out=HELD_OUT),
     FinishedRecord(**STAMP, round=3, sha=A, reason="done", controls=1),
+    UnmaskedRecord(
+        **STAMP, round=1, site="a", revealed=Revealed(own=A, keys={"b": B}, shares={"c": "00"})
+    ),
+    LinkRecord(
+        **STAMP,
+        run="test",
+        number=2,
+        previous=A,
+        records={"finished.json": B},
+        found={"control/00001.json": A},
+        by=f"ed25519:{'A' * 43}",
+        signature="A" * 86,
+    ),
 ]
 KINDS = {
     kind
