@@ -27,7 +27,9 @@ from shared.protocol.records import (
     Record,
     RefusedRecord,
     RejoinedRecord,
+    UnmaskedRecord,
 )
+from shared.protocol.secure import Revealed
 from tests import federations
 from tests.numpy_learner import MANIFEST, NUMERICS
 
@@ -126,6 +128,9 @@ EXAMPLES: list[Record] = [
         step_norm=0.5,
     ),
     EvaluatedRecord(**STAMP, round=1, site="a", sha=A, held_out=HELD_OUT),
+    UnmaskedRecord(
+        **STAMP, round=1, site="a", revealed=Revealed(own=A, keys={"b": A}, shares={"c": "00ff"})
+    ),
     FinishedRecord(**STAMP, round=3, sha=A, reason="done", controls=1),
 ]
 KINDS = {
