@@ -24,7 +24,7 @@ from coordinator.aggregation.closing import aggregate
 from coordinator.aggregation.unmasking import sum_deltas
 from shared.methods.inputs import WeightedDelta
 from shared.protocol.manifest import Manifest, TensorSpec
-from shared.protocol.secure import SecureTerms
+from shared.protocol.secure import Exchange, SecureTerms
 from shared.secure_sum.answering import answer
 from shared.secure_sum.cohort import Survivors
 from shared.secure_sum.exchange import ExchangeKey
@@ -74,7 +74,7 @@ def cohort_of(count: int, manifest: Manifest) -> tuple[dict[str, ExchangeKey], S
     """Keys, terms and pairs of a cohort."""
     keys = {f"s{number:03d}": ExchangeKey.generate() for number in range(count)}
     terms = SecureTerms(
-        roster={site: key.public for site, key in keys.items()},
+        roster={site: Exchange(key=key.public) for site, key in keys.items()},
         levels=127,
         reaches=tuple(0.05 for _ in manifest.tensors),
     )

@@ -160,6 +160,8 @@ class Coordinator(LiveRun):
             raise ProtocolError(
                 f"privacy: {sender} knows of none and would train without noise; update its release"
             )
+        if event.exchange is not None and event.exchange.identity is not None:
+            event.exchange.check(sender)  # or every site would refuse a cohort with it
         known, genesis = self.state.members.get(sender), self.state.genesis
         changed = [] if known is None else _changed(known, event)
         if known is not None and not (changed and genesis is None):

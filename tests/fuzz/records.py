@@ -129,6 +129,9 @@ EXAMPLES: list[Record] = [
         step_norm=0.5,
     ),
     EvaluatedRecord(**STAMP, round=1, site="a", sha=A, held_out=HELD_OUT),
+    UnmaskedRecord(
+        **STAMP, round=1, site="a", revealed=Revealed(own=A, keys={"b": A}, shares={"c": "00ff"})
+    ),
     FinishedRecord(**STAMP, round=3, sha=A, reason="done", controls=1),
     UnmaskedRecord(
         **STAMP, round=1, site="a", revealed=Revealed(own=A, keys={"b": B}, shares={"c": "00"})

@@ -300,3 +300,14 @@ def test_a_round_with_other_noise_than_announced_is_declined():
         asked = started(privacy=other)
         said = objection_to_round(asked, announced, AcceptSection())
         assert "privacy: expected the settings that were announced, got others" in said
+
+
+def test_a_secure_run_can_be_demanded_and_stays_one():
+    """Neither a run without masks is joined then, nor a round that asks for none trained."""
+    masked = run().model_copy(update={"secure": True})
+    assert objections(masked, AcceptSection(secure=True)) == ""
+    said = objections(run(), AcceptSection(secure=True))
+    assert "accept.secure: expected a run with aggregation.secure = true" in said
+    assert objection_to_round(started(5), run(), AcceptSection()) == ""
+    said = objection_to_round(started(5), masked, AcceptSection())
+    assert "aggregation.secure: expected true as announced" in said
