@@ -183,7 +183,7 @@ def test_the_examples_show_every_setting(name, model):
     text = (ROOT / "docs" / "examples" / name).read_text()
     shown, table = set(), ""
     for line in text.splitlines():
-        if head := re.match(r"\[(\w+)\]", line):
+        if head := re.match(r"(?:# )?\[(\w+)\]", line):
             table = head[1]
         elif setting := re.match(r"(?:# )?(\w+) = ", line):
             shown.add(f"{table}.{setting[1]}")
