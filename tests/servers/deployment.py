@@ -95,6 +95,7 @@ class Deployment:
         slow: float = 0.0,
         armed: str = "",
         inside: Sequence[str] = (),
+        clock: float = 0.0,
     ) -> subprocess.Popen[str]:
         """Start ``python -m ARGUMENTS``; its log is ``NAME.log``.
 
@@ -110,6 +111,7 @@ class Deployment:
                     **os.environ,
                     "SLOW_SECONDS": str(slow),
                     "WIDTH": str(self.width),
+                    "CLOCK_OFFSET": str(clock),
                     "ARMED": armed,
                     "SETTINGS": self.settings,
                     "ARMED_FIRED": str(self.folder / f"{name}.fired"),
@@ -129,14 +131,25 @@ class Deployment:
         return self.start(name, *words, armed=armed)
 
     def start_participant(
-        self, name: str, *arguments: str, slow: float = 0.0, inside: Sequence[str] = ()
+        self,
+        name: str,
+        *arguments: str,
+        slow: float = 0.0,
+        inside: Sequence[str] = (),
+        clock: float = 0.0,
     ) -> subprocess.Popen[str]:
-        """A site's process. ``slow``: seconds that a training in numpy takes."""
+        """A site's process. In numpy: ``slow`` seconds for a training, ``clock`` seconds ahead."""
         program = ("tests.servers.numpy_site",)
         if self.model is not None:
             program = ("gradualdiff.cli.main", "participant")
         return self.start(
-            name, *program, str(self.site_toml(name)), *arguments, slow=slow, inside=inside
+            name,
+            *program,
+            str(self.site_toml(name)),
+            *arguments,
+            slow=slow,
+            inside=inside,
+            clock=clock,
         )
 
     def trained(self, name: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 All of it is the product's but the learner, which takes ``SLOW_SECONDS`` (environment) a round,
 makes deltas of ``WIDTH`` (environment, see ``manifest_of``) and writes a line to ``trained.txt``
-beside the site's file for each training it finished.
+beside the site's file for each training it finished. ``CLOCK_OFFSET`` (environment): by how many
+seconds its clock is wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from gradualdiff.cli.serve import make_context, stopped_by_signal
@@ -48,6 +50,8 @@ def main() -> None:
     stopping = threading.Event()
     with stopped_by_signal(stopping):
         context = make_context(config, folder, learner, stopping)
+        offset = float(os.environ.get("CLOCK_OFFSET", "0"))
+        context = replace(context, clock=lambda: time.time() + offset)
         if "--once" in sys.argv:
             serve_once(context, 4.0)
         else:
