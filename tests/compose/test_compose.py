@@ -309,7 +309,7 @@ def check_confinement(stack: Stack) -> None:
     told = stack.compose("exec", "-T", "participant-2", *look).stdout
     assert json.loads(told) == {
         "uid": 10001,
-        "site": ["broker-password", "site-2.jsonl", "site.toml"],
+        "site": ["broker-password", "identity.key", "site-2.jsonl", "site.toml"],
         "secrets": None,
         "operator": [],
         "federation": [],
