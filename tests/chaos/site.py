@@ -36,9 +36,9 @@ def trace_the_stages(file: Path) -> None:
         note("trained", task.run, task.round)
         return learned
 
-    def committed(self, making, submission):
+    def committed(self, making, submission, **more):
         note("committing", submission.run, submission.round)
-        commit(self, making, submission)
+        commit(self, making, submission, **more)
         note("committed", submission.run, submission.round)
 
     Workspace.new_round = begun  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from gradualdiff.cli import demo
 from gradualdiff.cli.main import app
 from gradualdiff.embedded import sites as embedded_sites
+from participant.heads import HEADS_FILE
 from shared.config import load_federation
 from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
 from shared.protocol.ledger import list_runs
@@ -79,9 +80,10 @@ def write_text(path, count):
 
 
 def files(folder):
-    """Settings and data, by name."""
+    """Settings and data, by name; not what a site keeps of the run."""
     found = [*folder.rglob("*.toml"), *folder.rglob("*.jsonl")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    kept = {path: path.read_bytes() for path in found if path.name != HEADS_FILE}
+    return {str(path.relative_to(folder)): data for path, data in kept.items()}
 
 
 def test_without_options_it_goes_on_with_all_that_it_had(started, own, tmp_path):

@@ -165,7 +165,7 @@ class Ground:
         return json.loads(done.stdout)["adapter_sha"]
 
     def _embedded(self, row: Row) -> str:
-        folder = self.folder / f"embedded-{row.sites}"
+        folder = self.folder / f"embedded-{len(self._wanted)}"
         path = self.deployment.federation.with_name(f"{folder.name}.toml")
         self.write_federation(path, folder.name, row)
         config, trainers = load_federation(path), {}

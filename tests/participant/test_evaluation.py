@@ -9,9 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from participant.data import TokenisedExample  # noqa: E402
-from participant.learner import evaluation  # noqa: E402  # after the skip
 from participant.learner.evaluation import evaluate_held_out, generate_replies  # noqa: E402
-from participant.model import LocalModel, settle_threads  # noqa: E402
+from participant.model import (  # noqa: E402
+    LocalModel,
+    batches,
+    settle_threads,
+)
 from shared.config import BaseSection, LoraSection  # noqa: E402
 from shared.errors import DataError, InterruptedRunError, ModelError  # noqa: E402
 
@@ -53,7 +56,7 @@ def test_every_token_weighs_the_same_whatever_the_batches(model, monkeypatch):
     tokens = sum(part.tokens for part in one_by_one)
     expected = sum(part.nll * part.tokens for part in one_by_one) / tokens
     for limit in (2048, 60, 1):
-        monkeypatch.setattr(evaluation, "_BATCH_TOKENS", limit)
+        monkeypatch.setattr(batches, "_BATCH_TOKENS", limit)
         whole, _ = loss(model, data)
         assert whole.nll == pytest.approx(expected, rel=1e-5)
         assert (whole.tokens, whole.examples) == (tokens, len(data))
@@ -69,7 +72,7 @@ def test_no_dropout_and_no_order_in_a_held_out_loss(model):
 
 def test_evaluation_tells_how_far_it_is(model, monkeypatch):
     """Examples done, up to all of them."""
-    monkeypatch.setattr(evaluation, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(batches, "_BATCH_TOKENS", 40)
     told = loss(model, examples())[1]
     assert [p.done for p in told] == sorted(p.done for p in told)
     assert (told[-1].activity, told[-1].done, told[-1].total) == ("evaluate", 9, 9)
