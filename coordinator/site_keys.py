@@ -122,7 +122,7 @@ class SiteKeys:
     def next(self, record: KeyRecord, signer: SigningKey) -> None:
         """Put one more on record, and read it. Raises ConfigError if somebody else was faster."""
         numbered = record.model_copy(update={"number": self._number + 1, "before": self._newest})
-        signature = b64encode(signer.sign("operator", numbered.signed_bytes())).decode()
+        signature = b64encode(signer.sign("enrolment", numbered.signed_bytes())).decode()
         whole = numbered.model_copy(update={"signature": signature})
         key = site_keys_key(self.coordinator.fingerprint, whole.number)
         try:
@@ -137,7 +137,7 @@ class SiteKeys:
     def _checked(self, key: str, data: bytes) -> KeyRecord:
         try:
             record = KeyRecord.model_validate_json(data)
-            self.coordinator.verify("operator", b64decode(record.signature), record.signed_bytes())
+            self.coordinator.verify("enrolment", b64decode(record.signature), record.signed_bytes())
         except (ValidationError, ValueError, SignatureError):
             raise LedgerDamagedError(
                 f"{key}: expected a site's key signed by {self.coordinator.fingerprint}, got "

@@ -7,22 +7,17 @@ their digest: whatever else a run is announced with later is asked again. A refu
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from shared.config import Name, Sha256, canonical_json
-from shared.disk.durable_files import file_errors, make_directories
-from shared.disk.files import sync_path
+from shared.disk.lines import append_line, whole_lines
 from shared.errors import ConfigError, StoreError
 from shared.protocol.manifest import Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from shared.protocol.events import RunAnnounced
@@ -85,6 +80,12 @@ def told_terms(asked: ApprovalLine) -> dict[str, str]:
         "answers cut at": f"{training['max_answer_tokens']} tokens",
         "participants": f"{run['participants']}, this site among them",
         "averaging": run["averaging"],
+        "who sees this site's delta": (
+            "nobody: the coordinator learns the sum of all sites' (secure sum)"
+            if run.get("secure")
+            else "the coordinator, and whoever reads its store"
+        ),
+        "differential privacy": _told_privacy(run.get("privacy")),
         "code of other packages": ", ".join(packages) or "none",
         "leaves this site": (
             "a delta of the adapter in each round; counts and times; losses unless "
@@ -93,6 +94,14 @@ def told_terms(asked: ApprovalLine) -> dict[str, str]:
         "settings' sha256": run["config_digest"],
         "terms' sha256": asked.terms,
     }
+
+
+def _told_privacy(privacy: dict[str, Any] | None) -> str:
+    if privacy is None:
+        return "none"
+    noise, most = privacy["noise_multiplier"], privacy["target_epsilon"]
+    strength = f"noise {noise:g} x clip" if noise is not None else f"epsilon at most {most:g}"
+    return f"for each {privacy['unit']}, {strength}"
 
 
 class Approvals:
@@ -165,15 +174,10 @@ class Approvals:
         return line
 
     def _lines(self) -> list[ApprovalLine]:
-        """Every whole line; one that a kill cut off at the end was never said."""
         try:
-            whole, _, _ = self._path.read_bytes().rpartition(b"\n")
-        except FileNotFoundError:
-            return []
+            return [ApprovalLine.model_validate_json(line) for line in whole_lines(self._path)]
         except OSError as error:
             raise StoreError(f"{self._path}: {error.strerror}; check this path") from None
-        try:
-            return [ApprovalLine.model_validate_json(line) for line in whole.splitlines()]
         except ValidationError:
             raise StoreError(
                 f"{self._path}: expected a person's answers to runs, a line each, got a line that "
@@ -181,20 +185,4 @@ class Approvals:
             ) from None
 
     def _append(self, line: ApprovalLine) -> None:
-        with file_errors(self._path), self._held() as file:
-            data = self._path.read_bytes()
-            os.ftruncate(file, len(data.rpartition(b"\n")[0]) + 1 if b"\n" in data else 0)
-            os.write(file, canonical_json(line.model_dump(mode="json")) + b"\n")
-            os.fsync(file)
-
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[int]:
-        """The file, which the participant and a person may both write to; made if need be."""
-        make_directories(self._path.parent)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            sync_path(self._path.parent)
-            yield handle
-        finally:
-            os.close(handle)
+        append_line(self._path, canonical_json(line.model_dump(mode="json")))

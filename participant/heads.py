@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from participant.workspace import HEADS_FILE
 from shared.config import Name, canonical_json
-from shared.disk.durable_files import file_errors, make_directories
+from shared.disk.lines import append_line, whole_lines
 from shared.log import get_logger
 from shared.protocol.links import Head
 from shared.protocol.manifest import Schema
@@ -75,20 +75,16 @@ class Heads:
                     told=kept.head.sha,
                 )  # fmt: skip
             return  # told again
-        with file_errors(path):
-            make_directories(path.parent)
-            with path.open("ab") as file:
-                file.write(canonical_json(kept.model_dump(mode="json")) + b"\n")
+        append_line(path, canonical_json(kept.model_dump(mode="json")))
         self._newest[event.run] = kept.head
 
 
 def read_heads(path: Path) -> list[KeptHead]:
-    """Every line that is whole, in order; none without the file."""
+    """Every line, in order; none without the file. One that is damaged hides no other."""
     found: list[KeptHead] = []
-    if path.is_file():
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValidationError):  # a kill may tear the last one
-                found.append(KeptHead.model_validate_json(line))
+    for line in whole_lines(path):
+        with contextlib.suppress(ValidationError):
+            found.append(KeptHead.model_validate_json(line))
     return found
 
 

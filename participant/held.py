@@ -10,7 +10,6 @@ there.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +20,7 @@ from participant.workspace import ACCEPTED_FILE, RELEASED_FILE, SUBMISSION_FILE,
 from shared.config import canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import sync_path
+from shared.disk.lines import append_line, whole_lines
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,12 +93,9 @@ class AuditedDeltas:
         return held
 
     def decisions(self) -> list[dict[str, object]]:
-        """What was decided, oldest first; a line that a kill tore is left out."""
-        try:
-            lines = (self._root / LOG_FILE).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [line for text in lines if (line := _object(text)) is not None]
+        """What was decided, oldest first."""
+        lines = map(_object, whole_lines(self._root / LOG_FILE))
+        return [line for line in lines if line is not None]
 
     def _held(self, sha: str) -> AuditedDelta:
         found = self.find(sha)
@@ -122,15 +119,7 @@ class AuditedDeltas:
             "sha": submission.sha,
             "crossed": list(delta.report.figures.crossed),
         }
-        path = self._root / LOG_FILE
-        with file_errors(path):
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            try:
-                os.write(handle, b"\n" * _is_torn(path) + canonical_json(line) + b"\n")
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            sync_path(path.parent)
+        append_line(self._root / LOG_FILE, canonical_json(line))
 
     def _read(self) -> Iterator[AuditedDelta]:
         for path in self._root.glob(f"*/*/*/{AUDIT_FILE}"):
@@ -159,13 +148,7 @@ def _replace(path: Path, submission: Submission) -> None:
     sync_path(path.parent)
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether a kill left a line without its end."""
-    data = path.read_bytes()
-    return bool(data) and not data.endswith(b"\n")
-
-
-def _object(text: str) -> dict[str, object] | None:
+def _object(text: bytes) -> dict[str, object] | None:
     try:
         line = json.loads(text)
     except ValueError:

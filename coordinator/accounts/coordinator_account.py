@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from coordinator.accounts.broker_administration import broker_admin
 from coordinator.accounts.site_accounts import hash_password
-from shared.credentials import broker_address
+from shared.credentials import broker_account, broker_address
 from shared.topology import coordinator_rights
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def make_coordinator_account(section: OperatedBrokerSection, folder: Path) -> st
     whatever the operator made. An account that is there keeps its password and tags, and its rights
     in this virtual host become these. Repeatable. Raises as ``BrokerAdmin`` does.
     """
-    account = unquote(urlsplit(section.url).username or "")
+    account = broker_account(section)
     if section.management_account in (None, account):
         return None
     address, rights = broker_address(section, folder), coordinator_rights()

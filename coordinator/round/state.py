@@ -272,7 +272,7 @@ class RunState:
         waited = (s for s in opened.selected if s not in out)
         return tuple(s for s in waited if (s, opened.round) not in self.uncounted)
 
-    @property
+    @cached_property
     def survivors(self) -> Survivors | None:
         """Whose masked deltas the decision sums that is to be carried out now; None: of nobody."""
         return survivors_in(self.config.run.name, self.opened, self.closing)

@@ -179,7 +179,8 @@ class SiteTrustSection(Section):
     """Whom this site believes, and what it signs with."""
 
     key_file: str | None = None
-    """This site's private key, made here, relative to this file. Without it nothing is signed.
+    """This site's private key, as ``gradualdiff site init`` made it, relative to this file. Without
+    it nothing is signed.
     """
     coordinator: PublicText | None = None
     """The coordinator's public key. With it, what is not signed by it is refused."""

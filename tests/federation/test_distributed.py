@@ -50,14 +50,7 @@ def test_any_process_may_be_killed(deploy):
     deployment.start_coordinator()
     for site in "ab":
         deployment.start_participant(site, slow=1.0)
-    for round_number, victim in enumerate(("coordinator", "a", "b"), start=1):
-        deployment.wait_for("opened.recorded", "coordinator", count=round_number)
-        time.sleep(0.3)
-        deployment.kill(victim)
-        if victim == "coordinator":
-            deployment.start_coordinator()
-        else:
-            deployment.start_participant(victim, slow=1.0)
+    deployment.kill_in_turn("coordinator", "a", "b", slow=1.0)
     assert deployment.finish() == deployment.wanted()
     for site in "ab":
         assert deployment.trained(site) == ["tiny 1", "tiny 2", "tiny 3"]

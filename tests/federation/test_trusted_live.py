@@ -6,7 +6,6 @@ Signatures, the secure sum, differential privacy for each record and the gate be
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -53,14 +52,7 @@ def test_all_protections_together_survive_kills_verify_and_are_attested(deploy, 
     deployment.start_coordinator()
     for site in SITES:
         deployment.start_participant(site)
-    for round_number, victim in enumerate(("coordinator", "a", "b"), start=1):
-        deployment.wait_for("opened.recorded", "coordinator", count=round_number)
-        time.sleep(0.3)  # somewhere in its work; wherever, the result is to be the same
-        deployment.kill(victim)
-        if victim == "coordinator":
-            deployment.start_coordinator()
-        else:
-            deployment.start_participant(victim)
+    deployment.kill_in_turn("coordinator", "a", "b")
     sha = deployment.finish()
 
     place = ("--federation", str(deployment.federation))

@@ -101,6 +101,8 @@ def test_an_old_word_adds_nothing_and_a_torn_line_hides_none(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"run":"te')
     assert [line.head.number for line in read_heads(path)] == [1, 2]
+    Heads(workspace).keep(closed(3, f"3:{'a' * 64}"), 1.0)
+    assert [line.head.number for line in read_heads(path)] == [1, 2, 3]
 
 
 def test_another_link_of_the_same_number_is_said_loudly(tmp_path, monkeypatch):

@@ -212,6 +212,17 @@ class Deployment:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(PATIENCE_SECONDS)
 
+    def kill_in_turn(self, *victims: str, slow: float = 0.0) -> None:
+        """In each round kill one of them, somewhere in its work, and start it again."""
+        for round_number, victim in enumerate(victims, start=1):
+            self.wait_for("opened.recorded", "coordinator", count=round_number)
+            time.sleep(0.3)  # wherever it dies, the result is to be the same
+            self.kill(victim)
+            if victim == "coordinator":
+                self.start_coordinator()
+            else:
+                self.start_participant(victim, slow=slow)
+
     def finish(self, name: str = "coordinator", seconds: float = PATIENCE_SECONDS) -> str:
         """Wait for a coordinator's end; the final adapter's sha256."""
         code = self.processes[name].wait(seconds)
