@@ -36,7 +36,10 @@ class CheckedAttestation:
 
 
 def own_key(path: Path) -> SigningKey | None:
-    """The coordinator's, if ``path`` is a federation.toml that names one and its file is here."""
+    """The coordinator's, if ``path`` is a federation.toml that names one and its file is here.
+
+    A store that is named by its folder names no key. Raises ConfigError for a file that is none.
+    """
     from shared.config import load_federation
     from shared.trust.keys import SigningKey
 

@@ -90,11 +90,7 @@ def train_and_commit(
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)
         submission = submission.model_copy(update={"metrics": told})
-        if learned.audit is not None:
-            write_report(making, learned.audit)
-            if learned.privacy is None:  # else no number leaves that no noise was added to
-                audit = guard.told_audit(learned.audit.figures)
-                submission = submission.model_copy(update={"audit": audit})
+        submission = _with_audit(submission, learned, guard, making)
         hold = is_held(learned.audit)
         workspace.commit(making, submission, hold=hold)
     if feedback is not None and feedback.state == "lost":
@@ -113,6 +109,16 @@ def train_and_commit(
         )
         raise NotAcceptedError(HELD)
     return submission
+
+
+def _with_audit(submission: Submission, learned: Learned, guard: Guard, making: Path) -> Submission:
+    """Leave what the audit found beside the delta; with what may leave of it."""
+    if learned.audit is None:
+        return submission
+    write_report(making, learned.audit)
+    if learned.privacy is not None:  # no number leaves that no noise was added to
+        return submission
+    return submission.model_copy(update={"audit": guard.told_audit(learned.audit.figures)})
 
 
 def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedback | None:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from coordinator.audit_log import Deed
     from gradualdiff.cli.kits import Servers
     from shared.stores.port import ObjectStore
-    from shared.trust.keys import SigningKey
 
 ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
 NO_REASON = "no reason given"
@@ -28,17 +27,19 @@ def put_on_record(
 ) -> None:
     """Log that this is about to be done. ``source``: what ``--store`` or ``--federation`` named.
 
-    Raises the store's errors; nothing may be done then.
+    Signed by the coordinator's key where that is here. Without it a run can be paused all the same:
+    the entry shows that nobody signed it. Raises the store's errors; nothing may be done then.
     """
     from coordinator.audit_log import AuditLog
     from coordinator.runs.operating import operator
+    from gradualdiff.attesting import own_key
 
     log = AuditLog(
         store,
         operator(),
         time.time,
         broker_account=broker_account,
-        signer=operator_key(source),
+        signer=own_key(source),
     )
     log.write(what, about, why)
 
@@ -49,19 +50,3 @@ def put_on_servers_record(servers: Servers, source: Path, what: Deed, about: str
 
     account = broker_account(servers.broker)
     put_on_record(servers.store, source, what, about, why, account)
-
-
-def operator_key(source: Path) -> SigningKey | None:
-    """What signs operators' deeds: the coordinator's key, if ``source`` is a file that names one.
-
-    A store that is named by its folder names no key. Without the key a run can be paused all the
-    same: the entry shows that nobody signed it. Raises ConfigError for a file that is no key.
-    """
-    from shared.config import load_federation
-    from shared.trust.keys import SigningKey
-
-    if source.suffix != ".toml":
-        return None
-    trust = load_federation(source).trust
-    path = None if trust is None else source.resolve().parent / trust.key_file
-    return SigningKey.load(path, "trust.key_file") if path is not None and path.exists() else None

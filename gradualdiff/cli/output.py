@@ -31,6 +31,11 @@ _NUMBER = re.compile(r"-|-?[0-9]+(\.[0-9]+)?")
 PIPE_COLUMNS = 1000
 Number = TypeVar("Number", int | None, float | None)
 DEFAULT_STORE = Path("gradualdiff-demo/store")
+DEFAULT_SITE = Path("site.toml")
+
+SiteOption = Annotated[
+    Path, typer.Option("--site", envvar="GRADUALDIFF_SITE", help="The site's site.toml.")
+]
 
 StoreOption = Annotated[
     Path,

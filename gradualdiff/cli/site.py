@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradualdiff.cli import site_audit
-from gradualdiff.cli.output import JsonOption, agree, console, print_json, print_table, say
+from gradualdiff.cli.output import (
+    DEFAULT_SITE,
+    JsonOption,
+    SiteOption,
+    agree,
+    console,
+    print_json,
+    print_table,
+    say,
+)
 from shared.errors import ConfigError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -21,23 +30,18 @@ app = typer.Typer(
 )
 app.add_typer(site_audit.app, name="audit")
 SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
-IDENTITY_FILE = "identity.key"
-SiteOption = Annotated[
-    Path, typer.Option("--site", envvar="GRADUALDIFF_SITE", help="The site's site.toml.")
-]
-DEFAULT_SITE = Path("site.toml")
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.command()
-def init(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) -> None:
+def init(site: SiteArgument = DEFAULT_SITE, as_json: JsonOption = False) -> None:
     """Make this site's signing key, once, and say its public half; repeated, say it again.
 
     The private half stays in a file that only you can read. Send the public half to whoever runs
     the coordinator, and read the fingerprint out over the phone.
     """
-    from shared.trust.keys import SigningKey
+    from shared.trust.keys import IDENTITY_FILE, SigningKey
 
     trust = _trust_table(site)
     path = site.resolve().parent / str(trust.get("key_file", IDENTITY_FILE))
@@ -64,7 +68,7 @@ def init(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) ->
 
 
 @app.command()
-def heads(site: SiteArgument = Path("site.toml"), as_json: JsonOption = False) -> None:
+def heads(site: SiteArgument = DEFAULT_SITE, as_json: JsonOption = False) -> None:
     """The newest link of each run's records that the coordinator confirmed to this site.
 
     Whoever has the records can be asked for: gradualdiff runs verify RUN --against N:SHA256

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradualdiff.cli.output import JsonOption, fixed, print_json, print_table, say
+from gradualdiff.cli.deeds import ReasonOption  # noqa: TC001 - typer reads it
+from gradualdiff.cli.output import (
+    DEFAULT_SITE,
+    JsonOption,
+    SiteOption,
+    fixed,
+    print_json,
+    print_table,
+    say,
+)
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from participant.held import AuditedDelta, AuditedDeltas
 
 app = typer.Typer(
     help="Audited deltas of this site: list, show, release, drop.", no_args_is_help=True
 )
-SiteOption = Annotated[Path, typer.Option("--site", help="The site's site.toml.")]
 DeltaArgument = Annotated[
     str, typer.Argument(metavar="DELTA", help="The beginning of its sha256, as list shows it.")
 ]
-ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
-DEFAULT_SITE = Path("site.toml")
 
 
 @app.command("list")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from coordinator.runs.operating import operator
 from coordinator.site_keys import SiteKeys, enrol
-from shared.trust.keys import SigningKey
+from shared.trust.keys import IDENTITY_FILE, SigningKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from shared.config import FederationConfig
     from shared.stores.port import ObjectStore
-
-IDENTITY_FILE = "identity.key"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ _FORM: Final = r"^ed25519:[A-Za-z0-9_-]{43}$"
 PublicText = Annotated[str, StringConstraints(pattern=_FORM)]
 """A public key as text, in settings, records and messages."""
 SIGNATURE_BYTES: Final = 64
+IDENTITY_FILE: Final = "identity.key"  # a site's private key, beside its site.toml
 
 
 def _framed(purpose: Purpose, data: bytes) -> bytes:
