@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from gradualdiff.embedded.display import Display
     from gradualdiff.run import Run
     from participant.learner.model_pool import ModelPool
-    from participant.learner.torch_learner import TorchLearner
     from shared.config import FederationConfig
     from shared.stores.directory import DirectoryStore
 
@@ -156,7 +155,7 @@ def _train(
         run_here(config, store, place.home, learners, show, should_stop, anew=place.anew)
     run = Run(store, place.run, store.root)
     prompts = _prompts(config, place.home.resolve())
-    return run, _replies(run, asked.folder, next(iter(learners.values())), prompts)
+    return run, _replies(run, prompts)
 
 
 def _prepare(asked: Asked, place: Place, display: Display, servers: Path | None) -> str:
@@ -292,16 +291,14 @@ def _prompts(config: FederationConfig, folder: Path) -> Sequence[str]:
     return held_out_prompts(site.data, base, len(PROMPTS)) or PROMPTS
 
 
-def _replies(
-    run: Run, folder: Path, learner: TorchLearner, prompts: Sequence[str]
-) -> list[tuple[str, str, str]]:
+def _replies(run: Run, prompts: Sequence[str]) -> list[tuple[str, str, str]]:
     """Each prompt with the base's and the final model's reply."""
-    from shared import topology
+    from gradualdiff.conversation import Conversation
+    from participant.model import Sampling
 
-    answers: list[list[str]] = []
-    for adapter in (run.adapter(0), run.adapter()):
-        path = folder / f"round-{adapter.round}.safetensors"
-        run.objects.fetch_file(topology.adapter_key(run.name, adapter.sha), path)
-        answers.append(learner.replies(path, prompts, REPLY_TOKENS))
-        path.unlink()
-    return list(zip(prompts, *answers, strict=True))
+    conversation = Conversation(run, Sampling(max_new_tokens=REPLY_TOKENS), beside_base=True)
+    answers = []
+    for prompt in prompts:
+        answers.append((prompt, *conversation.say(prompt).values()))
+        conversation.forget()
+    return answers

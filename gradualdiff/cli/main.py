@@ -9,6 +9,7 @@ import typer
 
 from gradualdiff.cli import (
     audit,
+    chat,
     check,
     config,
     demo,
@@ -43,6 +44,7 @@ app.command("tune-codec")(tune_codec.tune_codec)
 app.command("setup")(setup.setup)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
+app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 app.add_typer(site.app, name="site")

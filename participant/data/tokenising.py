@@ -24,7 +24,9 @@ from participant.data.examples import Unusable
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
-    from participant.data.examples import Example
+    from collections.abc import Sequence
+
+    from participant.data.examples import Example, Message
 
 
 class ChatTokenizer(Protocol):
@@ -94,8 +96,20 @@ def tokenise(
     return TokenisedExample((*prompt, *answer), len(prompt)), cut
 
 
+def prompt_ids(messages: Sequence[Message], tokenizer: ChatTokenizer) -> list[int]:
+    """Token ids of a prompt, up to where the answer starts. Raises jinja2's TemplateError."""
+    if tokenizer.chat_template is None:
+        return _untemplated(messages, tokenizer)
+    prompt = _render(tokenizer, _told(messages), generate=True)
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def _told(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 def _with_template(example: Example, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
-    messages = [{"role": m.role, "content": m.content} for m in example.prompt]
+    messages = _told(example.prompt)
     whole = [*messages, {"role": "assistant", "content": example.answer}]
     prompt = _render(tokenizer, messages, generate=True)
     text = _render(tokenizer, whole, generate=False)
@@ -119,11 +133,15 @@ def _render(tokenizer: ChatTokenizer, messages: list[dict[str, str]], *, generat
 
 
 def _without_template(example: Example, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
-    lines = [f"{message.role.capitalize()}: {message.content}" for message in example.prompt]
-    prompt = tokenizer.encode("\n".join([*lines, "Assistant:"]), add_special_tokens=False)
     answer = tokenizer.encode(f" {example.answer}", add_special_tokens=False)
+    return _untemplated(example.prompt, tokenizer), [*answer, *_end(tokenizer)]
+
+
+def _untemplated(messages: Sequence[Message], tokenizer: ChatTokenizer) -> list[int]:
+    lines = [f"{message.role.capitalize()}: {message.content}" for message in messages]
+    prompt = tokenizer.encode("\n".join([*lines, "Assistant:"]), add_special_tokens=False)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *prompt], [*answer, *_end(tokenizer)]
+    return [*start, *prompt]
 
 
 def _plain_text(example: Example, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:

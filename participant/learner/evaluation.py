@@ -55,14 +55,3 @@ def evaluate_held_out(
             "the adapter is unusable"
         )
     return HeldOut(nll=mean, tokens=tokens, examples=len(examples))
-
-
-def generate_replies(
-    model: LocalModel, prompts: Sequence[str], max_new_tokens: int = 60, batch_size: int = 1
-) -> list[str]:
-    """The model's greedy answers to user messages; see ``LocalModel.replies``.
-
-    Raises ModelError without a chat template.
-    """
-    model.clear()
-    return model.replies(prompts, max_new_tokens, batch_size)

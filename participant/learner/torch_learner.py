@@ -16,7 +16,7 @@ import numpy as np
 
 from participant.data import NOTHING_HELD_OUT, load_site_data
 from participant.learner.auditor import Auditor, Sent
-from participant.learner.evaluation import evaluate_held_out, generate_replies
+from participant.learner.evaluation import evaluate_held_out
 from participant.learner.gradient import gradient_pass, sample_place
 from participant.learner.memory import peak_bytes, reset_peak
 from participant.learner.optimizer_state import save_optimizer
@@ -44,7 +44,7 @@ from shared.tensors.delta_file import DeltaHeader, write_delta
 from shared.tensors.tensor_file import FileDigest, TensorFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -212,23 +212,6 @@ class TorchLearner:
                 return None
             model.load_adapter(_reader(adapter, announced))
             return evaluate_held_out(model, data.held_out, lambda: False, report)
-
-    def replies(
-        self,
-        source: Path,
-        prompts: Sequence[str],
-        max_new_tokens: int = 60,
-        batch_size: int = 1,
-    ) -> list[str]:
-        """What the last prepared run's base answers with an adapter file, greedily.
-
-        ``batch_size`` prompts at once: faster, but rounding may then decide a near tie otherwise.
-        Raises as ``evaluate`` does.
-        """
-        announced = self._prepared(next(reversed(self._announced), ""))
-        with self._opened(announced, source) as (model, adapter):
-            model.load_adapter(_reader(adapter, announced))
-            return generate_replies(model, prompts, max_new_tokens, batch_size)
 
     def rehearse(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Rehearsal:
         """Prepare, train two steps and measure a little held-out text, and keep nothing of it."""

@@ -9,9 +9,12 @@ from participant.model.finding_bases import write_bases
 from participant.model.local_model import LocalModel
 from participant.model.merging import save_merged
 from participant.model.numerics import pick_device, settle_threads
+from participant.model.talking import Sampling, Talker
 
 __all__ = [
     "LocalModel",
+    "Sampling",
+    "Talker",
     "attach_adapter",
     "pick_device",
     "save_merged",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from participant.data import Message, prompt_ids
 from participant.model.adapter import (
     add_adapter,
     exposed_layers,
@@ -28,7 +29,6 @@ from participant.model.libraries import offline
 from participant.model.loading import int8_layers, load_base, quantisation_facts
 from participant.model.merging import adapted_layers, merged
 from participant.model.numerics import describe_numerics, pick_compute_dtype
-from shared.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -173,14 +173,13 @@ class LocalModel:
         batch_size: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        """The greedy answer to each user message through the model's own chat template.
+        """The greedy answer to each user message, put as in training.
 
         ``batch_size`` prompts are decoded together, neighbours in length first; with 1 every
         reply is computed alone, to the same bytes whatever the other prompts are. Raises
-        ModelError if the tokenizer has no chat template, InterruptedRunError when
-        ``should_stop()`` turns true.
+        InterruptedRunError when ``should_stop()`` turns true.
         """
-        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        rows = [prompt_ids([Message("user", prompt)], self.tokenizer) for prompt in prompts]
         answers = self.continuations(rows, max_new_tokens, batch_size, should_stop)
         texts = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers)
         return [str(text).strip() for text in texts]
@@ -205,15 +204,6 @@ class LocalModel:
                 )
                 found.update(zip(chosen, answers, strict=True))
         return [found[index] for index in range(len(rows))]
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            raise ModelError("base.model: expected a tokenizer with a chat template, found none")
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def end_tokens(self) -> set[int]:
         """The model's own end tokens (there may be several) and the tokenizer's."""

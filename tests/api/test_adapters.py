@@ -1,6 +1,8 @@
-"""The adapter of a round on a model that a notebook holds."""
+"""The adapter of a round on a model that a notebook holds, or that one talks to."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -67,3 +69,98 @@ def test_a_model_that_it_does_not_fit_is_refused(run, model):
             run.adapter().load_into(AutoModelForCausalLM.from_config(changed))
     with pytest.raises(gd.errors.ModelError, match="does not fit this Sequential"):
         run.adapter().load_into(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+# Talking to it ------------------------------------------------------------------------------
+
+
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 8}
+
+
+def conversation(run, **options):
+    from gradualdiff.conversation import Conversation
+    from participant.model import Sampling
+
+    sampling = {key: options.pop(key) for key in (*GREEDY, "seed") if key in options}
+    return Conversation(run, Sampling(**sampling), **options)
+
+
+def test_it_says_what_transformers_and_peft_say(run, model, tmp_path):
+    """The base and each round, without any draw; what was said before is said along."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def said(network, *chat):
+        roles = ("user", "assistant", "user")
+        told = [{"role": role, "content": text} for role, text in zip(roles, chat, strict=False)]
+        text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+        asked = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        answer = network.generate(input_ids=asked, max_new_tokens=8, do_sample=False)[0]
+        return tokenizer.decode(answer[asked.shape[1] :], skip_special_tokens=True).strip()
+
+    run.adapter(1).save(tmp_path / "one")
+    bare = AutoModelForCausalLM.from_pretrained(model)
+    base = said(bare, "hello")
+    one = said(PeftModel.from_pretrained(bare, tmp_path / "one"), "hello")
+    both = conversation(run, number=1, beside_base=True, **GREEDY)
+    heard: list[tuple[str, str]] = []
+    assert both.say("hello", lambda *told: heard.append(told)) == {"base": base, "round 1": one}
+    for side, whole in (("base", base), ("round 1", one)):
+        assert "".join(text for name, text in heard if name == side).strip() == whole
+    again = both.say("and then?")
+    assert again["round 1"] == said(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "one"),
+        "hello",
+        one,
+        "and then?",
+    )
+
+
+def test_a_seed_draws_the_same_words_and_a_round_may_be_changed(run):
+    """Whatever the run; a round that is not there changes nothing."""
+    first, same, other = (conversation(run, seed=seed, max_new_tokens=12) for seed in (1, 1, 2))
+    drawn = first.say("hello")
+    assert drawn == same.say("hello")
+    assert drawn != other.say("hello")
+    assert first.say("hello") != drawn  # it is another turn
+    first.forget()
+    assert first.say("hello") == drawn
+    with pytest.raises(gd.errors.RunNotFoundError, match="9"):
+        first.turn_to(9)
+    first.turn_to(1)
+    assert list(first.say("hello")) == ["round 1"]
+
+
+def test_a_long_conversation_keeps_its_end(run):
+    """The tiny model sees 256 tokens, each a byte."""
+    long = conversation(run, **GREEDY)
+    for _ in range(3):
+        assert isinstance(long.say("x" * 100)["round 2"], str)
+    assert isinstance(long.say("y" * 1000)["round 2"], str)
+
+
+def test_it_is_talked_to_on_the_command_line(run, tmp_path):
+    """By --prompt for scripts, else line by line; a mistake ends no conversation."""
+    there = ("chat", "tiny", "--store", run.path, "--most-tokens", "6")
+    asked = gradualdiff(*there, "--base", "--json", "--prompt", "hello", "--prompt", "and you?")
+    assert asked.returncode == 0, asked.stderr
+    told = json.loads(asked.stdout)
+    assert [one["prompt"] for one in told] == ["hello", "and you?"]
+    assert all(list(one["replies"]) == ["base", "round 2"] for one in told)
+    assert gradualdiff(*there, "--prompt", "hello").stdout.startswith("> hello\nround 2: ")
+    typed = gradualdiff(*there, stdin="hello\n/round 7\n/round x\n/round 1\nhello\n/clear\n/quit\n")
+    assert typed.returncode == 0, typed.stderr
+    assert "no result of round 7" in typed.stderr
+    assert "/clear" in typed.stdout
+    assert "round 1 answers" in typed.stdout
+    wrong = gradualdiff(*there, "--temperature", "-1")
+    assert wrong.returncode == gd.errors.ConfigError.exit_code
+    assert "temperature: expected 0 or more, got -1" in wrong.stderr
+    other = make_tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    wrong = gradualdiff(*there, "--model", other, "--prompt", "hello")
+    assert wrong.returncode == gd.errors.ModelError.exit_code
+    assert "--model" in wrong.stderr

@@ -20,14 +20,15 @@ from shared.stores.directory import DirectoryStore
 from tests import federations
 
 
-def gradualdiff(*arguments, cwd=None):
-    """Run the command in a process of its own."""
+def gradualdiff(*arguments, cwd=None, stdin=""):
+    """Run the command in a process of its own. ``stdin``: what is typed there."""
     return subprocess.run(
         [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         cwd=cwd,
+        input=stdin,
     )
 
 

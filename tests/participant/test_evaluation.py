@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from participant.data import TokenisedExample  # noqa: E402
-from participant.learner.evaluation import evaluate_held_out, generate_replies  # noqa: E402
+from participant.learner.evaluation import evaluate_held_out  # noqa: E402
 from participant.model import (  # noqa: E402
     LocalModel,
     batches,
@@ -46,7 +46,7 @@ def loss(model, data, **settings):
 
 
 def generate_reply(model, prompt, count):
-    return generate_replies(model, [prompt], count)[0]
+    return model.replies([prompt], count)[0]
 
 
 def test_every_token_weighs_the_same_whatever_the_batches(model, monkeypatch):
@@ -136,9 +136,9 @@ def test_many_replies_at_once_are_those_of_one_after_the_other(model):
     alone = [generate_reply(model, prompt, 9) for prompt in prompts]
     assert len(set(alone)) > 6
     for size in (1, 2, 5, 13, 64):
-        assert generate_replies(model, prompts, 9, size) == alone
-    assert generate_replies(model, [], 9, 4) == []
-    assert generate_replies(model, prompts[:2], 0, 4) == ["", ""]
+        assert model.replies(prompts, 9, size) == alone
+    assert model.replies([], 9, 4) == []
+    assert model.replies(prompts[:2], 0, 4) == ["", ""]
 
 
 def test_replies_of_a_batch_end_each_at_its_own_end_token(model, monkeypatch):
@@ -148,4 +148,4 @@ def test_replies_of_a_batch_end_each_at_its_own_end_token(model, monkeypatch):
     monkeypatch.setattr(model._network.generation_config, "eos_token_id", [ids[3], ids[5]])
     alone = [generate_reply(model, prompt, 9) for prompt in prompts]
     assert len({len(text) for text in alone}) > 1
-    assert generate_replies(model, prompts, 9, 8) == alone
+    assert model.replies(prompts, 9, 8) == alone

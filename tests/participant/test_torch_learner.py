@@ -322,13 +322,6 @@ def test_progress_covers_the_evaluation_and_every_step(learner, source, tmp_path
     assert all(p.loss > 0 for p in told[1:])
 
 
-def test_replies_come_from_the_adapter_that_was_named(learner, source):
-    """Greedy, so the same twice."""
-    first = learner.replies(source, ["hello", "goodbye"], 6)
-    assert first == learner.replies(source, ["hello", "goodbye"], 6)
-    assert len(first) == 2
-
-
 ALONE = """
 import sys
 from pathlib import Path
