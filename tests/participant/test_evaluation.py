@@ -115,11 +115,13 @@ def test_a_reply_is_the_one_that_transformers_generates_greedily(model):
     assert wanted
 
 
-def test_a_reply_needs_a_chat_template(model, monkeypatch):
-    """A base model that never saw a chat has none."""
+def test_a_base_without_a_chat_template_is_asked_as_it_was_trained(model, monkeypatch):
+    """One that never saw a chat has none: line by line, as a site's text is put."""
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    with pytest.raises(ModelError, match="chat template"):
-        generate_reply(model, "hello", 4)
+    asked = model.tokenizer.encode("User: hello\nAssistant:", add_special_tokens=False)
+    (tokens,) = model.continuations([asked], 5)
+    said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert generate_reply(model, "hello", 5) == said
 
 
 def test_a_reply_ends_at_the_end_token(model, monkeypatch):
