@@ -14,17 +14,17 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from coordinator.audit.links import LinkWalk, is_of_operators, signer_of, walk_links
+from coordinator.audit.links import LinkWalk, is_of_operators, lost_keys, signer_of, walk_links
 from coordinator.batching import at_once
 from shared import topology
 from shared.errors import LedgerDamagedError, ObjectMissingError
-from shared.protocol.chain import Head
 from shared.protocol.records import LinkRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from coordinator.site_keys import SiteKeys
+    from shared.protocol.chain import Head
     from shared.protocol.ledger import Ledger
 
 MOST_NAMED = 1_000  # records in one link; more of them take several
@@ -64,16 +64,9 @@ class Links:
         """
         self._found, self._reloaded = {}, True
         self._walk = walk_links(self._ledger, LinkWalk(by=self._mine), _each)
+        if self._keys is not None:
+            self._walk.problems += lost_keys(self._walk, self._keys.read_on())
         self._refuse_damage()
-        if self._keys is not None and self._walk.keys is not None:
-            named = Head.parse(self._walk.keys, "keys")
-            if self._keys.read_on().chain.heads.get(named.number) != named.sha:
-                key = topology.site_keys_key(self._keys.coordinator.fingerprint, named.number)
-                raise LedgerDamagedError(
-                    f"{key}: expected sha256 {named.sha}, as a link of run {self._ledger.run} "
-                    "names it: enrolments or revocations were taken away; restore it and all "
-                    "before it from a copy of the store"
-                )
         self._unseen = set(self._walk.named)
 
     def check(self) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from coordinator.audit.chain import Chain
+    from coordinator.site_keys import SiteKeys
     from shared.protocol.ledger import Ledger
 
 # What operators write beside the coordinator, also after the end, when nobody links any more.
@@ -206,13 +207,19 @@ def _check_expected(chain: Chain, walk: LinkWalk, expected: Expected) -> None:
             f"sha256: expected {against.sha}, got {got}: the store shows another history than the "
             "one that was confirmed to this site",
         )
-    if walk.keys is not None and chain.keys is not None:
-        named = Head.parse(walk.keys, "keys")
-        sha = chain.keys.chain.heads.get(named.number)
-        if sha != named.sha:
-            chain.find(
-                0,
-                topology.site_keys_key(chain.keys.coordinator.fingerprint, named.number),
-                f"sha256: expected {named.sha}, as a link names it, got {sha or 'none'}: newer "
-                "enrolments or revocations were taken away, or others put in their place",
-            )
+    for lost, problem in lost_keys(walk, chain.keys):
+        chain.find(0, lost, problem)
+
+
+def lost_keys(walk: LinkWalk, keys: SiteKeys | None) -> Iterator[tuple[str, str]]:
+    """The newest enrolled key that a link names, if the store shows none or another one there."""
+    if walk.keys is None or keys is None:
+        return
+    named = Head.parse(walk.keys, "keys")
+    got = keys.chain.heads.get(named.number)
+    if got != named.sha:
+        problem = (
+            f"sha256: expected {named.sha}, as a link names it, got {got or 'none'}: newer "
+            "enrolments or revocations were taken away, or others put in their place"
+        )
+        yield topology.site_keys_key(keys.coordinator.fingerprint, named.number), problem
