@@ -1,31 +1,28 @@
 """The log of operators' doings: who asked for what, when and why, in a chain that shows a gap.
 
 An entry is written before the deed: whatever was done stands here, and what stands here may have
-been cut off, or have failed. Each entry names the sha256 of the one before, so that none can be
-altered, swapped or taken out unseen; whoever kept the digest of the newest one sees also that none
-was cut off at the end. Only people's doings are logged, not those of a process.
+been cut off, or have failed. The entries are a chain, so that none can be altered, swapped or taken
+out unseen; whoever kept the digest of the newest one sees also that none was cut off at the end.
+Only people's doings are logged, not those of a process.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import ValidationError
 
 from shared import topology
-from shared.config import Sha256, canonical_json
-from shared.errors import LedgerDamagedError, ObjectExistsError, SignatureError
-from shared.protocol.manifest import Schema
-from shared.protocol.record import Number
-from shared.trust.keys import PublicKey, PublicText
+from shared.errors import LedgerDamagedError, ObjectExistsError
+from shared.protocol.chain import Chained, Walk
+from shared.trust.keys import PublicText
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from shared.stores.port import ObjectStore
-    from shared.trust.keys import SigningKey
+    from shared.trust.keys import PublicKey, SigningKey
 
 Deed: TypeAlias = Literal[
     "account.add",
@@ -49,14 +46,11 @@ Deed: TypeAlias = Literal[
     "queue.redrive",
     "queue.purge",
 ]
-Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
-class AuditEntry(Schema):
+class AuditEntry(Chained):
     """A deed that an operator was about to do."""
 
-    number: Number
-    """Which one, from 1."""
     what: Deed
     """The deed."""
     about: str
@@ -73,16 +67,8 @@ class AuditEntry(Schema):
     """
     time: float
     """When, seconds since the epoch."""
-    before: Sha256 | None
-    """sha256 of the bytes of the entry before; none of the first."""
-    key: PublicText | None = None
-    """The public key of who signed it; none if nobody did."""
-    signature: Signature | None = None
-    """Ed25519 over the canonical JSON of all other fields, in hex."""
-
-    def signed_bytes(self) -> bytes:
-        """What a signature is made of: all but the signature."""
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+    signed_by: PublicText | None = None
+    """The public key of who signed it. Not there if nobody did."""
 
 
 @dataclass(frozen=True)
@@ -118,42 +104,33 @@ class AuditLog:
         Whoever is not first takes the next. Raises the store's errors, and LedgerDamagedError if
         the last entry is not one.
         """
+        deed = {
+            "what": what,
+            "about": about,
+            "why": why,
+            "by": self._by,
+            "broker_account": self._broker_account,
+            "store_account": self._store.account,
+            "time": self._clock(),
+        }
         while True:
-            number, before = self._next()
-            entry = self._signed(
-                AuditEntry(
-                    number=number,
-                    what=what,
-                    about=about,
-                    why=why,
-                    by=self._by,
-                    broker_account=self._broker_account,
-                    store_account=self._store.account,
-                    time=self._clock(),
-                    before=before,
-                    key=self._signer.public.text if self._signer else None,
-                )
-            )
+            walk = self._newest()
+            key = topology.audit_key(walk.due)
+            data = walk.next(deed, key, self._signer)
             try:
-                self._store.create(topology.audit_key(number), _bytes(entry))
+                self._store.create(key, data)
             except ObjectExistsError:
                 continue
-            return entry
+            return _read(key, data)
 
-    def _next(self) -> tuple[int, str | None]:
-        last = None
+    def _newest(self) -> Walk:
+        walk, last = Walk(), None
         for info in self._store.list(topology.audit_prefix()):
             last = info.key
-        if last is None:
-            return 1, None
-        data = self._store.get(last)
-        return _read(last, data).number + 1, hashlib.sha256(data).hexdigest()
-
-    def _signed(self, entry: AuditEntry) -> AuditEntry:
-        if self._signer is None:
-            return entry
-        signature = self._signer.sign("operator", entry.signed_bytes())
-        return entry.model_copy(update={"signature": signature.hex()})
+        if last is not None:
+            data = self._store.get(last)
+            walk.add(last, _read(last, data).number, data)
+        return walk
 
 
 def raw_entries(store: ObjectStore) -> Iterator[tuple[str, bytes]]:
@@ -181,39 +158,22 @@ def walk(
     naming the first entry that is wrong.
     """
     keys = None if trusted is None else {key.text for key in trusted}
-    before, number, signed, is_there = None, 0, 0, head is None
-    for key, data in raw:
-        number += 1
+    chain, number, signed = Walk(), 0, 0
+    for number, (key, data) in enumerate(raw, 1):
         expected = topology.audit_key(number)
         if key != expected:
             raise _damaged(expected, f"the next one is {key}")
-        entry = _read(key, data)
-        if entry.before != before:
-            raise _damaged(key, f"before: expected {before}, got {entry.before}")
-        if entry.signature is not None:
-            _check_signature(key, entry)
-            signed += 1
-        if keys is not None and entry.key not in keys:
-            raise _damaged(key, f"key: expected one of {len(keys)} trusted keys, got {entry.key}")
-        before = hashlib.sha256(data).hexdigest()
-        is_there = is_there or before == head
-    if not is_there:
+        _read(key, data)
+        by, problems = chain.add(key, number, data)
+        for problem in problems:
+            raise _damaged(key, problem)
+        if keys is not None and (by is None or by.text not in keys):
+            got = by.text if by else "none"
+            raise _damaged(key, f"signed_by: expected one of {len(keys)} trusted keys, got {got}")
+        signed += by is not None
+    if head is not None and head not in chain.heads.values():
         raise _damaged(topology.audit_key(number + 1), f"no entry has the sha256 {head}")
-    return Walked(number, signed, before)
-
-
-def _check_signature(key: str, entry: AuditEntry) -> None:
-    if entry.key is None or entry.signature is None:
-        raise _damaged(key, "it has a signature and no key")
-    try:
-        signature = bytes.fromhex(entry.signature)
-        PublicKey(entry.key).verify("operator", signature, entry.signed_bytes())
-    except SignatureError as error:
-        raise _damaged(key, str(error)) from None
-
-
-def _bytes(entry: AuditEntry) -> bytes:
-    return canonical_json(entry.model_dump(mode="json"))
+    return Walked(number, signed, chain.head.sha if chain.head else None)
 
 
 def _read(key: str, data: bytes) -> AuditEntry:
@@ -225,8 +185,6 @@ def _read(key: str, data: bytes) -> AuditEntry:
         raise _damaged(key, f"{field}: {detail['msg']}") from None
     if topology.audit_key(entry.number) != key:
         raise _damaged(key, f"it says that it is entry {entry.number}")
-    if _bytes(entry) != data:
-        raise _damaged(key, "its bytes are not those that it was written with")
     return entry
 
 

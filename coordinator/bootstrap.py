@@ -76,15 +76,15 @@ def build_coordinator(
     writer = f"{topology.COORDINATOR}-{uuid.uuid4().hex[:12]}"
     ledger = Ledger(store, run, writer, clock, key)
     intake = Intake(store, spool / run)
-    links = Links(ledger)
+    book = KeyBook(store, key.public) if key else None
+    links = Links(ledger, book.keys if book else None)
     effects = Effects(config, ledger, Outbox(broker, links.link), intake, clock)
     coordinator = Coordinator(config, ledger, intake, effects, links, clock)
     failpoint("queues.before")
     broker.declare(topology.run_topology(run, config.run.participants))
     failpoint("queues.after")
     coordinator.begin()
-    hear = hear_anybody if key is None else hear_at_coordinator(KeyBook(store, key.public).key_of)
-
+    hear = hear_at_coordinator(book.key_of, ledger.birth) if book else hear_anybody
     consumer = broker.consume(topology.coordinator_queue(run), PREFETCH)
     dispatcher = Dispatcher(
         consumer,
@@ -112,7 +112,7 @@ def _tick(broker: Broker, ledger: Ledger, clock: Callable[[], float]) -> bool:
     event = CoordinatorTick(run=ledger.run, writer=ledger.writer, now=now)
     me = topology.COORDINATOR
     try:
-        broker.publish([to_coordinator(me, event, now, TICK_SECONDS, ledger.key)])
+        broker.publish([to_coordinator(me, event, now, TICK_SECONDS, ledger.voice)])
     except MessageRejectedError as error:
         if not broker.depth(topology.coordinator_queue(ledger.run)):
             raise  # it is not full, it is broken

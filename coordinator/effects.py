@@ -266,9 +266,9 @@ class Effects:
         self._tell(events.items())
 
     def _tell(self, events: Iterable[tuple[str, Event]]) -> None:
-        now, key = self._clock(), self._ledger.key
+        now, voice = self._clock(), self._ledger.voice
         self._outbox.put(
-            partial(to_site, site, event, now, key)
+            partial(to_site, site, event, now, voice)
             for site, event in events
             if not self.standing.ended(site)
         )

@@ -29,7 +29,7 @@ class KeyBook:
         coordinator: PublicKey,
         timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._keys = SiteKeys(store, coordinator)
+        self.keys = SiteKeys(store, coordinator)
         self._timer = timer
         self._looked: float | None = None
 
@@ -39,8 +39,8 @@ class KeyBook:
         Raises SignatureError if not, StoreError where nobody can look, LedgerDamagedError.
         """
         if sender == topology.COORDINATOR:
-            if by == self._keys.coordinator.text:
-                return self._keys.coordinator
+            if by == self.keys.coordinator.text:
+                return self.keys.coordinator
             raise SignatureError(f"signature: expected the coordinator's own, got one by {by}")
         try:
             self._look(LOOK_SECONDS)
@@ -48,9 +48,9 @@ class KeyBook:
             if self._looked is None:
                 raise
             get_logger().debug("keys.skipped", reason=str(error))
-        if self._keys.find(sender, by) is None:
+        if self.keys.find(sender, by) is None:
             self._look(UNKNOWN_SECONDS)
-        found = self._keys.find(sender, by)
+        found = self.keys.find(sender, by)
         if found is None:
             raise SignatureError(
                 f"signature: expected one by the key enrolled for {sender}, got one by {by}; if "
@@ -69,5 +69,5 @@ class KeyBook:
         now = self._timer()
         if self._looked is not None and now - self._looked < seconds:
             return
-        self._keys.read_on()
+        self.keys.read_on()
         self._looked = now

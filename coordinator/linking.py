@@ -14,18 +14,20 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from coordinator.audit.links import LinkWalk, is_of_operators, lost_keys, signer_of, walk_links
 from coordinator.batching import at_once
 from shared import topology
-from shared.errors import ConfigError, LedgerDamagedError, ObjectMissingError
-from shared.protocol.ledger import bytes_of
-from shared.protocol.links import MOST_NAMED, Walk, signed
+from shared.errors import LedgerDamagedError, ObjectMissingError
 from shared.protocol.records import LinkRecord
-from shared.trust.keys import PublicKey
 
 if TYPE_CHECKING:
-    from shared.protocol.ledger import Ledger
-    from shared.protocol.links import Head
+    from collections.abc import Callable, Iterator, Sequence
 
+    from coordinator.site_keys import SiteKeys
+    from shared.protocol.chain import Head
+    from shared.protocol.ledger import Ledger
+
+MOST_NAMED = 1_000  # records in one link; more of them take several
 _READ_TOGETHER = 200  # links
 _END = "finished.json"
 
@@ -33,13 +35,17 @@ _END = "finished.json"
 class Links:
     """One run's chain, as its active coordinator goes on with it, signed by the ledger's key.
 
+    ``keys``: the sites' enrolled keys, of which each link names the newest.
+
     It holds nothing that ``reload`` and reading the records again could not rebuild.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, keys: SiteKeys | None = None) -> None:
         self._ledger = ledger
+        self._keys = keys
         self._prefix = topology.run_prefix(ledger.run)
-        self._walk = Walk()
+        self._walk = LinkWalk(by=self._mine)
+        self._reloaded = False  # before that, the ledger itself says whose run this is
         self._unseen: set[str] = set()  # named by a link, and not met since the start
         # What no link names yet, by its name below the run: of this process, and of others.
         self._written: dict[str, str] = {}
@@ -54,25 +60,13 @@ class Links:
     def reload(self) -> None:
         """Walk the chain in the store. The records are to be read next, and then ``check``.
 
-        Raises LedgerDamagedError for a link that does not fit, ConfigError for another key.
+        Raises LedgerDamagedError for a link that does not fit, and where enrolled keys are gone.
         """
-        self._walk, self._found = Walk(), {}
-        store, prefix = self._ledger.store, topology.links_prefix(self._ledger.run)
-        keys = [info.key for info in store.list(prefix)]
-        for first in range(0, len(keys), _READ_TOGETHER):
-            some = keys[first : first + _READ_TOGETHER]
-            calls = [partial(store.get, key) for key in some]
-            for key, data in zip(some, at_once(calls), strict=True):
-                self._take(key, data.result())
-        mine = self._ledger.key.public.text if self._ledger.key else None
-        if self._walk.by not in (None, mine):
-            raise ConfigError(self._other_key(PublicKey(self._walk.by)))
-        began_signed = self._ledger.federation().signed_by is not None
-        if began_signed and keys and self._walk.signed_from != 1:
-            raise LedgerDamagedError(
-                f"{keys[0]}: expected a signed link, as all of this run are, got one without a "
-                "signature; restore all links from a copy of the store"
-            )
+        self._found, self._reloaded = {}, True
+        self._walk = walk_links(self._ledger, LinkWalk(by=self._mine), _each)
+        if self._keys is not None:
+            self._walk.problems += lost_keys(self._walk, self._keys.read_on())
+        self._refuse_damage()
         self._unseen = set(self._walk.named)
 
     def check(self) -> None:
@@ -98,7 +92,7 @@ class Links:
         """
         if _END in self._written:
             self._meet_all()
-        while self._written or self._found:
+        while self._written or self._found or self._is_news(self._newest_key()):
             records = dict(islice(sorted(self._written.items()), MOST_NAMED))
             found = dict(islice(sorted(self._found.items()), MOST_NAMED - len(records)))
             self._write(records, found)
@@ -108,28 +102,41 @@ class Links:
         head = self.head
         link = LinkRecord(
             run=self._ledger.run,
-            number=head.number + 1 if head else 1,
+            number=self._walk.due,
             previous=head.sha if head else None,
             records=records,
             found=found,
+            keys=self._newest_key(),
         )
-        mine = signed(self._ledger.stamped(link), self._ledger.key)
+        mine = self._ledger.stamped(link)
         written = self._ledger.put(mine)
         key = written.key(self._ledger.run)
         # Of a write that seemed to fail and did not, this process meets its own earlier link.
-        data = bytes_of(mine) if written is mine else self._ledger.store.get(key)
-        self._take(key, data)
+        data = self._ledger.bytes_of(mine) if written is mine else self._ledger.store.get(key)
+        taken = self._walk.take(self._ledger, key, data)
+        self._refuse_damage()
+        for name in taken.records | taken.found if taken else ():
+            self._written.pop(name, None)
+            self._found.pop(name, None)
 
-    def _take(self, key: str, data: bytes) -> None:
-        link = self._ledger.parse(LinkRecord, key, data)
-        for problem in self._walk.add(link.number, data, link):
+    def _refuse_damage(self) -> None:
+        for key, problem in self._walk.problems:
             raise LedgerDamagedError(
                 f"{key}: {problem}; restore it from a copy of the store; what else is wrong: "
                 f"gradualdiff runs verify {self._ledger.run}"
             )
-        for name in link.records | link.found:
-            self._written.pop(name, None)
-            self._found.pop(name, None)
+
+    def _newest_key(self) -> str | None:
+        head = self._keys.chain.head if self._keys else None
+        return str(head) if head else None
+
+    def _is_news(self, key: str | None) -> bool:
+        """Whether a key was enrolled or revoked that no link names; after the end none comes."""
+        return key not in (None, self._walk.keys) and _END not in self._walk.named
+
+    @property
+    def _mine(self) -> str | None:
+        return self._ledger.key.public.text if self._ledger.key else None
 
     def _meet_all(self) -> None:
         """At the end: what operators recorded since, and what a killed one left, is linked too."""
@@ -150,6 +157,8 @@ class Links:
         if known is None:
             known = self._written.get(name) or self._found.get(name)
         if known is None:
+            if not own:
+                self._check_writer(key, name, data)
             (self._written if own else self._found)[name] = sha
         elif known != sha:
             raise LedgerDamagedError(
@@ -157,9 +166,19 @@ class Links:
                 "restore this object from a copy of the store"
             )
 
-    def _other_key(self, theirs: PublicKey) -> str:
-        mine = self._ledger.key.public.fingerprint if self._ledger.key else "no key"
-        return (
-            f"trust.key_file: expected the key {theirs.fingerprint}, which signed this run's "
-            f"records so far, got {mine}; use that key: a run keeps its key to its end"
-        )
+    def _check_writer(self, key: str, name: str, data: bytes) -> None:
+        """What no link names a coordinator wrote that died before its link, or somebody else."""
+        if self._mine is None or is_of_operators(name) or not self._reloaded:
+            return
+        if signer_of(self._ledger, key, data) != self._mine:
+            raise LedgerDamagedError(
+                f"{key}: expected the signature of the coordinator, which signs all that it "
+                "records, got none, and no link names it: somebody else put it there; keep a copy, "
+                "take it away, and find out who can write into this store"
+            )
+
+
+def _each(get: Callable[[str], bytes], keys: Sequence[str]) -> Iterator[bytes]:
+    for first in range(0, len(keys), _READ_TOGETHER):
+        calls = [partial(get, key) for key in keys[first : first + _READ_TOGETHER]]
+        yield from (done.result() for done in at_once(calls))

@@ -1,33 +1,27 @@
 """Which public key is which site's: enrolments and revocations, in order, for ever on record.
 
-The records are numbered without a gap, each names the sha256 of the one before, and the
-coordinator's key signs them all: whoever has the store alone can enrol nobody. He can take away the
-newest of them; that brings a revoked key back to whoever still holds it, at a coordinator that
-starts after that.
+The records are a chain that the coordinator's key signs: whoever has the store alone can enrol
+nobody. If he takes away the newest of them, the links of every run that named them show it.
 
 An operator adds one; every coordinator under the same key reads on, so nothing is started again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from base64 import b64decode, b64encode
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from shared.config import Name, Sha256, canonical_json
+from shared.config import Name
 from shared.errors import (
     ConfigError,
     LedgerDamagedError,
     ObjectExistsError,
     ObjectMissingError,
-    SignatureError,
 )
-from shared.protocol.manifest import Schema
-from shared.protocol.record import Number
+from shared.protocol.chain import Chained, Walk
 from shared.topology import site_keys_key
 from shared.trust.keys import PublicKey, PublicText
 
@@ -38,13 +32,12 @@ if TYPE_CHECKING:
     from shared.trust.keys import SigningKey
 
 
-class KeyRecord(Schema):
+_RESTORE = "restore it and all before it from a copy of the store"
+
+
+class KeyRecord(Chained):
     """One enrolment or revocation."""
 
-    number: Number
-    """Which one, from 1."""
-    before: Sha256 | None
-    """sha256 of the record before; none in the first one."""
     site: Name
     """The site."""
     action: Literal["enrol", "revoke"]
@@ -57,12 +50,6 @@ class KeyRecord(Schema):
     """Who did it: account@machine."""
     time: float
     """When, seconds since the epoch."""
-    signature: Annotated[str, Field(max_length=100)] = ""
-    """The coordinator's, over all the rest: 64 bytes in base64."""
-
-    def signed_bytes(self) -> bytes:
-        """What the signature is over."""
-        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
 
 
 @dataclass(frozen=True)
@@ -80,9 +67,8 @@ class SiteKeys:
 
     def __init__(self, store: ObjectStore, coordinator: PublicKey) -> None:
         self.coordinator = coordinator
+        self.chain = Walk()
         self._store = store
-        self._number = 0
-        self._newest: str | None = None
         self._keys: dict[str, tuple[SiteKey, ...]] = {}
         self._owners: dict[str, str] = {}
 
@@ -92,14 +78,12 @@ class SiteKeys:
         Of what is not signed by the coordinator's key nothing is believed.
         """
         while True:
-            key = site_keys_key(self.coordinator.fingerprint, self._number + 1)
+            key = self._next_key()
             try:
                 data = self._store.get(key)
             except ObjectMissingError:
                 return self
-            record = self._checked(key, data)
-            self._number, self._newest = record.number, hashlib.sha256(data).hexdigest()
-            self._fold(record)
+            self._fold(self._taken(key, data))
 
     @property
     def sites(self) -> Mapping[str, tuple[SiteKey, ...]]:
@@ -119,35 +103,38 @@ class SiteKeys:
         """The site's key of this text, in force or not; None if it never had it."""
         return next((key for key in self._keys.get(site, ()) if key.public.text == public), None)
 
-    def next(self, record: KeyRecord, signer: SigningKey) -> None:
+    def next(self, signer: SigningKey, **what: str | float) -> None:
         """Put one more on record, and read it. Raises ConfigError if somebody else was faster."""
-        numbered = record.model_copy(update={"number": self._number + 1, "before": self._newest})
-        signature = b64encode(signer.sign("enrolment", numbered.signed_bytes())).decode()
-        whole = numbered.model_copy(update={"signature": signature})
-        key = site_keys_key(self.coordinator.fingerprint, whole.number)
+        key = self._next_key()
         try:
-            self._store.create(key, canonical_json(whole.model_dump(mode="json")))
+            self._store.create(key, self.chain.next(what, key, signer))
         except ObjectExistsError:
             raise ConfigError(
-                f"site {record.site}: somebody else changed a site's key at the same time; give "
+                f"site {what['site']}: somebody else changed a site's key at the same time; give "
                 "the command again"
             ) from None
         self.read_on()
 
-    def _checked(self, key: str, data: bytes) -> KeyRecord:
+    def _next_key(self) -> str:
+        return site_keys_key(self.coordinator.fingerprint, self.chain.due)
+
+    def _taken(self, key: str, data: bytes) -> KeyRecord:
+        """The next record, checked. What is not as it should be is not gone on from."""
+        step = Walk(self.chain.head)
+        by, problems = step.add(key, step.due, data)
         try:
             record = KeyRecord.model_validate_json(data)
-            self.coordinator.verify("enrolment", b64decode(record.signature), record.signed_bytes())
-        except (ValidationError, ValueError, SignatureError):
+        except ValidationError:
+            by = None
+        for problem in problems:
+            raise LedgerDamagedError(f"{key}: {problem}; {_RESTORE}")
+        if by != self.coordinator:
             raise LedgerDamagedError(
                 f"{key}: expected a site's key signed by {self.coordinator.fingerprint}, got "
-                "something else; restore this object from a copy of the store"
-            ) from None
-        if (record.number, record.before) != (self._number + 1, self._newest):
-            raise LedgerDamagedError(
-                f"{key}: does not follow the record before it; restore both from a copy of the "
-                "store"
+                f"something else; {_RESTORE}"
             )
+        self.chain.head = step.head
+        self.chain.heads |= step.heads
         return record
 
     def _fold(self, record: KeyRecord) -> None:
@@ -188,7 +175,9 @@ def enrol(
             f"site {site}: expected a new key, got {public.text}, which is {whose}; have the site "
             "make another one: it moves its identity.key away and runs gradualdiff site init"
         )
-    keys.next(_record(site, "enrol", public, reason, by, clock), signer)
+    keys.next(
+        signer, site=site, action="enrol", key=public.text, reason=reason, by=by, time=clock()
+    )
     return True
 
 
@@ -203,25 +192,6 @@ def revoke(
     """End the site's key now; the key, None where it has none in force."""
     found = keys.read_on().in_force(site)
     if found is not None:
-        keys.next(_record(site, "revoke", found.public, reason, by, clock), signer)
+        key = found.public.text
+        keys.next(signer, site=site, action="revoke", key=key, reason=reason, by=by, time=clock())
     return found
-
-
-def _record(
-    site: str,
-    action: Literal["enrol", "revoke"],
-    public: PublicKey,
-    reason: str,
-    by: str,
-    clock: Callable[[], float],
-) -> KeyRecord:
-    return KeyRecord(
-        number=1,
-        before=None,
-        site=site,
-        action=action,
-        key=public.text,
-        reason=reason,
-        by=by,
-        time=clock(),
-    )

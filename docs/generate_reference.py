@@ -103,8 +103,8 @@ def events_page() -> str:
             "A message is a msgpack map `{v, type, id, time, body}`; the routing key is "
             "`<run>.<site>.<word>` toward the coordinator and the site's name toward a site. "
             "Where roles sign, it travels as `{sealed, to, by, signature}`, and `head` where one "
-            "is told: its bytes, `run:RUN` or `site:SITE`, the public key, and 64 bytes over "
-            "sender, recipient, head and bytes (`shared/trust/seal.py`). "
+            "is told: its bytes, `run:RUN:BIRTH` or `site:SITE:BIRTH`, the public key, and 64 "
+            "bytes over sender, recipient, head and bytes (`shared/trust/seal.py`). "
             "Manifest, Numerics, HeldOut and LocalMetrics are on the page of "
             "[the ledger](ledger.md#parts); WireBase, WireLora and WireTraining are sections of "
             "[the settings](config.md), unknown names ignored. Every text, list, map and number "
@@ -119,13 +119,23 @@ def events_page() -> str:
     return "\n".join(parts)
 
 
+_SIGNED = """Nothing in `runs/` is ever overwritten.
+
+Where the coordinator signs, each record that it writes, each link, each enrolment and each entry
+of its operator also holds `signed_by`, its public key, and `signature`: 86 characters of base64url
+over the canonical JSON of the list of place and object, without the signature. The place of a
+record is `BIRTH/` and its name below the run, elsewhere the whole key. BIRTH is the sha256 of the
+run's first record (`shared/protocol/chain.py`).
+"""
+
+
 def ledger_page() -> str:
     """Every object of the store, every record and what it holds."""
     parts = ["# The ledger\n", NOTE, "## Object keys\n"]
     rows = ["| key | what it is |", "|---|---|"]
     for function, arguments in _key_functions():
         rows.append(f"| `{function(*arguments)}` | {_prose(function)} |")
-    parts += ["\n".join([*rows, ""]), "Nothing in `runs/` is ever overwritten.\n", "## Records\n"]
+    parts += ["\n".join([*rows, ""]), _SIGNED, "## Records\n"]
     for kind in _record_kinds():
         parts.append(f"### {kind.__name__}\n\n{_prose(kind)}\n")
         parts.append(f"Key: `{_sample(kind).key('RUN')}`\n")

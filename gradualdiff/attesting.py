@@ -78,7 +78,7 @@ def check_attestation(
     """
     from coordinator.audit.attestation import check_attestation, read_attestation
     from coordinator.audit.links import Expected
-    from shared.protocol.links import Head
+    from shared.protocol.chain import Head
     from shared.trust.keys import PublicKey
 
     expected = Expected(

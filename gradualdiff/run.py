@@ -166,7 +166,7 @@ class Run:
         """
         from coordinator.audit.links import Expected
         from coordinator.audit.verification import verify_run
-        from shared.protocol.links import Head
+        from shared.protocol.chain import Head
         from shared.trust.keys import PublicKey
 
         own = own_key(self.path)

@@ -11,15 +11,17 @@ from shared import topology
 from shared.protocol.dispatch import Dispatcher
 from shared.protocol.events import MessageRefused
 from shared.protocol.hearing import hear_anybody, hear_at_site
-from shared.protocol.messages import to_coordinator
+from shared.protocol.messages import Voice, to_coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from participant.births import Births
     from participant.site import Site, Trust
     from shared.brokers.port import Broker, Delivery
     from shared.protocol.dispatch import Handler
     from shared.protocol.events import Event
+    from shared.protocol.hearing import Hear
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class ParticipantRole:
 def build_participant(site: Site, broker: Broker) -> ParticipantRole:
     """Subscribe to the site's queue; nothing is said before ``participant.start()``."""
     participant = Participant(site)
-    heard = participant.meter.heard
+    heard, births = participant.meter.heard, participant.births
     return ParticipantRole(
         participant,
-        subscribe(site.name, broker, participant.handlers, site.clock, heard, site.trust),
+        subscribe(site.name, broker, participant.handlers, site.clock, heard, site.trust, births),
     )
 
 
@@ -47,12 +49,17 @@ def subscribe(
     clock: Callable[[], float],
     heard: Callable[[str | None, int], None] = lambda _run, _size: None,
     trust: Trust = NOBODY_SIGNS,
+    births: Births | None = None,
 ) -> Dispatcher:
     """The loop over the queue of site ``name``. What it cannot use goes back as a refusal.
 
-    ``heard``: told the run and the bytes of each message that came.
+    ``heard``: told the run and the bytes of each message that came. ``births``: the site's, where
+    only its coordinator's key is heard.
     """
-    pinned = trust.coordinator
+    hear: Hear = hear_anybody
+    if trust.coordinator is not None:
+        assert births is not None  # whoever pins a key has them
+        hear = hear_at_site(name, trust.coordinator, births)
 
     def checked(delivery: Delivery, event: Event) -> str:
         heard(getattr(event, "run", None), len(delivery.body))
@@ -65,12 +72,13 @@ def subscribe(
             reason=reason,
             data=delivery.body[: topology.REFUSED_BYTES],
         )
-        broker.publish([to_coordinator(name, event, clock(), key=trust.key)])
+        voice = None if trust.key is None else Voice(trust.key)  # it names no run
+        broker.publish([to_coordinator(name, event, clock(), voice=voice)])
 
     return Dispatcher(
         broker.consume(topology.site_queue(name)),
         handlers,
         checked,
         refuse,
-        hear=hear_anybody if pinned is None else hear_at_site(name, pinned),
+        hear=hear,
     )

@@ -117,6 +117,7 @@ class Listener(threading.Thread):
                 context.clock,
                 self.participant.meter.heard,
                 context.trust,
+                self.participant.births,
             )
             self._outbox.connected(broker)
             self.was_connected = True
@@ -170,12 +171,11 @@ class Listener(threading.Thread):
         return event.seconds
 
     def _message(self, event: SiteOnline | TrainingProgressed, expires_seconds: float) -> Message:
+        assert self.participant is not None  # set before the thread starts
         context = self._context
-        message = to_coordinator(
-            context.name, event, context.clock(), expires_seconds, context.trust.key
-        )
-        if self.participant is not None:
-            self.participant.meter.said(event.run, len(message.body))
+        voice = self.participant.births.voice(context.trust.key, event.run)
+        message = to_coordinator(context.name, event, context.clock(), expires_seconds, voice)
+        self.participant.meter.said(event.run, len(message.body))
         return message
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from participant.agenda import Agenda, is_overtaken
+from participant.births import Births
 from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
 from participant.heads import Heads
@@ -73,6 +74,7 @@ class Participant:
         self._site = site = replace(site, transfer=counted, refused=self.meter.refused)
         self._guard = Guard(site.accept, site.workspace)
         self._heads = Heads(site.workspace)
+        self.births = Births(site.workspace)
         self._agenda = Agenda()
         self._uploads = Uploads(site, self._publish)
         # Runs whose base model is loaded, and what was found then; work for another run waits for
@@ -444,11 +446,11 @@ class Participant:
     def _publish(self, event: Event) -> None:
         # Nobody needs an old one: it is said again every minute.
         expires = ONLINE_EXPIRES_SECONDS if isinstance(event, SiteOnline) else None
-        message = to_coordinator(
-            self._site.name, event, self._site.clock(), expires, self._site.trust.key
-        )
+        run = getattr(event, "run", None)
+        voice = self.births.voice(self._site.trust.key, run)
+        message = to_coordinator(self._site.name, event, self._site.clock(), expires, voice)
         self._site.outbox.publish([message])
-        self.meter.said(getattr(event, "run", None), len(message.body))
+        self.meter.said(run, len(message.body))
 
     def _reporter(self, round_number: int | None) -> Callable[[Progress], None]:
         return lambda progress: self._site.report(self._site.name, round_number, progress)

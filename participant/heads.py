@@ -15,7 +15,7 @@ from participant.workspace import HEADS_FILE
 from shared.config import Name, canonical_json
 from shared.disk.lines import append_line, whole_lines
 from shared.log import get_logger
-from shared.protocol.links import Head
+from shared.protocol.chain import Head
 from shared.protocol.manifest import Schema
 from shared.protocol.said import Said
 

@@ -17,6 +17,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
     <root>/.privacy/                             of all runs: what is spent of differential privacy
     <root>/<run>/traffic.json                    bytes moved and not on record yet (traffic.py)
     <root>/<run>/heads.jsonl                     the run's history as confirmed here (heads.py)
+    <root>/<run>/births                          which run it means by this name (births.py)
     <root>/<run>/bonds/<round>.json              what binds this site in a secure sum: to be kept
     <root>/exchange.key                          by which it shares masks with other sites
 """

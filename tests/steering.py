@@ -10,8 +10,8 @@ from coordinator.audit.verification import verify_run
 from coordinator.runs.operating import operator_ledger, order
 from shared import topology
 from shared.errors import ObjectMissingError
-from shared.protocol.ledger import Ledger, bytes_of
-from shared.protocol.links import Head, signed
+from shared.protocol.chain import Head
+from shared.protocol.ledger import Ledger
 from shared.protocol.records import LinkRecord
 from shared.stores.directory import DirectoryStore
 
@@ -103,11 +103,15 @@ def forget(store, *keys, run="test"):
 
 
 def relink(store, key=None, run="test"):
-    """Write all links anew, each naming what is there of what it named: as whoever holds ``key``.
+    """Write first record and links anew, each link naming what is there of what it named.
 
-    Without one as the store's owner can. The new head.
+    As whoever holds ``key``; without one as the store's owner can. The new head.
     """
     ledger, prefix, head = Ledger(store, run, "test", lambda: 0.0), topology.run_prefix(run), None
+    ledger.key = key
+    by = key and key.public.text
+    first = ledger.federation().model_copy(update={"signed_by": by})
+    store.put(topology.federation_key(run), ledger.bytes_of(first))
     for info in list(store.list(topology.links_prefix(run))):
         link = ledger.read(LinkRecord, info.key)
         keys = {info.key for info in store.list(prefix)}
@@ -119,8 +123,7 @@ def relink(store, key=None, run="test"):
             }
             for field in ("records", "found")
         }
-        bare = {"by": None, "signature": None, "previous": head and head.sha}
-        data = bytes_of(signed(link.model_copy(update=left | bare), key))
+        data = ledger.bytes_of(link.model_copy(update=left | {"previous": head and head.sha}))
         store.put(info.key, data)
         head = Head(link.number, hashlib.sha256(data).hexdigest())
     return head

@@ -17,6 +17,7 @@ from shared import topology
 if TYPE_CHECKING:
     from coordinator.audit.signatures import Signer
     from coordinator.history import History
+    from coordinator.site_keys import SiteKeys
     from shared.errors import LedgerDamagedError
     from shared.protocol.ledger import Ledger, Place
     from shared.protocol.records import PrunedRecord
@@ -38,7 +39,7 @@ class Chain:
     """A run's history, and what is missing in it. ``reported``: keys that are on the list already.
 
     An object that is there and cannot be read is one of them. ``digests``: the sha256 of each
-    record's bytes, by its name below the run.
+    record's bytes, by its name below the run. ``keys``: the sites', where everybody signs.
     """
 
     history: History
@@ -46,6 +47,7 @@ class Chain:
     findings: list[Finding] = field(default_factory=list)
     signers: list[Signer] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    keys: SiteKeys | None = None
 
     @property
     def run(self) -> str:
@@ -118,7 +120,7 @@ def read_chain(ledger: Ledger) -> Chain:
         ledger.store, ledger.run, lambda *damage: found.append(damage), signatures.see, met
     )
     reported = {place.key for place, _ in found}
-    chain = Chain(history, reported, signers=signatures.signers, digests=digests)
+    chain = Chain(history, reported, [], signatures.signers, digests, signatures.keys)
     first, digest = history.federation, history.config.digest
     if digest != first.digest:
         chain.find(0, first.key(chain.run), f"digest: expected {first.digest}, got {digest}")

@@ -17,6 +17,7 @@ from shared.protocol.events import (
     TrainingFailed,
     UnmaskAnswered,
 )
+from shared.protocol.messages import to_run
 from shared.protocol.record import SaidRecord
 from shared.protocol.records import (
     AcceptedRecord,
@@ -93,12 +94,12 @@ class Signatures:
     def __post_init__(self) -> None:
         first = self.ledger.federation()
         self._config_digest = first.digest
-        self._keys: SiteKeys | None = None
+        self.keys: SiteKeys | None = None
         if first.signed_by is None:
             return
-        self._keys = SiteKeys(self.ledger.store, PublicKey(first.signed_by))
+        self.keys = SiteKeys(self.ledger.store, PublicKey(first.signed_by))
         try:
-            self._keys.read_on()
+            self.keys.read_on()
         except LedgerDamagedError as error:  # those before it are good
             key, _, problem = str(error).partition(": ")
             self.problems.append((None, key, problem))
@@ -110,10 +111,10 @@ class Signatures:
 
     def see(self, record: Record, number: int | None) -> None:
         """Check one record as it lies in the store, if it is made of what a site said."""
-        if self._keys is None or not isinstance(record, SaidRecord):
+        if self.keys is None or not isinstance(record, SaidRecord):
             return
         try:
-            fingerprint = self._check(record, self._keys)
+            fingerprint = self._check(record, self.keys)
         except (SignatureError, DecodeError) as error:
             self.problems.append((number, record.key(self.ledger.run), f"said: {error}"))
         else:
@@ -153,7 +154,7 @@ class Signatures:
                 f"enrolled at {key.enrolled:.0f} and revoked at {key.revoked}"
             )
         seal = said.seal()
-        seal.check(site, f"run:{self.ledger.run}", key.public)
+        seal.check(site, to_run(self.ledger.run, self.ledger.birth), key.public)
         event = wire.decode(seal.data).event
         for name, signed, recorded in self._pairs(record, event):
             if signed != recorded:

@@ -50,17 +50,20 @@ def told_of_chain(chain: Linked, against: str | None) -> Iterator[str]:
             if chain.known
             else "the chain's own word: have it read out to you, and give it with --key"
         )
-        first = f" from link {chain.signed_from} on" if (chain.signed_from or 1) > 1 else ""
-        yield f"chain: signed{first} by {chain.fingerprint}, {whence}"
+        yield f"chain: signed by {chain.fingerprint}, {whence}"
     if chain.found:
         yield (
             f"chain: {len(chain.found)} records were met by the coordinator that linked them: of "
-            f"one that was killed, or of an earlier release ({chain.found[0]}, ...)"
+            f"one that was killed{_or_whom(chain)} ({chain.found[0]}, ...)"
         )
     if chain.unlinked:
         yield f"chain: not linked yet: {', '.join(chain.unlinked[:5])}"
     if against is None:
         yield "chain: whether its end was cut off, only a head that a site kept can say (--against)"
+
+
+def _or_whom(chain: Linked) -> str:
+    return ", whose signature each has" if chain.by else ", of an earlier release, or somebody's"
 
 
 def attest(

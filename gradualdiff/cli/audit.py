@@ -41,7 +41,7 @@ def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> No
         return
     columns = ("number", "when", "who", "what", "about", "why", "signed")
     rows = [
-        (e.number, moment(e.time), e.by, e.what, e.about, e.why, "yes" if e.signature else "no")
+        (e.number, moment(e.time), e.by, e.what, e.about, e.why, "yes" if e.signed_by else "no")
         for e in entries
     ]
     print_table("What operators did", columns, rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from shared.errors import SignatureError
+from shared.protocol.events import RunAnnounced
 from shared.protocol.messages import recipient_of
 from shared.protocol.said import Said
 
@@ -26,17 +27,20 @@ def hear_anybody(envelope: Envelope, _sender: str) -> Event:
     return envelope.event
 
 
-def hear_at_coordinator(key_of: KeyOf) -> Hear:
-    """Only what its sender signed for the event's run. Raises SignatureError."""
+def hear_at_coordinator(key_of: KeyOf, birth: str) -> Hear:
+    """Only what its sender signed for the event's run, born thus. Raises SignatureError."""
 
     def hear(envelope: Envelope, sender: str) -> Event:
-        return _checked(envelope, sender, recipient_of(envelope.event), key_of)
+        return _checked(envelope, sender, recipient_of(envelope.event, birth), key_of)
 
     return hear
 
 
-def hear_at_site(site: str, coordinator: PublicKey) -> Hear:
-    """Only what the pinned key of the coordinator signed for this site. Raises SignatureError."""
+def hear_at_site(site: str, coordinator: PublicKey, births: Births) -> Hear:
+    """Only what the coordinator's pinned key signed for this site. Raises SignatureError.
+
+    And in the run that it announced last by this name.
+    """
 
     def pinned(sender: str, by: str) -> PublicKey:
         if by != coordinator.text:
@@ -48,9 +52,26 @@ def hear_at_site(site: str, coordinator: PublicKey) -> Hear:
         return coordinator
 
     def hear(envelope: Envelope, sender: str) -> Event:
-        return _checked(envelope, sender, f"site:{site}", pinned)
+        event, seal = envelope.event, envelope.seal
+        run, birth = str(getattr(event, "run", "")), births.of(getattr(event, "run", None))
+        if seal is not None and isinstance(event, RunAnnounced):
+            birth = seal.to.rpartition(":")[2]
+        heard = _checked(envelope, sender, f"site:{site}:{birth}", pinned)
+        if isinstance(event, RunAnnounced):
+            births.announced(run, birth)
+        return heard
 
     return hear
+
+
+class Births(Protocol):
+    """A site's memory of which run it means by a name: see ``Ledger.birth``."""
+
+    def of(self, run: str | None) -> str:
+        """The birth of the run that was announced last; empty where none was."""
+
+    def announced(self, run: str, birth: str) -> None:
+        """Keep it. Raises SignatureError where another run displaced that one already."""
 
 
 def _checked(envelope: Envelope, sender: str, to: str, key_of: KeyOf) -> Event:

@@ -6,14 +6,15 @@ overwritten. Whoever restarts folds ``history()`` and knows all that was ever de
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
 from shared import modes, topology
-from shared.config import canonical_json
 from shared.errors import (
     FencedError,
     LedgerDamagedError,
@@ -23,6 +24,8 @@ from shared.errors import (
     RunNotFoundError,
 )
 from shared.failpoints import failpoint
+from shared.protocol.chain import signed_json
+from shared.protocol.messages import Voice
 from shared.protocol.record import Record, StampedRecord
 from shared.protocol.records import (
     AcceptedRecord,
@@ -86,7 +89,8 @@ class Place:
 class Ledger:
     """One run's records. ``writer`` names this process; ``clock`` gives seconds since the epoch.
 
-    ``key``: what this coordinator signs with; None for whoever reads, and where nobody signs.
+    ``key``: what this coordinator signs all its records with; None for whoever reads, for an
+    operator, and where nobody signs.
     ``met``: told of each record that is read or written here, its key, its bytes, and whether this
     process wrote them just now.
     """
@@ -106,12 +110,35 @@ class Ledger:
         self._clock = clock
         self.met: Callable[[str, bytes, bool], None] = lambda _key, _data, _own: None
 
+    @cached_property
+    def birth(self) -> str:
+        """sha256 of the run's first record: no other run has it, of the same name neither.
+
+        Raises ObjectMissingError before there is one.
+        """
+        return hashlib.sha256(self.store.get(topology.federation_key(self.run))).hexdigest()
+
+    @property
+    def voice(self) -> Voice | None:
+        """What signs this coordinator's words in the run; None where nobody signs."""
+        return Voice(self.key, self.birth) if self.key else None
+
+    def where(self, key: str) -> str:
+        """The place for which a record is signed: in this very run, whatever its name."""
+        first = key == topology.federation_key(self.run)
+        return key if first else f"{self.birth}/{key.removeprefix(topology.run_prefix(self.run))}"
+
+    def bytes_of(self, record: Record) -> bytes:
+        """The bytes of a record as it is stored, signed where this ledger has a key."""
+        where = self.where(record.key(self.run)) if self.key else ""
+        return signed_json(record.model_dump(mode="json"), where, self.key)
+
     def begin(self, config: FederationConfig) -> FederationRecord:
         """Record the config, or meet the equal one of an earlier start.
 
         Raises RunExistsError naming each setting that differs from what is on record, for a run
         that is being deleted, and for one that another key signs; MissingPackageError where it
-        began with other modes.
+        began with other modes. A run keeps its key, or that it has none, to its end.
         """
         if self.is_dying():
             raise RunExistsError(_dying(self.run))
@@ -130,11 +157,12 @@ class Ledger:
                 f"gradualdiff runs delete {self.run}"
             )
         modes.require(theirs.modes, f"run {self.run}")
-        if theirs.signed_by is not None and theirs.signed_by != mine.signed_by:
+        if theirs.signed_by != mine.signed_by:
+            do = "Name that key in trust.key_file" if theirs.signed_by else "Take [trust] out"
             raise RunExistsError(
-                f"run {self.run} is on record as signed by {theirs.signed_by}, and this process "
-                f"signs with {mine.signed_by or 'no key'}. Name that key in trust.key_file, or "
-                "choose another run.name"
+                f"run {self.run} is on record as signed by {theirs.signed_by or 'nobody'}, and "
+                f"this process signs with {mine.signed_by or 'no key'}. {do}, or choose another "
+                "run.name"
             )
         return theirs
 
@@ -158,7 +186,7 @@ class Ledger:
         writer's, and LedgerDamagedError when a result on record is not the one computed here.
         """
         key = record.key(self.run)
-        data = bytes_of(record)
+        data = self.bytes_of(record)
         word = type(record).__name__.removesuffix("Record").lower()
         failpoint("record.before", word)
         try:
@@ -299,11 +327,6 @@ class Ledger:
             if getattr(written, "writer", None) == self.writer:
                 return written
             number += 1
-
-
-def bytes_of(record: Record) -> bytes:
-    """The bytes of a record as it is stored."""
-    return canonical_json(record.model_dump(mode="json"))
 
 
 def list_runs(store: ObjectStore) -> dict[str, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared import topology
@@ -15,16 +16,25 @@ if TYPE_CHECKING:
     from shared.trust.keys import SigningKey
 
 
+@dataclass(frozen=True)
+class Voice:
+    """What signs in a run. ``birth``: of the run that is meant; empty as long as none is known."""
+
+    key: SigningKey
+    birth: str = ""
+
+
 def to_site(
-    site: str, event: Event, now: float, key: SigningKey | None = None, head: str | None = None
+    site: str, event: Event, now: float, voice: Voice | None = None, head: str | None = None
 ) -> Message:
-    """From the coordinator to one site's queue, signed by ``key`` if there is one.
+    """From the coordinator to one site's queue, signed by ``voice`` if there is one.
 
     ``head``: the newest link of the run's records, signed with it.
     """
     body = wire.encode(event, now)
-    if key is not None:
-        body = _sealed(body, topology.COORDINATOR, f"site:{site}", key, head)
+    if voice is not None:
+        to = f"site:{site}:{voice.birth}"
+        body = _sealed(body, topology.COORDINATOR, to, voice.key, head)
     return _message(topology.SITES_EXCHANGE, site, event, body)
 
 
@@ -33,12 +43,12 @@ def to_coordinator(
     event: Event,
     now: float,
     expires_seconds: float | None = None,
-    key: SigningKey | None = None,
+    voice: Voice | None = None,
 ) -> Message:
     """To the coordinator of the event's run. A site that comes online speaks to every run."""
     body = wire.encode(event, now)
-    if key is not None:
-        body = _sealed(body, sender, recipient_of(event), key)
+    if voice is not None:
+        body = _sealed(body, sender, recipient_of(event, voice.birth), voice.key)
     routing_key = topology.event_key(_run_of(event), sender, event.word)
     return _message(topology.EVENTS_EXCHANGE, routing_key, event, body, expires_seconds)
 
@@ -49,9 +59,15 @@ def to_refused(event: MessageRefused, now: float) -> Message:
     return _message(topology.REFUSED_EXCHANGE, topology.REFUSED_KEY, event, body)
 
 
-def recipient_of(event: Event) -> str:
+def recipient_of(event: Event, birth: str) -> str:
     """For whom an event to a coordinator is signed: its run, or any."""
-    return f"run:{_run_of(event)}"
+    run = _run_of(event)
+    return f"run:{run}" if run == topology.ANY_RUN else to_run(run, birth)
+
+
+def to_run(run: str, birth: str) -> str:
+    """For a run as what is said in it is signed: by its name, and by its first record's sha256."""
+    return f"run:{run}:{birth}"
 
 
 def _run_of(event: Event) -> str:

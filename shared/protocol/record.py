@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, Strict, model_serializer
 
@@ -16,6 +16,7 @@ RoundNumber = Annotated[int, Field(ge=0, le=MOST)]
 ControlNumber = Annotated[int, Field(ge=0, le=MOST)]
 Number = Annotated[int, Field(ge=1, le=MOST)]
 Size = Annotated[int, Field(ge=1, le=2**64)]
+HEAD_FORM: Final = r"^[1-9][0-9]{0,6}:[0-9a-f]{64}$"
 Names = Annotated[tuple[Name, ...], Strict(False)]
 
 

@@ -27,6 +27,7 @@ from shared.protocol.manifest import (
 )
 from shared.protocol.privacy import PrivacySpent
 from shared.protocol.record import (
+    HEAD_FORM,
     MOST,
     ControlNumber,
     Names,
@@ -495,7 +496,7 @@ class LinkRecord(StampedRecord):
     """
 
     decides = True
-    newer = ("found", "by", "signature")
+    newer = ("found", "keys")
     run: Name
     """The run: a link is worth nothing in another one."""
     number: Number
@@ -508,10 +509,10 @@ class LinkRecord(StampedRecord):
     """What its writer met on record, and no link named: of operators, of a coordinator that was
     killed before its link, of an earlier release. Not there where it is nothing.
     """
-    by: PublicText | None = None
-    """The coordinator's public key. Not there where it has none."""
-    signature: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{86}$")] | None = None
-    """Its signature of the link without this field, in base64url. Not there where it has no key."""
+    keys: Annotated[str, StringConstraints(pattern=HEAD_FORM)] | None = None
+    """The newest of the sites' enrolled keys that its writer knew: number and sha256 of that
+    record. Not there where nobody signs, or no key was enrolled yet.
+    """
 
     def key(self, run: str) -> str:
         """Numbered from 1, in the run that it names."""

@@ -94,7 +94,7 @@ def test_an_export_can_be_verified_without_the_store(store, tmp_path):
     gradualdiff(store, "audit", "export", "--to", str(file))
     assert gradualdiff(store, "audit", "export").stdout == file.read_text()
     lines = file.read_bytes().splitlines()
-    assert [json.loads(line)["before"] for line in lines] == [
+    assert [json.loads(line)["previous"] for line in lines] == [
         None,
         *(hashlib.sha256(line).hexdigest() for line in lines[:-1]),
     ]

@@ -225,7 +225,9 @@ def test_what_is_done_to_keys_is_logged_and_signed_by_the_coordinators(office):
         ("key.enrol", f"north {public.fingerprint}", ""),
         ("key.revoke", "north", "lost"),
     ]
-    assert {(entry.broker_account, entry.key) for entry in entries} == {("coordinator", own.text)}
+    assert {(entry.broker_account, entry.signed_by) for entry in entries} == {
+        ("coordinator", own.text)
+    }
     place = ("--store", str(office / "federation.toml"))
     found = command(audit.app, "verify", "--key", own.text, *place)
     assert (found["entries"], found["signed"]) == (2, 2)

@@ -30,7 +30,7 @@ from shared.errors import (
 from shared.protocol.ledger import Ledger
 from shared.trust.keys import SigningKey
 from tests import federations
-from tests.steering import relink, store_of, verify
+from tests.steering import store_of, verify
 
 OTHER = SigningKey.generate()
 
@@ -156,8 +156,10 @@ def test_another_history_is_found_by_a_head(world, tmp_path):
     """Made, linked and signed anew by somebody else: only who has a head or a key can tell."""
     folder, key, _ = world
     other = tmp_path / "other"
-    federations.run(federations.config(run={"seed": 5}), other)
-    relink(store_of(other), OTHER)
+    other.mkdir()
+    OTHER.save(other / "coordinator.key")
+    trust = {"key_file": "coordinator.key"}
+    federations.run(federations.config(run={"seed": 5}, trust=trust), other)
     path = tmp_path / "other.attest"
     path.write_bytes(made(other, OTHER))
     assert check_attestation(path).found.findings == []
@@ -171,7 +173,7 @@ def test_a_signature_for_another_purpose_is_none(world, tmp_path):
     """What the coordinator signs as a link is no attestation."""
     _, key, file = world
     body = file.read_bytes().rpartition(b'{"by"')[0]
-    signature = base64.b64encode(key.sign("link", hashlib.sha256(body).digest())).decode()
+    signature = base64.b64encode(key.sign("record", hashlib.sha256(body).digest())).decode()
     path = tmp_path / "crossed"
     last = {"by": key.public.text, "signature": signature}
     path.write_bytes(body + canonical_json(last) + b"\n")

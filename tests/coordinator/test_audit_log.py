@@ -37,9 +37,9 @@ def test_an_entry_says_who_did_what_to_what_and_why(store):
     first, second, third, _ = read_entries(raw_entries(store))
     assert (first.number, first.what, first.about, first.why) == (1, "run.pause", "run-1", "room")
     assert (first.by, first.broker_account, first.time) == ("me@here", "boss", 7.0)
-    assert first.before is None
-    assert second.before == store.sha256(audit_key(1))
-    assert (second.signature, third.signature is None) == (None, False)
+    assert first.previous is None
+    assert second.previous == store.sha256(audit_key(1))
+    assert (second.signed_by, third.signed_by is None) == (None, False)
     found = walk(raw_entries(store))
     assert (found.entries, found.signed, found.head) == (4, 2, store.sha256(audit_key(4)))
 
@@ -64,11 +64,15 @@ def test_many_at_once_leave_no_gap(tmp_path):
     assert {name: by.count(name) for name in "abcd"} == dict.fromkeys("abcd", 10)
 
 
+GONE = object()
+
+
 def changed(store, at, /, **fields):
     """Replace an entry by one that says something else."""
     key = audit_key(at)
     entry = json.loads(store.get(key)) | fields
-    store.put(key, json.dumps(entry, sort_keys=True, separators=(",", ":")).encode())
+    left = {name: value for name, value in entry.items() if value is not GONE}
+    store.put(key, json.dumps(left, sort_keys=True, separators=(",", ":")).encode())
 
 
 def swap(store):
@@ -84,8 +88,11 @@ MEDDLING = {
     "a swap": (swap, 2),
     "an edit": (lambda s: changed(s, 2, why="none"), 3),
     "another writer of a signed one": (lambda s: changed(s, 4, by="you@there"), 4),
-    "a signature taken off an inner one": (lambda s: changed(s, 3, key=None, signature=None), 4),
-    "a signature without a key": (lambda s: changed(s, 4, key=None), 4),
+    "a signature taken off an inner one": (
+        lambda s: changed(s, 3, signed_by=GONE, signature=GONE),
+        4,
+    ),
+    "a signature without a key": (lambda s: changed(s, 4, signed_by=GONE), 4),
     "a torn one": (lambda s: s.put(audit_key(2), s.get(audit_key(2))[:20]), 2),
     "other bytes of the same words": (
         lambda s: s.put(audit_key(4), s.get(audit_key(4)) + b" "),

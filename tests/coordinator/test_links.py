@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 
@@ -12,17 +13,17 @@ from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
 from shared.config import canonical_json
 from shared.errors import (
-    ConfigError,
     FencedError,
     LedgerDamagedError,
+    RunExistsError,
     StoreUnavailableError,
 )
 from shared.protocol.ledger import Ledger
 from shared.protocol.records import DeclinedRecord, FinishedRecord, LinkRecord, OpenedRecord
 from shared.stores.directory import DirectoryStore
-from shared.trust.keys import PublicKey, SigningKey
+from shared.trust.keys import SigningKey
 from tests import federations
-from tests.steering import Crash, ask, forget, forget_links, records, relink, store_of, verify
+from tests.steering import Crash, ask, forget, forget_links, records, store_of, verify
 
 KEY, OTHER = SigningKey.generate(), SigningKey.generate()
 
@@ -207,7 +208,7 @@ def test_nothing_is_decided_on_a_ledger_that_was_meddled_with(tmp_path, how):
         store.delete(two)
     elif how == "link altered":
         key = three
-        store.put(two, store.get(two).replace(b'"time":', b'"time":1'))
+        store.put(two, store.get(two).replace(b'"writer":"', b'"writer":"x'))
     else:
         key = two
         one, other = store.get(two), store.get(three)
@@ -217,42 +218,45 @@ def test_nothing_is_decided_on_a_ledger_that_was_meddled_with(tmp_path, how):
         federations.run(config, tmp_path)
 
 
-def test_a_signed_chain_is_gone_on_with_by_its_key_alone(tmp_path):
-    """Neither without a key nor with another one; a run may begin to be signed in its middle."""
-    coordinator(tmp_path)[0].start()
-    run, _ = coordinator(tmp_path, key=KEY)
+def test_a_run_keeps_its_key_or_that_it_has_none(tmp_path):
+    """Neither another key nor none goes on with it, nor a key with a run that began unsigned."""
+    run, _ = coordinator(tmp_path / "signed", key=KEY)
     run.start()
     run.ledger.write(FinishedRecord(round=0, sha=None, reason="it ends", failed=True))
     run.links.link()
-    first, last = links(tmp_path)
-    assert (first.by, last.by) == (None, KEY.public.text)
+    assert verify(tmp_path / "signed").chain.by == KEY.public.text
     for key in (None, OTHER):
-        with pytest.raises(ConfigError, match=r"trust\.key_file.*keeps its key"):
-            coordinator(tmp_path, key=key)[0].start()
-    coordinator(tmp_path, key=KEY)[0].start()
+        with pytest.raises(RunExistsError, match=r"Name that key in trust\.key_file"):
+            coordinator(tmp_path / "signed", key=key)
+    coordinator(tmp_path / "signed", key=KEY)[0].start()
+    coordinator(tmp_path / "unsigned")[0].start()
+    with pytest.raises(RunExistsError, match=r"Take \[trust\] out"):
+        coordinator(tmp_path / "unsigned", key=KEY)
 
 
-def test_a_run_that_began_signed_is_not_gone_on_with_unsigned_links(tmp_path):
+def test_a_signed_run_is_not_gone_on_with_unsigned_links(tmp_path):
     """A coordinator does not lend its signature to a chain that somebody made anew."""
     coordinator(tmp_path, key=KEY)[0].start()
-    relink(store_of(tmp_path))
-    with pytest.raises(LedgerDamagedError, match="expected a signed link, as all of this run"):
+    store, key = store_of(tmp_path), topology.link_key("test", 1)
+    link = json.loads(store.get(key))
+    del link["signed_by"], link["signature"]
+    store.put(key, canonical_json(link))
+    with pytest.raises(LedgerDamagedError, match="signed_by: expected"):
         coordinator(tmp_path, key=KEY)[0].start()
     (finding,) = verify(tmp_path).findings
-    assert "began as signed" in finding.problem
+    assert finding.problem == f"signed_by: expected {KEY.public.text}, got none"
 
 
 def test_a_signature_is_of_the_whole_link(tmp_path):
     """A link with one value changed, whichever, is not what was signed."""
     run, _ = coordinator(tmp_path, key=KEY)
     run.start()
-    (link,) = links(tmp_path)
     store, key = store_of(tmp_path), topology.link_key("test", 1)
-    whole = link.model_dump(mode="json")
+    whole = json.loads(store.get(key))
     changes = {
         "time": 5.0,
         "writer": "x",
-        "by": OTHER.public.text,
+        "signed_by": OTHER.public.text,
         "found": {"a": "0" * 64},
         "later": "a field of a later release",
         "records": {},
@@ -266,7 +270,7 @@ def test_a_signature_is_of_the_whole_link(tmp_path):
         coordinator(tmp_path, key=KEY)[0].start()
     store.put(key, canonical_json(whole))
     coordinator(tmp_path, key=KEY)[0].start()
-    assert PublicKey(link.by).fingerprint == KEY.public.fingerprint
+    assert whole["signed_by"] == KEY.public.text
     assert records(tmp_path, FinishedRecord) == []
 
 

@@ -50,11 +50,12 @@ def test_what_a_site_said_is_on_record_as_it_signed_it(signed):
     folder, _ = signed
     records = [record for record in whole_records(folder) if isinstance(record, SaidRecord)]
     assert len(records) == 3 + 9 + 3
+    birth = Ledger(store_of(folder), "test", "test", lambda: 0.0).birth
     for record in records:
         own = SigningKey.load(folder / "sites" / record.site / "identity.key", "test").public
         assert PublicKey(record.said.by) == own
         seal = record.said.seal()
-        seal.check(record.site, "run:test", own)
+        seal.check(record.site, f"run:test:{birth}", own)
         assert wire.decode(seal.data).event.run == "test"
 
 
@@ -84,12 +85,12 @@ def test_nothing_of_it_is_kept_in_memory(signed):
 
 
 def test_a_run_without_keys_has_the_records_that_it_had(tmp_path):
-    """No record names a signature or a key where nobody signs."""
+    """No record has a signature or a key where nobody signs."""
     federations.run(federations.config(rounds=1), tmp_path)
     store = store_of(tmp_path)
     texts = [store.get(info.key) for info in store.list("runs/") if info.key.endswith(".json")]
     assert len(texts) > 5
-    assert not any(b'"said"' in text or b'"signed_by"' in text for text in texts)
+    assert not any(b'"said"' in text or b'"sign' in text for text in texts)
 
 
 def test_a_signed_run_goes_on_under_its_own_key_only(signed):

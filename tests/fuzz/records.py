@@ -143,8 +143,7 @@ EXAMPLES: list[Record] = [
         previous=A,
         records={"finished.json": B},
         found={"control/00001.json": A},
-        by=f"ed25519:{'A' * 43}",
-        signature="A" * 86,
+        keys=f"3:{A}",
     ),
 ]
 KINDS = {

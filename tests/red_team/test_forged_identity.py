@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import time
 
+import msgpack
 import pytest
 
+from coordinator.announcing import announcement
 from coordinator.bootstrap import build_coordinator
+from coordinator.runs.deletion import delete_run
 from coordinator.site_keys import SiteKeys, enrol, revoke
 from participant.bootstrap import build_participant
+from participant.heads import read_heads
 from participant.site import Site, Trust
 from participant.workspace import Workspace
 from shared import topology
 from shared.brokers.port import Message
+from shared.errors import LedgerDamagedError
 from shared.protocol import wire
 from shared.protocol.events import RoundStarted, RunDeclined, RunFinished, SiteOnline, WireTraining
-from shared.protocol.messages import to_coordinator, to_site
+from shared.protocol.ledger import Ledger
+from shared.protocol.messages import Voice, to_coordinator, to_site
+from shared.protocol.record import SaidRecord
 from shared.protocol.records import DeclinedRecord, MemberRecord
 from shared.stores.directory import DirectoryTransfer
 from shared.trust.keys import SigningKey
@@ -72,8 +79,14 @@ class Stand:
 
     def say(self, site, event, key, *, sender=None, routing=None):
         """Publish over a site's connection what ``sender`` signs by ``key``; handle it."""
-        message = to_coordinator(sender or site, event, time.time(), key=key)
+        voice = key and Voice(key, self.role.coordinator.ledger.birth)
+        message = to_coordinator(sender or site, event, time.time(), voice=voice)
         self.put(site, message.body, routing or topology.event_key("test", site, event.word))
+
+    def word(self, site, event):
+        """The bytes of what a site says and signs."""
+        voice = Voice(self.keys[site], self.role.coordinator.ledger.birth)
+        return to_coordinator(site, event, time.time(), voice=voice).body
 
     def put(self, site, body, routing):
         """Publish bytes over a site's connection; have the coordinator handle them."""
@@ -131,7 +144,7 @@ def test_a_stolen_password_says_nothing_with_another_key(stand, whose):
 
 def test_what_another_site_signed_cannot_be_said_again(stand):
     """Site b has the bytes that a signed; under its own name they prove nothing."""
-    body = to_coordinator("a", DECLINE, time.time(), key=stand.keys["a"]).body
+    body = stand.word("a", DECLINE)
     stand.put("b", body, "test.b.declined")
     (letter,) = stand.letters
     assert letter.reason.startswith("signature: expected one by the key enrolled for b")
@@ -142,7 +155,7 @@ def test_what_was_signed_for_another_run_is_refused_in_this_one(stand):
     """Replay: the run is in what is signed, and so is for whom it was said."""
     other = RunDeclined(run="other", reason="too many steps")
     stand.say("a", other, stand.keys["a"])
-    body = to_coordinator("a", SiteOnline(run="test"), time.time(), key=stand.keys["a"]).body
+    body = stand.word("a", SiteOnline(run="test"))
     flipped = bytearray(body)
     flipped[body.index(b"run:any")] ^= 1
     stand.put("a", bytes(flipped), "any.a.online")
@@ -154,7 +167,7 @@ def test_what_was_signed_for_another_run_is_refused_in_this_one(stand):
 
 def test_a_bit_of_it_altered_on_the_way_is_refused(stand):
     """A broker that changes what a site signed changes nothing but that it is refused."""
-    body = bytearray(to_coordinator("a", DECLINE, time.time(), key=stand.keys["a"]).body)
+    body = bytearray(stand.word("a", DECLINE))
     body[body.index(b"not I")] ^= 1
     stand.put("a", bytes(body), "test.a.declined")
     (letter,) = stand.letters
@@ -209,11 +222,13 @@ def test_a_stolen_broker_tells_a_site_nothing(stand, tmp_path):
     The thief has the very account that sites hear: what he lacks is the key.
     """
     thief, now = stand.office, time.time()
+    birth = stand.role.coordinator.ledger.birth
     for event in forged():
         thief.publish([to_site("a", event, now)])
-        thief.publish([to_site("a", event, now, SigningKey.generate())])
-        thief.publish([to_site("a", event, now, stand.keys["b"])])
-        thief.publish([to_site("b", event, now, stand.key)])  # this one is real, and for b
+        thief.publish([to_site("a", event, now, Voice(SigningKey.generate(), birth))])
+        thief.publish([to_site("a", event, now, Voice(stand.keys["b"], birth))])
+        # this one is real, and for b
+        thief.publish([to_site("b", event, now, Voice(stand.key, birth))])
     replayed = [body for _, _, body in thief.peek(topology.site_queue("b"), 10)]
     assert len(replayed) == 2
     thief.purge(topology.site_queue("b"))
@@ -232,8 +247,82 @@ def test_a_stolen_broker_tells_a_site_nothing(stand, tmp_path):
     assert [letter.reported_by for letter in stand.letters] == ["a"] * 8
     assert sum("got none" in reason for reason in told) == 2
     assert sum("the key in trust.coordinator, got one by" in reason for reason in told) == 4
-    assert sum("to: expected site:a, got site:b" in reason for reason in told) == 2
+    assert sum("to: expected site:a:, got site:b:" in reason for reason in told) == 2
     ended = stand.run(site, stand.site("b"))
     alone = federations.run(federations.config(SITES, rounds=2), tmp_path / "alone")
     assert ended.adapter_sha == alone.adapter_sha
     assert len(records(stand.folder, MemberRecord)) == 2
+
+
+# The name of a deleted run ----------------------------------------------------------------------
+
+
+def sealed(said):
+    """A word that somebody kept, as it travelled."""
+    seal = said.seal()
+    outer = {"sealed": seal.data, "to": seal.to, "by": seal.by, "signature": seal.signature}
+    return msgpack.packb(outer if seal.head is None else {**outer, "head": seal.head})
+
+
+def test_what_was_signed_in_a_deleted_run_says_nothing_in_the_next_of_its_name(stand, tmp_path):
+    """Same name, settings and keys: words of sites and coordinator, records and links are over.
+
+    Whoever replays them kept every byte of the old run, and has the broker and the store.
+    """
+    first = stand.run(*(site := {name: stand.site(name) for name in SITES}).values())
+    store, prefix = stand.store, topology.run_prefix("test")
+    old = {info.key: store.get(info.key) for info in store.list(prefix)}
+    ledger = Ledger(store, "test", "me", time.time)
+    words = [ledger.read(place.kind, place.key) for place in ledger.places()]
+    words = [record.said for record in words if isinstance(record, SaidRecord)]
+    told = [
+        line.said for line in read_heads(Workspace(stand.folder / "sites/a").heads_path("test"))
+    ]
+    birth, announced = ledger.birth, announcement(stand.config, "a")
+    for name in SITES:
+        while site[name].participant.finished is None or site[name].participant.has_work:
+            site[name].dispatcher.handle_next(0.05)
+            site[name].participant.work()
+        stand.role.dispatcher.drain()
+        stand.office.purge(topology.site_queue(name))
+    stand.role.leave()
+    delete_run(ledger, "me@here")
+    stand.role = stand.coordinator(stand.office)
+    assert stand.role.coordinator.ledger.birth != birth
+
+    assert len(words) >= 2 + 4  # members, and deltas of two rounds
+    for said in words:
+        name = type(wire.decode(sealed(said)).event)
+        by = next(s for s, key in stand.keys.items() if key.public.text == said.by)
+        stand.put(by, sealed(said), topology.event_key("test", by, name.word))
+    reasons = [letter.reason for letter in stand.letters]
+    assert len(reasons) == len(words)
+    assert all(f"got run:test:{birth}" in reason for reason in reasons)
+    assert records(stand.folder, SaidRecord) == []
+
+    stand.office.purge(topology.REFUSED_QUEUE)
+    site["a"].participant.start("test")  # it is told of the new run
+    assert stand.role.dispatcher.handle_next(PATIENCE_SECONDS)
+    assert site["a"].dispatcher.handle_next(PATIENCE_SECONDS)
+    again = to_site("a", announced, time.time(), Voice(stand.key, birth)).body
+    replayed = [again, *(sealed(said) for said in told)]
+    assert len(told) >= 2
+    stand.office.publish([Message(topology.SITES_EXCHANGE, "a", body) for body in replayed])
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(stand.letters) < len(replayed):
+        assert time.monotonic() < deadline, "a refusal never came"
+        site["a"].dispatcher.handle_next(0.05)
+        stand.role.dispatcher.handle_next(0.05)
+    reasons = [letter.reason for letter in stand.letters]
+    assert len(reasons) == len(replayed)
+    assert "displaced" in reasons[0]
+    assert all(f"got site:a:{birth}" in reason for reason in reasons[1:])
+
+    number = len(list(store.list(topology.links_prefix("test"))))
+    for key in (topology.link_key("test", number + 1), topology.declined_key("test", "b")):
+        store.create(key, old.get(key, old[topology.member_key("test", "b")]))
+        with pytest.raises(LedgerDamagedError, match=key):
+            stand.role.coordinator.reload()
+        store.delete(key)
+    stand.role.coordinator.reload()
+    assert stand.run(*site.values()).adapter_sha == first.adapter_sha

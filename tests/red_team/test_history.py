@@ -12,18 +12,20 @@ import pytest
 
 from coordinator.audit.links import Expected
 from coordinator.bootstrap import build_coordinator
+from coordinator.site_keys import SiteKeys, revoke
 from shared import topology
 from shared.brokers.embedded import EmbeddedBroker
 from shared.config import canonical_json
-from shared.errors import FencedError, LedgerDamagedError
+from shared.errors import FencedError, LedgerDamagedError, RunExistsError
+from shared.protocol.chain import Head
 from shared.protocol.ledger import Ledger
-from shared.protocol.links import Head, signed
-from shared.protocol.records import LinkRecord, RefusedRecord
+from shared.protocol.records import AcceptedRecord, LinkRecord, RefusedRecord
 from shared.trust.keys import SigningKey
 from tests import federations
-from tests.steering import relink, store_of, verify
+from tests.steering import Crash, forget, relink, store_of, verify
 
 KEY, HIS = SigningKey.generate(), SigningKey.generate()
+TRUST = {"key_file": "coordinator.key"}
 KNOWN = Expected(KEY.public, demanded=True)
 ACCEPTED = topology.accepted_key("test", 2, "b")
 EVALUATED = topology.evaluated_key("test", 3, "a")  # nothing follows from it
@@ -33,8 +35,8 @@ EVALUATED = topology.evaluated_key("test", 3, "a")  # nothing follows from it
 def whole(tmp_path_factory):
     """A finished run whose links are signed."""
     folder = tmp_path_factory.mktemp("whole")
-    federations.run(federations.config(), folder)
-    relink(store_of(folder), KEY)
+    KEY.save(folder / "coordinator.key")
+    federations.run(federations.config(trust=TRUST), folder)
     found = verify(folder, expected=KNOWN)
     assert found.findings == []
     assert found.chain.known
@@ -45,6 +47,15 @@ def whole(tmp_path_factory):
 def world(whole, tmp_path):
     """A copy of it to meddle with."""
     return shutil.copytree(whole, tmp_path / "copy", symlinks=True)
+
+
+def role_in(folder, broker=None):
+    """One more coordinator of the run, with the right key."""
+    broker = broker or EmbeddedBroker().connect("coordinator", topology.coordinator_rights())
+    store, spool = store_of(folder), folder / "spool"
+    return build_coordinator(
+        federations.config(trust=TRUST), store, broker, spool, lambda: 1.0, key=KEY
+    )
 
 
 def head_of(folder):
@@ -79,12 +90,21 @@ def test_a_record_that_is_edited_is_found(world):
 
 
 def test_a_record_that_is_added_is_found(world):
-    """A refusal that never was, with which nothing is wrong in itself."""
-    record = RefusedRecord(round=2, site="b", sha="0" * 64, verdict="late", reason="it was late")
-    store_of(world).create(record.key("test"), canonical_json(record.model_dump(mode="json")))
+    """A refusal that never was, of what the site did sign: nothing is wrong with it in itself."""
+    store = store_of(world)
+    forged = refusal_of(store)
+    store.create(forged.key("test"), canonical_json(forged.model_dump(mode="json")))
     keys, words = found(world)
-    assert keys == {record.key("test")}
-    assert "no link names it" in words
+    assert keys == {forged.key("test")}
+    assert "was put there by somebody else" in words
+
+
+def refusal_of(store):
+    """What becomes of a site's genuine word where somebody says that its delta was refused."""
+    ledger = Ledger(store, "test", "somebody", lambda: 1.0)
+    taken = ledger.read(AcceptedRecord, ACCEPTED)
+    values = {name: getattr(taken, name) for name in ("writer", "time", "round", "site", "sha")}
+    return RefusedRecord(verdict="late", reason="it was late", said=taken.said, **values)
 
 
 def test_two_links_that_are_swapped_are_found(world):
@@ -117,11 +137,13 @@ def test_an_edited_record_with_all_links_made_anew_is_not_signed(world, key):
     store, kept = store_of(world), head_of(world)
     edit(store, EVALUATED, writer="somebody")
     relink(store, key)
-    assert verify(world).findings == []
+    findings = verify(world).findings
+    named = any(f.problem.startswith("said: ") for f in findings)
+    assert bool(findings) == named == (key is HIS)  # then sites have to have signed too
     told = verify(world).chain
     assert (told.by, told.known) == (key and key.public.text, False)
     keys, words = found(world)
-    assert keys == {topology.link_key("test", 1)}
+    assert topology.link_key("test", 1) in keys
     assert f"expected the signature of {KEY.public.fingerprint}" in words
     assert "another history" in found(world, Expected(against=kept))[1]
 
@@ -133,7 +155,8 @@ def test_an_old_signature_does_not_fit_a_new_link(world):
     before = {i.key: json.loads(store.get(i.key)) for i in store.list("runs/test/chain/")}
     relink(store)
     for key, link in before.items():
-        edit(store, key, by=link["by"], signature=link["signature"])
+        edit(store, key, signed_by=link["signed_by"], signature=link["signature"])
+    edit(store, topology.federation_key("test"), signed_by=KEY.public.text)
     keys, words = found(world)
     assert keys
     assert "somebody else signed it" in words
@@ -184,8 +207,10 @@ def test_a_link_of_another_run_is_not_one_of_this(world):
     store = store_of(world)
     (*_, last) = store.list(topology.links_prefix("test"))
     link = Ledger(store, "test", "test", lambda: 0.0).read(LinkRecord, last.key)
-    other = signed(link.model_copy(update={"run": "other"}), KEY)
-    store.put(last.key, canonical_json(other.model_dump(mode="json")))
+    ledger = Ledger(store, "test", "test", lambda: 0.0, KEY)
+    ledger.run = "other"
+    ledger.birth = "0" * 64
+    store.put(last.key, ledger.bytes_of(link.model_copy(update={"run": "other"})))
     keys, words = found(world)
     assert last.key in keys
     assert "belongs to runs/other/" in words
@@ -195,18 +220,15 @@ def test_a_link_by_a_zombie_stops_whoever_meets_it(tmp_path):
     """One that somebody made without the key is never gone on with; nothing is said after it."""
     store = store_of(tmp_path)
     broker = EmbeddedBroker().connect("coordinator", topology.coordinator_rights())
-    role = build_coordinator(
-        federations.config(), store, broker, tmp_path / "spool", lambda: 1.0, key=KEY
-    )
-    his = signed(
-        LinkRecord(run="test", number=1, previous=None, records={}, writer="a zombie"), HIS
-    )
-    store.create(his.key("test"), canonical_json(his.model_dump(mode="json")))
-    with pytest.raises(Exception, match=r"trust\.key_file"):
+    role = role_in(tmp_path, broker)
+    his = LinkRecord(run="test", number=1, previous=None, records={}, writer="a zombie")
+    forged = Ledger(store, "test", "a zombie", lambda: 0.0, HIS).bytes_of(his)
+    store.create(his.key("test"), forged)
+    with pytest.raises(LedgerDamagedError, match="signed_by: expected"):
         role.coordinator.start()
     store.delete(his.key("test"))
     role.coordinator.reload()
-    store.create(his.key("test"), canonical_json(his.model_dump(mode="json")))
+    store.create(his.key("test"), forged)
     with pytest.raises(FencedError, match="a zombie"):
         role.coordinator.publish()
     assert broker.depth(topology.site_queue("a")) == 0
@@ -214,11 +236,109 @@ def test_a_link_by_a_zombie_stops_whoever_meets_it(tmp_path):
 
 def test_a_coordinator_does_not_go_on_with_what_was_cut_out(world):
     """It names the record and stops: a store can end a run, and change nothing in it."""
-    store = store_of(world)
-    store.delete(ACCEPTED)
-    broker = EmbeddedBroker().connect("coordinator", topology.coordinator_rights())
-    role = build_coordinator(
-        federations.config(), store, broker, world / "spool", lambda: 1.0, key=KEY
-    )
+    store_of(world).delete(ACCEPTED)
     with pytest.raises(LedgerDamagedError, match="accepted/b"):
-        role.coordinator.start()
+        role_in(world).coordinator.start()
+
+
+# While no coordinator runs ----------------------------------------------------------------------
+
+
+def planted(folder, key, forge):
+    """A run whose coordinator died after round 2; somebody adds ``forge(store)`` meanwhile."""
+    config = federations.config(trust=TRUST)
+    sites = federations.learners(config)
+    died = []
+
+    def dies(task):
+        if task.round == 3:
+            died.append(task.round)
+            raise Crash
+
+    sites["b"].fault = dies
+    folder.mkdir(exist_ok=True)
+    key.save(folder / "coordinator.key")
+    with pytest.raises(Crash):
+        federations.run(config, folder, sites)
+    assert died
+    store = store_of(folder)
+    place, data = forge(store)
+    store.create(place, data)
+    return config, place
+
+
+def of_somebody(store):
+    """What the coordinator alone writes, by a site's genuine word, without the key."""
+    forged = refusal_of(store)
+    return forged.key("test"), canonical_json(forged.model_dump(mode="json"))
+
+
+def by_his_key(store):
+    """The same, signed by a key that he has."""
+    forged = refusal_of(store)
+    return forged.key("test"), Ledger(store, "test", "x", float, HIS).bytes_of(forged)
+
+
+def from_another_place(store):
+    """What the coordinator did sign, of another round."""
+    data = store.get(topology.round_key("test", 2, "opened"))
+    return topology.round_key("test", 4, "opened"), data
+
+
+@pytest.mark.parametrize("forge", [of_somebody, by_his_key, from_another_place])
+def test_what_somebody_plants_while_no_coordinator_runs_is_not_taken_in(tmp_path, forge):
+    """The next one names the record and stops; once it is away, the run ends as it would have."""
+    config, place = planted(tmp_path, KEY, forge)
+    words = found(tmp_path, Expected(KEY.public, demanded=True))
+    assert place in words[0]
+    with pytest.raises(LedgerDamagedError, match=place):
+        federations.run(config, tmp_path)
+    store_of(tmp_path).delete(place)
+    alone = federations.run(federations.config(), tmp_path / "alone")
+    assert federations.run(config, tmp_path).adapter_sha == alone.adapter_sha
+    assert verify(tmp_path, expected=KNOWN).findings == []
+
+
+def test_a_first_record_that_somebody_planted_begins_no_run(tmp_path):
+    """Neither unsigned, nor with the coordinator's name on it and another's signature."""
+    config = federations.config(trust=TRUST)
+    KEY.save(tmp_path / "coordinator.key")
+    federations.run(config, tmp_path / "his", keys=None)
+    first = topology.federation_key("test")
+    unsigned = json.loads(store_of(tmp_path / "his").get(first))
+    for values in (unsigned, unsigned | {"signed_by": KEY.public.text, "signature": "A" * 86}):
+        store_of(tmp_path).put(first, canonical_json(values))
+        with pytest.raises((RunExistsError, LedgerDamagedError), match=r"runs/test|Take \[trust\]"):
+            federations.run(config, tmp_path)
+        assert list(store_of(tmp_path).list("runs/test/chain/")) == []
+
+
+# The keys of the sites --------------------------------------------------------------------------
+
+
+def newest_key(store):
+    """The object of the last enrolment or revocation."""
+    return list(store.list(topology.site_keys_prefix(KEY.public.fingerprint)))[-1].key
+
+
+@pytest.mark.parametrize("how", ["cut off", "swapped"])
+def test_keys_that_are_cut_off_or_swapped_are_found_by_the_links(world, how):
+    """Each link names the newest of them: who has the store cannot take a revocation back.
+
+    Neither by cutting it off, nor where the operator's next word took its number.
+    """
+    store = store_of(world)
+    forget(store, topology.finished_key("test"))
+    assert revoke(SiteKeys(store, KEY.public), KEY, "a", "laptop lost", "me@here")
+    role_in(world).coordinator.start()
+    assert found(world) == (set(), "")
+    gone = newest_key(store)
+    store.delete(gone)
+    if how == "swapped":
+        assert revoke(SiteKeys(store, KEY.public), KEY, "b", "another one", "me@here")
+        assert newest_key(store) == gone
+    keys, words = found(world)
+    assert gone in keys
+    assert "newer enrolments or revocations were taken away" in words
+    with pytest.raises(LedgerDamagedError, match=f"{gone}.*taken away"):
+        role_in(world).coordinator.start()

@@ -6,17 +6,23 @@ import msgpack
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from coordinator.announcing import announcement as announced
+from participant.births import Births
+from participant.workspace import Workspace
 from shared.errors import DecodeError, SignatureError
 from shared.protocol import wire
-from shared.protocol.events import RunDeclined, SiteOnline
+from shared.protocol.events import RoundClosed, RunDeclined, SiteOnline
 from shared.protocol.hearing import hear_at_coordinator, hear_at_site
-from shared.protocol.messages import to_coordinator, to_site
+from shared.protocol.messages import Voice, to_coordinator, to_site
 from shared.trust.keys import SigningKey
 from shared.trust.seal import MOST_SEAL_BYTES, MOST_TEXT, opened, seal
+from tests import federations
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+VOICE = Voice(KEY, "birth")
+DECLINED = RunDeclined(run="r", reason="why")
 OTHER = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))
-DATA = wire.encode(RunDeclined(run="r", reason="why"), 1.0, "id")
+DATA = wire.encode(DECLINED, 1.0, "id")
 
 
 def test_what_is_sealed_comes_out_as_it_went_in():
@@ -107,19 +113,19 @@ def test_an_unsigned_message_has_no_seal():
     assert sealed.event.said is None
 
 
-def hear(message, *, site=None):
+def hear(message, *, site=None, births=None):
     """As the coordinator, or the site, hears it from a."""
     envelope = wire.decode(message.body)
     if site is not None:
-        return hear_at_site(site, KEY.public)(envelope, "coordinator")
-    return hear_at_coordinator(lambda _sender, _by: KEY.public)(envelope, "a")
+        return hear_at_site(site, KEY.public, births)(envelope, "coordinator")
+    return hear_at_coordinator(lambda _sender, _by: KEY.public, "birth")(envelope, "a")
 
 
 def test_what_is_heard_brings_its_proof_along():
     """The event's own bytes, its recipient, key and signature; nothing of it travels."""
-    event = hear(to_coordinator("a", RunDeclined(run="r", reason="why"), 1.0, key=KEY))
-    assert (event.said.by, event.said.to) == (KEY.public.text, "run:r")
-    event.said.seal().check("a", "run:r", KEY.public)
+    event = hear(to_coordinator("a", DECLINED, 1.0, voice=VOICE))
+    assert (event.said.by, event.said.to) == (KEY.public.text, "run:r:birth")
+    event.said.seal().check("a", "run:r:birth", KEY.public)
     assert b"ed25519" not in wire.encode(event, 1.0)
 
 
@@ -127,8 +133,9 @@ def test_what_is_heard_brings_its_proof_along():
     ("message", "why"),
     [
         (to_coordinator("a", SiteOnline(), 1.0), "got none"),
-        (to_coordinator("b", SiteOnline(), 1.0, key=KEY), "expected one of"),
-        (to_coordinator("a", SiteOnline(), 1.0, key=OTHER), "expected one of"),
+        (to_coordinator("b", SiteOnline(), 1.0, voice=VOICE), "expected one of"),
+        (to_coordinator("a", SiteOnline(), 1.0, voice=Voice(OTHER)), "expected one of"),
+        (to_coordinator("a", DECLINED, 1.0, voice=Voice(KEY, "old")), "got run:r:old"),
     ],
 )
 def test_a_coordinator_hears_only_what_its_sender_signed(message, why):
@@ -137,16 +144,47 @@ def test_a_coordinator_hears_only_what_its_sender_signed(message, why):
         hear(message)
 
 
+CLOSED = RoundClosed(run="r", round=1, result_sha="0" * 64)
+
+
 @pytest.mark.parametrize(
     ("message", "why"),
     [
-        (to_site("n", SiteOnline(), 1.0), "got none"),
-        (to_site("m", SiteOnline(), 1.0, KEY), "to: expected site:n, got site:m"),
-        (to_site("n", SiteOnline(), 1.0, OTHER), "the key in trust.coordinator"),
-        (to_coordinator("coordinator", SiteOnline(), 1.0, key=KEY), "to: expected site:n"),
+        (to_site("n", CLOSED, 1.0), "got none"),
+        (to_site("m", CLOSED, 1.0, VOICE), "to: expected site:n:birth, got site:m:birth"),
+        (to_site("n", CLOSED, 1.0, Voice(OTHER, "birth")), "the key in trust.coordinator"),
+        (to_site("n", CLOSED, 1.0, Voice(KEY, "old")), "got site:n:old"),
+        (to_coordinator("coordinator", CLOSED, 1.0, voice=VOICE), "to: expected site:n:birth"),
     ],
 )
-def test_a_site_hears_only_what_its_coordinator_signed_for_it(message, why):
-    """Unsigned, for another site, by another key, or for the coordinator itself."""
+def test_a_site_hears_only_what_its_coordinator_signed_for_it(message, why, tmp_path):
+    """Unsigned, for another site, by another key, in another run, or for the coordinator itself."""
+    births = Births(Workspace(tmp_path))
+    births.announced("r", "birth")
     with pytest.raises(SignatureError, match=why):
-        hear(message, site="n")
+        hear(message, site="n", births=births)
+
+
+def announcement(birth, key=KEY):
+    """The word with which a run begins at a site."""
+    event = announced(federations.config("n", name="r"), "n")
+    return to_site("n", event, 1.0, Voice(key, birth))
+
+
+def test_a_run_that_was_displaced_by_another_of_its_name_is_over(tmp_path):
+    """Also after a restart; and nobody without the key displaces one."""
+    births = Births(Workspace(tmp_path))
+    hear(announcement("old"), site="n", births=births)
+    old = to_site("n", CLOSED, 1.0, Voice(KEY, "old"))
+    assert hear(old, site="n", births=births).said.to == "site:n:old"
+    with pytest.raises(SignatureError):
+        hear(announcement("false", OTHER), site="n", births=births)
+    for _ in range(2):
+        hear(announcement("new"), site="n", births=births)
+    births = Births(Workspace(tmp_path))
+    for word, why in ((old, "got site:n:old"), (announcement("old"), "displaced")):
+        with pytest.raises(SignatureError, match=why):
+            hear(word, site="n", births=births)
+    assert births.of("r") == "new"
+    new = to_site("n", CLOSED, 1.0, Voice(KEY, "new"))
+    assert hear(new, site="n", births=births).said.to == "site:n:new"
