@@ -131,9 +131,10 @@ install-locked: ## As install, with each file's hash; torch by version from TORC
 lock: $(TOOLS) ## Write all requirements with hashes, from pyproject.toml and constraints.txt
 	mkdir -p build/lock
 	echo hatchling > build/lock/builder.in
+	echo editables > build/lock/editable.in  # hatchling asks for it where the project is not copied
 	$(COMPILE) -c constraints.txt build/lock/builder.in pyproject.toml > build/lock/coordinator.in
 	$(COMPILE) -c constraints.txt --extra participant --extra privacy build/lock/builder.in pyproject.toml > build/lock/participant.all
-	$(COMPILE) -c constraints.txt --all-extras build/lock/builder.in pyproject.toml > build/lock/everything.all
+	$(COMPILE) -c constraints.txt --all-extras build/lock/editable.in build/lock/builder.in pyproject.toml > build/lock/everything.all
 	for of in participant everything; do \
 		(grep -v -E '$(TORCH)' build/lock/$$of.all; grep -E '^$(DEMO)==' constraints.txt) > build/lock/$$of.in; \
 	done
