@@ -57,10 +57,20 @@ check: $(STAMP) ## What CI runs: format, lint, types, import rules, tests (and t
 	$(BIN)/lint-imports
 	$(MAKE) test
 
-check-deploy: $(STAMP) ## Lint compose.yaml, the Dockerfiles and the shell scripts
+check-deploy: $(STAMP) ## Lint compose.yaml, the Dockerfiles, the shell scripts and systemd's units
 	$(BIN)/yamllint -s -d '{extends: default, rules: {line-length: {max: 100}, document-start: disable}}' compose.yaml
 	$(BIN)/hadolint deploy/compose/Dockerfile.* tests/compose/stand_ins/*/Dockerfile
 	$(BIN)/shellcheck deploy/slurm/participant.sbatch
+	@if ! command -v systemd-analyze >/dev/null && [ "$$(id -u)" -eq 0 ]; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends systemd >/dev/null; fi
+	rm -rf build/systemd && mkdir -p build/systemd
+	@for unit in deploy/systemd/*; do \
+		sed 's|/opt/gradualdiff/bin/gradualdiff|/bin/true|' "$$unit" > "build/systemd/$${unit##*/}"; done
+	systemd-analyze verify build/systemd/*.service
+	@for exposed in coordinator:12 participant@:18; do \
+		systemd-analyze security --offline=true --threshold=$${exposed#*:} --no-pager \
+			build/systemd/gradualdiff-$${exposed%:*}.service > build/systemd/report \
+			|| { cat build/systemd/report; exit 1; }; done
 	@if docker compose version >/dev/null 2>&1; then docker compose config -q; \
 	else echo "no docker compose here: compose.yaml is read by make test-compose"; fi
 
@@ -121,9 +131,10 @@ install-locked: ## As install, with each file's hash; torch by version from TORC
 lock: $(TOOLS) ## Write all requirements with hashes, from pyproject.toml and constraints.txt
 	mkdir -p build/lock
 	echo hatchling > build/lock/builder.in
+	echo editables > build/lock/editable.in  # hatchling asks for it where the project is not copied
 	$(COMPILE) -c constraints.txt build/lock/builder.in pyproject.toml > build/lock/coordinator.in
 	$(COMPILE) -c constraints.txt --extra participant --extra privacy build/lock/builder.in pyproject.toml > build/lock/participant.all
-	$(COMPILE) -c constraints.txt --all-extras build/lock/builder.in pyproject.toml > build/lock/everything.all
+	$(COMPILE) -c constraints.txt --all-extras build/lock/editable.in build/lock/builder.in pyproject.toml > build/lock/everything.all
 	for of in participant everything; do \
 		(grep -v -E '$(TORCH)' build/lock/$$of.all; grep -E '^$(DEMO)==' constraints.txt) > build/lock/$$of.in; \
 	done

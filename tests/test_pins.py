@@ -76,6 +76,8 @@ def test_a_lock_holds_all_that_is_needed(lock, extras):
     assert (needed([*project["dependencies"], *chosen]) | BUILDER) - set(held) == set()
     assert {name: v for name, v in held.items() if constraints.get(name, v) != v} == {}
     assert (set(held) >= DEMO) == (extras != [])
+    # What pip builds with where it only points to the checkout: make install-locked.
+    assert ("editables" in held) == (extras is None)
     assert "torch" not in held  # each of its builds has hashes of its own
 
 

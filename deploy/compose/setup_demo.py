@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from minio import Minio, MinioAdmin
+from minio.credentials import StaticProvider
+from minio.sseconfig import Rule, SSEConfig
 
 OPERATOR = Path("/operator")  # seen by this setup only
 PREPARED = OPERATOR / "prepared"
@@ -42,6 +45,10 @@ STORE = {
     "transport": "plaintext",
 }
 
+# The store's root, mounted at the store and here: it makes the bucket and the coordinator's key.
+STORE_ADMIN = Path("/secrets/store-admin")
+STORE_POLICY = Path(__file__).with_name("store_policy.json")
+
 Tables = dict[str, dict[str, Any]]
 
 
@@ -55,6 +62,7 @@ def main() -> None:
         prepare(wanted)
     tables = tomllib.loads(FEDERATION.read_text())
     say_what_holds(tables, wanted)
+    open_the_store()
     # A broker that lost its volume gets its accounts back from the record in the store.
     gradualdiff("setup", FEDERATION, "--kits", KITS)
     for name in tables["run"]["participants"]:
@@ -86,6 +94,23 @@ def say_what_holds(tables: Tables, wanted: dict[str, int]) -> None:
                 "To begin anew, losing this run: docker compose down --volumes",
                 file=sys.stderr,
             )
+
+
+def open_the_store() -> None:
+    """The bucket, encrypted at rest, and a key that is good for it alone; as the store's root."""
+    endpoint = STORE["url"].removeprefix("http://")
+    key, secret = ((STORE_ADMIN / name).read_text() for name in ("access-key", "secret-key"))
+    root = Minio(endpoint, access_key=key, secret_key=secret, secure=False)
+    if not root.bucket_exists(STORE["bucket"]):
+        root.make_bucket(STORE["bucket"])
+    # A store that has lost its encryption key refuses this, and setup ends before anything is sent.
+    root.set_bucket_encryption(STORE["bucket"], SSEConfig(Rule.new_sse_s3_rule()))
+    admin = MinioAdmin(endpoint=endpoint, credentials=StaticProvider(key, secret), secure=False)
+    coordinator = Path(STORE["access_key_file"]).read_text()
+    admin.user_add(coordinator, Path(STORE["secret_key_file"]).read_text())
+    admin.policy_add("coordinator", STORE_POLICY)
+    admin.policy_set("coordinator", user=coordinator)
+    print("setup: the store encrypts the bucket; the coordinator's key is good for it alone")
 
 
 def hand_over(name: str) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PASSWORD_FILE = "broker-password"  # noqa: S105 - a file's name
 CA_FILE = "ca.pem"
+CERT_FILE = "certificate.pem"
+CERT_KEY_FILE = "certificate.key"
 # One sentence wherever this setting is explained.
 METRICS_KEPT = (
     "false: no losses leave; deltas, counts (examples, tokens, steps) and seconds still do"
@@ -100,7 +102,33 @@ def declare_sites(servers: Servers, sites: list[str]) -> None:
 # The kit -----------------------------------------------------------------------------------------
 
 
-def prepare_kit(servers: Servers, name: str, kit: Path | None) -> Path:
+@dataclass(frozen=True)
+class Certificate:
+    """What a site shows the broker beside its password. ``key`` None: the site has it already."""
+
+    file: Path
+    key: Path | None
+
+    def check(self, broker: OperatedBrokerSection) -> None:
+        """Raises ConfigError for a broker without TLS, and for files that are no such pair."""
+        import ssl
+
+        from shared.brokers.rabbitmq.tls import load_certificate
+
+        if not broker.url.startswith("amqps://"):
+            raise ConfigError(
+                "--cert: expected a broker with TLS, got amqp:// in broker.url; use amqps://"
+            )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.key is not None:
+            load_certificate(context, self.file, self.key, "--cert")
+        elif not self.file.is_file():
+            raise ConfigError(f"--cert: expected a file, got none at {self.file}; fix the path")
+
+
+def prepare_kit(
+    servers: Servers, name: str, kit: Path | None, certificate: Certificate | None = None
+) -> Path:
     """Make the folder and all in it but the password; files that are there stay as they are.
 
     All that can go wrong with the folder goes wrong here, before the site's account is touched.
@@ -116,11 +144,15 @@ def prepare_kit(servers: Servers, name: str, kit: Path | None) -> Path:
         pass  # it can be written to
     authority = existing_file(servers.folder, servers.broker.ca_file, "broker.ca_file")
     files = {
-        "site.toml": _site_toml(servers, name).encode(),
+        "site.toml": _site_toml(servers, name, certificate).encode(),
         "README.txt": _readme(name, signs=servers.config.trust is not None).encode(),
     }
     if authority is not None:
         files[CA_FILE] = authority.read_bytes()
+    if certificate is not None:
+        files[CERT_FILE] = certificate.file.read_bytes()
+        if certificate.key is not None and not (folder / CERT_KEY_FILE).exists():
+            write_secret(folder / CERT_KEY_FILE, certificate.key.read_text("ascii").rstrip())
     for file, data in files.items():
         if not (folder / file).exists():
             (folder / file).write_bytes(data)
@@ -172,7 +204,7 @@ def site_url(broker: OperatedBrokerSection, name: str) -> str:
     return url
 
 
-def _site_toml(servers: Servers, name: str) -> str:
+def _site_toml(servers: Servers, name: str, certificate: Certificate | None) -> str:
     from shared.config import AcceptSection
 
     config = servers.config
@@ -180,6 +212,10 @@ def _site_toml(servers: Servers, name: str) -> str:
     broker.append(f"password_file = {toml_value(PASSWORD_FILE)}")
     if servers.broker.ca_file is not None:
         broker.append(f"ca_file = {toml_value(CA_FILE)}")
+    # A broker that asked a certificate of the coordinator asks one of each site.
+    if certificate is not None or servers.broker.cert_file is not None:
+        broker.append(f"cert_file = {toml_value(CERT_FILE)}")
+        broker.append(f"key_file = {toml_value(CERT_KEY_FILE)}")
     broker.append(f"transport = {toml_value(servers.broker.transport)}")
     store = config.store.site_url or config.store.url
     pinned = None if config.trust is None else signer_of(servers).public

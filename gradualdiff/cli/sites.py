@@ -12,6 +12,7 @@ import typer
 from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
 from gradualdiff.cli.kits import (
     PASSWORD_FILE,
+    Certificate,
     Servers,
     accounts_of,
     declare_sites,
@@ -64,6 +65,16 @@ def add(
         int | None,
         typer.Option(min=1, max=36_500, help="Days until the account ends (default: never)."),
     ] = None,
+    cert: Annotated[
+        Path | None,
+        typer.Option(help="The site's certificate (PEM), for a broker that demands one: a copy."),
+    ] = None,
+    cert_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its private key: a copy. Without it the site puts its own into the kit."
+        ),
+    ] = None,
     reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
@@ -74,11 +85,16 @@ def add(
     servers = open_servers(federation)
     accounts = accounts_of(servers)
     accounts.check_new(name)
+    if cert is None and cert_key is not None:
+        raise ConfigError("--cert-key: expected --cert with it, got none; give both, or --cert")
+    certificate = None if cert is None else Certificate(cert, cert_key)
+    if certificate is not None:
+        certificate.check(servers.broker)  # before anything is put on record
     if key is not None:
         put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
         enrol_key(servers, name, PublicKey(key), "added")
     put_on_servers_record(servers, federation, "kit.write", name, reason)
-    folder = prepare_kit(servers, name, kit)
+    folder = prepare_kit(servers, name, kit, certificate)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
     put_on_servers_record(servers, federation, "account.add", name, reason)

@@ -9,6 +9,7 @@ import tomli_w
 
 from shared.config import FederationConfig, parse
 from shared.config.overrides import overridden
+from shared.trust.keys import IDENTITY_FILE, SigningKey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 HELD_OUT_PER_SITE = 13  # 65 in all: one evaluation takes a few seconds on two cores
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 40
+COORDINATORS_KEY = "coordinator.key"
 
 
 def write_demo(
@@ -33,8 +35,9 @@ def write_demo(
     """Write ``federation.toml`` and one ``sites/<name>.toml`` each; the former's path.
 
     ``store``: its directory, as seen from ``folder``. ``servers``: [broker] and [store] tables to
-    run it over; a site's password is then looked for in its kit, ``kits/<name>``. ``overrides``:
-    settings instead of the demo's own. Raises ConfigError for one that is wrong.
+    run it over; a site's password is then looked for in its kit, ``kits/<name>``, its key in its
+    workspace, and the coordinator's key is made here, for each site to pin. ``overrides``: settings
+    instead of the demo's own. Raises ConfigError for one that is wrong.
 
     The adapter's settings are the paper's (they are the defaults); learning rate and local steps
     are the demo's own, since the paper's move little in so few steps (docs/explanation/demo.md).
@@ -62,8 +65,7 @@ def write_demo(
             "cpu_threads": 2,
         },
         **{name: dict(table) for name, table in places.items()},
-        # Over servers each site makes its own key, and has it enrolled, before anybody demands one.
-        **({} if servers else {"trust": {"key_file": "coordinator.key"}}),
+        "trust": {"key_file": COORDINATORS_KEY},
         "simulation": {"sites": [f"sites/{name}.toml" for name in names]},
     }
     tables, given = overridden(FederationConfig, tables, overrides)
@@ -72,7 +74,7 @@ def write_demo(
     for site in sites:
         tables_of_site = _site(site)
         if servers:
-            tables_of_site["broker"] = _site_broker(site.name, servers["broker"])
+            tables_of_site |= _over_servers(site.name, model, servers, folder)
         write_tables(folder / "sites" / f"{site.name}.toml", tables_of_site)
     path = folder / "federation.toml"
     write_tables(path, tables)
@@ -87,6 +89,19 @@ def _site(site: SiteFile) -> dict[str, dict[str, object]]:
             **site.columns,
             "max_held_out": HELD_OUT_PER_SITE,
         },
+    }
+
+
+def _over_servers(
+    name: str, model: str, servers: Mapping[str, Mapping[str, object]], folder: Path
+) -> dict[str, dict[str, object]]:
+    """What a kit would say: where the servers are, whom to believe, which model is accepted."""
+    pinned = SigningKey.kept(folder / COORDINATORS_KEY, "trust.key_file").public
+    return {
+        "broker": _site_broker(name, servers["broker"]),
+        "store": {"url": servers["store"]["url"]},
+        "trust": {"key_file": str(Path(name) / IDENTITY_FILE), "coordinator": pinned.text},
+        "accept": {"models": [model]},
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import stat
 import tempfile
 import time
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def check_secret(section: Section, name: str, folder: Path, table: str) -> Itera
         try:
             read_secret(section, name, folder, table)
             if setting.endswith("_file"):
-                yield _permissions(where, folder / str(value))
+                yield from check_permissions(where, folder / str(value))
             else:
                 place = value if isinstance(value, str) else value[0]
                 yield CheckResult("secret", "OK", f"{where}: {place} gives one")
@@ -70,15 +69,21 @@ def check_secret(section: Section, name: str, folder: Path, table: str) -> Itera
             yield CheckResult("secret", "FAIL", str(error))
 
 
-def _permissions(setting: str, path: Path) -> CheckResult:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        return CheckResult(
-            "secret",
-            "WARN",
-            f"{setting}: {path} has mode {mode:04o}: others may use it; run: chmod 600 {path}",
-        )
-    return CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
+def check_permissions(setting: str, path: Path) -> Iterator[CheckResult]:
+    """A file that is its owner's alone."""
+    from shared.trust.keys import mode_for_others
+
+    try:
+        mode = mode_for_others(path)
+    except OSError as error:
+        told = f"{setting}: {path}: {error.strerror}; fix that path"
+        yield CheckResult("secret", "FAIL", told)
+        return
+    if mode:
+        told = f"{setting}: {path} has mode {mode:04o}: others may use it; run: chmod 600 {path}"
+        yield CheckResult("secret", "WARN", told)
+    else:
+        yield CheckResult("secret", "OK", f"{setting}: {path} is its owner's alone")
 
 
 def check_key(path: Path) -> Iterator[CheckResult]:

@@ -15,6 +15,7 @@ from gradualdiff.doctor.checks import (
     check_clock,
     check_folder,
     check_key,
+    check_permissions,
     check_publishing,
     check_secret,
     check_tls,
@@ -70,6 +71,8 @@ def _secrets(config: FederationConfig, folder: Path) -> Iterator[CheckResult]:
     if config.broker is not None:
         for name in ("password", "management_password"):
             yield from check_secret(config.broker, name, folder, "broker")
+        if config.broker.key_file is not None:
+            yield from check_permissions("broker.key_file", folder / config.broker.key_file)
     if config.store.url is not None:
         for name in ("access_key", "secret_key"):
             yield from check_secret(config.store, name, folder, "store")

@@ -16,12 +16,14 @@ from gradualdiff.doctor.checks import (
     check_clock,
     check_folder,
     check_key,
+    check_permissions,
     check_publishing,
     check_secret,
     check_tls,
     connection,
 )
 from participant.data import NOTHING_HELD_OUT, split_text
+from participant.workspace import EXCHANGE_FILE
 from shared.base_model import located
 from shared.errors import AccessRefusedError, BrokerError, ConfigError, GradualDiffError
 from shared.trust.keys import PublicKey
@@ -70,11 +72,23 @@ def check_site(file: Path, store_url: str | None) -> Iterator[CheckResult]:
         ca_file = None if config.broker.ca_file is None else folder / config.broker.ca_file
         yield from _clock(store_url or (config.store.url if config.store else None), ca_file)
         yield from _trust(config.trust, folder)
+    yield from _files(config, folder)
     yield from check_folder("workspace", folder / config.site.workspace, make=True)
     yield from _data(config, folder)
     yield from _models(config, folder)
     yield from _device(config)
     yield from _quantisation()
+
+
+def _files(config: SiteConfig, folder: Path) -> Iterator[CheckResult]:
+    """What else must be its owner's alone: some of it is there only once it was needed."""
+    if config.broker is not None and config.broker.key_file is not None:
+        yield from check_permissions("broker.key_file", folder / config.broker.key_file)
+    if config.privacy.names_file is not None:
+        yield from check_permissions("privacy.names_file", folder / config.privacy.names_file)
+    exchange = folder / config.site.workspace / EXCHANGE_FILE
+    if exchange.exists():
+        yield from check_permissions("this site's key for secure sums", exchange)
 
 
 def _trust(section: SiteTrustSection, folder: Path) -> Iterator[CheckResult]:

@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
+from pathlib import Path
+from typing import Annotated, Final, Literal, TypeAlias
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -22,9 +24,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import StringConstraints
 
 from shared.errors import ConfigError, SignatureError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What a signature is for. It is part of what is signed.
 Purpose: TypeAlias = Literal["event", "record", "attestation", "exchange", "survivors"]
@@ -34,6 +33,19 @@ PublicText = Annotated[str, StringConstraints(pattern=_FORM)]
 """A public key as text, in settings, records and messages."""
 SIGNATURE_BYTES: Final = 64
 IDENTITY_FILE: Final = "identity.key"  # a site's private key, beside its site.toml
+
+
+def mode_for_others(path: Path) -> int:
+    """Its permission bits if others than its owner may use it, else 0. Raises OSError.
+
+    What systemd hands to a service (``LoadCredential``) is that service's alone, though its mode
+    may show a group: that is the mask of an access list.
+    """
+    handed = os.environ.get("CREDENTIALS_DIRECTORY")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if handed and path.resolve().parent == Path(handed).resolve():
+        mode &= ~0o070
+    return mode if mode & 0o077 else 0
 
 
 def _framed(purpose: Purpose, data: bytes) -> bytes:
@@ -107,16 +119,16 @@ class SigningKey:
         """
         try:
             data = path.read_bytes()
-            mode = path.stat().st_mode
+            mode = mode_for_others(path)
         except OSError as error:
             raise ConfigError(
                 f"{setting}: expected a private key at {path}, got: {error.strerror}; fix the "
                 "path, or make one: gradualdiff site init at a site, gradualdiff setup elsewhere"
             ) from None
-        if mode & 0o077:
+        if mode:
             raise ConfigError(
                 f"{setting}: expected a file that only its owner can read, got {path} with mode "
-                f"{mode & 0o777:04o}; chmod 600 it, and make a new key if others use this machine"
+                f"{mode:04o}; chmod 600 it, and make a new key if others use this machine"
             )
         key: object = None
         with contextlib.suppress(ValueError, TypeError, UnsupportedAlgorithm):

@@ -34,6 +34,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.records import FinishedRecord
 from shared.stores.directory import DirectoryStore
 from shared.stores.s3_parts import S3Parts
+from shared.trust.keys import SigningKey
 from tests.servers.faults import ToldServer, make_certificate, reply
 from tests.servers.rabbitmq import ADMIN, RabbitServer
 
@@ -407,6 +408,51 @@ def test_a_site_that_is_simulated_only_needs_no_broker(tmp_path):
     assert "gradualdiff simulate" in found["broker"][1]
     assert found["data"][0] == found["device"][0] == "OK"
     assert "clock" not in found
+
+
+def test_every_file_of_a_site_that_is_its_own_is_looked_at(tmp_path):
+    """What others may read, or is not there, is told with what to do; what is right is said too."""
+    (tmp_path / "work").mkdir()
+    site = tmp_path / "north.toml"
+    site.write_text(
+        '[site]\nname = "north"\nworkspace = "work"\n'
+        '[data]\npath = "text.jsonl"\ntext = "text"\n[device]\nkind = "cpu"\n'
+        '[broker]\nurl = "amqps://north@127.0.0.1:1/"\npassword_file = "password"\n'
+        'cert_file = "certificate.pem"\nkey_file = "certificate.key"\n'
+        '[trust]\nkey_file = "identity.key"\n[privacy]\nnames_file = "names.txt"\n'
+    )
+
+    def verdicts():
+        report = CliRunner().invoke(app, ["doctor", str(site), "--json"]).stdout
+        found = json.loads(report)["findings"]
+        return [
+            (one["verdict"], one["says"])
+            for one in found
+            if one["check"] in ("secret", "signing key")
+        ]
+
+    assert [verdict for verdict, _ in verdicts()] == ["FAIL"] * 4
+    SigningKey.generate().save(tmp_path / "identity.key")
+    secret_files = [
+        tmp_path / name
+        for name in (
+            "password",
+            "identity.key",
+            "certificate.key",
+            "names.txt",
+            "work/exchange.key",
+        )
+    ]
+    for path in secret_files:
+        path.touch()
+        path.chmod(0o640)
+    (tmp_path / "password").write_text("tell-tale")
+    told = verdicts()
+    assert sorted(verdict for verdict, _ in told) == ["FAIL", *["WARN"] * 4]
+    for path in secret_files:
+        assert any(str(path) in says and "chmod 600" in says for _, says in told), path
+        path.chmod(0o600)
+    assert {verdict for verdict, _ in verdicts()} == {"OK"}
 
 
 def test_a_secret_is_looked_at_where_it_comes_from(tmp_path, monkeypatch):

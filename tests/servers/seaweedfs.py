@@ -68,7 +68,7 @@ def named_server() -> S3Server | None:
 class SeaweedFS:
     """``weed mini`` in ``folder``. With a certificate and its key it speaks TLS.
 
-    ``limited_to``: a second key, good for this bucket alone and not to make or delete it.
+    ``policy``: a file with what a second key may do, in the language of S3.
 
     Ports and data stay the same from one start to the next, so that it can be killed and come back.
     """
@@ -78,7 +78,7 @@ class SeaweedFS:
     certificate_key: Path | None = None
     access_key: str = "coordinator-key"
     secret_key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    limited_to: str | None = None
+    policy: Path | None = None
     _port: int = 0
     _process: subprocess.Popen[bytes] | None = None
 
@@ -90,7 +90,7 @@ class SeaweedFS:
 
     @property
     def limited_server(self) -> S3Server:
-        """The same to whoever has the key of one bucket."""
+        """The same to whoever has the key that ``policy`` is for."""
         return replace(self.server, access_key="limited-key", secret_key=self.secret_key[::-1])
 
     @property
@@ -156,12 +156,13 @@ class SeaweedFS:
 
     def _identities(self) -> dict[str, object]:
         keys = {"accessKey": self.access_key, "secretKey": self.secret_key}
-        found = [{"name": "root", "credentials": [keys], "actions": ["Admin"]}]
-        if self.limited_to is not None:
-            keys = {"accessKey": "limited-key", "secretKey": self.secret_key[::-1]}
-            actions = [f"{verb}:{self.limited_to}" for verb in ("Read", "Write", "List")]
-            found.append({"name": "coordinator", "credentials": [keys], "actions": actions})
-        return {"identities": found}
+        root = {"name": "root", "credentials": [keys], "actions": ["Admin"]}
+        if self.policy is None:
+            return {"identities": [root]}
+        keys = {"accessKey": "limited-key", "secretKey": self.secret_key[::-1]}
+        limited = {"name": "limited", "credentials": [keys], "policyNames": ["policy"]}
+        policy = {"name": "policy", "content": self.policy.read_text(encoding="utf-8")}
+        return {"identities": [root, limited], "policies": [policy]}
 
     def _options(self) -> list[str]:
         names = ("s3.port", "filer.port", "master.port", "volume.port", "admin.port")

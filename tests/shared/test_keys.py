@@ -62,6 +62,21 @@ def test_a_key_that_others_can_read_is_refused(tmp_path):
         SigningKey.load(path, "trust.key_file")
 
 
+def test_a_key_that_systemd_hands_over_is_the_services_alone(tmp_path, monkeypatch):
+    """Its mode may show a group, the mask of an access list; all users may read it nowhere."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "handed"))
+    for folder in ("handed", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        KEY.save(tmp_path / folder / "key")
+        (tmp_path / folder / "key").chmod(0o440)
+    handed = tmp_path / "handed" / "key"
+    assert SigningKey.load(handed, "trust.key_file").public == KEY.public
+    handed.chmod(0o444)
+    for path, mode in ((handed, "0404"), (tmp_path / "elsewhere" / "key", "0440")):
+        with pytest.raises(ConfigError, match=f"mode {mode}"):
+            SigningKey.load(path, "trust.key_file")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"-----BEGIN PRIVATE KEY-----\nAAAA\n"])
 def test_what_is_no_key_is_named_by_its_setting(tmp_path, content):
     path = tmp_path / "identity.key"

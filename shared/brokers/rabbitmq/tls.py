@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from shared.credentials import BrokerAddress
 
 
@@ -23,17 +25,18 @@ def tls_context(address: BrokerAddress) -> ssl.SSLContext:
         ) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if address.cert_file is not None and address.key_file is not None:
-        try:
-            # Without a word of ours OpenSSL would ask a terminal for a passphrase, and wait: an
-            # empty one fails at once where the key has any.
-            context.load_cert_chain(
-                address.cert_file,
-                address.key_file,
-                password="",  # nosec B106
-            )
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(
-                f"broker.cert_file: expected a certificate (PEM) in {address.cert_file} and its "
-                f"private key without a passphrase in {address.key_file}, got: {error}"
-            ) from None
+        load_certificate(context, address.cert_file, address.key_file, "broker.cert_file")
     return context
+
+
+def load_certificate(context: ssl.SSLContext, cert: Path, key: Path, setting: str) -> None:
+    """What ``context`` shows of itself. Raises ConfigError naming ``setting`` if it is no pair."""
+    try:
+        # Without a word of ours OpenSSL would ask a terminal for a passphrase, and wait: an empty
+        # one fails at once where the key has any.
+        context.load_cert_chain(cert, key, password="")  # nosec B106
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"{setting}: expected a certificate (PEM) in {cert} and its private key without a "
+            f"passphrase in {key}, got: {error}"
+        ) from None
