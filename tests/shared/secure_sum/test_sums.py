@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.config.secure import two_thirds
+from shared.config.values import canonical_json
 from shared.errors import ProtocolError
 from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
+from shared.secure_sum.cohort import _graph as graph
 from shared.secure_sum.masking import pairs_of
 from shared.secure_sum.opening import check_answer, open_masks
 from shared.secure_sum.said import waits_for
@@ -87,6 +92,26 @@ def test_large_cohorts_are_masked_along_a_graph():
             assert all(site in cohort.neighbours(other) for other in cohort.neighbours(site))
         again = Cohort(Attempt("run", 2, 1), roster)
         assert count == 40 or any(again.neighbours(s) != cohort.neighbours(s) for s in roster)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    names=st.sets(st.from_regex("[a-z][a-z0-9-]{0,8}", fullmatch=True), min_size=3, max_size=90),
+    attempt=st.builds(Attempt, st.just("run"), st.integers(1, 9), st.integers(1, 3)),
+)
+def test_who_masks_with_whom_is_drawn_once_and_as_the_paper_says(names, attempt):
+    """However often and by whom it is asked: a ring in the order of hashes, built a single time."""
+    roster = {name: f"key of {name}" for name in names}
+    cohort = Cohort(attempt, roster)
+    circle = sorted(
+        names, key=lambda name: hashlib.sha256(canonical_json([cohort.digest, name])).hexdigest()
+    )
+    before = graph.cache_info().misses
+    for at, name in enumerate(circle):
+        near = {circle[(at + step) % len(names)] for step in range(-10, 11)} - {name}
+        wanted = near if len(names) > 40 else names - {name}
+        assert Cohort(attempt, {**roster}).neighbours(name) == tuple(sorted(wanted))
+    assert graph.cache_info().misses <= before + 1
 
 
 @pytest.mark.parametrize(
