@@ -245,7 +245,13 @@ class Coordinator(LiveRun):
         check_answer(survivors, sender, event.revealed.answer, offers)
         get_logger().info("sum.answered", round=event.round)
         self.record(
-            UnmaskedRecord(round=event.round, site=sender, revealed=event.revealed, said=event.said)
+            UnmaskedRecord(
+                round=event.round,
+                site=sender,
+                revealed=event.revealed,
+                said=event.said,
+                number=event.attempt,
+            )
         )
 
     def on_training_failed(self, event: TrainingFailed, sender: str) -> None:

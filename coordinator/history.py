@@ -51,7 +51,8 @@ class RoundHistory:
     """One round. What is not on record is None or not there.
 
     Round 0 has a ``genesis`` and no decision. ``accepted``, ``evaluated``: by site. ``refused``,
-    ``failed``: any number of each site's. ``unmasked``: by site.
+    ``failed``: any number of each site's. ``unmasked``: by site. ``earlier``: what is on
+    record of attempts at it before the last, of which all else tells.
     """
 
     number: int
@@ -64,6 +65,7 @@ class RoundHistory:
     unmasked: dict[str, UnmaskedRecord] = field(default_factory=dict)
     closed: ClosedRecord | None = None
     evaluated: dict[str, EvaluatedRecord] = field(default_factory=dict)
+    earlier: list[Record] = field(default_factory=list)
 
     @property
     def result(self) -> GenesisRecord | ClosedRecord | None:
@@ -79,6 +81,7 @@ class RoundHistory:
     def records(self) -> list[Record]:
         """All of them, in the order in which they are folded."""
         found: list[Record | None] = [
+            *self.earlier,
             self.opened,
             *self.accepted.values(),
             *self.refused,
@@ -97,7 +100,7 @@ class RoundHistory:
             case GenesisRecord():
                 self.genesis = record
             case OpenedRecord():
-                self.opened = record
+                self._begin(record)
             case AcceptedRecord():
                 self.accepted[record.site] = record
             case RefusedRecord():
@@ -112,6 +115,17 @@ class RoundHistory:
                 self.closed = record
             case EvaluatedRecord():
                 self.evaluated[record.site] = record
+
+    def _begin(self, opened: OpenedRecord) -> None:
+        own = [self.opened, *self.accepted.values(), self.closing, *self.unmasked.values()]
+        self.earlier += [record for record in own if record is not None]
+        self.opened, self.accepted, self.closing, self.unmasked = opened, {}, None, {}
+
+    @property
+    def attempts(self) -> list[OpenedRecord]:
+        """How each attempt at it was opened, in order."""
+        earlier = [record for record in self.earlier if isinstance(record, OpenedRecord)]
+        return earlier if self.opened is None else [*earlier, self.opened]
 
 
 @dataclass

@@ -374,7 +374,9 @@ class Participant:
             return
         kept_here = {"expires_at", "settings", "left_out", "mask_seed", "terms"}
         told = submission.model_dump(exclude=kept_here)
-        self._publish(DeltaSubmitted(**told, traffic=self.meter.tell(task.run, task.sha)))
+        number = submission.terms.number if submission.terms else 1
+        traffic = self.meter.tell(task.run, task.sha)
+        self._publish(DeltaSubmitted(**told, traffic=traffic, number=number))
         self.handed_over = True
 
     def _unmask(self, task: UnmaskRequested) -> None:

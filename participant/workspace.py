@@ -315,10 +315,10 @@ class Workspace:
         return self._found(task, "held")
 
     def _found(self, task: RoundStarted, place: str) -> Submission | None:
-        wanted = (task.source_sha, settings_digest(task))
+        wanted = (task.source_sha, settings_digest(task), task.secure)
         for folder in self._folder(task.run, place).glob(f"{task.round:05d}-*"):
             found = self._read(folder)
-            if found is not None and (found.source_sha, found.settings) == wanted:
+            if found is not None and (found.source_sha, found.settings, found.terms) == wanted:
                 return found
         return None
 

@@ -14,7 +14,7 @@ from shared.protocol.secure import SecureTerms, survivors_of
 from shared.secure_sum.said import waits_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from shared.config import FederationConfig
     from shared.protocol.manifest import Manifest
@@ -35,6 +35,7 @@ def terms_for(
     selected: tuple[str, ...],
     number: int,
     before: ClosedRecord | None,
+    attempt: int = 1,
 ) -> SecureTerms | None:
     """How the deltas of round ``number`` are masked; None where the run has no secure sum.
 
@@ -48,12 +49,22 @@ def terms_for(
     trained = delta_manifest(manifest, config, selected[0], number)
     first = config.aggregation.secure_reach
     return SecureTerms(
+        number=attempt,
         roster={site: one for site in selected if (one := members[site].exchange) is not None},
         levels=levels_of(config),
         reaches=tuple(
             reaches.get(name, first) for name in sorted(spec.name for spec in trained.tensors)
         ),
     )
+
+
+def must_reopen(opened: OpenedRecord, there: Collection[str]) -> bool:
+    """Whether a round that is not decided needs another attempt, without those who were taken out.
+
+    ``there``: the sites of it that operators still wait for. So many were taken out that no site
+    would reveal anything for the rest. Nobody was asked to yet: that comes after a decision.
+    """
+    return opened.secure is not None and len(there) < fewest_survivors(len(opened.secure.roster))
 
 
 def lacks_survivors(opened: OpenedRecord, count: int) -> str | None:
