@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shared.protocol.manifest import HeldOut
     from shared.protocol.record import Record
     from shared.protocol.records import FederationRecord, Input
+    from shared.protocol.secure import Exchange
     from shared.stores.port import ObjectStore
 
     Damage = Callable[[Place, LedgerDamagedError], None]
@@ -130,9 +131,9 @@ class RoundHistory:
 
 @dataclass
 class History:
-    """A run. ``members``: each site's last word. ``declined``: the reason by site.
+    """A run. ``members``: each site's last word; ``exchanges``: each key it joined with.
 
-    ``rounds``: of which anything is on record, in order.
+    ``declined``: the reason by site. ``rounds``: of which anything is on record, in order.
     """
 
     run: str
@@ -140,6 +141,7 @@ class History:
     config: FederationConfig
     origin: OriginRecord | None = None
     members: dict[str, MemberRecord] = field(default_factory=dict)
+    exchanges: dict[str, list[Exchange]] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     controls: list[ControlRecord] = field(default_factory=list)
     pruned: list[PrunedRecord] = field(default_factory=list)
@@ -153,6 +155,8 @@ class History:
                 self.origin = record
             case MemberRecord():  # the first words come first
                 self.members[record.site] = record
+                if record.exchange is not None:
+                    self.exchanges.setdefault(record.site, []).append(record.exchange)
             case DeclinedRecord():
                 self.declined[record.site] = record.reason
             case ControlRecord():

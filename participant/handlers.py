@@ -16,7 +16,7 @@ from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
 from participant.heads import Heads
 from participant.local_round import train_and_commit
-from participant.secure_round import answer_once, exchange_of, sign_once
+from participant.secure_round import answer_once, exchange_of, is_for_a_lost_key, sign_once
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -315,6 +315,9 @@ class Participant:
         self._publish(RunDeclined(run=task.run, reason=reason))
 
     def _train(self, task: RoundStarted) -> None:
+        if is_for_a_lost_key(self._site, task):
+            get_logger().warning("round.for_a_lost_key", run=task.run, round=task.round)
+            return
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task)

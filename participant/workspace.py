@@ -47,7 +47,7 @@ from shared.protocol.manifest import AuditFigures, LocalMetrics, Schema
 from shared.protocol.privacy import PrivacySpent
 from shared.protocol.secure import Exchange, MaskedWith, Revealed, Secret, SecureTerms
 from shared.secure_sum.answering import Bond
-from shared.secure_sum.exchange import ExchangeKey
+from shared.secure_sum.exchange import ExchangeKey, ExchangeText
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -131,7 +131,7 @@ class TakenPart(Schema):
 
     ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by
     round. ``evaluated``: the one loss of the run's result that was told. ``roster``: by what other
-    sites share masks, as it was first told.
+    sites share masks, as it was told. ``retired``: public halves that gave way to others there.
     """
 
     config_digest: Sha256 | None = None
@@ -140,6 +140,7 @@ class TakenPart(Schema):
     failures: dict[int, int] = Field(default_factory=dict)
     evaluated: AdapterEvaluated | None = None
     roster: dict[Name, Exchange] = Field(default_factory=dict)
+    retired: tuple[ExchangeText, ...] = ()
 
 
 class Workspace:

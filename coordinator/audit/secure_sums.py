@@ -26,9 +26,12 @@ class SecureSums(Evidence):
 
     def _check_terms(self, record: OpenedRecord) -> None:
         """The cohort's keys are those that its sites joined with, and the scale follows."""
-        members = self._history.members
+        members = dict(self._history.members)
         if self._genesis is None or not set(record.selected) <= members.keys():
             return
+        for site, exchange in record.secure.roster.items() if record.secure else ():
+            if exchange in self._history.exchanges.get(site, ()):  # it lost that key later
+                members[site] = members[site].model_copy(update={"exchange": exchange})
         before = self._history.round(record.round - 1).closed
         wanted = terms_for(
             self._config,
@@ -49,7 +52,8 @@ class SecureSums(Evidence):
         for number, (before, record) in enumerate(pairwise(attempts), start=2):
             steering = steer(self._history.controls, record.controls)
             there = steering.in_force(before.selected)
-            if record.number != number or not must_reopen(before, there):
+            keys = record.secure.roster if record.secure else {}
+            if record.number != number or not must_reopen(before, there, keys, there):
                 key = record.key(self._ledger.run)
                 says = (
                     f"attempt {record.number}: expected none, since the one before could be summed"

@@ -247,7 +247,7 @@ def _fold_opened(state: RunState, fact: OpenedRecord) -> tuple[RunState, tuple[E
 
 def _fold_member(state: RunState, fact: MemberRecord) -> RunState:
     words = {**state.words, fact.site: fact.word}
-    if state.genesis is not None and fact.from_round == 0:
+    if state.genesis is not None and fact.from_round == 0 and fact.site not in state.members:
         return replace(state, words=words)
     fact = _shared(state, fact)
     declined = {s: r for s, r in state.declined.items() if s != fact.site}
@@ -410,8 +410,14 @@ def _open_next(state: RunState, attempt: int = 1) -> Step | None:
     )
 
 
+def _must_reopen(state: RunState, opened: OpenedRecord) -> bool:
+    keys = {site: member.exchange for site, member in state.members.items()}
+    there = state.steering.in_force(opened.selected)
+    return must_reopen(opened, there, keys, state.waiting_for)
+
+
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
-    if must_reopen(opened, state.steering.in_force(opened.selected)):
+    if opened.secure is not None and _must_reopen(state, opened):
         return _open_next(state, opened.number + 1)
     policy, steering = state.config.policy, state.steering
     there = len(state.uncounted) + len(state.troubles) + len(steering.excluded)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OpenedRecord,
         UnmaskedRecord,
     )
+    from shared.protocol.secure import Exchange
     from shared.secure_sum.cohort import Survivors
 
 
@@ -58,13 +59,24 @@ def terms_for(
     )
 
 
-def must_reopen(opened: OpenedRecord, there: Collection[str]) -> bool:
-    """Whether a round that is not decided needs another attempt, without those who were taken out.
+def must_reopen(
+    opened: OpenedRecord,
+    there: Collection[str],
+    keys: Mapping[str, Exchange | None],
+    waiting: Collection[str],
+) -> bool:
+    """Whether a round that is not decided needs another attempt.
 
-    ``there``: the sites of it that operators still wait for. So many were taken out that no site
-    would reveal anything for the rest. Nobody was asked to yet: that comes after a decision.
+    ``there``: the sites of it that were not taken out. Where they are too few, no site would reveal
+    anything for them. ``keys``: the sites' exchange keys now; ``waiting``: who sent nothing yet. Of
+    these one that lost its key can send nothing. Nobody was asked to reveal anything yet: that
+    comes after a decision.
     """
-    return opened.secure is not None and len(there) < fewest_survivors(len(opened.secure.roster))
+    if opened.secure is None:
+        return False
+    roster = opened.secure.roster
+    renewed = any(keys.get(site, roster[site]) != roster[site] for site in waiting)
+    return renewed or len(there) < fewest_survivors(len(roster))
 
 
 def lacks_survivors(opened: OpenedRecord, count: int) -> str | None:

@@ -21,6 +21,7 @@ from shared.protocol.records import AcceptedRecord, Input, OpenedRecord
 from shared.secure_sum.quantise import quantise, step_of
 from shared.stores.directory import DirectoryStore
 from shared.tensors.tensor_file import TensorFile
+from shared.trust.keys import IDENTITY_FILE
 from tests import federations
 from tests.federation.test_embedded import restarted
 from tests.federation.test_feedback import watched
@@ -333,6 +334,45 @@ def test_a_decision_on_an_attempt_that_was_given_up_counts_for_nothing(tmp_path)
     at = next(n for n, r in enumerate(records) if isinstance(r, OpenedRecord) and r.number == 2)
     with_it = [*records[:at], orphan, *records[at:]]
     assert replay(made, with_it) == replay(made, records)
+
+
+# A site that lost its key ------------------------------------------------------------------------
+
+
+def burnt(tmp_path, **sections):
+    """Site b fails in round 2 and loses all that it has but the key that it signs with."""
+    made = config("abcd", 3, **sections)
+    sites = federations.learners(made)
+    sites["b"].fault = lambda task: fails(task) if task.round == 2 else None
+    with pytest.raises(RunStuckError, match="no text"):
+        federations.run(made, tmp_path, sites)
+    folder = tmp_path / "sites" / "b"
+    for path in folder.iterdir():
+        if path.name != IDENTITY_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return made
+
+
+def test_a_site_that_lost_its_key_comes_back_with_one_that_it_signed(tmp_path):
+    """Round 2, which waits for it, is attempted again with its new key; round 3 goes on with it."""
+    made = burnt(tmp_path, trust=TRUST)
+    assert federations.run(made, tmp_path).last_round == 3
+    there = history(tmp_path)
+    keys = [record.secure.roster["b"].key for n in (1, 2, 3) for record in there.round(n).attempts]
+    assert [record.number for record in there.round(2).attempts] == [1, 2]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert [i.site for i in there.round(2).closing.inputs] == ["a", "b", "c", "d"]
+    assert verified(tmp_path).findings == []
+
+
+def test_a_site_that_lost_its_key_and_signs_nothing_needs_another_run(tmp_path):
+    """Nobody could tell it from one that the coordinator put in its place."""
+    made = burnt(tmp_path)
+    with pytest.raises(RunStuckError, match="round 2 waits for b"):
+        federations.run(made, tmp_path)
+    there = history(tmp_path).round(2)
+    assert [record.number for record in there.attempts] == [1]
+    assert "needs another run" in there.failed[-1].reason
 
 
 # What is on record -------------------------------------------------------------------------------
