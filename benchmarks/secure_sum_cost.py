@@ -1,24 +1,33 @@
-"""What a secure sum costs in CPU, beside the same round in plain int8: ``python THIS [--quick]``.
+"""What a secure sum costs beside the same round in plain int8: ``python THIS [--quick]``.
 
-Site: from the trained values to the committed file. Plain: int8 with feedback. Secure: fp32, then
-quantised, masked, with residual, commitments and sealed shares. Coordinator: from the stored files
-to the next adapter. Plain: K deltas checked and averaged. Secure: K masked deltas checked, all
-answers opened, the sum unmasked, the mean added. Training and transfers are left out.
+With ``--rounds N`` whole rounds over a real RabbitMQ and a real S3 server, of sites that train
+nothing: plain and masked runs of N rounds in turns, each round's wall seconds from its opening to
+the next one's and the processor seconds of all that take part. A run's first round is left out.
+``--participants K``, ``--turns R``; ``WIRE_SHAPE=llama-2-7b-r64`` for 640 MB in place of 67.
 
-Larger rows are of masks alone (a site's masking; the coordinator's unmasking after all answered)
-and say so: their files would take tens of GB. CPU seconds of one process; ratios within one run.
+Without it CPU seconds of one process, by part; training and transfers are left out. Site: from the
+trained values to the committed file. Plain: int8 with feedback. Secure: fp32, then quantised,
+masked, with residual, commitments and sealed shares. Coordinator: from the stored files to the next
+adapter. Plain: K deltas checked and averaged. Secure: K masked deltas checked, all answers opened,
+the sum unmasked, the mean added. The largest row is of masks alone (a site's masking; the
+coordinator's unmasking after all answered): its files would take 42 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from wire_federation import Federation, run_federation, shared_out
+from wire_servers import add_server_options, end_on_signals, servers
 
 from coordinator.aggregation.closing import aggregate
 from coordinator.aggregation.unmasking import sum_deltas
@@ -38,14 +47,17 @@ from shared.tensors.residual import Feedback
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from wire_servers import Servers
+
     from shared.secure_sum.cohort import Cohort
     from shared.secure_sum.said import Offer
 
 Made = TypeVar("Made")
 TENSOR = 1 << 18  # numbers
 SOURCE = "0" * 64
-WHOLE = [(1, 5), (1, 20), (1, 100), (67, 5), (67, 20)]
-MASKS = [(67, 100), (640, 5), (640, 20), (640, 100)]
+WHOLE = [(1, 5), (1, 20), (1, 100), (67, 5), (67, 20), (67, 100), (640, 5), (640, 20)]
+MASKS = [(640, 100)]
+PARTS = ("coordinator", "sites", "store", "broker")
 
 
 class Clock:
@@ -183,11 +195,69 @@ def masks_row(megabytes: int, count: int) -> dict[str, float]:
     return {"site": clock.seconds["site"], "coordinator": clock.seconds["one"] * count}
 
 
+def one_run(
+    place: Servers, folder: Path, name: str, given: argparse.Namespace, *, secure: bool
+) -> tuple[list[float], dict[str, float]]:
+    """Wall seconds of each round but the first, and processor seconds a round by part."""
+    sites = [f"{name}-{number:03d}" for number in range(given.participants)]
+    federation = Federation(place, folder / name, name, sites, given.rounds, "int8", "int4", secure)
+    with federation:
+        before = place.cpu_seconds()
+        run_federation(federation)
+        cpu = {n: (s - before[n]) / given.rounds for n, s in place.cpu_seconds().items()}
+        later = given.rounds - 1
+        cpu["coordinator"] = federation.phases("coordinator")["cpu_seconds"] / later
+        watches = [federation.phases(names[0]) for names in shared_out(sites)]
+        cpu["sites"] = sum(watch["cpu_seconds"] for watch in watches) / later
+        seconds = federation.round_seconds()[1:]
+    shutil.rmtree(folder / name)
+    return seconds, cpu
+
+
+def whole_rounds(given: argparse.Namespace) -> None:
+    """Runs of both kinds in turns over one pair of servers; print both and their ratios."""
+    walls: dict[bool, list[float]] = {False: [], True: []}
+    spent: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(dir=given.dir, prefix="secure-"))
+        place = stack.enter_context(servers(given, Path(name)))
+        for turn in range(given.turns):
+            for secure in (False, True) if turn % 2 == 0 else (True, False):
+                kind = "secure" if secure else "plain"
+                seconds, cpu = one_run(place, Path(name), f"{kind}-{turn}", given, secure=secure)
+                walls[secure] += seconds
+                spent[secure].append(cpu)
+                print(f"{kind}: rounds of {' '.join(f'{s:.2f}' for s in seconds)} s", flush=True)
+    print(f"\n| a round, K = {given.participants} | plain | secure | ratio |\n|---|---|---|---|")
+
+    def row(name: str, plain: float, secure: float) -> None:
+        print(f"| {name} | {plain:.2f} s | {secure:.2f} s | {secure / plain:.2f}x |")
+
+    row("wall, median", *(statistics.median(walls[secure]) for secure in (False, True)))
+    row("wall, least", *(min(walls[secure]) for secure in (False, True)))
+    totals = [statistics.median(sum(cpu.values()) for cpu in spent[s]) for s in (False, True)]
+    row("CPU of all", *totals)
+    for part in PARTS:
+        row(
+            f"CPU, {part}",
+            *(statistics.median(cpu[part] for cpu in spent[s]) for s in (False, True)),
+        )
+
+
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print the tables that were asked for."""
+    parser = argparse.ArgumentParser(description="Seconds of a secure sum and of a plain one.")
     parser.add_argument("--quick", action="store_true", help="1 MB only")
-    quick = parser.parse_args().quick
+    parser.add_argument("--rounds", type=int, default=0, help="whole rounds of a run, 2 or more")
+    parser.add_argument("--participants", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3, help="runs of each kind")
+    add_server_options(parser)
+    given = parser.parse_args()
+    if given.rounds:
+        end_on_signals()
+        whole_rounds(given)
+        return
+    quick = given.quick
     print(
         "| adapter | K | site: plain | secure | ratio | coordinator: plain | secure | ratio |"
         " bytes up |\n|---|---|---|---|---|---|---|---|---|"

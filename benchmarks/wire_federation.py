@@ -106,6 +106,7 @@ class Federation:
     rounds: int
     codec: str
     down: str = "whole"
+    secure: bool = False
     tags: str = "administrator"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -191,6 +192,7 @@ class Federation:
             "base": {"model": "none", "quantisation": "none"},
             "training": {"local_steps": 1},
             "codec": {"name": self.codec, "down": self.down},
+            "aggregation": {"secure": self.secure},
             "broker": {
                 "url": f"amqp://coordinator@{broker.host}:{broker.port}/{self.name}",
                 "password_file": "broker-password",
@@ -358,6 +360,7 @@ class IdleLearner:
 def run_sites(federation: Path, sites: Sequence[str]) -> None:
     """A process of participants with learners that learn nothing, timed from round 2 on."""
     import participant.fetching
+    import participant.local_round
     import participant.workspace
     from gradualdiff.cli.serve import SITE_HEARTBEAT, connect_broker, stopped_by_signal
     from participant.daemon import ParticipantContext, serve
@@ -373,6 +376,7 @@ def run_sites(federation: Path, sites: Sequence[str]) -> None:
     for owner, name, phase in (
         (HttpTransfer, "download", "fetch"),
         (IdleLearner, "learn", "encode"),
+        (participant.local_round, "mask_delta", "mask"),
         (participant.fetching, "digest_file", "hash"),
         (participant.workspace, "digest_file", "hash"),
         (Workspace, "commit", "commit"),

@@ -259,20 +259,24 @@ class Arrivals:
             if sites is None or site in sites:
                 sent.setdefault(site, []).append(info.key)
         # Looked at after the objects: what a record has named meanwhile is kept.
-        prefix = topology.accepted_prefix(run, number)
-        accepted = {info.key for info in self._store.list(prefix)} if sent else set()
+        accepted: dict[str, list[str]] = {}
+        for info in self._store.list(topology.round_prefix(run, number)) if sent else ():
+            folder, _, name = info.key.rpartition("/")
+            if folder.endswith("/accepted"):
+                accepted.setdefault(name.removesuffix(".json"), []).append(info.key)
         for site, keys in sent.items():
-            record = topology.accepted_key(run, number, site)
-            kept = ""
-            if record in accepted:
-                if len(keys) == 1:
-                    continue  # the usual case asks nothing more
-                try:
-                    kept = AcceptedRecord.model_validate_json(self._store.get(record)).sha
-                except ValidationError:
-                    continue  # a damaged record says nothing against an object
+            records = accepted.get(site, [])
+            if len(keys) == len(records):
+                continue  # the usual case asks nothing more
+            try:
+                kept = {
+                    AcceptedRecord.model_validate_json(self._store.get(record)).sha
+                    for record in records
+                }
+            except ValidationError:
+                continue  # a damaged record says nothing against an object
             for key in keys:
-                if topology.site_and_sha_of_delta(key)[1] != kept:
+                if topology.site_and_sha_of_delta(key)[1] not in kept:
                     self._store.delete(key)
 
     def abort(self, prefix: str, sites: Container[str] | None = None) -> None:

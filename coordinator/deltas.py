@@ -76,7 +76,7 @@ class Deltas:
             self._restore(upload)
             return
         opened = self._waits_for(upload)
-        if opened is None:
+        if opened is None or opened.number != event.number:
             self._answer_closed(upload, event.said)
             return
         against = self._against(event, sender, opened)
@@ -105,6 +105,7 @@ class Deltas:
                 traffic=event.traffic,
                 said=event.said,
                 masked=event.masked if opened.secure is not None else None,
+                number=event.number,
                 privacy=event.privacy,
                 audit=event.audit,
             )
@@ -156,7 +157,8 @@ class Deltas:
             with contextlib.suppress(ProtocolError):  # its turn says so
                 upload = self._upload(event, sender)
                 opened = self._waits_for(upload)
-                if opened is not None and self._against(event, sender, opened) is None:
+                same = opened is not None and opened.number == event.number
+                if opened is not None and same and self._against(event, sender, opened) is None:
                     checks[upload] = partial(self._norm, upload, opened)
         self._ahead = dict(zip(checks, at_once(list(checks.values())), strict=True))
 
@@ -216,7 +218,9 @@ class Deltas:
 
         Without ``record`` nothing is kept of it: a request is not a delta, and costs nothing.
         """
-        key = accepted_key(upload.run, upload.round, upload.site)
+        opened = self._run.state.openings.get(upload.round)
+        number = opened.number if opened is not None else 1
+        key = accepted_key(upload.run, upload.round, upload.site, number)
         try:
             accepted = self._run.ledger.read(AcceptedRecord, key)
         except ObjectMissingError:

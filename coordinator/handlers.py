@@ -149,7 +149,8 @@ class Coordinator(LiveRun):
     def on_participant_ready(self, event: ParticipantReady, sender: str) -> None:
         """Record the member. Idempotent: nothing is recorded of a word that was said before.
 
-        Until the run begins a site may be fixed: then its last word counts.
+        Until the run begins a site may be fixed: then its last word counts. Later a site that
+        lost its exchange key may bring another one, which the same key of its own signed.
         """
         if event.config_digest != self._digest:
             raise ProtocolError(
@@ -164,7 +165,8 @@ class Coordinator(LiveRun):
             event.exchange.check(sender)  # or every site would refuse a cohort with it
         known, genesis = self.state.members.get(sender), self.state.genesis
         changed = [] if known is None else _changed(known, event)
-        if known is not None and not (changed and genesis is None):
+        renews = changed == ["exchange"] and known is not None and _renews(known, event)
+        if known is not None and not renews and not (changed and genesis is None):
             if changed:
                 raise ProtocolError(
                     f"{changed[0]}: {sender} came back with another one than it joined with; give "
@@ -184,6 +186,9 @@ class Coordinator(LiveRun):
                 f"{sender}: said {MOST_WORDS} times that it is ready, each time with another "
                 "model, adapter or version; take it out of the run, or begin another run"
             )
+        known, from_round = self.state.members.get(sender), 0
+        if self.state.genesis is not None:
+            from_round = known.from_round if known is not None else self._next_round()
         kind: Callable[..., MemberRecord] = MemberRecord
         if word > 1:
             kind = partial(RejoinedRecord, number=word)
@@ -194,7 +199,7 @@ class Coordinator(LiveRun):
             numerics=event.numerics,
             examples=event.examples,
             bases=event.bases,
-            from_round=self._next_round() if self.state.genesis is not None else 0,
+            from_round=from_round,
             base_parameters=event.base_parameters,
             said=event.said,
             exchange=event.exchange if self.config.aggregation.secure else None,
@@ -245,7 +250,13 @@ class Coordinator(LiveRun):
         check_answer(survivors, sender, event.revealed.answer, offers)
         get_logger().info("sum.answered", round=event.round)
         self.record(
-            UnmaskedRecord(round=event.round, site=sender, revealed=event.revealed, said=event.said)
+            UnmaskedRecord(
+                round=event.round,
+                site=sender,
+                revealed=event.revealed,
+                said=event.said,
+                number=event.attempt,
+            )
         )
 
     def on_training_failed(self, event: TrainingFailed, sender: str) -> None:
@@ -348,6 +359,10 @@ class Coordinator(LiveRun):
         against = unfit(members, self.config).get(sender)
         if against is not None:
             raise ProtocolError(f"{sender} cannot join: {against}")
+
+
+def _renews(known: MemberRecord, event: ParticipantReady) -> bool:
+    return event.exchange is not None and event.exchange.renews(known.exchange)
 
 
 def _changed(known: MemberRecord, event: ParticipantReady) -> list[str]:

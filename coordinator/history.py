@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shared.protocol.manifest import HeldOut
     from shared.protocol.record import Record
     from shared.protocol.records import FederationRecord, Input
+    from shared.protocol.secure import Exchange
     from shared.stores.port import ObjectStore
 
     Damage = Callable[[Place, LedgerDamagedError], None]
@@ -51,7 +52,8 @@ class RoundHistory:
     """One round. What is not on record is None or not there.
 
     Round 0 has a ``genesis`` and no decision. ``accepted``, ``evaluated``: by site. ``refused``,
-    ``failed``: any number of each site's. ``unmasked``: by site.
+    ``failed``: any number of each site's. ``unmasked``: by site. ``earlier``: what is on
+    record of attempts at it before the last, of which all else tells.
     """
 
     number: int
@@ -64,6 +66,7 @@ class RoundHistory:
     unmasked: dict[str, UnmaskedRecord] = field(default_factory=dict)
     closed: ClosedRecord | None = None
     evaluated: dict[str, EvaluatedRecord] = field(default_factory=dict)
+    earlier: list[Record] = field(default_factory=list)
 
     @property
     def result(self) -> GenesisRecord | ClosedRecord | None:
@@ -79,6 +82,7 @@ class RoundHistory:
     def records(self) -> list[Record]:
         """All of them, in the order in which they are folded."""
         found: list[Record | None] = [
+            *self.earlier,
             self.opened,
             *self.accepted.values(),
             *self.refused,
@@ -97,7 +101,7 @@ class RoundHistory:
             case GenesisRecord():
                 self.genesis = record
             case OpenedRecord():
-                self.opened = record
+                self._begin(record)
             case AcceptedRecord():
                 self.accepted[record.site] = record
             case RefusedRecord():
@@ -113,12 +117,23 @@ class RoundHistory:
             case EvaluatedRecord():
                 self.evaluated[record.site] = record
 
+    def _begin(self, opened: OpenedRecord) -> None:
+        own = [self.opened, *self.accepted.values(), self.closing, *self.unmasked.values()]
+        self.earlier += [record for record in own if record is not None]
+        self.opened, self.accepted, self.closing, self.unmasked = opened, {}, None, {}
+
+    @property
+    def attempts(self) -> list[OpenedRecord]:
+        """How each attempt at it was opened, in order."""
+        earlier = [record for record in self.earlier if isinstance(record, OpenedRecord)]
+        return earlier if self.opened is None else [*earlier, self.opened]
+
 
 @dataclass
 class History:
-    """A run. ``members``: each site's last word. ``declined``: the reason by site.
+    """A run. ``members``: each site's last word; ``exchanges``: each key it joined with.
 
-    ``rounds``: of which anything is on record, in order.
+    ``declined``: the reason by site. ``rounds``: of which anything is on record, in order.
     """
 
     run: str
@@ -126,6 +141,7 @@ class History:
     config: FederationConfig
     origin: OriginRecord | None = None
     members: dict[str, MemberRecord] = field(default_factory=dict)
+    exchanges: dict[str, list[Exchange]] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     controls: list[ControlRecord] = field(default_factory=list)
     pruned: list[PrunedRecord] = field(default_factory=list)
@@ -139,6 +155,8 @@ class History:
                 self.origin = record
             case MemberRecord():  # the first words come first
                 self.members[record.site] = record
+                if record.exchange is not None:
+                    self.exchanges.setdefault(record.site, []).append(record.exchange)
             case DeclinedRecord():
                 self.declined[record.site] = record.reason
             case ControlRecord():

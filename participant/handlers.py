@@ -17,7 +17,7 @@ from participant.fetching import fetch_adapter, fetch_bases
 from participant.guard import Guard
 from participant.heads import Heads
 from participant.local_round import train_and_commit
-from participant.secure_round import answer_once, exchange_of, sign_once
+from participant.secure_round import answer_once, exchange_of, is_for_a_lost_key, sign_once
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -317,6 +317,9 @@ class Participant:
         self._publish(RunDeclined(run=task.run, reason=reason))
 
     def _train(self, task: RoundStarted) -> None:
+        if is_for_a_lost_key(self._site, task):
+            get_logger().warning("round.for_a_lost_key", run=task.run, round=task.round)
+            return
         try:
             # Trained before, if only the word of it did not get out.
             done = self._site.workspace.submission(task)
@@ -376,7 +379,9 @@ class Participant:
             return
         kept_here = {"expires_at", "settings", "left_out", "mask_seed", "terms"}
         told = submission.model_dump(exclude=kept_here)
-        self._publish(DeltaSubmitted(**told, traffic=self.meter.tell(task.run, task.sha)))
+        number = submission.terms.number if submission.terms else 1
+        traffic = self.meter.tell(task.run, task.sha)
+        self._publish(DeltaSubmitted(**told, traffic=traffic, number=number))
         self.handed_over = True
 
     def _unmask(self, task: UnmaskRequested) -> None:

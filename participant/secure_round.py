@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from participant.site import Site
-    from participant.workspace import Submission, Workspace
+    from participant.workspace import Submission, TakenPart, Workspace
     from shared.protocol.events import RoundStarted, UnmaskRequested
     from shared.protocol.manifest import Manifest
     from shared.protocol.secure import SecureTerms
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Manifest) -> Cohort:
     """The cohort of a round that this site may mask for. Raises NotAcceptedError.
 
-    A key that another site was known by is never exchanged: who could do that stands between them.
+    A key that another site was known by is not exchanged, since who could do that stands between
+    them; but for one that this site's own key signed, and never back to one it had before.
     """
     taken, own = site.workspace.taken_part(task.run), exchange_of(site)
     try:
@@ -45,12 +46,15 @@ def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Ma
     except ProtocolError as error:
         raise NotAcceptedError(str(error)) from None
     known = {**taken.roster, site.name: own}
-    changed = sorted(s for s, one in known.items() if terms.roster.get(s, one) != one)
+    renewed = {s: one for s, one in taken.roster.items() if _is_renewed(s, one, terms, taken)}
+    changed = sorted(
+        s for s, one in known.items() if s not in renewed and terms.roster.get(s, one) != one
+    )
     if site.name not in terms.roster or changed:
         raise NotAcceptedError(
             f"cohort of round {task.round}: expected this site, and the exchange keys known of "
             f"run {task.run}; got {'another of ' + ', '.join(changed) if changed else 'others'}. "
-            "Whoever lost a key needs another run"
+            "Whoever lost a key and signs nothing needs another run"
         )
     peers = site.accept.peers if site.accept is not None else {}
     if peers or site.trust.key is not None:
@@ -61,10 +65,32 @@ def check_terms(site: Site, task: RoundStarted, terms: SecureTerms, manifest: Ma
             f"cohort of round {task.round}: expected a reach for each of {len(trained.tensors)} "
             f"tensors, got {len(terms.reaches)}"
         )
-    if taken.roster.keys() != (known | terms.roster).keys():
-        update = {"roster": {**terms.roster, **known}}
+    if renewed or taken.roster.keys() != (known | terms.roster).keys():
+        old = {name: one for name, one in known.items() if name not in renewed}
+        retired = (*taken.retired, *(one.key for one in renewed.values()))
+        update = {"roster": {**terms.roster, **old}, "retired": retired}
         site.workspace.keep_taken_part(task.run, taken.model_copy(update=update))
     return cohort
+
+
+def _is_renewed(site: str, before: Exchange, terms: SecureTerms, taken: TakenPart) -> bool:
+    told = terms.roster.get(site, before)
+    if told == before or told.key in taken.retired or not told.renews(before):
+        return False
+    try:
+        told.check(site)
+    except SignatureError:
+        return False
+    return True
+
+
+def is_for_a_lost_key(site: Site, task: RoundStarted) -> bool:
+    """Whether a round means this site by a key that it has no more, and will be told of the new."""
+    told = task.secure.roster.get(site.name) if task.secure else None
+    if told is None:
+        return False
+    own = exchange_of(site)
+    return told != own and own.renews(told)
 
 
 def _check_identities(own: str, terms: SecureTerms, peers: Mapping[str, str]) -> None:

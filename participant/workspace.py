@@ -48,7 +48,7 @@ from shared.protocol.manifest import AuditFigures, LocalMetrics, Schema
 from shared.protocol.privacy import PrivacySpent
 from shared.protocol.secure import Exchange, MaskedWith, Revealed, Secret, SecureTerms
 from shared.secure_sum.answering import Bond
-from shared.secure_sum.exchange import ExchangeKey
+from shared.secure_sum.exchange import ExchangeKey, ExchangeText
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -132,7 +132,7 @@ class TakenPart(Schema):
 
     ``announced``: digest of the settings accepted last. ``failures``: trainings without a delta, by
     round. ``evaluated``: the one loss of the run's result that was told. ``roster``: by what other
-    sites share masks, as it was first told.
+    sites share masks, as it was told. ``retired``: public halves that gave way to others there.
     """
 
     config_digest: Sha256 | None = None
@@ -141,6 +141,7 @@ class TakenPart(Schema):
     failures: dict[int, int] = Field(default_factory=dict)
     evaluated: AdapterEvaluated | None = None
     roster: dict[Name, Exchange] = Field(default_factory=dict)
+    retired: tuple[ExchangeText, ...] = ()
 
 
 class Workspace:
@@ -316,10 +317,10 @@ class Workspace:
         return self._found(task, "held")
 
     def _found(self, task: RoundStarted, place: str) -> Submission | None:
-        wanted = (task.source_sha, settings_digest(task))
+        wanted = (task.source_sha, settings_digest(task), task.secure)
         for folder in self._folder(task.run, place).glob(f"{task.round:05d}-*"):
             found = self._read(folder)
-            if found is not None and (found.source_sha, found.settings) == wanted:
+            if found is not None and (found.source_sha, found.settings, found.terms) == wanted:
                 return found
         return None
 

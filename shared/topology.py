@@ -302,24 +302,23 @@ def site_and_sha_of_delta(key: str) -> tuple[str, str]:
     return site, sha
 
 
-def round_prefix(run: str, round_number: int) -> str:
-    """The records of one round."""
-    return f"runs/{run}/rounds/{round_number:05d}/"
+AGAIN = "again"
 
 
-def round_key(run: str, round_number: int, record: str) -> str:
+def round_prefix(run: str, round_number: int, attempt: int = 1) -> str:
+    """The records of one round; of a further attempt at it those that are its own."""
+    again = f"{AGAIN}/{attempt:03d}/" if attempt > 1 else ""
+    return f"runs/{run}/rounds/{round_number:05d}/{again}"
+
+
+def round_key(run: str, round_number: int, record: str, attempt: int = 1) -> str:
     """``opened``, ``closing`` or ``closed`` of one round."""
-    return f"{round_prefix(run, round_number)}{record}.json"
+    return f"{round_prefix(run, round_number, attempt)}{record}.json"
 
 
-def accepted_prefix(run: str, round_number: int) -> str:
-    """The valid deltas of a round."""
-    return f"{round_prefix(run, round_number)}accepted/"
-
-
-def accepted_key(run: str, round_number: int, site: str) -> str:
+def accepted_key(run: str, round_number: int, site: str, attempt: int = 1) -> str:
     """A valid delta of a site in a round."""
-    return f"{accepted_prefix(run, round_number)}{site}.json"
+    return f"{round_prefix(run, round_number, attempt)}accepted/{site}.json"
 
 
 def refused_key(run: str, round_number: int, site: str, sha256: str) -> str:
@@ -332,9 +331,9 @@ def failed_key(run: str, round_number: int, site: str, attempt: int) -> str:
     return f"{round_prefix(run, round_number)}failed/{site}-{attempt:03d}.json"
 
 
-def unmasked_key(run: str, round_number: int, site: str) -> str:
+def unmasked_key(run: str, round_number: int, site: str, attempt: int = 1) -> str:
     """What a site revealed of the masks of a round's sum."""
-    return f"{round_prefix(run, round_number)}unmasked/{site}.json"
+    return f"{round_prefix(run, round_number, attempt)}unmasked/{site}.json"
 
 
 def evaluated_key(run: str, round_number: int, site: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from coordinator.aggregation.unmasking import next_reaches, open_sum, sum_deltas
 from coordinator.audit.evidence import Evidence
-from coordinator.round.unmasking import survivors_in, terms_for
+from coordinator.round.controls import steer
+from coordinator.round.unmasking import must_reopen, survivors_in, terms_for
 from shared import topology
 from shared.errors import DeltaRefusedError, LedgerError, ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coordinator.aggregation.unmasking import Summed
     from shared.methods.inputs import WeightedDelta
     from shared.protocol.records import ClosedRecord, ClosingRecord, OpenedRecord
@@ -22,17 +26,39 @@ class SecureSums(Evidence):
 
     def _check_terms(self, record: OpenedRecord) -> None:
         """The cohort's keys are those that its sites joined with, and the scale follows."""
-        members = self._history.members
+        members = dict(self._history.members)
         if self._genesis is None or not set(record.selected) <= members.keys():
             return
+        for site, exchange in record.secure.roster.items() if record.secure else ():
+            if exchange in self._history.exchanges.get(site, ()):  # it lost that key later
+                members[site] = members[site].model_copy(update={"exchange": exchange})
         before = self._history.round(record.round - 1).closed
         wanted = terms_for(
-            self._config, self._genesis.manifest, members, record.selected, record.round, before
+            self._config,
+            self._genesis.manifest,
+            members,
+            record.selected,
+            record.round,
+            before,
+            record.number,
         )
         if wanted != record.secure:
             key = record.key(self._ledger.run)
             says = "secure: is not what the sites' keys and the round before give"
             self._find(record.round, key, says)
+
+    def _check_attempts(self, attempts: Sequence[OpenedRecord]) -> None:
+        """Each further attempt was called for: too few of the one before were still waited for."""
+        for number, (before, record) in enumerate(pairwise(attempts), start=2):
+            steering = steer(self._history.controls, record.controls)
+            there = steering.in_force(before.selected)
+            keys = record.secure.roster if record.secure else {}
+            if record.number != number or not must_reopen(before, there, keys, there):
+                key = record.key(self._ledger.run)
+                says = (
+                    f"attempt {record.number}: expected none, since the one before could be summed"
+                )
+                self._find(record.round, key, says)
 
     def _check_answers(self, number: int) -> None:
         """Nobody revealed anything that no decision on record asked for."""

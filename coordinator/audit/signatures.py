@@ -64,7 +64,7 @@ _MADE_OF: dict[type[SaidRecord], tuple[type[Event], tuple[str, ...]]] = {
     MemberRecord: (ParticipantReady, _JOINS),
     RejoinedRecord: (ParticipantReady, _JOINS),
     DeclinedRecord: (RunDeclined, ("reason",)),
-    AcceptedRecord: (DeltaSubmitted, ("round", "sha", *_COUNTS)),
+    AcceptedRecord: (DeltaSubmitted, ("round", "sha", "number", *_COUNTS)),
     RefusedRecord: (DeltaSubmitted, ("round", "sha")),
     UnmaskedRecord: (UnmaskAnswered, ("round", "revealed")),
     FailedRecord: (TrainingFailed, ("round", "attempt", "reason", "retryable")),

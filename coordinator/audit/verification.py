@@ -88,9 +88,10 @@ class _Verifier(Recomputing):
         return self.result
 
     def _check(self, there: RoundHistory) -> None:
-        if there.opened is not None:
-            self._check_opened(there.opened)
-            self._check_terms(there.opened)
+        for opened in there.attempts:
+            self._check_opened(opened)
+            self._check_terms(opened)
+        self._check_attempts(there.attempts)
         self._check_answers(there.number)
         if there.genesis is not None:
             self._check_genesis(there.genesis)
@@ -249,7 +250,9 @@ class _Verifier(Recomputing):
                 self._expect(number, key, f"scale of {label}", clipped[label], item.scale)
 
     def _find_unaccepted(self, number: int, item: Input, record: AcceptedRecord | None) -> None:
-        key = topology.accepted_key(self._ledger.run, item.from_round, item.site)
+        opened = self._history.round(item.from_round).opened
+        attempt = opened.number if opened is not None else 1
+        key = topology.accepted_key(self._ledger.run, item.from_round, item.site, attempt)
         if record is None:
             self._chain.miss(number, key, f"round {number} counts {item.site} {item.sha[:12]}")
         else:

@@ -35,7 +35,7 @@ from coordinator.round.state import (
     Update,
     WriteRecord,
 )
-from coordinator.round.unmasking import is_enough, lacks_survivors, terms_for
+from coordinator.round.unmasking import is_enough, lacks_survivors, must_reopen, terms_for
 from coordinator.round.weighting import clips, shares
 from shared import modes
 from shared.config.secure import SMALLEST_COHORT
@@ -201,14 +201,12 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             }
             return replace(state, genesis=fact, members=members), ()
         case OpenedRecord() if fact.round == state.last_round + 1:
-            openings = {**state.openings, fact.round: fact}
-            after = replace(state, opened=fact, openings=openings, troubles={})
-            return after, (AnnounceRound(fact.selected),)
+            return _fold_opened(state, fact)
         case AcceptedRecord() | RefusedRecord():
             return _fold_delta(state, fact)
         case FailedRecord():
             return _fold_failure(state, fact)
-        case ClosingRecord() if state.opened and fact.round == state.opened.round:
+        case ClosingRecord() if state.opened and _is_of(fact, state.opened):
             after = replace(state, closing=fact)
             silent = after.silent_survivors
             return after, (AskUnmask(silent),) if silent else ()
@@ -217,7 +215,7 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             after = replace(state, signatures=signatures)
             enough = after.may_unmask and not state.may_unmask
             return after, (AskUnmask(after.silent_survivors),) if enough else ()
-        case UnmaskedRecord() if state.closing and fact.round == state.closing.round:
+        case UnmaskedRecord() if state.closing and _is_of(fact, state.closing):
             return replace(state, unmasked={**state.unmasked, fact.site: fact}), ()
         case ClosedRecord() if state.closing and fact.round == state.closing.round:
             return _fold_closed(state, state.closing, fact)
@@ -230,9 +228,26 @@ def _fold(  # noqa: C901, PLR0911, PLR0912 - one flat case per fact is the clear
             return state, ()
 
 
+def _fold_opened(state: RunState, fact: OpenedRecord) -> tuple[RunState, tuple[Effect, ...]]:
+    """A further attempt begins anew: what was masked for the one before counts no more.
+
+    A decision on that one, of a coordinator that was replaced meanwhile, was told to nobody.
+    """
+    uncounted = {key: record for key, record in state.uncounted.items() if key[1] != fact.round}
+    after = replace(
+        state,
+        opened=fact,
+        openings={**state.openings, fact.round: fact},
+        troubles=state.troubles if fact.number > 1 else {},
+        uncounted=uncounted,
+        closing=None,
+    )
+    return after, (AnnounceRound(fact.selected),)
+
+
 def _fold_member(state: RunState, fact: MemberRecord) -> RunState:
     words = {**state.words, fact.site: fact.word}
-    if state.genesis is not None and fact.from_round == 0:
+    if state.genesis is not None and fact.from_round == 0 and fact.site not in state.members:
         return replace(state, words=words)
     fact = _shared(state, fact)
     declined = {s: r for s, r in state.declined.items() if s != fact.site}
@@ -262,7 +277,8 @@ def _fold_delta(
         state = replace(state, verdicts={**state.verdicts, key: shas})
     if isinstance(fact, AcceptedRecord):
         counted = fact.round in state.counted_rounds.get(fact.site, ())
-        if key in state.uncounted or counted or state.takes(fact.site, fact.round) is None:
+        taking = state.takes(fact.site, fact.round)
+        if key in state.uncounted or counted or taking is None or taking.number != fact.number:
             return state, (AnswerDelta(fact),)
         telling = state.telling
         if (fact.metrics.held_out is not None) != (fact.site in telling):
@@ -341,6 +357,10 @@ def _arrivals(state: RunState, closing: ClosingRecord) -> tuple[float, ...]:
     return tuple(max(0.0, record.time - opened.time) for record in records if record is not None)
 
 
+def _is_of(fact: ClosingRecord | UnmaskedRecord, begun: OpenedRecord | ClosingRecord) -> bool:
+    return (fact.round, fact.number) == (begun.round, begun.number)
+
+
 def _toward_genesis(state: RunState) -> Step | None:
     section = state.config.run
     problem = misfit(state.config, state.origin)
@@ -359,7 +379,7 @@ def _toward_genesis(state: RunState) -> Step | None:
     return None
 
 
-def _open_next(state: RunState) -> Step | None:
+def _open_next(state: RunState, attempt: int = 1) -> Step | None:
     section, number = state.config.run, state.last_round + 1
     policy, total = state.config.policy, state.total_rounds
     assert state.adapter_sha is not None  # genesis drew one
@@ -383,12 +403,22 @@ def _open_next(state: RunState) -> Step | None:
             rounds=total,
             members=members,
             controls=state.steering.number,
-            secure=terms_for(state.config, manifest, state.members, selected, number, state.closed),
+            secure=terms_for(
+                state.config, manifest, state.members, selected, number, state.closed, attempt
+            ),
         )
     )
 
 
+def _must_reopen(state: RunState, opened: OpenedRecord) -> bool:
+    keys = {site: member.exchange for site, member in state.members.items()}
+    there = state.steering.in_force(opened.selected)
+    return must_reopen(opened, there, keys, state.waiting_for)
+
+
 def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
+    if opened.secure is not None and _must_reopen(state, opened):
+        return _open_next(state, opened.number + 1)
     policy, steering = state.config.policy, state.steering
     there = len(state.uncounted) + len(state.troubles) + len(steering.excluded)
     with modes.at_work("policies", policy.kind):
@@ -425,6 +455,7 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
             excluded={**decision.excluded, **steering.excluded_among(opened.selected)},
             weighting=weighting(policy, mode),
             controls=steering.number,
+            number=opened.number,
         )
     )
 

@@ -14,7 +14,7 @@ from shared.protocol.secure import SecureTerms, survivors_of
 from shared.secure_sum.said import waits_for
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from shared.config import FederationConfig
     from shared.protocol.manifest import Manifest
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OpenedRecord,
         UnmaskedRecord,
     )
+    from shared.protocol.secure import Exchange
     from shared.secure_sum.cohort import Survivors
 
 
@@ -35,6 +36,7 @@ def terms_for(
     selected: tuple[str, ...],
     number: int,
     before: ClosedRecord | None,
+    attempt: int = 1,
 ) -> SecureTerms | None:
     """How the deltas of round ``number`` are masked; None where the run has no secure sum.
 
@@ -48,12 +50,33 @@ def terms_for(
     trained = delta_manifest(manifest, config, selected[0], number)
     first = config.aggregation.secure_reach
     return SecureTerms(
+        number=attempt,
         roster={site: one for site in selected if (one := members[site].exchange) is not None},
         levels=levels_of(config),
         reaches=tuple(
             reaches.get(name, first) for name in sorted(spec.name for spec in trained.tensors)
         ),
     )
+
+
+def must_reopen(
+    opened: OpenedRecord,
+    there: Collection[str],
+    keys: Mapping[str, Exchange | None],
+    waiting: Collection[str],
+) -> bool:
+    """Whether a round that is not decided needs another attempt.
+
+    ``there``: the sites of it that were not taken out. Where they are too few, no site would reveal
+    anything for them. ``keys``: the sites' exchange keys now; ``waiting``: who sent nothing yet. Of
+    these one that lost its key can send nothing. Nobody was asked to reveal anything yet: that
+    comes after a decision.
+    """
+    if opened.secure is None:
+        return False
+    roster = opened.secure.roster
+    renewed = any(keys.get(site, roster[site]) != roster[site] for site in waiting)
+    return renewed or len(there) < fewest_survivors(len(roster))
 
 
 def lacks_survivors(opened: OpenedRecord, count: int) -> str | None:

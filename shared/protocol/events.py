@@ -387,6 +387,8 @@ class DeltaSubmitted(Event):
     """How the delta travels."""
     masked: MaskedWith | None = None
     """What goes with the delta where it is masked."""
+    number: Count = 1
+    """For which attempt at the round it is masked, from 1."""
     privacy: PrivacySpent | None = None
     """What its noise leaves to be learnt of a record; none in a run without ``[privacy]``."""
     audit: AuditFigures | None = None

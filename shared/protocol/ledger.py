@@ -26,7 +26,7 @@ from shared.errors import (
 from shared.failpoints import failpoint
 from shared.protocol.chain import signed_json
 from shared.protocol.messages import Voice
-from shared.protocol.record import Record, StampedRecord
+from shared.protocol.record import MOST, Record, StampedRecord
 from shared.protocol.records import (
     AcceptedRecord,
     ClosedRecord,
@@ -75,6 +75,9 @@ _ORDER: tuple[tuple[str, type[Record]], ...] = (
     ("rounds/*/evaluated/", EvaluatedRecord),
     ("finished.json", FinishedRecord),
 )
+
+
+_AFTER_ATTEMPTS = (ClosedRecord, EvaluatedRecord)  # of a round, whichever attempt led to it
 
 
 @dataclass(frozen=True)
@@ -282,16 +285,22 @@ class Ledger:
         One listing: the end is in it only if all that came before it is.
         """
         prefix = topology.run_prefix(self.run)
-        found: list[tuple[tuple[bool, int, int], Place]] = []
+        found: list[tuple[tuple[bool, int, int, int], Place]] = []
         for info in self.store.list(prefix):
-            name, number = info.key.removeprefix(prefix), None
+            name, number, attempt = info.key.removeprefix(prefix), None, 1
             parts = name.split("/", 2)
             if len(parts) == 3 and parts[0] == "rounds" and parts[1].isdecimal():
-                name, number = f"rounds/*/{parts[2]}", int(parts[1])
+                number, (attempt, rest) = int(parts[1]), _attempt_in(parts[2])
+                name = f"rounds/*/{rest}"
             for index, (place, kind) in enumerate(_ORDER):
                 if name == place or (place.endswith("/") and name.startswith(place)):
                     actual = GenesisRecord if number == 0 and kind is ClosedRecord else kind
-                    rank = (kind is FinishedRecord, -1 if number is None else number, index)
+                    rank = (
+                        kind is FinishedRecord,
+                        -1 if number is None else number,
+                        MOST if kind in _AFTER_ATTEMPTS else attempt,
+                        index,
+                    )
                     found.append((rank, Place(info.key, actual, number)))
                     break
         return [place for _, place in sorted(found, key=lambda ranked: ranked[0])]
@@ -327,6 +336,15 @@ class Ledger:
             if getattr(written, "writer", None) == self.writer:
                 return written
             number += 1
+
+
+def _attempt_in(name: str) -> tuple[int, str]:
+    """Of a round's record: which attempt it belongs to, and its name there."""
+    again, _, rest = name.partition("/")
+    number, _, inner = rest.partition("/")
+    if again == topology.AGAIN and number.isdecimal() and int(number) > 1:
+        return int(number), inner
+    return 1, name
 
 
 def list_runs(store: ObjectStore) -> dict[str, bool]:

@@ -248,7 +248,11 @@ class GenesisRecord(Record):
 
 
 class OpenedRecord(StampedRecord):
-    """A round begins: who trains from what, with which seed, on which span of the schedule."""
+    """A round begins: who trains from what, with which seed, on which span of the schedule.
+
+    A masked round that is left with too few sites is opened again: what is then on record of it lies
+    in a folder of its own below it, ``again/002/``, but for its result.
+    """
 
     decides = True
     newer = ("secure",)
@@ -279,16 +283,21 @@ class OpenedRecord(StampedRecord):
             return None
         return self.time + self.deadline_seconds + self.grace_seconds
 
+    @property
+    def number(self) -> int:
+        """Which attempt at the round it is, from 1."""
+        return self.secure.number if self.secure is not None else 1
+
     def key(self, run: str) -> str:
-        """One per round."""
-        return topology.round_key(run, self.round, "opened")
+        """One per attempt at a round."""
+        return topology.round_key(run, self.round, "opened", self.number)
 
 
 class AcceptedRecord(SaidRecord):
     """A VALID delta (not yet a counted one): it is in the store and passed its checks."""
 
     decides = True
-    newer = ("residual", "traffic", "said", "masked", "privacy", "audit")
+    newer = ("residual", "traffic", "said", "masked", "privacy", "audit", "number")
     round: Number
     site: Name
     sha: Sha256
@@ -313,6 +322,8 @@ class AcceptedRecord(SaidRecord):
     """
     audit: AuditFigures | None = None
     """What the site's audit of it came to, by its own word. Not there where it makes none."""
+    number: Number = 1
+    """Which attempt at the round it is masked for. Not there where it is the first."""
 
     @property
     def remark(self) -> str:
@@ -322,8 +333,8 @@ class AcceptedRecord(SaidRecord):
         return "what its codec left out of earlier deltas was lost with its workspace"
 
     def key(self, run: str) -> str:
-        """One per site and round."""
-        return topology.accepted_key(run, self.round, self.site)
+        """One per site and attempt at a round."""
+        return topology.accepted_key(run, self.round, self.site, self.number)
 
 
 class RefusedRecord(SaidRecord):
@@ -376,6 +387,7 @@ class ClosingRecord(StampedRecord):
     """THE DECISION, durable before any arithmetic: which deltas count, with which weight."""
 
     decides = True
+    newer = ("number",)
     round: Number
     source_sha: Sha256
     inputs: Annotated[tuple[Input, ...], Strict(False), Field(min_length=1)]
@@ -385,23 +397,28 @@ class ClosingRecord(StampedRecord):
     weighting: str = ""
     """The rule that gave the weights."""
     controls: ControlNumber = 0
+    number: Number = 1
+    """Which attempt at the round it decides. Not there where it is the first."""
 
     def key(self, run: str) -> str:
-        """One per round."""
-        return topology.round_key(run, self.round, "closing")
+        """One per attempt at a round."""
+        return topology.round_key(run, self.round, "closing", self.number)
 
 
 class UnmaskedRecord(SaidRecord):
     """What a survivor revealed once the decision was on record: never a word on one delta."""
 
+    newer = ("said", "number")
     round: Number
     site: Name
     revealed: Revealed
     """What it revealed."""
+    number: Number = 1
+    """In which attempt at the round. Not there where it is the first."""
 
     def key(self, run: str) -> str:
-        """One per site and round."""
-        return topology.unmasked_key(run, self.round, self.site)
+        """One per site and attempt at a round."""
+        return topology.unmasked_key(run, self.round, self.site, self.number)
 
 
 class ClosedRecord(Record):

@@ -62,6 +62,13 @@ class Exchange(Schema):
         signature = bytes.fromhex(self.signature)
         PublicKey(self.identity).verify("exchange", signature, _vouched(site, self.key))
 
+    def renews(self, before: Exchange | None) -> bool:
+        """Whether the site that ``before`` is of may have lost that key and made this one.
+
+        The same identity stands behind both; that it signed this one says ``check``.
+        """
+        return before is not None and None is not self.identity == before.identity
+
 
 class SecureTerms(Schema):
     """How a round's deltas are masked and summed: the same at every site of its cohort."""

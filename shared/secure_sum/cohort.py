@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Final
 
 from shared.config.secure import SMALLEST_COHORT, fewest_survivors, two_thirds
@@ -70,28 +70,34 @@ class Cohort:
 
     def neighbours(self, site: str) -> tuple[str, ...]:
         """Those that a site shares masks with, in order."""
-        return self._graph[site]
+        return _graph(self.digest, self.sites)[site]
 
     def threshold(self, site: str) -> int:
         """So many of a site's neighbours can open what it shared among them."""
         return two_thirds(len(self.neighbours(site)))
 
-    @cached_property
-    def _graph(self) -> dict[str, tuple[str, ...]]:
-        count = len(self.sites)
-        if count <= COMPLETE_UP_TO:
-            return {site: tuple(o for o in self.sites if o != site) for site in self.sites}
-        reach = max(_FEWEST_NEIGHBOURS, math.ceil(3 * math.log2(count))) // 2
-        circle = sorted(self.sites, key=self._place)
-        return {
-            site: tuple(
-                sorted(circle[(at + step) % count] for step in range(-reach, reach + 1) if step)
-            )
-            for at, site in enumerate(circle)
-        }
 
-    def _place(self, site: str) -> str:
-        return hashlib.sha256(canonical_json([self.digest, site])).hexdigest()
+@lru_cache(maxsize=8)
+def _graph(digest: str, sites: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Each site's neighbours, in order; drawn from the cohort's digest.
+
+    Kept: a coordinator asks with each delta and each answer of an attempt, and gets it built once.
+    """
+    count = len(sites)
+    if count <= COMPLETE_UP_TO:
+        return {site: tuple(o for o in sites if o != site) for site in sites}
+    reach = max(_FEWEST_NEIGHBOURS, math.ceil(3 * math.log2(count))) // 2
+    circle = sorted(sites, key=partial(_place, digest))
+    return {
+        site: tuple(
+            sorted(circle[(at + step) % count] for step in range(-reach, reach + 1) if step)
+        )
+        for at, site in enumerate(circle)
+    }
+
+
+def _place(digest: str, site: str) -> str:
+    return hashlib.sha256(canonical_json([digest, site])).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Ring:
 
     def encode(self, values: NDArray[np.integer[Any]]) -> NDArray[Any]:
         """Whole numbers of any sign as words."""
-        return (values.astype(np.int64) & ((1 << self.bits) - 1)).astype(self.word)
+        return self.reduce(values.astype(self.word))
 
     def reduce(self, words: NDArray[Any]) -> NDArray[Any]:
         """Words in which sums wrapped around, modulo ``2**bits``; in place."""
@@ -64,11 +64,13 @@ class Ring:
 
         What is left, of fewer than 8 bits, is packed 8 numbers at a time, the first lowest.
         """
-        planes = [
-            _pack_plane((words >> shift).astype(np.uint8), min(_PLANE, self.bits - shift))
-            for shift in range(0, self.bits, _PLANE)
-        ]
-        return np.concatenate(planes)
+        packed = np.empty(self.packed_bytes(words.size), np.uint8)
+        at = 0
+        for byte, width in self._planes:
+            plane = _pack_plane(_bytes_of(words, byte), width)
+            packed[at : at + plane.size] = plane
+            at += plane.size
+        return packed
 
     def unpack(self, data: NDArray[np.uint8], count: int) -> NDArray[Any]:
         """``count`` words; bits after the last are left alone. Raises DecodeError for a length."""
@@ -79,13 +81,17 @@ class Ring:
             )
         words = np.zeros(count, self.word)
         at = 0
-        for shift in range(0, self.bits, _PLANE):
-            width = min(_PLANE, self.bits - shift)
+        for byte, width in self._planes:
             size = Ring(width).packed_bytes(count)
-            plane = _unpack_plane(data[at : at + size], width, count)
-            words |= plane.astype(self.word) << self.word.type(shift)
+            _bytes_of(words, byte)[:] = _unpack_plane(data[at : at + size], width, count)
             at += size
         return words
+
+    @property
+    def _planes(self) -> list[tuple[int, int]]:
+        """Which byte of a word, from the lowest, and how many bits of it."""
+        whole, rest = divmod(self.bits, _PLANE)
+        return [(byte, _PLANE) for byte in range(whole)] + ([(whole, rest)] if rest else [])
 
 
 def ring_for(cohort: int, levels: int, most_weight: int = 1) -> Ring:
@@ -97,23 +103,45 @@ def ring_for(cohort: int, levels: int, most_weight: int = 1) -> Ring:
     return Ring((2 * cohort * most_weight * levels).bit_length())
 
 
+def _bytes_of(words: NDArray[Any], byte: int) -> NDArray[np.uint8]:
+    return words.view(np.uint8)[byte :: words.itemsize]
+
+
 def _pack_plane(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Each number's lowest ``width`` bits: fields of a group of 8, in one word, moved together."""
     if width == _PLANE:
         return values
-    groups = np.zeros((-(-values.size // _PLANE), _PLANE), "<u8")
-    groups.reshape(-1)[: values.size] = values & np.uint8((1 << width) - 1)
-    groups <<= np.arange(_PLANE, dtype=np.uint64) * np.uint64(width)
-    joined = np.bitwise_or.reduce(groups, axis=1).view(np.uint8)
-    packed: NDArray[np.uint8] = joined.reshape(-1, _PLANE)[:, :width].reshape(-1)
-    return packed
+    groups = np.zeros(-(-values.size // _PLANE), "<u8")
+    groups.view(np.uint8)[: values.size] = values
+    for slot in (8, 16, 32):
+        field = width * slot // _PLANE
+        low = _fields(field, 2 * slot)
+        upper = groups >> np.uint64(slot - field)
+        upper &= low << np.uint64(field)
+        groups &= low
+        groups |= upper
+    packed: NDArray[np.uint8] = np.empty((groups.size, width), np.uint8)
+    for byte, column in enumerate(packed.T):
+        column[:] = groups.view(np.uint8)[byte::_PLANE]
+    return packed.reshape(-1)
 
 
 def _unpack_plane(data: NDArray[np.uint8], width: int, count: int) -> NDArray[np.uint8]:
     if width == _PLANE:
         return data
-    joined = np.zeros((data.size // width, _PLANE), np.uint8)
-    joined[:, :width] = data.reshape(-1, width)
-    groups = joined.view("<u8") >> (np.arange(_PLANE, dtype=np.uint64) * np.uint64(width))
-    groups &= np.uint64((1 << width) - 1)
-    values: NDArray[np.uint8] = groups.astype(np.uint8).reshape(-1)
-    return values[:count]
+    groups = np.zeros(data.size // width, "<u8")
+    for byte in range(width):
+        groups.view(np.uint8)[byte::_PLANE] = data[byte::width]
+    for slot in (32, 16, 8):
+        field = width * slot // _PLANE
+        low = _fields(field, 2 * slot)
+        upper = groups << np.uint64(slot - field)
+        upper &= low << np.uint64(slot)
+        groups &= low
+        groups |= upper
+    return groups.view(np.uint8)[:count]
+
+
+def _fields(width: int, every: int) -> np.uint64:
+    """A word with ``width`` ones from each bit on that is a multiple of ``every``."""
+    return np.uint64(sum(((1 << width) - 1) << at for at in range(0, 64, every)))

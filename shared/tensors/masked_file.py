@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import numpy as np
+
 from shared.errors import DecodeError, DeltaRefusedError
-from shared.secure_sum.quantise import quantise, step_of, values_of
+from shared.secure_sum.quantise import quantise, step_of
 from shared.secure_sum.ring import ring_for
 from shared.tensors.arithmetic import is_finite
 from shared.tensors.delta_file import DeltaHeader, check_header, decode_header, header_limit
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from shared.protocol.manifest import Manifest, TensorSpec
@@ -74,6 +75,7 @@ def write_masked(
     ring, specs = ring_of(terms), in_order(manifest)
     whose = ResidualHeader(**header.model_dump(include=set(ResidualHeader.model_fields)))
     layouts = [_layout(spec, ring) for spec in specs]
+    buffer = np.empty(max(spec.elements for spec in specs), np.float32)
     with (
         feedback.open(whose, manifest.tensors) as residual,
         TensorWriter(path, layouts, header.metadata, packed=packed) as writer,
@@ -83,10 +85,10 @@ def write_masked(
             wanted = residual.added(spec, values(spec))
             if not is_finite(wanted):
                 raise DeltaRefusedError(f"tensor {spec.name!r}: expected finite values, got others")
-            numbers = quantise(wanted, step, terms.levels)
-            residual.keep(spec, wanted, values_of(numbers, step))
-            words = masking.mask(ring.encode(numbers.reshape(-1)), ring)
-            writer.add(ring.pack(words))
+            sent = buffer[: spec.elements]
+            numbers = quantise(wanted.reshape(-1), step, terms.levels, sent)
+            residual.keep(spec, wanted, sent.reshape(spec.shape))
+            writer.add(ring.pack(masking.mask(ring.encode(numbers), ring)))
         feedback.written = residual.finish()
         return writer.finish()
 

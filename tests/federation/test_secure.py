@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from coordinator.audit.verification import verify_run
 from coordinator.history import read_history
+from coordinator.round.machine import replay
 from participant import handlers
 from shared import topology
 from shared.errors import DataError, ProtocolError, RunStuckError
 from shared.methods.averaging import get_averaging
 from shared.protocol.ledger import Ledger
+from shared.protocol.records import AcceptedRecord, Input, OpenedRecord
 from shared.secure_sum.quantise import quantise, step_of
 from shared.stores.directory import DirectoryStore
 from shared.tensors.tensor_file import TensorFile
+from shared.trust.keys import IDENTITY_FILE
 from tests import federations
 from tests.federation.test_embedded import restarted
 from tests.federation.test_feedback import watched
 from tests.federation.test_signed import TRUST
 from tests.numpy_learner import MANIFEST
+from tests.steering import Crash, Mortal, ask
 
 LEVELS = 127
 
@@ -65,7 +71,9 @@ def test_the_adapter_moves_by_the_mean_of_the_levels(tmp_path):
     with TensorFile(before) as old, TensorFile(after) as new:
         for spec in MANIFEST.tensors:
             deltas = [trained[site, 1, spec.name].astype(np.float32) for site in "abcd"]
-            total = sum(quantise(delta, step, LEVELS).astype(np.int64) for delta in deltas)
+            room = np.empty(spec.elements, np.float32)
+            flat = [quantise(delta.reshape(-1), step, LEVELS, room) for delta in deltas]
+            total = np.sum(flat, axis=0, dtype=np.int64).reshape(spec.shape)
             mean = (total * (float(step) / 4)).astype(np.float32)
             moved = (old.read(spec.name).astype(np.float64) + mean).astype(np.float32)
             assert np.array_equal(new.read(spec.name), moved)
@@ -229,6 +237,142 @@ def test_a_round_of_too_few_sites_is_not_summed(tmp_path):
         federations.run(made, tmp_path, sites)
     assert history(tmp_path).round(1).closing is None
     assert history(tmp_path).round(1).unmasked == {}
+
+
+def lost(tmp_path):
+    """Two of five never send anything: nobody is asked to reveal, and the operator gives up."""
+    made = config("abcde", 2)
+    sites = federations.learners(made)
+    sites["d"].fault = sites["e"].fault = fails
+    with pytest.raises(RunStuckError, match="no text"):
+        federations.run(made, tmp_path, sites)
+    ask(tmp_path, "exclude", "its disk is gone", site="d")
+    return made
+
+
+def test_a_round_is_attempted_again_without_the_sites_that_were_taken_out(tmp_path):
+    """Of five the operator takes out two: three mask again, with fresh keys, and the sum is theirs.
+
+    After the first is taken out four are still waited for, as many as a sum of five needs.
+    """
+    made = lost(tmp_path)
+    again = federations.learners(made)
+    again["e"].fault = fails
+    with pytest.raises(RunStuckError, match="no text"):
+        federations.run(made, tmp_path, again)
+    assert [record.number for record in history(tmp_path).round(1).attempts] == [1]
+    first = {record.sha for record in history(tmp_path).round(1).accepted.values()}
+    ask(tmp_path, "exclude", "so is its disk", site="e")
+    assert federations.run(made, tmp_path).last_round == 2
+    round_1 = history(tmp_path).round(1)
+    assert [record.number for record in round_1.attempts] == [1, 2]
+    assert {*round_1.opened.secure.roster} == {*"abc"}
+    assert [item.site for item in round_1.closing.inputs] == ["a", "b", "c"]
+    assert {record.sha for record in round_1.accepted.values()}.isdisjoint(first)
+    assert first == {record.sha for record in round_1.earlier if isinstance(record, AcceptedRecord)}
+    assert [r.number for r in history(tmp_path).round(2).attempts] == [1]
+    assert verified(tmp_path).findings == []
+    altered(
+        tmp_path,
+        "runs/test/rounds/00001/opened.json",
+        lambda r: [r["secure"]["roster"].pop(site) for site in "de"],
+    )
+    problems = [finding.problem for finding in verified(tmp_path).findings]
+    assert any("attempt 2: expected none" in problem for problem in problems)
+
+
+@pytest.mark.slow
+def test_dying_at_any_write_of_a_further_attempt_ends_in_the_same_adapter(tmp_path):
+    """Before or after each: the second attempt is opened once, and its sum is that of three."""
+    made = lost(tmp_path / "begun")
+    ask(tmp_path / "begun", "exclude", "so is its disk", site="e")
+    shutil.copytree(tmp_path / "begun", tmp_path / "whole")
+    wanted = federations.run(made, tmp_path / "whole").adapter_sha
+    at, fired = 0, True
+    while fired:
+        at += 1
+        for after in (False, True):
+            folder = tmp_path / f"{at}-{after}"
+            shutil.copytree(tmp_path / "begun", folder)
+            store = Mortal(folder / "store", at, after=after)
+            with contextlib.suppress(Crash):
+                federations.run(made, folder, store=store)
+            fired = store.fired
+            assert federations.run(made, folder).adapter_sha == wanted
+            assert [r.number for r in history(folder).round(1).attempts] == [1, 2]
+            assert verified(folder).findings == []
+            shutil.rmtree(folder)
+    assert at > 20
+
+
+def test_a_decision_on_an_attempt_that_was_given_up_counts_for_nothing(tmp_path):
+    """A coordinator that was replaced may record one just before; nobody was told of it."""
+    made = lost(tmp_path)
+    ask(tmp_path, "exclude", "so is its disk", site="e")
+    federations.run(made, tmp_path)
+    ledger = Ledger(DirectoryStore(tmp_path / "store"), "test", "reader", float)
+    records = list(ledger.history())
+    first = {
+        r.site: r.sha
+        for r in records
+        if isinstance(r, AcceptedRecord) and (r.round, r.number) == (1, 1)
+    }
+    assert {*first} == {*"abc"}
+    orphan = (
+        history(tmp_path)
+        .round(1)
+        .closing.model_copy(
+            update={
+                "number": 1,
+                "inputs": tuple(
+                    Input(site=site, from_round=1, sha=sha, weight=1 / 4, scale=1.0)
+                    for site, sha in {**first, "d": "d" * 64}.items()
+                ),
+            }
+        )
+    )
+    at = next(n for n, r in enumerate(records) if isinstance(r, OpenedRecord) and r.number == 2)
+    with_it = [*records[:at], orphan, *records[at:]]
+    assert replay(made, with_it) == replay(made, records)
+
+
+# A site that lost its key ------------------------------------------------------------------------
+
+
+def burnt(tmp_path, **sections):
+    """Site b fails in round 2 and loses all that it has but the key that it signs with."""
+    made = config("abcd", 3, **sections)
+    sites = federations.learners(made)
+    sites["b"].fault = lambda task: fails(task) if task.round == 2 else None
+    with pytest.raises(RunStuckError, match="no text"):
+        federations.run(made, tmp_path, sites)
+    folder = tmp_path / "sites" / "b"
+    for path in folder.iterdir():
+        if path.name != IDENTITY_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return made
+
+
+def test_a_site_that_lost_its_key_comes_back_with_one_that_it_signed(tmp_path):
+    """Round 2, which waits for it, is attempted again with its new key; round 3 goes on with it."""
+    made = burnt(tmp_path, trust=TRUST)
+    assert federations.run(made, tmp_path).last_round == 3
+    there = history(tmp_path)
+    keys = [record.secure.roster["b"].key for n in (1, 2, 3) for record in there.round(n).attempts]
+    assert [record.number for record in there.round(2).attempts] == [1, 2]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    assert [i.site for i in there.round(2).closing.inputs] == ["a", "b", "c", "d"]
+    assert verified(tmp_path).findings == []
+
+
+def test_a_site_that_lost_its_key_and_signs_nothing_needs_another_run(tmp_path):
+    """Nobody could tell it from one that the coordinator put in its place."""
+    made = burnt(tmp_path)
+    with pytest.raises(RunStuckError, match="round 2 waits for b"):
+        federations.run(made, tmp_path)
+    there = history(tmp_path).round(2)
+    assert [record.number for record in there.attempts] == [1]
+    assert "needs another run" in there.failed[-1].reason
 
 
 # What is on record -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from coordinator.history import read_history
 from participant import handlers
-from participant.secure_round import answer_once, check_terms, sign_once
+from participant.secure_round import _bind, answer_once, check_terms, sign_once
 from participant.site import NOBODY_SIGNS, Trust
 from participant.workspace import Workspace
 from shared import topology
@@ -306,6 +306,51 @@ def test_a_cohort_without_signatures_is_refused_by_a_site_that_signs(signed):
     }
     with pytest.raises(NotAcceptedError, match="signature"):
         check_terms(site, task, terms.model_copy(update={"roster": forged}), manifest)
+
+
+def test_a_key_that_its_site_did_not_sign_takes_no_others_place(signed):
+    """A site that lost its key comes back with another: with its own signature, and for good.
+
+    A coordinator's own key is refused however it is signed, and so is the one that was lost.
+    """
+    site, manifest = signed["a"], federations.learners(config())["a"].manifest
+    fresh, identity = ExchangeKey.generate().public, signed["b"].trust.key
+    old = started(site)[1].roster["b"]
+    mallory = Exchange.of("b", fresh, SigningKey.generate())
+    for forged in (
+        mallory,
+        mallory.model_copy(update={"identity": old.identity}),
+        Exchange(key=fresh),
+        Exchange.of("c", fresh, identity),
+    ):
+        with pytest.raises(NotAcceptedError, match="another of b"):
+            check_terms(site, *started(site, b=forged), manifest)
+    renewed = Exchange.of("b", fresh, identity)
+    site.accept = AcceptSection(peers={name: signed[name].trust.key.public.text for name in "bcd"})
+    check_terms(site, *started(site, b=renewed), manifest)
+    check_terms(site, *started(site, b=renewed), manifest)
+    with pytest.raises(NotAcceptedError, match="another of b"):
+        check_terms(site, *started(site, b=old), manifest)
+    site.accept = AcceptSection(peers=dict.fromkeys("bcd", signed["c"].trust.key.public.text))
+    with pytest.raises(NotAcceptedError, match=r"accept.peers.*got b with"):
+        check_terms(site, *started(site, b=renewed), manifest)
+
+
+def test_a_site_that_masked_again_answers_for_no_earlier_attempt(signed):
+    """And one that answered masks for no further one: of one round each site opens one sum."""
+    site, (_, terms) = signed["a"], started(signed["a"])
+    submission = site.workspace.last_submission("test")
+    others = {n: sign_once(signed[n], shown(signed, n, "abcd")) for n in "abc"}
+    again = terms.model_copy(update={"number": 2})
+    _bind(site.workspace, again.cohort("test", 1))
+    with pytest.raises(ProtocolError, match="which this site masked for last"):
+        answer_once(site, shown(signed, "a", "abcd", others))
+    assert site.workspace.bond("test", 1).revealed is None
+    assert submission.terms.number == 1
+    second = signed["b"]
+    answer_once(second, shown(signed, "b", "abcd", others))
+    with pytest.raises(NotAcceptedError, match="would give single sites' parts away"):
+        _bind(second.workspace, again.cohort("test", 1))
 
 
 def test_sites_that_the_operator_does_not_know_are_refused(signed):

@@ -16,7 +16,7 @@ from shared.secure_sum import shamir
 from shared.secure_sum.cohort import Attempt
 from shared.secure_sum.exchange import ExchangeKey
 from shared.secure_sum.masks import Keystream
-from shared.secure_sum.quantise import mean_of, next_reach, quantise, step_of, values_of
+from shared.secure_sum.quantise import mean_of, next_reach, quantise, step_of
 from shared.secure_sum.ring import Ring, ring_for
 from shared.secure_sum.said import commitment
 
@@ -31,10 +31,18 @@ ATTEMPT = Attempt("run", 7, 1)
     values=st.lists(st.integers(0, 2**32 - 1), max_size=40),
 )
 def test_what_is_packed_is_unpacked(bits, values):
-    """Every width, every length: the same words, in the bytes that were promised."""
+    """Every width, every length: the same words, in the bytes that were promised, bit by bit."""
     ring = Ring(bits)
     words = (np.array(values, np.uint64) & np.uint64(2**bits - 1)).astype(ring.word)
-    packed = ring.pack(words)
+    packed, wanted = ring.pack(words), b""
+    for shift in range(0, bits, 8):
+        width = min(8, bits - shift)
+        fields = [(int(word) >> shift) % 2**width for word in words]
+        joined = sum(field << width * place for place, field in enumerate(fields))
+        wanted += joined.to_bytes(
+            width * -(-len(values) // 8) if width < 8 else len(values), "little"
+        )
+    assert packed.tobytes() == wanted
     assert packed.size == ring.packed_bytes(len(values))
     assert np.array_equal(ring.unpack(packed, len(values)), words)
 
@@ -241,10 +249,11 @@ def test_a_threshold_that_nobody_reaches_is_refused(threshold, holders):
 def test_values_become_levels_of_a_public_scale():
     """By hand: reach 1, 4 levels, step 1/4; half to even; clipped at the reach."""
     step = step_of(1.0, 4)
-    values = np.array([0.0, 0.125, 0.375, -0.26, 0.9, 5.0, -3e38], np.float32)
-    levels = quantise(values, step, 4)
-    assert levels.tolist() == [0, 0, 2, -1, 4, 4, -4]
-    assert values_of(levels, step).tolist() == [0, 0, 0.5, -0.25, 1, 1, -1]
+    values = np.array([-0.1, 0.125, 0.375, -0.26, 0.9, 5.0, -3e38], np.float32)
+    sent = np.full_like(values, np.nan)
+    assert quantise(values, step, 4, sent).tolist() == [0, 0, 2, -1, 4, 4, -4]
+    assert sent.tolist() == [0, 0, 0.5, -0.25, 1, 1, -1]
+    assert not np.signbit(sent[:2]).any()  # -0.1 stands for 0.0, as 0.1 does
 
 
 def test_a_mean_of_levels_weighs_them():

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.config.secure import two_thirds
+from shared.config.values import canonical_json
 from shared.errors import ProtocolError
 from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.cohort import Attempt, Cohort, Survivors
+from shared.secure_sum.cohort import _graph as graph
 from shared.secure_sum.masking import pairs_of
 from shared.secure_sum.opening import check_answer, open_masks
-from shared.secure_sum.said import waits_for
+from shared.secure_sum.said import Answer, waits_for
 from shared.trust.keys import SigningKey
 from tests.shared.secure_sum.sites import LENGTH, Federation
 
@@ -87,6 +94,26 @@ def test_large_cohorts_are_masked_along_a_graph():
             assert all(site in cohort.neighbours(other) for other in cohort.neighbours(site))
         again = Cohort(Attempt("run", 2, 1), roster)
         assert count == 40 or any(again.neighbours(s) != cohort.neighbours(s) for s in roster)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    names=st.sets(st.from_regex("[a-z][a-z0-9-]{0,8}", fullmatch=True), min_size=3, max_size=90),
+    attempt=st.builds(Attempt, st.just("run"), st.integers(1, 9), st.integers(1, 3)),
+)
+def test_who_masks_with_whom_is_drawn_once_and_as_the_paper_says(names, attempt):
+    """However often and by whom it is asked: a ring in the order of hashes, built a single time."""
+    roster = {name: f"key of {name}" for name in names}
+    cohort = Cohort(attempt, roster)
+    circle = sorted(
+        names, key=lambda name: hashlib.sha256(canonical_json([cohort.digest, name])).hexdigest()
+    )
+    before = graph.cache_info().misses
+    for at, name in enumerate(circle):
+        near = {circle[(at + step) % len(names)] for step in range(-10, 11)} - {name}
+        wanted = near if len(names) > 40 else names - {name}
+        assert Cohort(attempt, {**roster}).neighbours(name) == tuple(sorted(wanted))
+    assert graph.cache_info().misses <= before + 1
 
 
 @pytest.mark.parametrize(
@@ -205,6 +232,52 @@ def test_a_coordinator_that_shows_two_sets_is_found():
                     passed += 1
                     assert len(signed) >= two_thirds(count)
             assert passed <= 1
+
+
+def test_no_two_attempts_are_opened_whose_sets_differ_by_one_site():
+    """However a coordinator splits a round: some sites mask again, all others answer at once.
+
+    A site that masks for the second attempt answers for no first one, and the other way round. So
+    of two sets of which one is the other and one site more, at most one can be opened: every such
+    pair is tried with every choice of who masks again, and with sites that only come to the second.
+    """
+    tried = Counter()
+    for count, more in itertools.product(range(3, 7), range(3)):
+        names = [f"site-{number}" for number in range(count + more)]
+        first, everybody = names[:count], names
+        old = Cohort(Attempt("run", 1, 1), {name: name for name in first})
+        for masked_again in subsets(everybody, 3):
+            bonds = {name: Bond(2 if name in masked_again else 1) for name in everybody}
+            new = Cohort(Attempt("run", 1, 2), {name: name for name in masked_again})
+            for one in subsets(first, old.fewest):
+                others = [{*one} - {name} for name in one]
+                others += [{*one, name} for name in everybody if name not in one]
+                for other in others:
+                    if len(other) < new.fewest or not other <= {*masked_again}:
+                        continue
+                    opened = [opens(old, one, bonds), opens(new, other, bonds)]
+                    assert opened != [True, True], (first, masked_again, one, other)
+                    tried["pairs"] += 1
+                    tried["second opened"] += opened[1]
+    assert tried["pairs"] > 1000
+    assert tried["second opened"] > 1000
+
+
+def subsets(names, fewest):
+    sizes = range(fewest, len(names) + 1)
+    return itertools.chain.from_iterable(itertools.combinations(names, size) for size in sizes)
+
+
+def opens(cohort, there, bonds):
+    """Whether all answers for this set that the bonds allow open its sum."""
+    survivors = Survivors(cohort, {s: hashlib.sha256(s.encode()).hexdigest() for s in there})
+    answers = {}
+    for site in there:
+        with contextlib.suppress(ProtocolError):
+            bonds[site].to_survivors(survivors, answered=True)
+            near = [other for other in cohort.neighbours(site) if other in there]
+            answers[site] = Answer(b"", {}, dict.fromkeys(near, b""))
+    return not waits_for(survivors, answers)
 
 
 # Sites that lie ----------------------------------------------------------------------------------
