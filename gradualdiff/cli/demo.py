@@ -299,6 +299,7 @@ def _replies(run: Run, prompts: Sequence[str]) -> list[tuple[str, str, str]]:
     conversation = Conversation(run, Sampling(max_new_tokens=REPLY_TOKENS), beside_base=True)
     answers = []
     for prompt in prompts:
-        answers.append((prompt, *conversation.say(prompt).values()))
+        before, after = conversation.say(prompt).values()
+        answers.append((prompt, before, after))
         conversation.forget()
     return answers
