@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # What a signature is for. It is part of what is signed.
-Purpose: TypeAlias = Literal["event", "record", "attestation", "exchange", "survivors"]
+Purpose: TypeAlias = Literal["event", "record", "exchange", "survivors"]
 
 _FORM: Final = r"^ed25519:[A-Za-z0-9_-]{43}$"
 PublicText = Annotated[str, StringConstraints(pattern=_FORM)]
