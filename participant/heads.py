@@ -49,7 +49,7 @@ class Heads:
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
-        self._newest: dict[str, Head | None] = {}
+        self._newest: dict[tuple[str, str], Head | None] = {}  # by run and to whom it was said
 
     def keep(self, event: DeltaAnswered | RoundClosed | RunFinished, now: float) -> None:
         """Add the head that came with an event, if it is newer than the one before.
@@ -63,11 +63,11 @@ class Heads:
             run=event.run, round=event.round, event=type(event).__name__, at=now, said=said
         )
         path = self._workspace.heads_path(event.run)
-        if event.run not in self._newest:
-            self._newest[event.run] = max(
-                (line.head for line in read_heads(path)), key=lambda h: h.number, default=None
-            )
-        newest = self._newest[event.run]
+        this = (event.run, said.to)  # of a deleted run of this name the heads say nothing here
+        if this not in self._newest:
+            heads = (line.head for line in read_heads(path) if line.said.to == said.to)
+            self._newest[this] = max(heads, key=lambda head: head.number, default=None)
+        newest = self._newest[this]
         if newest is not None and kept.head.number <= newest.number:
             if kept.head.number == newest.number and kept.head != newest:
                 get_logger().error(
@@ -76,7 +76,7 @@ class Heads:
                 )  # fmt: skip
             return  # told again
         append_line(path, canonical_json(kept.model_dump(mode="json")))
-        self._newest[event.run] = kept.head
+        self._newest[this] = kept.head
 
 
 def read_heads(path: Path) -> list[KeptHead]:
@@ -91,4 +91,4 @@ def read_heads(path: Path) -> list[KeptHead]:
 def newest_heads(root: Path) -> list[KeptHead]:
     """Of each run in a workspace its newest one, in name order."""
     lines = (read_heads(path) for path in sorted(root.glob(f"*/{HEADS_FILE}")))
-    return [max(kept, key=lambda line: line.head.number) for kept in lines if kept]
+    return [kept[-1] for kept in lines if kept]

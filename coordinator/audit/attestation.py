@@ -1,13 +1,13 @@
 """One file that proves a run to another party: its records, and what they are checked with.
 
 Canonical JSON, a value a line: what it is, every record's bytes, which objects they name, what
-``verify`` found here, what is installed here, and last a signature of all lines before. Equal input
-gives equal bytes. Whoever reads one believes none of it: the records prove themselves.
+``verify`` found here, what is installed here, and last the sha256 of all lines before, signed by
+whoever has a key. Equal input gives equal bytes. Whoever reads one believes none of it: the records
+prove themselves.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,8 @@ from coordinator.audit.verification import verify_records
 from coordinator.history import read_history
 from shared import topology
 from shared.config import Name, canonical_json
-from shared.errors import ConfigError, LedgerDamagedError, SignatureError
+from shared.errors import LedgerDamagedError, SignatureError
+from shared.protocol.chain import opened_json, signed_json
 from shared.protocol.ledger import Ledger
 from shared.protocol.manifest import Schema
 from shared.trust.keys import PublicKey
@@ -126,11 +127,7 @@ def write_attestation(told: Attestation, file: BinaryIO, key: SigningKey | None)
         line = canonical_json(value) + b"\n"
         digest.update(line)
         file.write(line)
-    last: dict[str, str | None] = {"by": None, "signature": None}
-    if key is not None:
-        signature = base64.b64encode(key.sign("attestation", digest.digest())).decode()
-        last = {"by": key.public.text, "signature": signature}
-    file.write(canonical_json(last) + b"\n")
+    file.write(signed_json({"sha256": digest.hexdigest()}, FORMAT, key) + b"\n")
 
 
 def _lines(told: Attestation) -> Iterator[dict[str, Any]]:
@@ -164,10 +161,10 @@ def read_attestation(file: BinaryIO, name: str) -> Attestation:
             raise LedgerDamagedError(f"{name}: expected at most {MOST_BYTES} bytes, got more")
         if told is None:
             told = _begun(value, where)
-        elif "signature" in value:
+        elif "sha256" in value and "object" not in value:
             if file.read(1):
-                raise LedgerDamagedError(f"{where}: expected the end after the signature, got more")
-            told.signed_by = _signer(value, digest.digest(), where)
+                raise LedgerDamagedError(f"{where}: expected the end after the digest, got more")
+            told.signed_by = _signer(line[:-1], digest.hexdigest(), where)
             return told
         else:
             _take(told, value, where)
@@ -232,15 +229,13 @@ def _take(told: Attestation, value: dict[str, Any], where: str) -> None:
             )
 
 
-def _signer(value: dict[str, Any], digest: bytes, where: str) -> PublicKey | None:
-    by, signature = value.get("by"), value.get("signature")
-    if by is None and signature is None:
-        return None
+def _signer(last: bytes, digest: str, where: str) -> PublicKey | None:
     try:
-        key = PublicKey(str(by))
-        key.verify("attestation", base64.b64decode(str(signature), validate=True), digest)
-    except (ConfigError, ValueError) as error:
+        values, key = opened_json(last, FORMAT)
+    except SignatureError as error:
         raise SignatureError(f"{where}: {error}") from None
+    if values["sha256"] != digest:
+        raise SignatureError(f"{where}: sha256: expected {digest}, got another: it was altered")
     return key
 
 

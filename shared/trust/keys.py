@@ -26,7 +26,7 @@ from pydantic import StringConstraints
 from shared.errors import ConfigError, SignatureError
 
 # What a signature is for. It is part of what is signed.
-Purpose: TypeAlias = Literal["event", "record", "attestation", "exchange", "survivors"]
+Purpose: TypeAlias = Literal["event", "record", "exchange", "survivors"]
 
 _FORM: Final = r"^ed25519:[A-Za-z0-9_-]{43}$"
 PublicText = Annotated[str, StringConstraints(pattern=_FORM)]

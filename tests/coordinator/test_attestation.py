@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -12,7 +11,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.audit.attestation import MOST_LINE_BYTES, attest, read_attestation
+from coordinator.audit.attestation import FORMAT, MOST_LINE_BYTES, attest, read_attestation
 from coordinator.audit.attestation import write_attestation as write
 from coordinator.audit.bom import bill_of_materials
 from coordinator.audit.held import HeldObjects
@@ -27,6 +26,7 @@ from shared.errors import (
     ObjectMissingError,
     SignatureError,
 )
+from shared.protocol.chain import signed_json
 from shared.protocol.ledger import Ledger
 from shared.trust.keys import SigningKey
 from tests import federations
@@ -62,11 +62,8 @@ def lines_of(file):
 def written(path, lines, key=None):
     """Lines as a file; its last line is made anew, signed by ``key``."""
     body = b"".join(canonical_json(line) + b"\n" for line in lines[:-1])
-    last = {"by": None, "signature": None}
-    if key is not None:
-        signature = key.sign("attestation", hashlib.sha256(body).digest())
-        last = {"by": key.public.text, "signature": base64.b64encode(signature).decode()}
-    path.write_bytes(body + canonical_json(last) + b"\n")
+    digest = hashlib.sha256(body).hexdigest()
+    path.write_bytes(body + signed_json({"sha256": digest}, FORMAT, key) + b"\n")
     return path
 
 
@@ -170,13 +167,12 @@ def test_another_history_is_found_by_a_head(world, tmp_path):
 
 
 def test_a_signature_for_another_purpose_is_none(world, tmp_path):
-    """What the coordinator signs as a link is no attestation."""
+    """What the coordinator signs as an entry of a log is no attestation."""
     _, key, file = world
-    body = file.read_bytes().rpartition(b'{"by"')[0]
-    signature = base64.b64encode(key.sign("record", hashlib.sha256(body).digest())).decode()
+    body = b"".join(file.read_bytes().splitlines(keepends=True)[:-1])
     path = tmp_path / "crossed"
-    last = {"by": key.public.text, "signature": signature}
-    path.write_bytes(body + canonical_json(last) + b"\n")
+    digest = hashlib.sha256(body).hexdigest()
+    path.write_bytes(body + signed_json({"sha256": digest}, "audit/00000001.json", key) + b"\n")
     with pytest.raises(SignatureError):
         check_attestation(path)
 

@@ -85,9 +85,9 @@ def test_nothing_is_kept_where_nobody_signs(tmp_path):
     assert kept(tmp_path) == []
 
 
-def closed(number, head):
+def closed(number, head, to="site:a"):
     """A round's end as it comes with a head."""
-    said = Said(event="", to="site:a", by=KEY.public.text, signature="", head=head)
+    said = Said(event="", to=to, by=KEY.public.text, signature="", head=head)
     return RoundClosed(run="test", round=number, result_sha="0" * 64).heard(said)
 
 
@@ -119,3 +119,14 @@ def test_another_link_of_the_same_number_is_said_loudly(tmp_path, monkeypatch):
     assert [line.head for line in read_heads(Workspace(tmp_path).heads_path("test"))] == [
         Head(5, "a" * 64)
     ]
+
+
+def test_a_run_that_is_begun_anew_has_heads_of_its_own(tmp_path, monkeypatch):
+    """Its links are numbered from 1 again: that is no fork, and the newest line is the newest."""
+    monkeypatch.setattr("participant.heads.get_logger", lambda: pytest.fail("a fork"))
+    heads = Heads(Workspace(tmp_path))
+    for birth, number, letter in (("old", 5, "a"), ("new", 1, "b"), ("new", 5, "c")):
+        heads.keep(closed(number, f"{number}:{letter * 64}", f"site:a:{birth}"), 1.0)
+    lines = read_heads(Workspace(tmp_path).heads_path("test"))
+    assert [line.head.number for line in lines] == [5, 1, 5]
+    assert [line.head.sha[0] for line in newest_heads(tmp_path)] == ["c"]
