@@ -27,7 +27,7 @@ reproduce: $(STAMP) test-servers ## Write the paper's tables for a small model: 
 	$(BIN)/gradualdiff reproduce --preset cpu
 
 test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
-	$(BIN)/python -m pytest -m "not compose" -n 3 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not compose" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, iptables, WordNet
 	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null \

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import gradualdiff as gd
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 from tests.tiny_model import make_tiny_model, write_federation
 
 torch = pytest.importorskip("torch")

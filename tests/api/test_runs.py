@@ -11,7 +11,7 @@ import gradualdiff as gd
 from shared import topology
 from shared.stores.directory import DirectoryStore
 from tests import federations
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 
 
 @pytest.fixture(scope="module")

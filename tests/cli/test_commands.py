@@ -18,19 +18,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.records import AcceptedRecord
 from shared.stores.directory import DirectoryStore
 from tests import federations
-
-
-def gradualdiff(*arguments, cwd=None, stdin=""):
-    """Run the command in a process of its own. ``stdin``: what is typed there."""
-    return subprocess.run(
-        [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        input=stdin,
-    )
-
+from tests.command_line import gradualdiff
 
 THIN = {"name": "int4", "down": "int4"}  # the defaults, which need no codec's code to be checked
 

@@ -17,7 +17,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.records import AcceptedRecord, ClosedRecord, ClosingRecord, OpenedRecord
 from shared.stores.directory import DirectoryStore
 from tests import federations
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 from tests.coordinator.test_controls import when
 from tests.steering import ask
 

@@ -16,7 +16,7 @@ from shared.config import load_federation
 from shared.errors import ConfigError, InterruptedRunError, ModelError, RunExistsError
 from shared.protocol.ledger import list_runs
 from shared.protocol.records import FederationRecord, FinishedRecord
-from tests.cli.test_commands import gradualdiff
+from tests.cli.test_init_and_check import gradualdiff
 from tests.federation.test_starting import Stops
 from tests.numpy_learner import NumpyLearner
 from tests.steering import records, store_of

@@ -15,7 +15,8 @@ from shared.config import load_federation, load_site
 from tests.tiny_model import make_tiny_model, write_federation
 
 
-def gradualdiff(*arguments, cwd):
+def gradualdiff(*arguments, cwd=None):
+    """Run the command in a process of its own: a demo keeps its log open to the end of it."""
     return subprocess.run(
         [sys.executable, "-m", "gradualdiff.cli.main", *map(str, arguments)],
         capture_output=True,

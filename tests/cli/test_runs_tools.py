@@ -10,7 +10,7 @@ from shared import errors, topology
 from shared.errors import RunStuckError
 from shared.stores.directory import DirectoryStore
 from tests import federations
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 from tests.coordinator.test_controls import when
 from tests.steering import ask
 

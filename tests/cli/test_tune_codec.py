@@ -10,7 +10,7 @@ from matplotlib import image
 
 from gradualdiff.simulation import load_config, simulate
 from shared import errors
-from tests.cli.test_init_and_check import gradualdiff
+from tests.command_line import gradualdiff
 from tests.tiny_model import make_tiny_model, write_federation
 
 pytestmark = pytest.mark.model

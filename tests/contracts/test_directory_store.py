@@ -9,15 +9,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from shared.errors import GrantError, StoreError, StoreUnavailableError
 from shared.stores.directory import STALE_SECONDS, DirectoryStore, DirectoryTransfer
 from tests.contracts.store_contract import StoreContract, sha256
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -176,17 +178,15 @@ def test_links_stand_in_for_copies(root, store, tmp_path):
     assert store.stat("part") == part
 
 
-def test_a_copy_is_told_of_as_the_object_it_was_made_of(root, tmp_path):
+def test_a_copy_is_told_of_as_the_object_it_was_made_of(elsewhere, tmp_path):
     """Also on another file system, where a spooled file is no link."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        store = DirectoryStore(Path(elsewhere))
-        assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
-        infos = [store.put(key, bytes(9)) for key in ("a", "b")]
-        assert store.fetch_file("a", tmp_path / "out") == infos[0]
-        for count in (1, 2):
-            spooled = store.spool(["a", "b"][:count], tmp_path / "spooled")
-            assert spooled.parts == infos[:count]
-            assert spooled.sha256 == hashlib.sha256(bytes(9 * count)).hexdigest()
+    store = DirectoryStore(elsewhere)
+    infos = [store.put(key, bytes(9)) for key in ("a", "b")]
+    assert store.fetch_file("a", tmp_path / "out") == infos[0]
+    for count in (1, 2):
+        spooled = store.spool(["a", "b"][:count], tmp_path / "spooled")
+        assert spooled.parts == infos[:count]
+        assert spooled.sha256 == hashlib.sha256(bytes(9 * count)).hexdigest()
 
 
 def test_a_fetched_file_is_the_callers_own(root, store, tmp_path):

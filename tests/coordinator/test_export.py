@@ -10,7 +10,7 @@ from shared.errors import LedgerDamagedError
 from shared.protocol.manifest import HeldOut
 from shared.protocol.records import ClosedRecord
 from tests import federations
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 from tests.numpy_learner import NumpyLearner
 from tests.steering import records, store_of, verify
 

@@ -22,7 +22,7 @@ from shared.errors import ConfigError, LedgerDamagedError, RunStuckError
 from shared.protocol.records import ClosedRecord, OpenedRecord, RefusedRecord
 from shared.tensors.tensor_file import TensorFile
 from tests import federations
-from tests.cli.test_commands import gradualdiff
+from tests.command_line import gradualdiff
 from tests.coordinator.test_controls import when
 from tests.steering import Crash, Mortal, records, store_of, verify
 

@@ -70,7 +70,7 @@ CUT_SHORT = {
     "a listing": OK + b"Content-Length: %d\r\n\r\n" % len(LISTING) + LISTING,
     BOMB: OK
     + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
-    % len(bomb := gzip.compress(gzip.compress(bytes(1 << 30), 9), 9))
+    % len(bomb := gzip.compress(gzip.compress(bytes(1 << 20)) * 1024))
     + bomb,
 }
 

@@ -18,6 +18,7 @@ from shared.protocol.ledger import Ledger
 from shared.protocol.records import ClosingRecord
 from shared.stores.opening import open_s3
 from tests import federations
+from tests.command_line import Done, gradualdiff
 from tests.numpy_learner import NumpyLearner, manifest_of
 from tests.patience import PATIENCE_SECONDS
 from tests.servers.rabbitmq import ADMIN
@@ -75,15 +76,9 @@ class Deployment:
         for name in self.sites:
             self._fill_kit(name)
 
-    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str, check: bool = True) -> Done:
         """Run ``gradualdiff`` to its end."""
-        done = subprocess.run(
-            [sys.executable, "-m", "gradualdiff.cli.main", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_SECONDS,
-            check=False,
-        )
+        done = gradualdiff(*arguments)
         if check and done.returncode:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
