@@ -77,12 +77,14 @@ class Deployment:
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ``gradualdiff`` to its end."""
+        armed = ["tests.servers.armed"] if self.settings else []
         done = subprocess.run(
-            [sys.executable, "-m", "gradualdiff.cli.main", *arguments],
+            [sys.executable, "-m", *armed, "gradualdiff.cli.main", *arguments],
             capture_output=True,
             text=True,
             timeout=PATIENCE_SECONDS,
             check=False,
+            env={**os.environ, "SETTINGS": self.settings, "ARMED_FIRED": os.devnull},
         )
         if check and done.returncode:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
