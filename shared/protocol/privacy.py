@@ -68,11 +68,12 @@ class PrivacySpent(Schema):
     def words(self) -> str:
         """In one line."""
         if self.unit == "site":
+            rounds = "1 round" if self.steps == 1 else f"{self.steps} rounds"
             return (
                 f"epsilon {self.epsilon:.3g} at delta {self.delta:.2g} for the whole site, of what "
-                f"the mean of all deltas tells ({self.steps} rounds, without sampling, clip "
-                f"{self.clip:g}, noise multiplier {self.noise_multiplier:.4g}); all of the site's "
-                f"runs that protect sites: {self.total_epsilon:.3g}"
+                f"the mean of all deltas tells ({rounds}, without sampling, clip {self.clip:g}, "
+                f"noise multiplier {self.noise_multiplier:.4g}); all of the site's runs that "
+                f"protect sites: {self.total_epsilon:.3g}"
             )
         return (
             f"epsilon {self.epsilon:.3g} at delta {self.delta:.2g} for each {self.unit} "

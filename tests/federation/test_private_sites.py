@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from coordinator.history import read_history
+from coordinator.runs.branching import branch_run
+from coordinator.runs.model_card import model_card
+from coordinator.runs.operating import operator_ledger
 from participant.privacy import Noise, budget, epsilon_of
 from participant.workspace import PRIVACY_FOLDER
 from shared import topology
@@ -166,6 +169,22 @@ def test_one_account_is_kept_for_the_site_over_all_runs(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("few")
+def test_a_model_card_says_what_its_epsilon_is_not_of(tmp_path):
+    """A branch of a run without noise: what it began with is in no account."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store")
+    parent, child = (operator_ledger(store, name, lambda: 1.0) for name in ("test", "new"))
+    branch_run(parent, 3, child)
+    state = federations.run(config(rounds=1, name="new"), tmp_path)
+    settings = config().lora
+    card = model_card(history(tmp_path, "new"), 1, state.adapter_sha, settings, "owner/m")
+    assert "for the whole site, of what the mean of all deltas tells (1 round," in card
+    assert "Not of what it began with: the adapter of test@3" in card
+    plain = model_card(history(tmp_path, "test"), 3, state.adapter_sha, settings, "owner/m")
+    assert "Not of what it began with" not in plain
+
+
 # Deaths ------------------------------------------------------------------------------------------
 
 
@@ -175,7 +194,7 @@ def test_one_account_is_kept_for_the_site_over_all_runs(tmp_path):
 def test_dying_at_any_write_ends_in_the_same_adapter(tmp_path, monkeypatch, sections):
     """With the sites' secrets given: what was made again has the same noise, and is paid once."""
     monkeypatch.setattr(budget.secrets, "token_bytes", lambda size: bytes(range(size)))
-    for folder in restarted(config(rounds=2, **sections), tmp_path):
+    for folder in restarted(config(rounds=1, **sections), tmp_path):
         assert verified(folder).findings == []
-        told = history(folder).round(2).accepted.values()
-        assert {record.privacy.steps for record in told} == {2}
+        told = history(folder).round(1).accepted.values()
+        assert {record.privacy.steps for record in told} == {1}
