@@ -135,8 +135,8 @@ def _feedback(workspace: Workspace, task: RoundStarted, making: Path) -> Feedbac
 
     It alone knows which delta was accepted: one that was refused or late changes nothing here.
     """
-    if not task.feedback or (task.privacy is not None and task.privacy.of_sites):
-        return None  # what was left out of a noisy delta is its noise, too
+    if not task.feedback:
+        return None
     last = task.last_accepted
     before = workspace.residual_path(task.run, last) if last is not None else None
     return Feedback(before, making / RESIDUAL_FILE, owed=last is not None)
