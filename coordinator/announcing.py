@@ -16,6 +16,7 @@ from coordinator.round.state import (
 )
 from shared import modes, topology
 from shared.adapters import kind_of
+from shared.config.privacy_rules import fewest_deltas
 from shared.methods.averaging import get_averaging
 from shared.protocol.events import (
     BasesOffered,
@@ -254,7 +255,10 @@ def announcement(config: FederationConfig, site: str) -> RunAnnounced:
 
 
 def _privacy_of(config: FederationConfig) -> WirePrivacy | None:
-    return None if config.privacy is None else WirePrivacy(**config.privacy.model_dump())
+    if config.privacy is None:
+        return None
+    fewest = fewest_deltas(config) if config.privacy.of_sites else None
+    return WirePrivacy(**config.privacy.model_dump(), fewest=fewest)
 
 
 def _lora_of(config: FederationConfig, site: str) -> WireLora:

@@ -141,9 +141,17 @@ def _without_privacy(
 ) -> Iterator[str]:
     """What is no protection, or one that leaves nothing to be learnt."""
     if run.privacy is None:
-        if accept.privacy == "required":
+        if accept.privacy != "any":
             yield "accept.privacy: expected a run with [privacy], got one without"
         return
+    if accept.privacy == "site" and not run.privacy.of_sites:
+        yield 'accept.privacy: expected a run with privacy.unit = "site", got "record"'
+    if accept.privacy == "required" and run.privacy.of_sites and not run.secure:
+        yield (
+            "accept.privacy: expected noise enough on what leaves this site, got privacy.unit = "
+            '"site" without aggregation.secure: each delta by itself has a small part of it; '
+            '"site" accepts that'
+        )
     if get_averaging(run.averaging).makes_bases:
         yield (
             f'privacy: expected a run that trains, got aggregation.averaging = "{run.averaging}", '
@@ -153,10 +161,13 @@ def _without_privacy(
     if steps is None:
         return
     if steps.delta * steps.examples > 1:
+        one = "site" if steps.of_site else "record"
         yield (
-            f"privacy.delta: expected at most 1 / {steps.examples} (one record of all), got "
+            f"privacy.delta: expected at most 1 / {steps.examples} (one {one} of all), got "
             f"{steps.delta:g}"
         )
+    if steps.of_site:
+        return
     few = steps.examples < LEAST_RECORDS and steps.steps > MOST_STEPS_OF_FEW
     if few and steps.epsilon <= STRONG_EPSILON:
         yield (
@@ -174,9 +185,10 @@ def objection_to_epsilon(total: float, planned: Mechanism, most: float) -> str:
     """
     if total <= most:
         return ""
+    counted = "that protect the site" if planned.of_site else "on this text"
     return (
         f"this site does not take part: accept.max_epsilon: expected at most {most:g} for all runs "
-        f"on this text, got {total:.4g} at delta {planned.delta:.3g}, of which this run's "
+        f"{counted}, got {total:.4g} at delta {planned.delta:.3g}, of which this run's "
         f"{planned.steps} steps are {planned.epsilon:.4g}. {_REMEDY}"
     )
 

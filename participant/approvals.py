@@ -101,6 +101,8 @@ def _told_privacy(privacy: dict[str, Any] | None) -> str:
         return "none"
     noise, most = privacy["noise_multiplier"], privacy["target_epsilon"]
     strength = f"noise {noise:g} x clip" if noise is not None else f"epsilon at most {most:g}"
+    if privacy["unit"] == "site":
+        return f"for this site as a whole, {strength} on the sum of {privacy['fewest']} deltas"
     return f"for each {privacy['unit']}, {strength}"
 
 

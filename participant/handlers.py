@@ -18,6 +18,7 @@ from participant.guard import Guard
 from participant.heads import Heads
 from participant.local_round import train_and_commit
 from participant.secure_round import answer_once, exchange_of, is_for_a_lost_key, sign_once
+from participant.site_noise import with_site_noise
 from participant.traffic import Counted, Meter
 from participant.uploads import Uploads
 from shared import topology
@@ -269,7 +270,7 @@ class Participant:
                 self._held[task.run] = task
                 return
             fetch_bases(self._site, task)
-            ready = self._site.learner.prepare(task, self._reporter(None))
+            ready = with_site_noise(task, self._site.learner.prepare(task, self._reporter(None)))
             self._guard.check_run(task, ready)
         except GrantError as error:
             # The URL is stale; a fresh one comes with the next announcement.
@@ -407,6 +408,9 @@ class Participant:
     def _evaluate(self, task: RunFinished) -> None:
         if task.sha is None or task.get_url is None:
             return
+        noise = self._prepared[task.run].privacy
+        if noise is not None and noise.of_site:
+            return  # a loss of this site's text has no noise
         try:
             told = self._guard.evaluated(task)
             if told is not None:

@@ -11,6 +11,7 @@ from participant.checkpoints import settings_digest
 from participant.fetching import fetch_adapter
 from participant.learner.port import RESIDUAL_FILE
 from participant.secure_round import check_terms, mask_delta
+from participant.site_noise import EXACT, begin_noise, steps_of, write_noisy
 from participant.workspace import Submission
 from shared.disk.durable_files import file_errors
 from shared.errors import NotAcceptedError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from participant.guard import Guard
     from participant.learner.port import Learned, Progress, Readiness
+    from participant.privacy import SiteNoise
     from participant.site import Site
     from participant.workspace import Workspace
     from shared.protocol.events import RoundStarted
@@ -58,18 +60,19 @@ def train_and_commit(
     started = time.monotonic()
     if task.secure is not None:
         check_terms(site, task, task.secure, ready.manifest)  # before anything is trained for it
+    noisy = steps_of(task, ready) is not None
     source = fetch_adapter(site, guard, task, ready.manifest)
     fetched = time.monotonic()
     making = workspace.new_round(task.run)
     state = workspace.state_path(task.run, task.last_counted)
     feedback = _feedback(workspace, task, making)
     masked: tuple[MaskedWith, bytes] | None = None
-    if task.privacy is not None:
+    if task.privacy is not None and not noisy:
         site.learner.take_budget(workspace.budget(guard.max_epsilon))
     failpoint("learn.before")
     with file_errors(making):
         learned = site.learner.learn(
-            task,
+            task.model_copy(update={"codec": EXACT}) if noisy else task,
             source,
             state,
             making,
@@ -80,12 +83,18 @@ def train_and_commit(
         )
         failpoint("learn.after")
         guard.check_delta(learned)
-        if task.secure is not None:
+        noise: SiteNoise | None = None
+        if noisy:
+            noise, learned = begin_noise(site, guard, task, ready, learned, making)
+        elif task.secure is not None:
             feedback = feedback or Feedback(None, making / RESIDUAL_FILE, owed=False)
-            digest, offer, seed = mask_delta(
-                site, task, task.secure, ready.manifest, making, feedback
-            )
-            learned, masked = replace(learned, delta=digest), (offer, seed)
+        if task.secure is not None:
+            how = noise or feedback
+            assert how is not None  # one of the two: see above
+            digest, masked = mask_delta(site, task, task.secure, ready.manifest, making, how)
+            learned = replace(learned, delta=digest)
+        elif noise is not None:
+            learned = replace(learned, delta=write_noisy(site, task, ready, making, noise))
         submission = _submission(task, learned, feedback, ready.fingerprint, masked)
         submission.metrics.seconds["fetch"] = round(fetched - started, 3)
         told = guard.told(submission.metrics)

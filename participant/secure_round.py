@@ -18,19 +18,20 @@ from shared.secure_sum.answering import Bond, answer
 from shared.secure_sum.masking import Masking, pairs_of
 from shared.secure_sum.said import SEED_BYTES
 from shared.tensors.delta_file import DeltaFile
-from shared.tensors.masked_file import masked_header, write_masked
+from shared.tensors.masked_file import masked_header, write_masked, write_numbers
+from shared.tensors.residual import Feedback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from participant.privacy import SiteNoise
     from participant.site import Site
     from participant.workspace import Submission, TakenPart, Workspace
     from shared.protocol.events import RoundStarted, UnmaskRequested
     from shared.protocol.manifest import Manifest
     from shared.protocol.secure import SecureTerms
     from shared.secure_sum.cohort import Cohort, Survivors
-    from shared.tensors.residual import Feedback
     from shared.tensors.tensor_file import FileDigest
 
 
@@ -114,9 +115,11 @@ def mask_delta(
     terms: SecureTerms,
     manifest: Manifest,
     making: Path,
-    feedback: Feedback,
-) -> tuple[FileDigest, MaskedWith, bytes]:
+    how: Feedback | SiteNoise,
+) -> tuple[FileDigest, tuple[MaskedWith, bytes]]:
     """Put a masked delta in the place of the trained one; what it is, and the site's own seed.
+
+    ``how`` it becomes whole numbers: cut off and rounded, the rest kept, or with a site's noise.
 
     Raises NotAcceptedError, and DeltaRefusedError for values that are not finite.
     """
@@ -129,19 +132,23 @@ def mask_delta(
     header = masked_header(task.run, task.round, site.name, task.source_sha)
     plain, masked = making / DELTA_FILE, making / "masked"
     with DeltaFile(plain, trained) as delta:
-        digest = write_masked(
-            masked,
-            trained,
-            header,
-            terms,
-            masking,
-            delta.read,
-            feedback,
-            packed=task.packed,
-        )
+        if isinstance(how, Feedback):
+            digest = write_masked(
+                masked, trained, header, terms, masking, delta.read, how, packed=task.packed
+            )
+        else:
+            digest = write_numbers(
+                masked,
+                trained,
+                header,
+                terms,
+                masking,
+                lambda spec, _: how.numbers(spec.name, delta.read(spec)),
+                packed=task.packed,
+            )
     masked.replace(plain)
     failpoint("delta.masked")
-    return digest, MaskedWith.of(masking.offer(digest.sha256)), seed
+    return digest, (MaskedWith.of(masking.offer(digest.sha256)), seed)
 
 
 def _bind(workspace: Workspace, cohort: Cohort) -> None:

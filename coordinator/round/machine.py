@@ -432,7 +432,7 @@ def _toward_closing(state: RunState, opened: OpenedRecord) -> Step | None:
         decision = decide(policy, here, uncounted, state.troubles, state.now)
         if decision is None or too_few(section, len(decision.counted)) is not None:
             return None
-    if lacks_survivors(opened, len(decision.counted)) is not None:
+    if lacks_survivors(state.config, opened, len(decision.counted)) is not None:
         return None
     mode = section.weights
     share = shares(mode, decision.counted, opened.round)

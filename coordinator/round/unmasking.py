@@ -6,11 +6,13 @@ and no other set is ever asked for.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Final
 
+from shared.config.privacy_rules import fewest_deltas
 from shared.config.secure import fewest_survivors, levels_of
 from shared.methods.averaging import delta_manifest
-from shared.protocol.secure import SecureTerms, survivors_of
+from shared.protocol.secure import MOST_LEVELS, SecureTerms, survivors_of
 from shared.secure_sum.said import waits_for
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from shared.protocol.secure import Exchange
     from shared.secure_sum.cohort import Survivors
 
+STEPS_OF_NOISE: Final = 16  # of rounding, times the root of how many numbers: to one clip
+
 
 def terms_for(
     config: FederationConfig,
@@ -44,14 +48,17 @@ def terms_for(
     """
     if not config.aggregation.secure:
         return None
+    trained = delta_manifest(manifest, config, selected[0], number)
+    roster = {site: one for site in selected if (one := members[site].exchange) is not None}
+    if config.privacy is not None and config.privacy.of_sites:
+        return _terms_of_noise(roster, trained, config.privacy.clip, attempt)
     names = sorted(spec.name for spec in manifest.tensors)
     known = before.reaches if before is not None else None
     reaches = dict(zip(names, known, strict=True)) if known is not None else {}
-    trained = delta_manifest(manifest, config, selected[0], number)
     first = config.aggregation.secure_reach
     return SecureTerms(
         number=attempt,
-        roster={site: one for site in selected if (one := members[site].exchange) is not None},
+        roster=roster,
         levels=levels_of(config),
         reaches=tuple(
             reaches.get(name, first) for name in sorted(spec.name for spec in trained.tensors)
@@ -79,8 +86,29 @@ def must_reopen(
     return renewed or len(there) < fewest_survivors(len(roster))
 
 
-def lacks_survivors(opened: OpenedRecord, count: int) -> str | None:
-    """Why a decision that counts ``count`` deltas would never be unmasked; None if it would."""
+def _terms_of_noise(
+    roster: dict[str, Exchange], trained: Manifest, clip: float, attempt: int
+) -> SecureTerms:
+    """A scale on which sites' noise is added: fine enough that rounding costs 3 % of ``clip``.
+
+    One number may be all of a delta, and is cut off nowhere: the ring holds twice that of each.
+    """
+    numbers = sum(spec.elements for spec in trained.tensors)
+    levels = min(2 * STEPS_OF_NOISE * math.ceil(math.sqrt(numbers)), MOST_LEVELS)
+    reaches = (2 * clip,) * len(trained.tensors)
+    return SecureTerms(number=attempt, roster=roster, levels=levels, reaches=reaches)
+
+
+def lacks_survivors(config: FederationConfig, opened: OpenedRecord, count: int) -> str | None:
+    """Why a decision that counts ``count`` deltas would never be unmasked; None if it would.
+
+    Nor is one made with fewer deltas than sites' noise is made for.
+    """
+    if config.privacy is not None and config.privacy.of_sites and count < fewest_deltas(config):
+        return (
+            f"expected {fewest_deltas(config)} deltas or more, got {count}: fewer have less noise "
+            'together than the run promises (privacy.unit = "site")'
+        )
     if opened.secure is None:
         return None
     wanted = fewest_survivors(len(opened.secure.roster))

@@ -106,8 +106,17 @@ def _privacy(history: History, number: int) -> list[str]:
         ),
         "",
         *(f"- {site}: {spent.words()}" for site, spent in privacy_of(history, number).items()),
+        *_not_of(history),
         "",
     ]
+
+
+def _not_of(history: History) -> list[str]:
+    """What no epsilon of a branch speaks of."""
+    if history.origin is None:
+        return []
+    began = history.origin.label
+    return ["", f"Not of what it began with: the adapter of {began}, whatever that gives away."]
 
 
 def _losses(history: History, number: int) -> list[str]:

@@ -189,5 +189,5 @@ def _too_few(state: RunState) -> str:
         return ""
     reachable = state.steering.reachable(state.uncounted)
     there = sum(number == opened.round for _, number in reachable)
-    short = too_few(state.config.aggregation, there) or lacks_survivors(opened, there)
+    short = too_few(state.config.aggregation, there) or lacks_survivors(state.config, opened, there)
     return "" if short is None else f"; {short}"

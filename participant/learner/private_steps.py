@@ -166,7 +166,8 @@ def begin_private(
         )
     steps = planned(announced, data)
     place = [task.run, task.round, task.source_sha, task.seed, site]
-    asked = [*place, settings_digest(task), ground, steps.in_round, steps.clip, *steps.noise]
+    asked = [*place, settings_digest(task), ground, steps.in_round, steps.clip]
+    asked += [steps.noise.rate, steps.noise.multiplier]
     spend = Spend(
         run=task.run,
         round=task.round,

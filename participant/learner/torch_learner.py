@@ -121,7 +121,7 @@ class TorchLearner:
                 bases=model.bases.told() if model.bases else None,
                 base_parameters=model.base_elements,
                 records=data.records,
-                privacy=planned(announced, data) if announced.privacy else None,
+                privacy=planned(announced, data) if _by_record(announced) else None,
             )
         self._announced[announced.run] = announced
         report(Progress("load", 2, 2))
@@ -165,7 +165,7 @@ class TorchLearner:
                     model, data.train, task.training, place, sample, only, should_stop, report
                 )
             else:
-                if task.privacy is not None or announced.privacy is not None:
+                if _by_record(task) or _by_record(announced):
                     ground = f"{basis} {course.state}"
                     private = begin_private(task, announced, self._site, data, ground, self._budget)
                 result = train_round(
@@ -220,7 +220,7 @@ class TorchLearner:
         at: list[float] = []
         with self._borrowed(announced) as model:
             data = self._data(model, announced.training)
-            private = None if announced.privacy is None else rehearsed(announced, data)
+            private = rehearsed(announced, data) if _by_record(announced) else None
             train_round(
                 model,
                 data.train if private is None else private.examples,
@@ -308,6 +308,11 @@ class TorchLearner:
         return write_delta(
             path, trained, task.codec, header, values, seed, feedback, packed=task.packed
         )
+
+
+def _by_record(asked: RunAnnounced | RoundStarted) -> bool:
+    """Whether its steps have noise; a site that is protected as a whole gets it afterwards."""
+    return asked.privacy is not None and not asked.privacy.of_sites
 
 
 class _Clock:

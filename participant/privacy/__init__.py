@@ -2,7 +2,19 @@
 
 from participant.privacy.accountant import Noise, epsilon_of
 from participant.privacy.budget import Budget, Spend
-from participant.privacy.mechanism import Mechanism, mechanism
+from participant.privacy.mechanism import Mechanism, mechanism, mechanism_of_sites
 from participant.privacy.noise import Secret
+from participant.privacy.whole_site import SiteNoise, grid_of
 
-__all__ = ["Budget", "Mechanism", "Noise", "Secret", "Spend", "epsilon_of", "mechanism"]
+__all__ = [
+    "Budget",
+    "Mechanism",
+    "Noise",
+    "Secret",
+    "SiteNoise",
+    "Spend",
+    "epsilon_of",
+    "grid_of",
+    "mechanism",
+    "mechanism_of_sites",
+]

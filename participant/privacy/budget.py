@@ -4,7 +4,8 @@ Whoever trains writes down first what that costs: a kill between the two costs w
 never the other way round. The same training again, to the same bytes, costs nothing. What was spent
 belongs to records and not to runs: a run pays for all that was ever trained on a text that shares a
 record with its own, so that neither another run's name, nor other token limits, nor one record more
-begins a new account.
+begins a new account. A site that is protected as a whole has one account of its own, of all its
+runs that do so, whatever they trained on.
 
     <workspace>/.privacy/seed          32 bytes, mode 0600; never leaves this machine
     <workspace>/.privacy/spent.json    which steps, on which records; mode 0600
@@ -45,21 +46,23 @@ DIGITS = 16  # of a record's digest: two records that share them pay for each ot
 class Spend(Schema):
     """One training. ``training``: digest of all that decides its bytes; ``text``: of its records.
 
-    ``steps`` noisy steps at sampling rate ``rate`` with noise ``multiplier`` x clip.
+    ``steps`` noisy steps at sampling rate ``rate`` with noise ``multiplier`` x clip. ``text`` None:
+    it protects the site as a whole.
     """
 
     run: Name
     round: Annotated[int, Field(ge=1)]
     training: Sha256
-    text: Sha256
+    text: Sha256 | None
     rate: Annotated[float, Field(gt=0, le=1)]
     multiplier: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=1)]
+    discrete: bool = False
 
     @property
     def noise(self) -> Noise:
         """What each of its steps is."""
-        return Noise(self.rate, self.multiplier)
+        return Noise(self.rate, self.multiplier, self.discrete)
 
 
 class Spent(Schema):
@@ -96,9 +99,9 @@ class Budget:
     ) -> tuple[Secret, Epsilons]:
         """Write down a training before it begins: the secret of its noise, and epsilon with it.
 
-        ``records``: sha256 of each. ``begun``: this site's work was counted in the run before.
-        Raises NotAcceptedError where that goes beyond a ceiling, PrivacyBudgetError where seed or
-        account are gone or damaged, StoreUnavailableError.
+        ``records``: sha256 of each, none of a whole site. ``begun``: this site's work was counted
+        in the run before. Raises NotAcceptedError where that goes beyond a ceiling,
+        PrivacyBudgetError where seed or account are gone or damaged, StoreUnavailableError.
         """
         with file_errors(self._folder):
             seed, spent = self._read(begun=begun, run=spend.run)
@@ -106,10 +109,10 @@ class Budget:
             known = any(one.training == spend.training for one in spent.spends)
             after = spent
             if not known:
-                texts = {**spent.texts, spend.text: short}
+                texts = spent.texts if spend.text is None else {**spent.texts, spend.text: short}
                 update = {"texts": texts, "spends": (*spent.spends, spend)}
                 after = spent.model_copy(update=update)
-            found = _epsilons(after, spend.run, short, delta)
+            found = _epsilons(after, spend, short, delta)
             if not known:
                 _refuse("privacy.target_epsilon", found.run, most_of_run, spend, delta)
                 _refuse("accept.max_epsilon", found.total, self._most, spend, delta)
@@ -119,13 +122,16 @@ class Budget:
     def with_run(self, run: str, planned: Mechanism, records: Collection[str]) -> float:
         """Epsilon of all other runs on a text with one of ``records``, and of ``run`` as planned.
 
+        Of a whole site: of all others that protect it as one, whatever the text.
+
         Raises as ``charge`` does.
         """
         with file_errors(self._folder):
             _, spent = self._read(begun=False, run=run)
-        short = {record[:DIGITS] for record in records}
+        short = [record[:DIGITS] for record in records]
         others = [one for one in spent.spends if one.run != run]
-        before = _steps(spent.model_copy(update={"spends": tuple(others)}), short)
+        wanted = None if planned.of_site else short
+        before = _steps(spent.model_copy(update={"spends": tuple(others)}), wanted)
         return epsilon_of([*before, (planned.noise, planned.steps)], planned.delta)
 
     def _read(self, *, begun: bool, run: str) -> tuple[Secret, Spent]:
@@ -191,17 +197,20 @@ def _refuse(setting: str, epsilon: float, most: float, spend: Spend, delta: floa
         )
 
 
-def _epsilons(spent: Spent, run: str, records: Collection[str], delta: float) -> Epsilons:
-    here = [(one.noise, one.steps) for one in spent.spends if one.run == run]
+def _epsilons(spent: Spent, this: Spend, records: Collection[str], delta: float) -> Epsilons:
+    alike = [one for one in spent.spends if (one.text is None) == (this.text is None)]
+    here = [(one.noise, one.steps) for one in alike if one.run == this.run]
     return Epsilons(
         epsilon_of(here, delta),
-        epsilon_of(_steps(spent, records), delta),
+        epsilon_of(_steps(spent, None if this.text is None else records), delta),
         sum(steps for _, steps in here),
     )
 
 
-def _steps(spent: Spent, records: Collection[str]) -> list[tuple[Noise, int]]:
-    """The steps that saw a text with one of ``records``."""
+def _steps(spent: Spent, records: Collection[str] | None) -> list[tuple[Noise, int]]:
+    """The steps that saw a text with one of ``records``; None: those that protect the site."""
+    if records is None:
+        return [(one.noise, one.steps) for one in spent.spends if one.text is None]
     wanted = set(records)
     shared = {text for text, known in spent.texts.items() if not wanted.isdisjoint(known)}
     return [(one.noise, one.steps) for one in spent.spends if one.text in shared]

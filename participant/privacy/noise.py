@@ -62,11 +62,13 @@ class SecretStream:
     def __init__(self, key: bytes) -> None:
         self._keystream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
 
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Independent words of 64 bits: uint64 [count]."""
+        return np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
+
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Independent numbers in (0, 1], multiples of 2^-53: float64 [count]."""
-        words: NDArray[np.uint64] = np.frombuffer(
-            self._keystream.update(bytes(8 * count)), dtype="<u8"
-        )
+        words = self.words(count)
         return np.asarray(((words >> np.uint64(11)) + np.uint64(1)) * 2.0**-53, np.float64)
 
     def normal(self, count: int) -> NDArray[Any]:

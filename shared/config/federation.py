@@ -49,6 +49,22 @@ class FederationConfig(FederationTables):
                 return {**tables, "aggregation": given}
         return tables
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_private_sites(cls, tables: Any) -> Any:
+        """What a site's noise does not go with is off where nobody asks for it."""
+        match tables:
+            case {"privacy": {"unit": "site"}}:
+                off: dict[str, dict[str, Any]] = {
+                    "aggregation": {"clip_to_median": "off"},
+                    "codec": {"feedback": False},
+                }
+                for table, values in off.items():
+                    given = tables.get(table, {})
+                    if isinstance(given, dict):
+                        tables = {**tables, table: {**values, **given}}
+        return tables
+
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """What tables must have to do with each other."""
         return (

@@ -18,23 +18,29 @@ class PrivacySection(Section):
     """Differential privacy. Without this table there is none."""
 
     unit: Literal["record", "site"] = "record"
-    """What is protected: ``"record"``: each training example of a site, by noise that the site adds
-    itself. ``"site"`` is refused in this release.
+    """What is protected: ``"record"``: each training example of a site, by noise in each of its
+    steps. ``"site"``: all that a site trained on, by noise on its delta; only the mean of many
+    sites has all of it. Both are added by the site itself.
     """
     clip: Annotated[float, Field(gt=0)]
     """C: each example's gradient is scaled down to at most this norm, in place of
-    ``training.max_grad_norm``.
+    ``training.max_grad_norm``; of a site: its whole delta.
     """
     noise_multiplier: Annotated[float, Field(ge=LEAST_NOISE, le=1_000)] | None = None
-    """Sigma: the noise on the sum of an optimiser step has standard deviation sigma x C. Or
-    ``target_epsilon``.
+    """Sigma: the noise on the sum of an optimiser step, or of all sites' deltas, has standard
+    deviation sigma x C. Or ``target_epsilon``.
     """
     target_epsilon: Annotated[float, Field(gt=0, le=1_000)] | None = None
     """Each site takes the sigma with which all rounds of the run come to this epsilon, and trains
     no round beyond it.
     """
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Delta of (epsilon, delta); without it 1 / (10 n) for a site of n examples."""
+    """Delta of (epsilon, delta); without it 1 / (10 n) for a site of n examples, or n sites."""
+
+    @property
+    def of_sites(self) -> bool:
+        """Whether a site is protected as a whole, and not its records one by one."""
+        return self.unit == "site"
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
         """Noise or epsilon."""

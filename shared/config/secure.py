@@ -118,7 +118,8 @@ def _whole_numbers(config: FederationTables) -> Iterator[str]:
             "whole numbers at places that all sites share; use "
             f"{' or '.join(f'{chr(34)}{name}{chr(34)}' for name in known)}"
         )
-    if not codec.feedback:
+    noisy = config.privacy is not None and config.privacy.of_sites  # its own scale cuts nothing off
+    if not codec.feedback and not noisy:
         yield (
             "codec.feedback is false: with aggregation.secure the scale is the same at all sites, "
             "and what it cuts off must travel later; set it to true"

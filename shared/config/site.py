@@ -141,8 +141,11 @@ class AcceptSection(Section):
     """true: each run waits until a person at the site says ``gradualdiff site approve RUN``."""
     modes: tuple[str, ...] = ()
     """Modes of other packages that it runs, as ``averaging.NAME`` or ``codecs.NAME``."""
-    privacy: Literal["any", "required"] = "any"
-    """``"required"``: a run without ``[privacy]`` is declined."""
+    privacy: Literal["any", "required", "site"] = "any"
+    """``"required"``: a run without ``[privacy]`` is declined, and one with ``unit = "site"`` that
+    has no secure sum: what leaves the site has too little noise there. ``"site"``: one that does
+    not protect the site as a whole is declined.
+    """
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     """Most epsilon of everything that is trained on this text, in all runs together; what would go
     beyond is declined, or not trained.
@@ -153,8 +156,11 @@ class AcceptSection(Section):
         return (self._ceiling_needs_privacy,)
 
     def _ceiling_needs_privacy(self) -> Iterator[str]:
-        if self.max_epsilon is not None and self.privacy != "required":
-            yield 'max_epsilon needs privacy = "required": a run without noise has no epsilon'
+        if self.max_epsilon is not None and self.privacy == "any":
+            yield (
+                'max_epsilon needs privacy = "required" or "site": a run without noise has no '
+                "epsilon"
+            )
 
 
 class SiteConfig(Section):

@@ -7,9 +7,16 @@ a new version number. ``word`` is the last part of the routing key. Everything h
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, Strict
+from pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+)
 
 from shared.config import (
     BaseSection,
@@ -70,6 +77,18 @@ class WireTraining(TrainingSection):
 
 class WirePrivacy(PrivacySection):
     """The privacy section as a site reads it. No setting of it may be ignored."""
+
+    fewest: Count | None = None
+    """With unit ``site``: no round counts fewer deltas, and each site's noise is made for so many.
+    Not there for records.
+    """
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if self.fewest is None:
+            values.pop("fewest", None)
+        return values
 
 
 class Event(Schema):

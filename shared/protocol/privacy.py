@@ -17,36 +17,44 @@ Positive = Annotated[Figure, Field(gt=0)]
 
 
 class PrivacySpent(Schema):
-    """What one site's trainings revealed of one of its records, by its own word.
+    """What a site's trainings revealed of one of its records, or of the site, by its own word.
 
-    Composed by privacy loss distributions over ``steps`` Gaussian mechanisms, neighbours differing
-    in one record that is there or not.
+    Of a record: composed by privacy loss distributions over ``steps`` Gaussian mechanisms,
+    neighbours differing in one record that is there or not. Of a site: the same over means of
+    deltas, neighbours differing in one delta that is itself or zero; with a secure sum, whose noise
+    is of whole numbers, by concentrated differential privacy.
     """
 
-    unit: Literal["record"] = "record"
-    """What is protected: one training example; equal ones are one."""
-    sampling: Literal["poisson"] = "poisson"
-    """How a step's examples are drawn: each by itself with probability ``rate``."""
+    unit: Literal["record", "site"] = "record"
+    """What is protected: one training example, equal ones being one; or all that the site trained
+    on.
+    """
+    sampling: Literal["poisson", "none"] = "poisson"
+    """How a step's examples are drawn: each by itself with probability ``rate``; ``none``: a site
+    is in each round that it tells of.
+    """
     epsilon: Positive
     """Of this run so far, this delta included."""
     total_epsilon: Positive
     """Of all that was trained at the site on text that shares a record with this one, in whatever
-    run.
+    run; of a site: of all its runs that protect sites.
     """
     delta: Part
     """Delta of both."""
     steps: Count
-    """Noisy steps of this run so far."""
+    """Noisy steps of this run so far; of a site: rounds."""
     rate: Part
-    """Sampling rate of this round's steps: expected batch / examples."""
+    """Sampling rate of this round's steps: expected batch / examples; 1 of a site."""
     clip: Positive
-    """C: largest norm of one example's gradient."""
+    """C: largest norm of one example's gradient, or of the site's delta."""
     noise_multiplier: Positive
-    """Sigma: noise on a step's sum / C."""
+    """Sigma: noise on a step's sum, or on the sum of all deltas, / C."""
 
     def problem(self, wanted: PrivacySection) -> str:
         """How this is less than what a run asks for; empty if it is not."""
         least, most = wanted.noise_multiplier, wanted.target_epsilon
+        if self.unit != wanted.unit:
+            return f"privacy.unit: expected {wanted.unit}, got {self.unit}"
         if self.clip != wanted.clip:
             return f"privacy.clip: expected {wanted.clip:g}, got {self.clip:g}"
         if least is not None and self.noise_multiplier < least:
@@ -59,6 +67,14 @@ class PrivacySpent(Schema):
 
     def words(self) -> str:
         """In one line."""
+        if self.unit == "site":
+            rounds = "1 round" if self.steps == 1 else f"{self.steps} rounds"
+            return (
+                f"epsilon {self.epsilon:.3g} at delta {self.delta:.2g} for the whole site, of what "
+                f"the mean of all deltas tells ({rounds}, without sampling, clip {self.clip:g}, "
+                f"noise multiplier {self.noise_multiplier:.4g}); all of the site's runs that "
+                f"protect sites: {self.total_epsilon:.3g}"
+            )
         return (
             f"epsilon {self.epsilon:.3g} at delta {self.delta:.2g} for each {self.unit} "
             f"({self.steps} steps, {self.sampling.capitalize()} sampling at {self.rate:.3g}, "

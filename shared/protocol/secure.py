@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shared.trust.keys import SigningKey
 
 MOST_COHORT = 1_000
+MOST_LEVELS = 32_767
 _MOST_NEIGHBOURS = 64  # of one site: 40 at most in a complete graph, 3 log2 of a larger cohort
 _MOST_SHARES = 8_192  # hex digits
 Secret = Sha256  # 32 bytes as well
@@ -77,7 +78,7 @@ class SecureTerms(Schema):
     """Which attempt at the round it is, from 1."""
     roster: Annotated[dict[Name, Exchange], Most(MOST_COHORT)]
     """The cohort: by what each site shares masks."""
-    levels: Annotated[int, Field(ge=1), Within(1, 32_767)]
+    levels: Annotated[int, Field(ge=1), Within(1, MOST_LEVELS)]
     """Whole numbers to either side of zero."""
     reaches: Annotated[
         tuple[Annotated[float, Field(gt=0), Figure], ...], Strict(False), Most(100_000)

@@ -72,24 +72,45 @@ def write_masked(
     What is cut off or rounded away becomes the next residual. Raises DeltaRefusedError for a value
     that is not finite.
     """
-    ring, specs = ring_of(terms), in_order(manifest)
     whose = ResidualHeader(**header.model_dump(include=set(ResidualHeader.model_fields)))
-    layouts = [_layout(spec, ring) for spec in specs]
-    buffer = np.empty(max(spec.elements for spec in specs), np.float32)
-    with (
-        feedback.open(whose, manifest.tensors) as residual,
-        TensorWriter(path, layouts, header.metadata, packed=packed) as writer,
-    ):
-        for spec, reach in zip(specs, terms.reaches, strict=True):
-            step = step_of(reach, terms.levels)
+    buffer = np.empty(max(spec.elements for spec in manifest.tensors), np.float32)
+    with feedback.open(whose, manifest.tensors) as residual:
+
+        def numbers(spec: TensorSpec, step: np.float32) -> NDArray[np.int16]:
             wanted = residual.added(spec, values(spec))
             if not is_finite(wanted):
                 raise DeltaRefusedError(f"tensor {spec.name!r}: expected finite values, got others")
             sent = buffer[: spec.elements]
-            numbers = quantise(wanted.reshape(-1), step, terms.levels, sent)
+            found = quantise(wanted.reshape(-1), step, terms.levels, sent)
             residual.keep(spec, wanted, sent.reshape(spec.shape))
-            writer.add(ring.pack(masking.mask(ring.encode(numbers), ring)))
+            return found
+
+        digest = write_numbers(path, manifest, header, terms, masking, numbers, packed=packed)
         feedback.written = residual.finish()
+    return digest
+
+
+def write_numbers(
+    path: Path,
+    manifest: Manifest,
+    header: DeltaHeader,
+    terms: SecureTerms,
+    masking: Masking,
+    numbers: Callable[[TensorSpec, np.float32], NDArray[np.integer[Any]]],
+    *,
+    packed: bool,
+) -> FileDigest:
+    """Mask and write whole numbers tensor by tensor, modulo the ring.
+
+    ``numbers(spec, step)``: of ``spec.shape``, where 1 stands for ``step``; asked for once.
+    """
+    ring, specs = ring_of(terms), in_order(manifest)
+    layouts = [_layout(spec, ring) for spec in specs]
+    with TensorWriter(path, layouts, header.metadata, packed=packed) as writer:
+        for spec, reach in zip(specs, terms.reaches, strict=True):
+            found = numbers(spec, step_of(reach, terms.levels))
+            words = masking.mask(ring.encode(found.reshape(-1)), ring)
+            writer.add(ring.pack(words))
         return writer.finish()
 
 

@@ -78,10 +78,22 @@ class Deployment:
 
     def command(self, *arguments: str, check: bool = True) -> Done:
         """Run ``gradualdiff`` to its end."""
-        done = gradualdiff(*arguments)
+        done = self._with_settings(*arguments) if self.settings else gradualdiff(*arguments)
         if check and done.returncode:
             raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stderr}{done.stdout}")
         return done
+
+    def _with_settings(self, *arguments: str) -> Done:
+        """The same in a process of its own, whose constants may be changed."""
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.servers.armed", "gradualdiff.cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+            env={**os.environ, "SETTINGS": self.settings, "ARMED_FIRED": os.devnull},
+        )
+        return Done(ended.returncode, ended.stdout, ended.stderr)
 
     def start(
         self,

@@ -62,7 +62,7 @@ QUORUM = {"kind": "quorum", "quorum": 2, "deadline_seconds": 60}
         ),
         (
             {"privacy": {**NOISE, "unit": "site"}},
-            r"privacy.unit.*3 sites and noise of 2 x clip.*more than 2 numbers.*667 for a million",
+            r"privacy.unit: expected 100 sites.*allow 3: .*more than 2 numbers.*667 for a million",
         ),
         ({"privacy": NOISE, "aggregation": {"weights": "examples"}}, r'weights.*"equal".*no noise'),
         ({"privacy": NOISE, "aggregation": {"weights": "tokens"}}, r'weights.*"equal".*no noise'),
