@@ -250,8 +250,8 @@ class GenesisRecord(Record):
 class OpenedRecord(StampedRecord):
     """A round begins: who trains from what, with which seed, on which span of the schedule.
 
-    A masked round that is left with too few sites is opened again: what is then on record of it
-    lies in a folder of its own below it, ``again/002/``, but for its result.
+    A masked round that is left with too few sites is opened again: what is on record of it then,
+    but for its result, lies in a folder of its own below it, ``again/002/``.
     """
 
     decides = True
