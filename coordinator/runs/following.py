@@ -80,6 +80,40 @@ class View:
     losses: list[RoundLoss] = field(default_factory=list)
 
 
+class Reading:
+    """A run read again and again, little of it each time. Raises RunNotFoundError.
+
+    ``whole``: as a follower's. ``seconds``: after which the ledger is listed again, whatever the
+    status says.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run: str,
+        *,
+        whole: bool = False,
+        seconds: float = LEDGER_SECONDS,
+    ) -> None:
+        self.follower = Follower(store, run, whole=whole)
+        self._store, self._run, self._seconds = store, run, seconds
+        self._now: RoundNow | None = None
+        self._told_by: object = None
+        self._due = 0.0
+
+    def again(self, number: int | None = None) -> tuple[RoundNow, RunStatus | None]:
+        """Round ``number`` or the newest one, and what a coordinator last saw."""
+        status = read_status(self._store, self._run)
+        moved = status and (status.round, status.state, status.waiting_for)
+        began = time.monotonic()
+        if self._now is None or moved != self._told_by or began >= self._due:
+            self._now = self.follower.look(number)
+            self._told_by = moved
+            # A long listing must not be all that a store is asked for.
+            self._due = began + max(self._seconds, 4 * (time.monotonic() - began))
+        return self._now, status
+
+
 def views(
     store: ObjectStore,
     run: str,
@@ -94,21 +128,14 @@ def views(
     ``away``: told once when the store is away; it is waited for. Raises RunNotFoundError for a
     round that is not there yet.
     """
-    follower = Follower(store, run)
-    now: RoundNow | None = None
+    reading = Reading(store, run)
     shown: View | None = None
-    told_by: object = None
-    read_at = -LEDGER_SECONDS
     is_there = True
     while True:
         try:
-            status = read_status(store, run)
-            moved = status and (status.round, status.state, status.waiting_for)
-            if now is None or moved != told_by or time.monotonic() - read_at >= LEDGER_SECONDS:
-                now = follower.look(number)
-                told_by, read_at = moved, time.monotonic()
-                if number is not None and number != now.number:
-                    raise _no_round(run, number)
+            now, status = reading.again(number)
+            if number is not None and number != now.number:
+                raise _no_round(run, number)
             view = look(now, status, clock())
         except StoreError as error:
             if not error.retryable:

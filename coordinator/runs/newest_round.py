@@ -59,13 +59,22 @@ class RoundNow:
 
 
 class Follower:
-    """A run's records, as far as its newest round needs them. Raises RunNotFoundError."""
+    """A run's records, as far as its newest round needs them. Raises RunNotFoundError.
 
-    def __init__(self, store: ObjectStore, run: str) -> None:
+    ``whole``: every record of every round, for whoever shows all of them.
+    """
+
+    def __init__(self, store: ObjectStore, run: str, *, whole: bool = False) -> None:
         self._ledger = Ledger(store, run, "reader", lambda: 0.0)
         federation = self._ledger.federation()
         self._history = History(run, federation, self._ledger.config(federation))
         self._read: set[str] = set()
+        self._whole = whole
+
+    @property
+    def keys(self) -> set[str]:
+        """Where the records that were read lie, but for the first one."""
+        return self._read
 
     def look(self, number: int | None = None) -> RoundNow:
         """Read what is new; round ``number``, or the newest one."""
@@ -73,8 +82,9 @@ class Follower:
         numbers = {place.round for place in places if place.round is not None}
         wanted = max(numbers, default=-1) if number is None else number
         # Another round may be open by the time that one is seen to be closed.
-        first = min(max(self._history.rounds, default=wanted), wanted)
-        skipped = (EvaluatedRecord, PrunedRecord, *([OriginRecord] if numbers else []))
+        first = 0 if self._whole else min(max(self._history.rounds, default=wanted), wanted)
+        unneeded = (EvaluatedRecord, PrunedRecord, *([OriginRecord] if numbers else []))
+        skipped = () if self._whole else unneeded
         for place in places:
             beside = place.round is None or first <= place.round <= wanted
             if beside and place.kind not in skipped and place.key not in self._read:

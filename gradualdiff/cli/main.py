@@ -11,6 +11,7 @@ from gradualdiff.cli import (
     audit,
     check,
     config,
+    dashboard,
     demo,
     doctor,
     init,
@@ -41,6 +42,7 @@ app.command("check")(check.check)
 app.command("simulate")(simulate.simulate)
 app.command("tune-codec")(tune_codec.tune_codec)
 app.command("setup")(setup.setup)
+app.command("dashboard")(dashboard.dashboard)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
 app.command("doctor")(doctor.doctor)
