@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import gradualdiff as gd
 from coordinator.liveness import RunStatus, SiteStatus
+from gradualdiff.cli.dashboard import shown_meanwhile
 from gradualdiff.cli.main import app
 from gradualdiff.dashboard.guarding import HEADERS
 from gradualdiff.dashboard.read_only import ReadOnly
@@ -291,3 +292,16 @@ def test_a_damaged_run_hides_no_other(tmp_path):
         assert "restore this object" in page
         assert ask(f"{url}/runs/one").status == 500
         assert ask(f"{url}/runs/two").status == 200
+
+
+def test_a_demo_is_shown_while_it_runs(tmp_path, capfd):
+    """Its store, as it grows, on the usual port or a free one; the page goes with the demo."""
+    store = DirectoryStore(tmp_path / "store")
+    with shown_meanwhile(store), shown_meanwhile(store):
+        urls = re.findall(r"dashboard: (\S+) while", capfd.readouterr().err)
+        assert len(set(urls)) == 2
+        federations.run(federations.config(), tmp_path, store=store)
+        assert all("Finished: 3 rounds" in ask(url).text for url in urls)
+    assert f"gradualdiff dashboard --store {tmp_path / 'store'}" in capfd.readouterr().err
+    with pytest.raises(OSError, match="refused"):
+        ask(urls[0])
