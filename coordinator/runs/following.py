@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.liveness import AT_THE_SITE, away_since, is_away, read_status
-from coordinator.runs.newest_round import Follower, awaited
+from coordinator.runs.newest_round import Follower, awaited, round_now
 from shared.errors import RunNotFoundError, StoreError
 from shared.methods.rules import too_few
 from shared.protocol.events import AWAITS_APPROVAL
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coordinator.liveness import RunStatus, SiteStatus
-    from coordinator.runs.newest_round import RoundLoss, RoundNow
+    from coordinator.runs.newest_round import News, RoundLoss, RoundNow
     from shared.stores.port import ObjectStore
 
 REFRESH_SECONDS = 1.0
@@ -103,15 +103,26 @@ class Reading:
 
     def again(self, number: int | None = None) -> tuple[RoundNow, RunStatus | None]:
         """Round ``number`` or the newest one, and what a coordinator last saw."""
+        status, news = self.news(number)
+        return self.fold(news, number), status
+
+    def news(self, number: int | None = None) -> tuple[RunStatus | None, News | None]:
+        """What a coordinator last saw, and what is new; None where nobody looked for that yet."""
         status = read_status(self._store, self._run)
         moved = status and (status.round, status.state, status.waiting_for)
-        began = time.monotonic()
-        if self._now is None or moved != self._told_by or began >= self._due:
-            self._now = self.follower.look(number)
-            self._told_by = moved
-            # A long listing must not be all that a store is asked for.
-            self._due = began + max(self._seconds, 4 * (time.monotonic() - began))
-        return self._now, status
+        if self._now is not None and moved == self._told_by and time.monotonic() < self._due:
+            return status, None
+        found = self.follower.news(number)
+        self._told_by, self._due = moved, time.monotonic() + self._seconds
+        return status, found
+
+    def fold(self, news: News | None, number: int | None = None) -> RoundNow:
+        """Round ``number`` or the newest one, with what is new."""
+        if self._now is None or news is not None:
+            if news is not None:
+                self.follower.fold(news)
+            self._now = round_now(self.follower.history, number)
+        return self._now
 
 
 def views(

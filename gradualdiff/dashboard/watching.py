@@ -74,7 +74,7 @@ class Watched:
         """The run, held still. Raises StillReadingError, StoreError, LedgerDamagedError."""
         moment = self.newest()
         if not self._lock.acquire(timeout=PATIENCE_SECONDS):
-            raise StillReadingError(self.run, len(self._reading.follower.keys))
+            raise StillReadingError(self.run, self._reading.follower.count)
         try:
             yield self._moment or moment
         finally:
@@ -94,26 +94,25 @@ class Watched:
         except TimeoutError:
             if self._moment is not None:
                 return self._moment
-            raise StillReadingError(self.run, len(self._reading.follower.keys)) from None
+            raise StillReadingError(self.run, self._reading.follower.count) from None
 
     def _read(self) -> Moment:
+        try:
+            status, news = self._reading.news()  # takes its time: nobody is to wait for it
+        finally:
+            self._due = time.monotonic() + REFRESH_SECONDS
         with self._lock:
-            try:
-                now, status = self._reading.again()
-                view = look(now, status, time.time())
-                summary = with_approvals(summarise_run(now.history), status)
-                keys, before = self._reading.follower.keys, self._moment
-                version = 1
-                if before is not None:  # the coordinator's clock alone makes no other version
-                    same = replace(view, seen=None) == replace(before.view, seen=None)
-                    is_new = not same or summary != before.summary or len(keys) != self._count
-                    version = before.version + is_new
-                self._count = len(keys)
-                self._moment = Moment(
-                    now.history, status, view, summary, keys, self._facts, version
-                )
-            finally:
-                self._due = time.monotonic() + REFRESH_SECONDS
+            now = self._reading.fold(news)
+            view = look(now, status, time.time())
+            summary = with_approvals(summarise_run(now.history), status)
+            keys, before = self._reading.follower.keys, self._moment
+            version = 1
+            if before is not None:  # the coordinator's clock alone makes no other version
+                same = replace(view, seen=None) == replace(before.view, seen=None)
+                is_new = not same or summary != before.summary or len(keys) != self._count
+                version = before.version + is_new
+            self._count = len(keys)
+            self._moment = Moment(now.history, status, view, summary, keys, self._facts, version)
             return self._moment
 
 
