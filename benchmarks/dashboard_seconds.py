@@ -223,7 +223,7 @@ def measure(written: Written, url: str, server: int) -> None:
             times.append(seconds)
             size = len(text)
         print(
-            f"{statistics.median(times):8.3f} s, most {max(times):.3f}, {size / 1e3:5.0f} kB  /{path}"
+            f"{statistics.median(times):8.3f} s, most {max(times):.3f} {size / 1e3:5.0f} kB /{path}"
         )
     waited = []
     with urllib.request.urlopen(f"{url}runs/{RUN}/changes", timeout=600) as stream:

@@ -10,10 +10,11 @@ import asyncio
 import hashlib
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response, StreamingResponse
@@ -23,13 +24,16 @@ from starlette.staticfiles import StaticFiles
 from coordinator.liveness import moment
 from gradualdiff.dashboard import charts, pages
 from gradualdiff.dashboard.guarding import Guard
+from gradualdiff.dashboard.recomputing import verifying
 from gradualdiff.dashboard.watching import REFRESH_SECONDS, StillReadingError, Watching
+from gradualdiff.run import Run
 from gradualdiff.units import fixed, octets
 from shared.errors import GradualDiffError, RunNotFoundError
 from shared.printing import printable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from starlette.requests import Request
 
@@ -37,16 +41,18 @@ if TYPE_CHECKING:
     from shared.stores.port import ObjectStore
 
 NOTHING = "-"
+LINES = "(lines)"  # where they go in their page
 ALIVE_TURNS = 15  # without news a comment is sent, so that nobody in between drops the connection
 
 
 class Dashboard:
-    """All pages over one store. ``objects``: read only. ``place``: what names it, as shown."""
+    """All pages over one store. ``objects``: read only. ``path``: what names that store."""
 
-    def __init__(self, objects: ObjectStore, place: str, token: str | None = None) -> None:
+    def __init__(self, objects: ObjectStore, path: Path, token: str | None = None) -> None:
+        self._path = path
         self._objects = objects
         self._watching = Watching(objects)
-        self._templates = _templates(place)
+        self._templates = _templates(str(path))
         routed = Starlette(
             routes=[
                 Route("/", self.runs),
@@ -54,6 +60,7 @@ class Dashboard:
                 Route("/runs/{run}", self.run),
                 Route("/runs/{run}/changes", self.changes),
                 Route("/runs/{run}/sites", self.sites),
+                Route("/runs/{run}/verify", self.verify),
                 Route("/runs/{run}/rounds/{number:int}", self.round),
                 Route("/runs/{run}/records/{name:path}", self.record),
                 Route("/runs/{run}/bytes/{name:path}", self.record_bytes),
@@ -99,6 +106,15 @@ class Dashboard:
         with self._looking(request) as seen:
             key = pages.record_key(seen, request.path_params["name"])
         return Response(pages.read_record(self._objects, key), media_type="application/json")
+
+    def verify(self, request: Request) -> Response:
+        """Every round computed again, its lines as they come: no script is needed for that."""
+        run = Run(self._objects, request.path_params["run"], self._path)
+        context = {"run": run.name, "changes": None, "lines": LINES}
+        html = self._templates.get_template("verify.html").render(context)
+        before, _, after = html.partition(LINES)
+        body = chain([before], (escape(f"{printable(x)}\n") for x in verifying(run)), [after])
+        return StreamingResponse(body, media_type="text/html")
 
     async def changes(self, request: Request) -> Response:
         """A word whenever there is something new to see, and one at once."""

@@ -35,7 +35,7 @@ class Server:
                 f"--host: expected this machine's own address without --token-file, got {host}; "
                 "write a long random word into a file and name it, or leave --host out"
             )
-        dashboard = Dashboard(ReadOnly(store.objects), str(store.path), token)
+        dashboard = Dashboard(ReadOnly(store.objects), store.path, token)
         self._socket = _bound(host, port)
         number = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{number}/"

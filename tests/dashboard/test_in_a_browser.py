@@ -19,7 +19,14 @@ from tests.dashboard.serving import serving
 
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1200, "height": 900}
-PAGES = ("", "/runs/test", "/runs/test/rounds/2", "/runs/test/sites", "/runs/nix")
+PAGES = (
+    "",
+    "/runs/test",
+    "/runs/test/rounds/2",
+    "/runs/test/sites",
+    "/runs/nix",
+    "/runs/test/verify",
+)
 RECORD = "/runs/test/records/federation.json"
 
 

@@ -18,9 +18,11 @@ from gradualdiff.cli.dashboard import shown_meanwhile
 from gradualdiff.cli.main import app
 from gradualdiff.dashboard.guarding import HEADERS
 from gradualdiff.dashboard.read_only import ReadOnly
+from gradualdiff.dashboard.recomputing import _AT_WORK
 from gradualdiff.dashboard.serving import Server
 from gradualdiff.store import Store
 from gradualdiff.units import fixed
+from gradualdiff.verified import in_one
 from shared import topology
 from shared.config import canonical_json
 from shared.errors import ConfigError, StoreError
@@ -305,3 +307,22 @@ def test_a_demo_is_shown_while_it_runs(tmp_path, capfd):
     assert f"gradualdiff dashboard --store {tmp_path / 'store'}" in capfd.readouterr().err
     with pytest.raises(OSError, match="refused"):
         ask(urls[0])
+
+
+def test_a_run_is_computed_again_line_by_line(tmp_path):
+    """What ``runs verify`` prints, a finding included, and nothing written; one at a time."""
+    federations.run(federations.config(), tmp_path)
+    store = DirectoryStore(tmp_path / "store", create=False)
+    run = gd.open_store(tmp_path / "store").run("test")
+    with serving(store, tmp_path / "store") as url:
+        page = ask(f"{url}/runs/test/verify").text
+        assert "checking round 3" in page
+        assert f"run test verified: {in_one(run.verify())}" in page
+        key = topology.adapter_key("test", run.adapter(2).sha)
+        DirectoryStore(tmp_path / "store").put(key, b"<script>")
+        page = ask(f"{url}/runs/test/verify").text
+        assert "FINDING: round 2: " in page
+        assert "verified:" not in page
+        assert ask(f"{url}/runs/nix/verify").status == 404
+        with _AT_WORK:
+            assert "another verification is at work" in ask(f"{url}/runs/test/verify").text
