@@ -35,13 +35,17 @@ def dashboard(
 ) -> None:
     """Show the store's runs in a browser, live: states, curves, rounds, sites, records.
 
-    It reads the store and writes nothing. Ctrl-C ends it.
+    It reads the store and writes nothing. Ctrl-C ends it, with exit code 130.
     """
+    from gradualdiff.cli.follow import INTERRUPTED
     from gradualdiff.store import open_store
 
     server = open_server(open_store(store), host, port, token_file)
     say(f"dashboard: {server.url} (Ctrl-C ends it)")
-    server.serve()
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 NOTHING = "-"
 LINES = "(lines)"  # where they go in their page
+TURNS = 10  # a second: how often a stream looks whether the server is to end
 ALIVE_TURNS = 15  # without news a comment is sent, so that nobody in between drops the connection
 
 
@@ -50,6 +51,7 @@ class Dashboard:
 
     def __init__(self, objects: ObjectStore, path: Path, token: str | None = None) -> None:
         self._path = path
+        self.is_stopping: Callable[[], bool] = lambda: False  # then streams end by themselves
         self._objects = objects
         self._watching = Watching(objects)
         self._templates = _templates(str(path))
@@ -129,7 +131,7 @@ class Dashboard:
     async def _changes(self, request: Request, version: Callable[[], object]) -> AsyncIterator[str]:
         told: object = None
         turns = 0
-        while not await request.is_disconnected():
+        while not (self.is_stopping() or await request.is_disconnected()):
             now = await run_in_threadpool(version)
             turns += 1
             if now != told:
@@ -138,7 +140,9 @@ class Dashboard:
             elif turns >= ALIVE_TURNS:
                 yield ": alive\n\n"
                 turns = 0
-            await asyncio.sleep(REFRESH_SECONDS)
+            for _ in range(TURNS):
+                if not self.is_stopping():
+                    await asyncio.sleep(REFRESH_SECONDS / TURNS)
 
     def _version(self, run: str | None) -> object:
         names = [run] if run is not None else list(self._watching.runs())

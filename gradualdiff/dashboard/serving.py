@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradualdiff.store import Store
 
 LEAST_TOKEN = 16
-STOP_SECONDS = 1  # of whoever is still connected
+STOP_SECONDS = 5  # for what is still being answered; a stream of changes ends at once
 
 
 class Server:
@@ -49,6 +49,7 @@ class Server:
             timeout_graceful_shutdown=STOP_SECONDS,
         )
         self._server = uvicorn.Server(config)
+        dashboard.is_stopping = lambda: self._server.should_exit
 
     def serve(self) -> None:
         """Answer until it is stopped, or the process by a signal."""

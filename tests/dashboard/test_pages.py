@@ -6,6 +6,9 @@ import base64
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -326,3 +329,15 @@ def test_a_run_is_computed_again_line_by_line(tmp_path):
         assert ask(f"{url}/runs/nix/verify").status == 404
         with _AT_WORK:
             assert "another verification is at work" in ask(f"{url}/runs/test/verify").text
+
+
+def test_ctrl_c_ends_it_although_somebody_watches(folder):
+    """Without a word of complaint, and with the exit code of whatever Ctrl-C ends."""
+    command = [sys.executable, "-m", "gradualdiff", "dashboard", "--port", "0", "--store", folder]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as server:
+        url = server.stdout.readline().split()[1]
+        with urllib.request.urlopen(f"{url}runs/test/changes", timeout=60) as stream:
+            assert next_word(stream) == CHANGED
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 130
+            assert server.stderr.read() == ""
