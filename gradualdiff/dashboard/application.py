@@ -168,17 +168,18 @@ class Dashboard:
     def _problem(self, request: Request, error: Exception) -> Response:
         """Why a page cannot be shown; one that will be says so when it can."""
         del request
-        text, status, changes = str(error), 500, None
+        title, text, status, changes = "Nothing to show", str(error), 500, None
         match error:
             case StillReadingError():
-                status, changes = 200, f"/runs/{error.run}/changes"
+                title, status, changes = "Being read", 200, f"/runs/{error.run}/changes"
             case RunNotFoundError():
                 status = 404
             case GradualDiffError():
                 status = 503 if error.retryable else 500
             case _:
                 text, status = "there is no such page", 404
-        return self._page("problem.html", {"text": text, "changes": changes}, status)
+        context = {"title": title, "text": text, "changes": changes}
+        return self._page("problem.html", context, status)
 
 
 def _templates(place: str) -> Environment:

@@ -6,6 +6,7 @@ what is there; while a long run is read for the first time it says so.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 0.3  # of a page, before it shows what it has
 READERS = 4
+MANY = 10_000
 
 
 class StillReadingError(Exception):
@@ -103,6 +105,9 @@ class Watched:
             self._due = time.monotonic() + REFRESH_SECONDS
         with self._lock:
             now = self._reading.fold(news)
+            self._facts.of(now.history)  # here, so that no page waits for those of a long run
+            if news is not None and len(news.records) > MANY:
+                gc.freeze()  # records stay: looking through all of them again would stop every page
             view = look(now, status, time.time())
             summary = with_approvals(summarise_run(now.history), status)
             keys, before = self._reading.follower.keys, self._moment

@@ -68,12 +68,13 @@ def _under_way(seen: Moment, view: View) -> Sentence:
 def _without(seen: Moment, gone: list[SiteNow]) -> str:
     """What becomes of a round that waits for a site which is not there."""
     opened = seen.history.round(seen.view.round).opened
-    again = "Start its participant again: it resumes where it was."
+    it = "it" if len(gone) == 1 else "them"
+    again = "Start a participant that is away again: it resumes where it was."
     if opened is not None and opened.closes_at is not None:
         at = moment(opened.closes_at)
-        return f"{again} From {at} the round closes without it where enough others are in."
+        return f"{again} From {at} the round closes without {it} where enough others are in."
     leave = f"gradualdiff runs exclude {seen.view.run} {gone[0].site} --reason WHY"
-    return f"{again} The round waits as long; to go on without it: {leave}"
+    return f"{again} The round waits as long; to go on without {it}: {leave}"
 
 
 def _where(view: View) -> str:
