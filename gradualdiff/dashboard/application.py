@@ -145,7 +145,10 @@ class Dashboard:
                     await asyncio.sleep(REFRESH_SECONDS / TURNS)
 
     def _version(self, run: str | None) -> object:
-        names = [run] if run is not None else list(self._watching.runs())
+        try:
+            names = [run] if run is not None else list(self._watching.runs())
+        except (StillReadingError, GradualDiffError) as error:
+            return str(error)
         return [(name, self._version_of(name)) for name in names]
 
     def _version_of(self, run: str) -> object:
@@ -171,7 +174,8 @@ class Dashboard:
         title, text, status, changes = "Nothing to show", str(error), 500, None
         match error:
             case StillReadingError():
-                title, status, changes = "Being read", 200, f"/runs/{error.run}/changes"
+                title, status = "Being read", 200
+                changes = f"/runs/{error.run}/changes" if error.run else "/changes"
             case RunNotFoundError():
                 status = 404
             case GradualDiffError():

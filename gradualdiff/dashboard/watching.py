@@ -37,10 +37,11 @@ MANY = 10_000
 
 
 class StillReadingError(Exception):
-    """A run's records are read for the first time. ``count``: how many there are so far."""
+    """A run's records, or without ``run`` the list of runs, are read for the first time."""
 
-    def __init__(self, run: str, count: int) -> None:
-        super().__init__(f"the records of run {run} are read for the first time: {count} so far")
+    def __init__(self, run: str | None, count: int) -> None:
+        of_run = f"the records of run {run} are read for the first time: {count} so far"
+        super().__init__(of_run if run else "the store's runs are listed for the first time")
         self.run, self.count = run, count
 
 
@@ -128,11 +129,35 @@ class Watching:
         self.objects = objects
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="dashboard-reader")
         self._runs: dict[str, tuple[str, Watched]] = {}
+        self._listed: Future[dict[str, bool]] | None = None
+        self._names: dict[str, bool] | None = None
+        self._due = 0.0
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, bool]:
-        """The names of all runs, in order; whether each is being deleted."""
-        return list_runs(self.objects)
+        """The names of all runs, in order; whether each is being deleted.
+
+        Not older than a second, or ten times what a listing takes. Raises StillReadingError.
+        """
+        with self._lock:
+            listed = self._listed
+            if listed is None or (listed.done() and time.monotonic() >= self._due):
+                listed = self._listed = self._readers.submit(self._list)
+        try:
+            return listed.result(PATIENCE_SECONDS)
+        except TimeoutError:
+            if self._names is None:
+                raise StillReadingError(None, 0) from None
+            return self._names
+
+    def _list(self) -> dict[str, bool]:
+        began = time.monotonic()
+        try:
+            self._names = list_runs(self.objects)
+        finally:  # it lists every object of every run
+            now = time.monotonic()
+            self._due = now + max(REFRESH_SECONDS, 10 * (now - began))
+        return self._names
 
     def run(self, name: str) -> Watched:
         """One run. Raises RunNotFoundError and StoreUnavailableError."""
