@@ -29,14 +29,17 @@ reproduce: $(STAMP) test-servers ## Write the paper's tables for a small model: 
 test: $(STAMP) test-servers ## Run the whole test suite, over servers that it starts itself
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not compose" -n 3 --dist loadfile --no-loadscope-reorder
 
-test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, iptables, WordNet
+TEST_PACKAGES := rabbitmq-server openssl iptables wordnet-base chromium
+
+test-servers: ## Install what the tests start, if it is missing (needs root): RabbitMQ, openssl, iptables, WordNet, Chromium
 	@if [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ] && command -v openssl >/dev/null \
-		&& command -v iptables >/dev/null && [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
+		&& command -v iptables >/dev/null && command -v chromium >/dev/null \
+		&& [ -f /usr/share/wordnet/data.noun ]; then exit 0; fi; \
 	if [ "$$(id -u)" -ne 0 ]; then \
-		echo "as root: apt-get install -y --no-install-recommends rabbitmq-server openssl iptables wordnet-base"; exit 1; fi; \
-	echo "== installing RabbitMQ, iptables and WordNet for the tests"; \
+		echo "as root: apt-get install -y --no-install-recommends $(TEST_PACKAGES)"; exit 1; fi; \
+	echo "== installing $(TEST_PACKAGES) for the tests"; \
 	apt-get update -qq && \
-	apt-get install -y -qq --no-install-recommends rabbitmq-server openssl iptables wordnet-base >/dev/null
+	apt-get install -y -qq --no-install-recommends $(TEST_PACKAGES) >/dev/null
 
 test-compose: $(STAMP) ## Build the images and run compose.yaml on a Docker engine of its own (needs root)
 	@if command -v dockerd >/dev/null && command -v mmdebstrap >/dev/null && command -v iptables >/dev/null; \

@@ -92,7 +92,7 @@ def gather(history: History, label: str) -> ComparedRun:
         for site, loss in history.held_out(number).items():
             held_out.setdefault(site, (loss.examples, loss.tokens))
         members = max(len(history.members), 1)
-        facts = _round(history, number, uploaded / members)
+        facts = compared_round(history, number, uploaded / members)
         moved = in_round(history.round(number))
         if moved is not None:
             down, up = down + bytes_down(moved), up + bytes_up(moved)
@@ -154,7 +154,8 @@ def closing_seconds(history: History, number: int) -> float | None:
     return max(following.time - closing.time, 0.0)
 
 
-def _round(history: History, number: int, uploaded: float) -> ComparedRound:
+def compared_round(history: History, number: int, uploaded: float) -> ComparedRound:
+    """All facts of one round but ``down`` and ``up``, which add up over rounds."""
     by_site = history.held_out(number)
     pooled = pool_held_out(by_site.values())
     there = history.round(number)

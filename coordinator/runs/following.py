@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from coordinator.liveness import AT_THE_SITE, away_since, is_away, read_status
-from coordinator.runs.newest_round import Follower, awaited
+from coordinator.runs.newest_round import Follower, awaited, round_now
 from shared.errors import RunNotFoundError, StoreError
 from shared.methods.rules import too_few
 from shared.protocol.events import AWAITS_APPROVAL
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coordinator.liveness import RunStatus, SiteStatus
-    from coordinator.runs.newest_round import RoundLoss, RoundNow
+    from coordinator.runs.newest_round import News, RoundLoss, RoundNow
     from shared.stores.port import ObjectStore
 
 REFRESH_SECONDS = 1.0
@@ -80,6 +80,51 @@ class View:
     losses: list[RoundLoss] = field(default_factory=list)
 
 
+class Reading:
+    """A run read again and again, little of it each time. Raises RunNotFoundError.
+
+    ``whole``: as a follower's. ``seconds``: after which the ledger is listed again, whatever the
+    status says.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run: str,
+        *,
+        whole: bool = False,
+        seconds: float = LEDGER_SECONDS,
+    ) -> None:
+        self.follower = Follower(store, run, whole=whole)
+        self._store, self._run, self._seconds = store, run, seconds
+        self._now: RoundNow | None = None
+        self._told_by: object = None
+        self._due = 0.0
+
+    def again(self, number: int | None = None) -> tuple[RoundNow, RunStatus | None]:
+        """Round ``number`` or the newest one, and what a coordinator last saw."""
+        status, news = self.news(number)
+        return self.fold(news, number), status
+
+    def news(self, number: int | None = None) -> tuple[RunStatus | None, News | None]:
+        """What a coordinator last saw, and what is new; None where nobody looked for that yet."""
+        status = read_status(self._store, self._run)
+        moved = status and (status.round, status.state, status.waiting_for)
+        if self._now is not None and moved == self._told_by and time.monotonic() < self._due:
+            return status, None
+        found = self.follower.news(number)
+        self._told_by, self._due = moved, time.monotonic() + self._seconds
+        return status, found
+
+    def fold(self, news: News | None, number: int | None = None) -> RoundNow:
+        """Round ``number`` or the newest one, with what is new."""
+        if self._now is None or news is not None:
+            if news is not None:
+                self.follower.fold(news)
+            self._now = round_now(self.follower.history, number)
+        return self._now
+
+
 def views(
     store: ObjectStore,
     run: str,
@@ -94,21 +139,14 @@ def views(
     ``away``: told once when the store is away; it is waited for. Raises RunNotFoundError for a
     round that is not there yet.
     """
-    follower = Follower(store, run)
-    now: RoundNow | None = None
+    reading = Reading(store, run)
     shown: View | None = None
-    told_by: object = None
-    read_at = -LEDGER_SECONDS
     is_there = True
     while True:
         try:
-            status = read_status(store, run)
-            moved = status and (status.round, status.state, status.waiting_for)
-            if now is None or moved != told_by or time.monotonic() - read_at >= LEDGER_SECONDS:
-                now = follower.look(number)
-                told_by, read_at = moved, time.monotonic()
-                if number is not None and number != now.number:
-                    raise _no_round(run, number)
+            now, status = reading.again(number)
+            if number is not None and number != now.number:
+                raise _no_round(run, number)
             view = look(now, status, clock())
         except StoreError as error:
             if not error.retryable:

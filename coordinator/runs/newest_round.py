@@ -17,8 +17,12 @@ from shared.protocol.records import EvaluatedRecord, OriginRecord, PrunedRecord
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from shared.protocol.ledger import Place
+    from shared.protocol.record import Record
     from shared.protocol.records import AcceptedRecord
     from shared.stores.port import ObjectStore
+
+WHOLE_EVERY = 30  # looks
 
 
 @dataclass(frozen=True)
@@ -58,31 +62,76 @@ class RoundNow:
     losses: list[RoundLoss] = field(default_factory=list)
 
 
-class Follower:
-    """A run's records, as far as its newest round needs them. Raises RunNotFoundError."""
+@dataclass(frozen=True)
+class News:
+    """Records that were read and not folded. ``newest``: the highest round that is listed."""
 
-    def __init__(self, store: ObjectStore, run: str) -> None:
+    records: list[tuple[Place, Record]]
+    newest: int
+
+
+class Follower:
+    """A run's records, as far as its newest round needs them. Raises RunNotFoundError.
+
+    ``whole``: every record of every round, for whoever shows all of them.
+    """
+
+    def __init__(self, store: ObjectStore, run: str, *, whole: bool = False) -> None:
         self._ledger = Ledger(store, run, "reader", lambda: 0.0)
         federation = self._ledger.federation()
         self._history = History(run, federation, self._ledger.config(federation))
         self._read: set[str] = set()
+        self._whole = whole
+        self._looks = 0
+        self.count = 0  # of records that were read, folded or not
+
+    @property
+    def history(self) -> History:
+        """All that was folded."""
+        return self._history
+
+    @property
+    def keys(self) -> set[str]:
+        """Where the records that were read lie, but for the first one."""
+        return self._read
 
     def look(self, number: int | None = None) -> RoundNow:
         """Read what is new; round ``number``, or the newest one."""
-        places = self._ledger.places()
+        self.fold(self.news(number))
+        return round_now(self._history, number)
+
+    def news(self, number: int | None = None) -> News:
+        """What is in the store and not read yet, as far as it is needed. Nothing is folded."""
+        places = self._ledger.places(self._first_listed())
         numbers = {place.round for place in places if place.round is not None}
         wanted = max(numbers, default=-1) if number is None else number
         # Another round may be open by the time that one is seen to be closed.
-        first = min(max(self._history.rounds, default=wanted), wanted)
-        skipped = (EvaluatedRecord, PrunedRecord, *([OriginRecord] if numbers else []))
+        first = 0 if self._whole else min(max(self._history.rounds, default=wanted), wanted)
+        unneeded = (EvaluatedRecord, PrunedRecord, *([OriginRecord] if numbers else []))
+        skipped = () if self._whole else unneeded
+        found = News([], max(numbers, default=-1))
         for place in places:
             beside = place.round is None or first <= place.round <= wanted
             if beside and place.kind not in skipped and place.key not in self._read:
-                self._history.add(self._ledger.read(place.kind, place.key).folded(), place.round)
-                self._read.add(place.key)
-        for newest in sorted(numbers)[-1:]:
-            self._history.rounds.setdefault(newest, RoundHistory(newest))
-        return round_now(self._history, number)
+                record = self._ledger.read(place.kind, place.key).folded()
+                found.records.append((place, record))
+                self.count += 1
+        return found
+
+    def fold(self, found: News) -> None:
+        """Take it into the history."""
+        for place, record in found.records:
+            self._history.add(record, place.round)
+            self._read.add(place.key)
+        if found.newest >= 0:
+            self._history.rounds.setdefault(found.newest, RoundHistory(found.newest))
+
+    def _first_listed(self) -> int:
+        """A long run is listed whole now and then only: late words of an old round can wait."""
+        self._looks += 1
+        if not self._whole or self._looks % WHOLE_EVERY == 1:
+            return 0
+        return max(max(self._history.rounds, default=0) - 1, 0)
 
 
 def round_now(history: History, number: int | None = None) -> RoundNow:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradualdiff.cli.output import DEFAULT_STORE, StoreOption, console
+from gradualdiff.verified import finding, told_of_chain
 from shared.errors import ConfigError, LedgerDamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from coordinator.audit.evidence import Verification
-    from coordinator.audit.links import Linked
     from gradualdiff.attesting import CheckedAttestation
 
 KeyOption = Annotated[
@@ -31,39 +31,6 @@ AgainstOption = Annotated[
         help="A head that a site kept: the records must be those that were confirmed to it.",
     ),
 ]
-
-
-def told_of_chain(chain: Linked, against: str | None) -> Iterator[str]:
-    """What the chain proves, and what it does not, a line each."""
-    if chain.head is None:
-        yield (
-            "chain: no links: an earlier release recorded this, or somebody took them away; "
-            "nothing says that no record was altered"
-        )
-        return
-    yield f"chain: {chain.links} links, head {chain.head}"
-    if chain.by is None:
-        yield "chain: signed by nobody: whoever can write into the store can write another chain"
-    else:
-        whence = (
-            "the key that you gave or keep"
-            if chain.known
-            else "the chain's own word: have it read out to you, and give it with --key"
-        )
-        yield f"chain: signed by {chain.fingerprint}, {whence}"
-    if chain.found:
-        yield (
-            f"chain: {len(chain.found)} records were met by the coordinator that linked them: of "
-            f"one that was killed{_or_whom(chain)} ({chain.found[0]}, ...)"
-        )
-    if chain.unlinked:
-        yield f"chain: not linked yet: {', '.join(chain.unlinked[:5])}"
-    if against is None:
-        yield "chain: whether its end was cut off, only a head that a site kept can say (--against)"
-
-
-def _or_whom(chain: Linked) -> str:
-    return ", whose signature each has" if chain.by else ", of an earlier release, or somebody's"
 
 
 def attest(
@@ -145,7 +112,7 @@ def _its_word(checked: CheckedAttestation) -> Iterator[str]:
 def refuse_findings(found: Verification) -> None:
     """Raises LedgerDamagedError that lists what was found, if anything was."""
     if found.findings:
-        lines = [f"  round {f.round}: {f.key}: {f.problem}" for f in found.findings]
+        lines = [f"  {finding(one)}" for one in found.findings]
         raise LedgerDamagedError(
             f"run {found.run} failed verification:\n" + "\n".join(lines) + "\n"
             "Restore these objects from a copy of the store; other rounds are unharmed"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gradualdiff.cli.doctor import tell
-from gradualdiff.cli.output import JsonOption, fixed, print_json, print_table
+from gradualdiff.cli.output import JsonOption, print_json, print_table
 from gradualdiff.doctor.checks import CheckResult, check_folder
+from gradualdiff.units import fixed
 from shared.errors import GradualDiffError, StoreUnavailableError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from gradualdiff.cli.output import (
     JsonOption,
     StoreOption,
     console,
-    fixed,
     print_json,
     print_table,
 )
+from gradualdiff.units import fixed
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from gradualdiff.cli.output import (
     StoreOption,
     agree,
     console,
-    megabytes,
     print_json,
 )
+from gradualdiff.units import megabytes
 
 if TYPE_CHECKING:
     from shared.stores.port import ObjectStore

@@ -61,6 +61,9 @@ Servers = Annotated[
     Path | None,
     typer.Option(help="With --prepare: a TOML with the tables broker and store, to run over them."),
 ]
+Watched = Annotated[
+    bool, typer.Option("--dashboard", help="Show it in a browser while it runs, as dashboard does.")
+]
 
 
 def demo(
@@ -78,6 +81,7 @@ def demo(
     fresh: Fresh = False,
     prepare: Prepare = False,
     servers: Servers = None,
+    dashboard: Watched = False,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,10 +109,13 @@ def demo(
         split=_split(data, group, columns),
         sets=tuple(sets or ()),
     )
-    _carry_out(asked, servers, prepare=prepare, as_json=as_json)
+    _carry_out(asked, servers, prepare=prepare, watched=dashboard, as_json=as_json)
 
 
-def _carry_out(asked: Asked, servers: Path | None, *, prepare: bool, as_json: bool) -> None:
+def _carry_out(
+    asked: Asked, servers: Path | None, *, prepare: bool, watched: bool, as_json: bool
+) -> None:
+    from gradualdiff.cli.dashboard import shown_meanwhile
     from gradualdiff.cli.demo_report import show
     from gradualdiff.cli.progress import make_display
     from gradualdiff.demo.start import find_place, leaving_nothing
@@ -126,6 +133,8 @@ def _carry_out(asked: Asked, servers: Path | None, *, prepare: bool, as_json: bo
         if prepare:
             typer.echo(_prepare(asked, place, display, servers))
             return
+        if watched:
+            stack.enter_context(shown_meanwhile(store))
         run, replies = _train(asked, place, store, display)
     if as_json:
         print_json({"run": run.summary, "rounds": run.rounds})

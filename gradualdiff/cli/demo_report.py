@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradualdiff.cli.output import console, fixed, megabytes, print_table, wire_facts
+from gradualdiff.cli.output import console, print_table, wire_facts
+from gradualdiff.units import fixed, megabytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,15 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
 from coordinator.liveness import moment
-from gradualdiff.cli.output import (
-    console,
-    fixed,
-    make_table,
-    make_title,
-    megabytes,
-    round_line,
-    say,
-)
+from gradualdiff.cli.output import console, make_table, make_title, round_line, say
+from gradualdiff.units import fixed, megabytes
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -12,6 +12,7 @@ from gradualdiff.cli import (
     chat,
     check,
     config,
+    dashboard,
     demo,
     doctor,
     init,
@@ -42,6 +43,7 @@ app.command("check")(check.check)
 app.command("simulate")(simulate.simulate)
 app.command("tune-codec")(tune_codec.tune_codec)
 app.command("setup")(setup.setup)
+app.command("dashboard")(dashboard.dashboard)
 app.command("coordinator")(serve.coordinator)
 app.command("participant")(serve.participant)
 app.command("chat")(chat.chat)

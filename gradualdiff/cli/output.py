@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from gradualdiff.units import octets
 from shared.errors import ConfigError
 from shared.printing import printable
 
@@ -199,11 +200,6 @@ def agree(question: str, *, yes: bool) -> None:
         raise typer.Abort
 
 
-def fixed(value: float | None, digits: int) -> str | None:
-    """A number with so many decimals; None stays None."""
-    return None if value is None else f"{value:.{digits}f}"
-
-
 def round_line(number: int, rounds: int, held_out: float | None, trained: float | None) -> str:
     """A closed round in one line, with its losses (nats per token) as far as they are known."""
     told = [f"round {number} of {rounds} is closed"]
@@ -212,22 +208,6 @@ def round_line(number: int, rounds: int, held_out: float | None, trained: float 
     if trained is not None:
         told.append(f"training loss at its end {trained:.4f}")
     return ", ".join(told)
-
-
-def megabytes(count: int | None) -> str | None:
-    """Bytes as MB (10^6); None stays None."""
-    return None if count is None else f"{count / 1e6:.1f}"
-
-
-def octets(count: float | None) -> str | None:
-    """Bytes in the unit that fits, of three figures; None stays None."""
-    if count is None:
-        return None
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def wire_facts(wire: Wire | None) -> list[tuple[str, str]]:

@@ -14,10 +14,10 @@ from gradualdiff.cli.output import (
     RunArgument,
     StoreOption,
     console,
-    megabytes,
     print_json,
     print_table,
 )
+from gradualdiff.units import megabytes
 
 if TYPE_CHECKING:
     from coordinator.runs.retention import Plan

@@ -14,12 +14,10 @@ from gradualdiff.cli.output import (
     RunArgument,
     StoreOption,
     console,
-    fixed,
-    megabytes,
-    octets,
     print_json,
     print_table,
 )
+from gradualdiff.units import fixed, megabytes, octets
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from gradualdiff.cli.attesting import (
     KeyOption,
     announce,
     refuse_findings,
-    told_of_chain,
 )
 from gradualdiff.cli.bases import print_bases, print_captured
 from gradualdiff.cli.output import (
@@ -23,6 +22,7 @@ from gradualdiff.cli.output import (
     print_table,
     wire_facts,
 )
+from gradualdiff.verified import in_one, lines
 
 app = typer.Typer(
     help="Runs in a store: list, show, verify, export, compare, steer, branch, prune, delete.",
@@ -139,24 +139,8 @@ def verify(
     if as_json:
         print_json(found)
     elif not found.findings:
-        console().print(
-            f"[green]run {run} verified[/green]: {found.rounds} rounds, "
-            f"{found.recomputed} of them recomputed from {found.deltas} deltas, "
-            f"adapter sha256 {found.adapter_sha}"
-        )
+        console().print(f"[green]run {run} verified[/green]: {in_one(found)}")
     if not as_json:
-        for signer in found.signers:
-            console().print(
-                f"signed by {signer.site} ({signer.fingerprint}): {signer.records} records",
-                markup=False,
-                soft_wrap=True,
-            )
-        for line in told_of_chain(found.chain, against):
+        for line in lines(found, against):
             console().print(line, markup=False, soft_wrap=True)
-        for note in found.notes:
-            console().print(
-                f"note: round {note.round}: {note.key}: {note.problem}",
-                markup=False,
-                soft_wrap=True,
-            )
     refuse_findings(found)

@@ -12,11 +12,11 @@ from gradualdiff.cli.output import (
     DEFAULT_SITE,
     JsonOption,
     SiteOption,
-    fixed,
     print_json,
     print_table,
     say,
 )
+from gradualdiff.units import fixed
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:

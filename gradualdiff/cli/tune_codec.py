@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.output import (
-    JsonOption,
-    SetOption,
-    at_least,
-    octets,
-    print_json,
-    print_table,
-    say,
-)
+from gradualdiff.cli.output import JsonOption, SetOption, at_least, print_json, print_table, say
+from gradualdiff.units import octets
 from shared.errors import InterruptedRunError
 
 if TYPE_CHECKING:

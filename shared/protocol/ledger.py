@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from shared.config import FederationConfig
-    from shared.stores.port import ObjectStore
+    from shared.stores.port import ObjectInfo, ObjectStore
     from shared.trust.keys import SigningKey
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -279,14 +279,15 @@ class Ledger:
             if place.kind is not PrunedRecord:
                 yield record.folded()
 
-    def places(self) -> list[Place]:
+    def places(self, first: int = 0) -> list[Place]:
         """Where every record but the first lies, in the order in which they are folded.
 
-        One listing: the end is in it only if all that came before it is.
+        ``first``: of the rounds before it none is listed. The end is there only if all that came
+        before it is.
         """
         prefix = topology.run_prefix(self.run)
         found: list[tuple[tuple[bool, int, int, int], Place]] = []
-        for info in self.store.list(prefix):
+        for info in self._listed(first):
             name, number, attempt = info.key.removeprefix(prefix), None, 1
             parts = name.split("/", 2)
             if len(parts) == 3 and parts[0] == "rounds" and parts[1].isdecimal():
@@ -304,6 +305,19 @@ class Ledger:
                     found.append((rank, Place(info.key, actual, number)))
                     break
         return [place for _, place in sorted(found, key=lambda ranked: ranked[0])]
+
+    def _listed(self, first: int) -> Iterator[ObjectInfo]:
+        """One listing, or the end first and the rounds last."""
+        prefix = topology.run_prefix(self.run)
+        if first <= 0:
+            yield from self.store.list(prefix)
+            return
+        for place, _ in reversed(_ORDER):
+            if not place.startswith("rounds/"):
+                yield from self.store.list(prefix + place)
+        while found := list(self.store.list(topology.round_prefix(self.run, first))):
+            yield from found
+            first += 1
 
     def origin(self) -> OriginRecord | None:
         """Where the run branches from; None for a run of its own."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 
 from coordinator.history import read_history
+from coordinator.runs.newest_round import WHOLE_EVERY, Follower
+from shared import topology
 from shared.errors import LedgerDamagedError
+from shared.protocol.ledger import Ledger
 from shared.protocol.records import PrunedRecord
+from shared.stores.directory import DirectoryStore
 from tests import federations
 from tests.coordinator.test_controls import when
 from tests.steering import ask, records, store_of
@@ -68,3 +72,25 @@ def test_a_damaged_record_hides_no_other(whole):
         store.put(key, data)
     store.delete(pruned)
     assert read_history(store, "test").finished == history.finished
+
+
+def test_who_reads_while_it_is_written_knows_the_same_in_the_end(whole, tmp_path):
+    """Record after record, with a look after each, and a late word of an old round after the end.
+
+    Most looks list the newest two rounds only; the late word is found all the same.
+    """
+    store = DirectoryStore(tmp_path)
+    source, ledger = store_of(whole), Ledger(store_of(whole), "test", "reader", lambda: 0.0)
+    keys = [topology.federation_key("test"), *(place.key for place in ledger.places())]
+    late = next(key for key in keys if "rounds/00001/accepted/" in key)
+    store.put(keys[0], source.get(keys[0]))
+    follower = Follower(store, "test", whole=True)
+    for key in [*(key for key in keys[1:] if key != late), late]:
+        store.put(key, source.get(key))
+        now = follower.look()
+    looks = 0
+    while late not in follower.keys:
+        now, looks = follower.look(), looks + 1
+        assert looks <= WHOLE_EVERY
+    assert now.history == read_history(source, "test")
+    assert follower.count == len(keys) - 1
