@@ -103,6 +103,13 @@ class Auditor:
         if makes_bases:
             get_logger().warning("audit.not_made", site=self._site, reason="a gradient is no model")
 
+    def _limits(self, declared: float | None) -> SitePrivacySection:
+        """The settings; of the epsilon in them and the one that a delta claims, the smaller."""
+        known = [one for one in (declared, self._settings.epsilon_block) if one is not None]
+        if not (known and self._settings.canaries):
+            return self._settings
+        return self._settings.model_copy(update={"epsilon_block": min(known)})
+
     def audit(
         self,
         task: RoundStarted,
@@ -111,10 +118,12 @@ class Auditor:
         sent: Sent,
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
+        declared: float | None = None,
     ) -> AuditReport:
         """What the delta in ``sent`` gives away of ``data``; leaves another adapter in ``model``.
 
-        Raises InterruptedRunError when ``should_stop()`` turns true.
+        ``declared``: epsilon that the delta claims, which canaries may disprove. Raises
+        InterruptedRunError when ``should_stop()`` turns true.
         """
         specs = {spec.name: spec for spec in sent.trained.tensors}
         begins = {spec.name: spec for spec in sent.manifest.tensors}
@@ -129,7 +138,7 @@ class Auditor:
                 lambda: model.load_adapter(tuned),
                 lambda: model.load_adapter(lambda name: _none(begins[name], sent.source)),
                 data,
-                self._settings,
+                self._limits(declared),
                 self.patterns,
                 (task.run, task.round),
                 should_stop,

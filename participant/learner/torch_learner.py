@@ -188,7 +188,9 @@ class TorchLearner:
             audit = None
             if audited:
                 sent = Sent(folder / DELTA_FILE, trained, model.manifest(), read)
-                audit = self._auditor.audit(task, model, data, sent, should_stop, report)
+                spent = private.spent if private is not None else None
+                claim = spent.epsilon if spent is not None else None
+                audit = self._auditor.audit(task, model, data, sent, should_stop, report, claim)
                 clock.lap("audit")
         learned = Learned(
             delta=delta,

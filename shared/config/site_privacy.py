@@ -50,8 +50,8 @@ class SitePrivacySection(Section):
     bound epsilon from below. They are trained on: only for runs whose result is thrown away.
     """
     epsilon_block: Annotated[float, Field(gt=0)] | None = None
-    """Lower bound of epsilon, from the canaries, above which a delta is blocked: what the run
-    declares.
+    """Lower bound of epsilon, from the canaries, above which a delta is blocked. In a run with
+    differential privacy it need not be set: there it is what the delta itself declares.
     """
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:
