@@ -19,6 +19,7 @@ from participant.audit.report import AuditReport, Finding
 from participant.audit.verdict import judge
 from participant.model.batches import by_length, scored_tokens
 from shared.errors import InterruptedRunError
+from shared.failpoints import failpoint
 from shared.protocol.manifest import AuditFigures
 from shared.seeds import derive_seed
 
@@ -57,6 +58,7 @@ class Audit:
         """All tests. Raises InterruptedRunError when ``should_stop()`` turns true."""
         began = time.monotonic()
         hits, figures = self._extraction()
+        failpoint("audit.extracted")
         self.report(1, 3)
         figures.update(self._membership())
         self.report(2, 3)
