@@ -1,7 +1,7 @@
 """The log of operators' doings: who asked for what, when and why, in a chain that shows a gap.
 
-An entry is written before the deed: whatever was done stands here, and what stands here may have
-been cut off, or have failed. Each entry names the sha256 of the one before, so that none can be
+An entry is written before the deed: whatever was done stands here. A second one says how it ended;
+where there is none it was cut off. Each names the sha256 of the one before, so that none can be
 altered, swapped or taken out unseen; whoever kept the digest of the newest one sees also that none
 was cut off at the end. Only people's doings are logged, not those of a process.
 """
@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from shared import topology
 from shared.config import Sha256, canonical_json
@@ -43,6 +48,7 @@ Deed: TypeAlias = Literal[
     "run.extend",
     "run.exclude",
     "run.branch",
+    "run.export",
     "run.prune",
     "run.erase",
     "run.delete",
@@ -53,7 +59,7 @@ Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
 class AuditEntry(Schema):
-    """A deed that an operator was about to do."""
+    """A deed that an operator was about to do, or how an earlier one ended."""
 
     number: Number
     """Which one, from 1."""
@@ -77,8 +83,20 @@ class AuditEntry(Schema):
     """sha256 of the bytes of the entry before; none of the first."""
     key: PublicText | None = None
     """The public key of who signed it; none if nobody did."""
+    ended: Number | None = None
+    """Which earlier entry's deed has ended. Not there in the entry of a deed."""
+    exit_code: int | None = None
+    """How it ended: 0 done, otherwise failed. Not there in the entry of a deed."""
     signature: Signature | None = None
     """Ed25519 over the canonical JSON of all other fields, in hex."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if self.ended is None:
+            values.pop("ended", None)
+            values.pop("exit_code", None)
+        return values
 
     def signed_bytes(self) -> bytes:
         """What a signature is made of: all but the signature."""
@@ -112,9 +130,12 @@ class AuditLog:
         self._broker_account = broker_account
         self._signer = signer
 
-    def write(self, what: Deed, about: str, why: str) -> AuditEntry:
+    def write(
+        self, what: Deed, about: str, why: str, *, ended: int | None = None, exit_code: int = 0
+    ) -> AuditEntry:
         """Put on record that this is about to be done, at the next free number.
 
+        ``ended``, ``exit_code``: or that the deed of that entry has ended, and how.
         Whoever is not first takes the next. Raises the store's errors, and LedgerDamagedError if
         the last entry is not one.
         """
@@ -132,6 +153,8 @@ class AuditLog:
                     time=self._clock(),
                     before=before,
                     key=self._signer.public.text if self._signer else None,
+                    ended=ended,
+                    exit_code=None if ended is None else exit_code,
                 )
             )
             try:
@@ -166,6 +189,17 @@ def read_entries(raw: Iterable[tuple[str, bytes]]) -> Iterator[AuditEntry]:
     """The entries, each by itself. Raises LedgerDamagedError at one that is none."""
     for key, data in raw:
         yield _read(key, data)
+
+
+def outcomes(entries: Iterable[AuditEntry]) -> dict[int, int | None]:
+    """By the number of each deed its exit code; None where nothing says that it ended."""
+    found: dict[int, int | None] = {}
+    for entry in entries:
+        if entry.ended is None:
+            found[entry.number] = None
+        else:
+            found[entry.ended] = entry.exit_code
+    return found
 
 
 def walk(
