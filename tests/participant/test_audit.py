@@ -8,6 +8,7 @@ import stat
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 torch = pytest.importorskip("torch")
 
@@ -318,6 +319,25 @@ def test_canaries_disprove_the_epsilon_that_a_delta_declares(at_site, monkeypatc
     assert figures.limits["epsilon_block"] == declared < figures.epsilon_lower
     assert "epsilon_block" in figures.crossed
     assert kept.submission.audit is None  # no number leaves that no noise was added to
+
+
+def test_a_site_tests_the_global_adapter_for_itself(at_site):
+    """As a round begins with it and at the end: numbers in its own log, and no byte is another."""
+    shas = []
+    for wanted in (False, True):
+        site = at_site("normal", audit="report", global_adapter=wanted)
+        announce(site)
+        first = site.draw(site.manifest)
+        with capture_logs() as logs:
+            start(site)
+            site.start(first, number=2, training=site.training, seed=1)
+            site.learner.evaluate("r", site.adapters[first], lambda _: None)
+        found = [line for line in logs if line["event"] == "adapter.audited"]
+        assert [line["adapter"] for line in found] == [first, "result"] * wanted
+        assert all({"hits", "auc", "auc_min_k"} <= line.keys() for line in found)
+        shas.append([sent.sha for sent in site.submitted])
+    assert len(shas[0]) == 2
+    assert shas[0] == shas[1]
 
 
 def test_gradients_are_not_sent_unaudited(at_site):
