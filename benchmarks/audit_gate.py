@@ -71,7 +71,9 @@ def smollm2(kind: str, seed: int, folder: Path) -> Case:
 
     from gradualdiff.demo.data import prepare_chitchat, write_rows
     from gradualdiff.demo.packages import CHITCHAT, SMOLLM2, find_packaged
+    from participant.model.packaged import convert_gguf
 
+    model = convert_gguf(find_packaged(SMOLLM2), SMOLLM2.sha256, folder, lambda *_: None)
     count, epochs = EXCHANGES[kind]
 
     def write(path: Path) -> None:
@@ -84,7 +86,7 @@ def smollm2(kind: str, seed: int, folder: Path) -> Case:
         write_rows(path, ({"q": row["prompt"], "a": row["answer"]} for row in chosen))
 
     return Case(
-        {"model": str(find_packaged(SMOLLM2)), "quantisation": "none", "compute_dtype": "float32"},
+        {"model": str(model), "quantisation": "none", "compute_dtype": "float32"},
         {"rank": 16, "alpha": 32, "dropout": 0.0},
         {
             "local_epochs": epochs,
@@ -190,8 +192,8 @@ def print_row(row: dict[str, Any]) -> None:
     cost = row["audit_cpu_seconds"] / row["train_cpu_seconds"]
     print(
         f"| {row['site']} | {row['seed']} | {row['verdict']} | {row['hits']}/{row['records']} "
-        f"| {row['hits_upper']:.1%} | {row['auc']:.2f} | {row['train_cpu_seconds']:.1f} "
-        f"| {row['audit_cpu_seconds']:.1f} | {cost:.2f} |",
+        f"| {row['hits_upper']:.1%} | {row['auc']:.2f} | {row['auc_min_k']:.2f} "
+        f"| {row['train_cpu_seconds']:.1f} | {row['audit_cpu_seconds']:.1f} | {cost:.2f} |",
         flush=True,
     )
 
@@ -203,10 +205,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    columns = ("site", "seed", "verdict", "reproduced", "at most", "AUC")
+    columns = ("site", "seed", "verdict", "reproduced", "at most", "AUC", "Min-K%++")
     columns = (*columns, "training, CPU s", "audit, CPU s", "cost")
     print(f"| {' | '.join(columns)} |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     found = measure(options.preset, options.seeds)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,9 @@
 """The log of operators' doings: who asked for what, when and why, in a chain that shows a gap.
 
-An entry is written before the deed: whatever was done stands here, and what stands here may have
-been cut off, or have failed. The entries are a chain, so that none can be altered, swapped or taken
-out unseen; whoever kept the digest of the newest one sees also that none was cut off at the end.
-Only people's doings are logged, not those of a process.
+An entry is written before the deed: whatever was done stands here. A second one says how it ended;
+where there is none it was cut off. The entries are a chain, so that none can be altered, swapped or
+taken out unseen; whoever kept the digest of the newest one sees also that none was cut off at the
+end. Only people's doings are logged, not those of a process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from shared import topology
 from shared.errors import LedgerDamagedError, ObjectExistsError
 from shared.protocol.chain import Chained, Walk
+from shared.protocol.record import Number
 from shared.trust.keys import PublicText
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Deed: TypeAlias = Literal[
     "run.extend",
     "run.exclude",
     "run.branch",
+    "run.export",
     "run.prune",
     "run.erase",
     "run.delete",
@@ -49,7 +51,7 @@ Deed: TypeAlias = Literal[
 
 
 class AuditEntry(Chained):
-    """A deed that an operator was about to do."""
+    """A deed that an operator was about to do, or how an earlier one ended."""
 
     what: Deed
     """The deed."""
@@ -67,6 +69,10 @@ class AuditEntry(Chained):
     """
     time: float
     """When, seconds since the epoch."""
+    ended: Number | None = None
+    """Which earlier entry's deed has ended. Not there in the entry of a deed."""
+    exit_code: int | None = None
+    """How it ended: 0 done, otherwise failed. Not there in the entry of a deed."""
     signed_by: PublicText | None = None
     """The public key of who signed it. Not there if nobody did."""
 
@@ -98,13 +104,16 @@ class AuditLog:
         self._broker_account = broker_account
         self._signer = signer
 
-    def write(self, what: Deed, about: str, why: str) -> AuditEntry:
+    def write(
+        self, what: Deed, about: str, why: str, *, ended: int | None = None, exit_code: int = 0
+    ) -> AuditEntry:
         """Put on record that this is about to be done, at the next free number.
 
+        ``ended``, ``exit_code``: or that the deed of that entry has ended, and how.
         Whoever is not first takes the next. Raises the store's errors, and LedgerDamagedError if
         the last entry is not one.
         """
-        deed = {
+        deed: dict[str, object] = {
             "what": what,
             "about": about,
             "why": why,
@@ -113,6 +122,8 @@ class AuditLog:
             "store_account": self._store.account,
             "time": self._clock(),
         }
+        if ended is not None:
+            deed |= {"ended": ended, "exit_code": exit_code}
         while True:
             walk = self._newest()
             key = topology.audit_key(walk.due)
@@ -143,6 +154,17 @@ def read_entries(raw: Iterable[tuple[str, bytes]]) -> Iterator[AuditEntry]:
     """The entries, each by itself. Raises LedgerDamagedError at one that is none."""
     for key, data in raw:
         yield _read(key, data)
+
+
+def outcomes(entries: Iterable[AuditEntry]) -> dict[int, int | None]:
+    """By the number of each deed its exit code; None where nothing says that it ended."""
+    found: dict[int, int | None] = {}
+    for entry in entries:
+        if entry.ended is None:
+            found[entry.number] = None
+        else:
+            found[entry.ended] = entry.exit_code
+    return found
 
 
 def walk(

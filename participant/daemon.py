@@ -274,8 +274,10 @@ def serve(context: ParticipantContext) -> None:
     Worker(context).run(lambda: False)
 
 
-def serve_once(context: ParticipantContext, wait_seconds: float) -> None:
+def serve_once(context: ParticipantContext, wait_seconds: float) -> list[str]:
     """Take one round: train, upload, publish. Returns once the broker has the reference.
+
+    Returns the runs that wait for a person's approval.
 
     Raises NoWorkError when nothing is asked of the site within ``wait_seconds``, RunStuckError
     when a finished delta finds nobody to take it in that time (it is kept for the next call),
@@ -294,8 +296,9 @@ def serve_once(context: ParticipantContext, wait_seconds: float) -> None:
         return time.monotonic() > deadline
 
     worker.run(is_done)
+    waiting = worker.participant.held()
     if worker.participant.handed_over:
-        return
+        return waiting
     if worker.participant.trained is not None:
         raise RunStuckError(
             f"{context.name}: round {worker.participant.trained.round} is trained, but no "
@@ -304,4 +307,7 @@ def serve_once(context: ParticipantContext, wait_seconds: float) -> None:
     for error in (worker.failed, worker.not_connected):
         if error is not None:
             raise error
-    raise NoWorkError(f"{context.name}: nothing to do within {wait_seconds:.0f} s")
+    held = f"; waiting for approval (gradualdiff site status): {', '.join(waiting)}"
+    raise NoWorkError(
+        f"{context.name}: nothing to do within {wait_seconds:.0f} s" + (held if waiting else "")
+    )

@@ -177,6 +177,8 @@ class Participant:
             keep_source=event.by_update,
             keep={waiting.last_counted, waiting.last_accepted} if waiting is not None else set(),
         )
+        if not event.late_counts:
+            self._site.workspace.end_held(event.run, event.round)
         for number in lost:
             get_logger().warning("delta.late", run=event.run, round=number, reason="round closed")
 

@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import ValidationError
 
 from participant.audit.report import AUDIT_FILE, AuditReport, read_report
-from participant.workspace import ACCEPTED_FILE, RELEASED_FILE, SUBMISSION_FILE, Submission
+from participant.workspace import (
+    ACCEPTED_FILE,
+    OVER_FILE,
+    RELEASED_FILE,
+    SUBMISSION_FILE,
+    Submission,
+)
 from shared.config import canonical_json
 from shared.disk.durable_files import file_errors, make_directories, temporary, write_new
 from shared.disk.files import sync_path
@@ -28,17 +34,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOG_FILE = "decisions.jsonl"
+State: TypeAlias = Literal["held", "over", "ready", "sent"]
 
 
 @dataclass(frozen=True)
 class AuditedDelta:
-    """A committed delta that was audited. ``state``: ``held``, ``ready`` to be sent, or ``sent``.
+    """A committed delta that was audited.
 
-    Sent: the coordinator has taken it.
+    ``state``: ``held``; ``over``, held of a round that nobody would count it in any more; ``ready``
+    to be sent; or ``sent``, the coordinator has taken it.
     """
 
     folder: Path
-    state: Literal["held", "ready", "sent"]
+    state: State
     submission: Submission
     report: AuditReport
 
@@ -65,8 +73,12 @@ class AuditedDeltas:
         )
 
     def release(self, sha: str, by: str, reason: str) -> AuditedDelta:
-        """Let it go to where it is sent from. Raises ConfigError for one that is not held."""
-        held = self._held(sha)
+        """Let it go to where it is sent from. Raises ConfigError for one that is not held.
+
+        Nor is one whose round is over: nobody would count it, and its masks, if it has any, fit no
+        other round.
+        """
+        held = self._found(sha, "held")
         self._log("release", held, by, reason)
         submission = held.submission
         if submission.audit is not None:
@@ -83,7 +95,7 @@ class AuditedDeltas:
 
     def drop(self, sha: str, by: str, reason: str) -> AuditedDelta:
         """Remove it for good. Raises ConfigError for one that is not held."""
-        held = self._held(sha)
+        held = self._found(sha, "held", "over")
         self._log("drop", held, by, reason)
         last = {AUDIT_FILE, SUBMISSION_FILE}  # what a kill leaves is found again by these
         with file_errors(held.folder):
@@ -97,12 +109,15 @@ class AuditedDeltas:
         lines = map(_object, whole_lines(self._root / LOG_FILE))
         return [line for line in lines if line is not None]
 
-    def _held(self, sha: str) -> AuditedDelta:
+    def _found(self, sha: str, *states: State) -> AuditedDelta:
         found = self.find(sha)
-        if found.state != "held":
+        if found.state not in states:
+            got = f"that is {found.state}; see: gradualdiff site audit list"
+            if found.state == "over":
+                got = f"of round {found.submission.round}, which is over; drop it"
             raise ConfigError(
                 f"delta {found.submission.sha[:12]}: expected one that the gate keeps, got one "
-                f"that is {found.state}; see: gradualdiff site audit list"
+                f"{got}"
             )
         return found
 
@@ -122,16 +137,9 @@ class AuditedDeltas:
         append_line(self._root / LOG_FILE, canonical_json(line))
 
     def _read(self) -> Iterator[AuditedDelta]:
-        for path in self._root.glob(f"*/*/*/{AUDIT_FILE}"):
-            folder, report = path.parent, read_report(path.parent)
-            state: Literal["held", "ready", "sent"]
-            match folder.parent.name:
-                case "held":
-                    state = "held"
-                case "trained":
-                    state = "sent" if (folder / ACCEPTED_FILE).exists() else "ready"
-                case _:
-                    continue
+        # Nothing below these is looked for by a pattern: the participant may move it meanwhile.
+        for folder in (*self._root.glob("*/held/*"), *self._root.glob("*/trained/*")):
+            report, state = read_report(folder), _state_of(folder)
             try:
                 text = (folder / SUBMISSION_FILE).read_bytes()
                 submission = Submission.model_validate_json(text)
@@ -139,6 +147,12 @@ class AuditedDeltas:
                 continue
             if report is not None:
                 yield AuditedDelta(folder, state, submission, report)
+
+
+def _state_of(folder: Path) -> State:
+    if folder.parent.name == "held":
+        return "over" if (folder / OVER_FILE).exists() else "held"
+    return "sent" if (folder / ACCEPTED_FILE).exists() else "ready"
 
 
 def _replace(path: Path, submission: Submission) -> None:

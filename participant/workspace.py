@@ -24,6 +24,7 @@ needed for ever: what is lost is asked for again or trained again, to the same b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -61,6 +62,7 @@ DIGEST_FILE = "config"  # of which settings all of a run's folder is
 WORK = ("adapters", "updates", "trained", "making", "checkpoints", "held")
 ACCEPTED_FILE = "accepted"  # beside a delta that the coordinator has taken
 RELEASED_FILE = "released"  # beside one that an operator let go, until it is offered
+OVER_FILE = "over"  # beside one that the gate keeps, once nobody would count it
 TAKEN_PART_FILE = "taken-part.json"
 TRAFFIC_FILE = "traffic.json"
 HEADS_FILE = "heads.jsonl"
@@ -330,6 +332,8 @@ class Workspace:
         found = [self._read(mark.parent) for mark in marks]
         for mark in marks:
             mark.unlink(missing_ok=True)
+        if marks:
+            failpoint("released.taken")
         return [submission for submission in found if submission is not None]
 
     def mark_accepted(self, run: str, round_number: int, sha: str) -> None:
@@ -450,6 +454,14 @@ class Workspace:
                 path.unlink(missing_ok=True)
         failpoint("sweep.after")
         return lost
+
+    def end_held(self, run: str, closed_round: int) -> None:
+        """Mark what the gate keeps of rounds up to this one: nobody would count it any more."""
+        for folder in self._folder(run, "held").iterdir():
+            number, _, _ = folder.name.partition("-")
+            if number.isdigit() and int(number) <= closed_round:
+                with contextlib.suppress(FileNotFoundError):  # released or dropped just now
+                    (folder / OVER_FILE).touch()
 
     def _newest_residual(self, run: str) -> Path | None:
         """The folder of the newest delta that was accepted and has a residual."""

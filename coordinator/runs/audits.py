@@ -30,6 +30,8 @@ def _parts(audit: AuditFigures) -> Iterator[str]:
         yield f"membership AUC {audit.auc:.2f}"
     if audit.tpr is not None:
         yield f"{audit.tpr:.1%} found at 1 % false alarms"
+    if audit.auc_min_k is not None:
+        yield f"by Min-K%++ AUC {audit.auc_min_k:.2f}"
     if audit.epsilon_lower is not None:
         yield f"epsilon at least {audit.epsilon_lower:.2f}"
 

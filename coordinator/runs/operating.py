@@ -6,6 +6,7 @@ nothing. The coordinator looks every few seconds, and at its start.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import socket
@@ -26,6 +27,7 @@ from shared.protocol.records import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from shared.stores.port import ObjectStore
 
@@ -50,12 +52,12 @@ def order(
     ledger: Ledger,
     action: Action,
     reason: str,
-    first: Callable[[], None] = lambda: None,
+    around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     *,
     rounds: int | None = None,
     site: str | None = None,
 ) -> ControlRecord | None:
-    """Put it on record; None where that is in force already. ``first``: called just before.
+    """Put it on record; None where that is in force already. ``around``: it is done inside.
 
     Raises RunNotFoundError, ConfigError (no such site), LedgerError (the run is finished, or about
     to stop).
@@ -83,9 +85,10 @@ def order(
             number=number, action=action, rounds=rounds, site=site, reason=reason, by=operator()
         )
 
-    first()
-    record = ledger.append(make, topology.control_prefix(ledger.run))
-    refuse_if_finished(ledger)  # it may have ended between the two; then the record says nothing
+    with around():
+        record = ledger.append(make, topology.control_prefix(ledger.run))
+        # It may have ended between the two; then the record says nothing.
+        refuse_if_finished(ledger)
     return record
 
 

@@ -137,7 +137,7 @@ def hand_over(name: str) -> None:
 
 def enrol(name: str) -> None:
     """The site's key, made in its own volume. One owner has them all here: nobody phones."""
-    command = ["gradualdiff", "site", "init", str(SITES / name / "site.toml"), "--json"]
+    command = ["gradualdiff", "site", "init", "--site", str(SITES / name / "site.toml"), "--json"]
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     key = json.loads(made.stdout)["key"]
     gradualdiff("sites", "key", name, "--key", key, "--federation", FEDERATION)

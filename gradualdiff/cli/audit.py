@@ -15,6 +15,7 @@ from gradualdiff.cli.output import (
     console,
     print_json,
     print_table,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -31,20 +32,37 @@ FileOption = Annotated[
 
 @app.command("list")
 def list_(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Every deed in order: when, who, what, to what, and why. It checks no link between them."""
-    from coordinator.audit_log import read_entries
+    """Every deed in order: when, who, what, to what, why, how it ended. It checks no link."""
+    from coordinator.audit_log import outcomes, read_entries
     from coordinator.liveness import moment
 
     entries = list(read_entries(_raw(store, None)))
+    ended = outcomes(entries)
+    deeds = [entry for entry in entries if entry.ended is None]
     if as_json:
-        print_json(entries)
+        print_json([{**e.model_dump(mode="json"), "exit_code": ended[e.number]} for e in deeds])
         return
-    columns = ("number", "when", "who", "what", "about", "why", "signed")
+    columns = ("number", "when", "who", "what", "about", "why", "outcome", "signed")
     rows = [
-        (e.number, moment(e.time), e.by, e.what, e.about, e.why, "yes" if e.signed_by else "no")
-        for e in entries
+        (
+            e.number,
+            moment(e.time),
+            e.by,
+            e.what,
+            e.about,
+            e.why,
+            _outcome(ended[e.number]),
+            "yes" if e.signed_by else "no",
+        )
+        for e in deeds
     ]
     print_table("What operators did", columns, rows)
+    unsigned = sum(entry.signed_by is None for entry in deeds)
+    if unsigned:
+        say(
+            f"{unsigned} of {len(deeds)} are not signed: a store named by its folder names no key; "
+            "give --store federation.toml, with [trust], to sign"
+        )
 
 
 @app.command()
@@ -101,6 +119,16 @@ def export(
         return
     to.write_bytes(b"".join(lines))
     console().print(f"wrote {len(lines)} entries to {to}", markup=False, soft_wrap=True)
+
+
+def _outcome(exit_code: int | None) -> str:
+    match exit_code:
+        case None:
+            return "not known"
+        case 0:
+            return "done"
+        case _:
+            return f"failed ({exit_code})"
 
 
 def _raw(store: Path, file: Path | None) -> Iterator[tuple[str, bytes]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_record
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -52,8 +52,8 @@ def delete(
                 soft_wrap=True,
             )
         agree(f"Delete run {run} for good?", yes=yes)
-        put_on_record(objects, store, "run.delete", run, reason)
-        delete_run(operator_ledger(objects, run, time.time), operator())
+        with on_record(objects, store, "run.delete", run, reason):
+            delete_run(operator_ledger(objects, run, time.time), operator())
     if as_json:
         print_json({"run": run, "records": records, "objects": len(going), "bytes": size})
     else:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -35,6 +36,7 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a whole model with the adapter merged into it.")
     ] = False,
+    reason: ReasonOption = NO_REASON,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,9 +49,11 @@ def export(
 
     if best and round_number is not None:
         raise ConfigError("--best and --round are both given; give one of them")
-    opened = open_store(store).run(run)
+    whole = open_store(store, writable=True)
+    opened = whole.run(run)
     adapter = opened.adapter(opened.best_round if best else round_number)
-    saved = adapter.save(to, base=base, merge=merge)
+    with on_record(whole.objects, store, "run.export", f"{run}@{adapter.round}", reason):
+        saved = adapter.save(to, base=base, merge=merge)
     if as_json:
         print_json({"round": saved.round, "sha": saved.sha, "path": saved.path})
         return

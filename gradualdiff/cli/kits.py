@@ -240,7 +240,7 @@ def _site_toml(servers: Servers, name: str, certificate: Certificate | None) -> 
 
 def _readme(name: str, *, signs: bool) -> str:
     first = (
-        "First run gradualdiff site init site.toml: it makes this site's signing key, which stays "
+        "First run gradualdiff site init here: it makes this site's signing key, which stays "
         "here. Send its public half to whoever runs the coordinator, and read the fingerprint out "
         "over the phone.\n"
     )
@@ -256,7 +256,7 @@ def _readme(name: str, *, signs: bool) -> str:
 
 _TRUST = """
 [trust]
-key_file = "identity.key"       # make it: gradualdiff site init site.toml; it never leaves here
+key_file = "identity.key"       # make it: gradualdiff site init; it never leaves here
 # Only what this key signed is heard. Have its fingerprint read out to you: gradualdiff doctor.
 coordinator = {pinned}
 """

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.deeds import ReasonOption, put_on_record
+from gradualdiff.cli.deeds import ReasonOption, on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -55,8 +55,8 @@ def prune(
         _show(plan)
     record = None
     if yes and plan.all:
-        put_on_record(ledger.store, store, "run.prune", f"{run} {keep}", reason)
-        record = carry_out(ledger, plan, reason, operator(), lambda _: None)
+        with on_record(ledger.store, store, "run.prune", f"{run} {keep}", reason):
+            record = carry_out(ledger, plan, reason, operator(), lambda _: None)
     _tell(plan, record, yes=yes, as_json=as_json)
 
 
@@ -89,8 +89,8 @@ def erase(
         _show(plan)
     record = None
     if yes:
-        put_on_record(ledger.store, store, "run.erase", f"{run} {plan.erased}", reason)
-        record = erasure.erase(ledger, plan, reason, operator(), lambda _: None)
+        with on_record(ledger.store, store, "run.erase", f"{run} {plan.erased}", reason):
+            record = erasure.erase(ledger, plan, reason, operator(), lambda _: None)
     _tell(plan, record, yes=yes, as_json=as_json)
 
 

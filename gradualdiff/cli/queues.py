@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, on_servers_record
 from gradualdiff.cli.kits import Servers, open_servers
 from gradualdiff.cli.output import (
     DEFAULT_FEDERATION,
@@ -160,12 +161,13 @@ def redrive(
     from shared.topology import REFUSED_QUEUE
 
     servers = open_servers(federation)
-    with _connect(servers) as broker:
+    with _connect(servers) as broker, contextlib.ExitStack() as record:
         count = broker.depth(REFUSED_QUEUE)
+        about = f"{REFUSED} {count}"
         if count:
             agree(f"Send {_letters(count)} back to where they came from?", yes=yes)
-            put_on_servers_record(
-                servers, federation, "queue.redrive", f"{REFUSED} {count}", reason
+            record.enter_context(
+                on_servers_record(servers, federation, "queue.redrive", about, reason)
             )
         done = send_back(broker)
     if as_json:
@@ -189,14 +191,16 @@ def purge(
     from shared.topology import REFUSED_QUEUE
 
     servers = open_servers(federation)
+    dropped = 0
     with _connect(servers) as broker:
         count = broker.depth(REFUSED_QUEUE)
+        about = f"{REFUSED} {count}"
         if count:
             agree(f"Drop {_letters(count)} for ever?", yes=yes)
-        if count or yes:
-            put_on_servers_record(servers, federation, "queue.purge", f"{REFUSED} {count}", reason)
         # Not of what nobody was asked about: it may have come since, or not have been counted.
-        dropped = broker.purge(REFUSED_QUEUE) if count or yes else 0
+        if count or yes:
+            with on_servers_record(servers, federation, "queue.purge", about, reason):
+                dropped = broker.purge(REFUSED_QUEUE)
     if as_json:
         print_json({"dropped": dropped})
         return

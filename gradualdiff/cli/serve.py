@@ -117,18 +117,20 @@ def participant(
     config = load_site(site)
     folder = site.resolve().parent
     learner = make_learner(config, folder)
-    stopping = threading.Event()
+    stopping, waiting = threading.Event(), []
     with (
         held(folder / config.site.workspace / ".lock", f"the workspace of {config.site.name}"),
         stopped_by_signal(stopping),
     ):
         context = make_context(config, folder, learner, stopping)
         if once:
-            serve_once(context, wait)
+            waiting = serve_once(context, wait)
         else:
             serve(context)
     if once:
         typer.echo(f"{config.site.name}: handed over")
+        if waiting:
+            typer.echo(f"waiting for approval (gradualdiff site status): {', '.join(waiting)}")
 
 
 def connect_broker(section: BrokerSection, folder: Path, heartbeat_seconds: int) -> Broker:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.deeds import put_on_servers_record
+from gradualdiff.cli.deeds import on_servers_record
 from gradualdiff.cli.kits import (
     KITS,
     PASSWORD_FILE,
@@ -70,8 +70,8 @@ def setup(
         own = SigningKey.kept(folder / config.trust.key_file, "trust.key_file").public
         out.print(f"key     {own.text}, fingerprint {own.fingerprint}", soft_wrap=True)
     accounts = accounts_of(servers)
-    put_on_servers_record(servers, federation, "account.restore", "all sites", SETUP)
-    accounts.restore()  # the broker may have lost them since, or hold an earlier release's limits
+    with on_servers_record(servers, federation, "account.restore", "all sites", SETUP):
+        accounts.restore()  # the broker may have lost them, or hold an earlier release's limits
     for name in config.run.participants:
         place = (kits or folder / KITS) / name
         # A kit without a password was never handed out: we died before it was written.
@@ -79,13 +79,13 @@ def setup(
         if accounts.exists(name) and not unfinished:
             out.print(f"site    {name}: has an account; its kit is not written again")
             continue
-        put_on_servers_record(servers, federation, "kit.write", name, SETUP)
-        kit = prepare_kit(servers, name, place)
+        with on_servers_record(servers, federation, "kit.write", name, SETUP):
+            kit = prepare_kit(servers, name, place)
         is_there = accounts.exists(name)
         deed: Deed = "account.rotate" if is_there else "account.add"
-        put_on_servers_record(servers, federation, deed, name, SETUP)
-        password = accounts.rotate(name) if is_there else accounts.add(name)
-        write_secret(kit / PASSWORD_FILE, password)
+        with on_servers_record(servers, federation, deed, name, SETUP):
+            password = accounts.rotate(name) if is_there else accounts.add(name)
+            write_secret(kit / PASSWORD_FILE, password)
         out.print(f"site    {name}: kit in {place}", soft_wrap=True)
     if config.trust is None:
         return

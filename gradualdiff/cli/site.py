@@ -29,13 +29,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(site_audit.app, name="audit")
-SiteArgument = Annotated[Path, typer.Argument(help="The site's site.toml.")]
 RunArgument = Annotated[str, typer.Argument(help="The run's name.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.command()
-def init(site: SiteArgument = DEFAULT_SITE, as_json: JsonOption = False) -> None:
+def init(site: SiteOption = DEFAULT_SITE, as_json: JsonOption = False) -> None:
     """Make this site's signing key, once, and say its public half; repeated, say it again.
 
     The private half stays in a file that only you can read. Send the public half to whoever runs
@@ -68,7 +67,7 @@ def init(site: SiteArgument = DEFAULT_SITE, as_json: JsonOption = False) -> None
 
 
 @app.command()
-def heads(site: SiteArgument = DEFAULT_SITE, as_json: JsonOption = False) -> None:
+def heads(site: SiteOption = DEFAULT_SITE, as_json: JsonOption = False) -> None:
     """The newest link of each run's records that the coordinator confirmed to this site.
 
     Whoever has the records can be asked for: gradualdiff runs verify RUN --against N:SHA256

@@ -98,12 +98,11 @@ def show(
         say("what was reproduced: add --text")
     for line in decided:
         say(f"{LOG_FILE}: {line['action']} by {line['by']}: {line['reason']}")
+    way = "gradualdiff site audit {} " + one.submission.sha[:12] + " --reason WHY"
     if one.state == "held":
-        sha = one.submission.sha[:12]
-        say(
-            f"it stays here until: gradualdiff site audit drop {sha} --reason WHY, or "
-            f"gradualdiff site audit release {sha} --reason WHY"
-        )
+        say(f"it stays here until: {way.format('drop')}, or {way.format('release')}")
+    if one.state == "over":
+        say(f"its round is over, so that nobody would count it: {way.format('drop')}")
 
 
 @app.command()
@@ -114,7 +113,7 @@ def release(
 ) -> None:
     """Send a kept delta after all. The participant offers it at once, or at its next start.
 
-    Where the round is over by then, it is late.
+    Where the round is over and late deltas do not count, it is refused.
     """
     from coordinator.runs.operating import operator
 

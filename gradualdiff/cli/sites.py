@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_servers_record
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, on_servers_record
 from gradualdiff.cli.kits import (
     PASSWORD_FILE,
     Certificate,
@@ -91,14 +91,14 @@ def add(
     if certificate is not None:
         certificate.check(servers.broker)  # before anything is put on record
     if key is not None:
-        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
-        enrol_key(servers, name, PublicKey(key), "added")
-    put_on_servers_record(servers, federation, "kit.write", name, reason)
-    folder = prepare_kit(servers, name, kit, certificate)
+        with on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason):
+            enrol_key(servers, name, PublicKey(key), "added")
+    with on_servers_record(servers, federation, "kit.write", name, reason):
+        folder = prepare_kit(servers, name, kit, certificate)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
-    put_on_servers_record(servers, federation, "account.add", name, reason)
-    write_secret(folder / PASSWORD_FILE, accounts.add(name, _end(valid_days)))
+    with on_servers_record(servers, federation, "account.add", name, reason):
+        write_secret(folder / PASSWORD_FILE, accounts.add(name, _end(valid_days)))
     _tell(servers, name, folder, "added", as_json=as_json)
 
 
@@ -121,8 +121,8 @@ def rotate(
     if not accounts.exists(name):
         raise unknown_site(name)
     folder = prepare_kit(servers, name, kit)
-    put_on_servers_record(servers, federation, "account.rotate", name, reason)
-    write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
+    with on_servers_record(servers, federation, "account.rotate", name, reason):
+        write_secret(folder / PASSWORD_FILE, accounts.rotate(name))
     _tell(servers, name, folder, "rotated", as_json=as_json)
 
 
@@ -138,11 +138,11 @@ def remove(
     servers = open_servers(federation)
     _find(servers, name)
     agree(f"Remove the account of site {name} and cut it off now?", yes=yes)
-    put_on_servers_record(servers, federation, "account.remove", name, reason)
-    accounts_of(servers).remove(name)
+    with on_servers_record(servers, federation, "account.remove", name, reason):
+        accounts_of(servers).remove(name)
     if servers.config.trust is not None:
-        put_on_servers_record(servers, federation, "key.revoke", name, reason)
-        revoke_key(servers, name, "the site was removed")
+        with on_servers_record(servers, federation, "key.revoke", name, reason):
+            revoke_key(servers, name, "the site was removed")
     if as_json:
         print_json({"site": name, "state": "removed"})
         return
@@ -174,12 +174,14 @@ def key_(
             "old one"
         )
     if key is not None:
-        put_on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason)
-        enrol_key(servers, name, PublicKey(key), reason or "enrolled")
+        with on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason):
+            enrol_key(servers, name, PublicKey(key), reason or "enrolled")
     if revoke:
-        put_on_servers_record(servers, federation, "key.revoke", name, reason)
-    if revoke and revoke_key(servers, name, reason) is None:
-        raise ConfigError(f"site {name}: expected a key in force, got none; nothing is revoked")
+        with on_servers_record(servers, federation, "key.revoke", name, reason):
+            if revoke_key(servers, name, reason) is None:
+                raise ConfigError(
+                    f"site {name}: expected a key in force, got none; nothing is revoked"
+                )
     told = keys_told(servers, name)
     if as_json:
         print_json(told)
@@ -204,9 +206,9 @@ def renew(
 
     servers = open_servers(federation)
     _find(servers, name)
-    put_on_servers_record(servers, federation, "account.renew", f"{name} {valid_days}", reason)
     expires_at = _end(valid_days)
-    accounts_of(servers).renew(name, expires_at)
+    with on_servers_record(servers, federation, "account.renew", f"{name} {valid_days}", reason):
+        accounts_of(servers).renew(name, expires_at)
     if as_json:
         print_json({"site": name, "state": "renewed", "expires": moment(expires_at)})
         return
@@ -222,8 +224,8 @@ def expire(
 ) -> None:
     """Cut off every site whose account has ended: for cron. The coordinator refuses them anyway."""
     servers = open_servers(federation)
-    put_on_servers_record(servers, federation, "account.expire", "all sites", reason)
-    gone = accounts_of(servers).expire()
+    with on_servers_record(servers, federation, "account.expire", "all sites", reason):
+        gone = accounts_of(servers).expire()
     if as_json:
         print_json({"expired": gone})
         return
@@ -238,9 +240,9 @@ def restore(
 ) -> None:
     """Make all accounts and queues anew on a broker that lost them; passwords stay as they are."""
     servers = open_servers(federation)
-    put_on_servers_record(servers, federation, "account.restore", "all sites", reason)
-    restored = accounts_of(servers).restore()
-    declare_sites(servers, restored)
+    with on_servers_record(servers, federation, "account.restore", "all sites", reason):
+        restored = accounts_of(servers).restore()
+        declare_sites(servers, restored)
     if as_json:
         print_json({"restored": restored})
         return

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.deeds import NO_REASON, ReasonOption, put_on_record
+from gradualdiff.cli.deeds import NO_REASON, ReasonOption, on_record
 from gradualdiff.cli.output import (
     DEFAULT_STORE,
     JsonOption,
@@ -155,8 +156,8 @@ def branch(
         raise ConfigError(f"--name: expected 1 to 40 of a-z, 0-9 and dashes, got {name!r}")
     objects = open_store(store, writable=True).objects
     child = operator_ledger(objects, name, time.time)
-    put_on_record(objects, store, "run.branch", f"{run}@{at} {name}", reason)
-    origin = branch_run(operator_ledger(objects, run, time.time), at, child)
+    with on_record(objects, store, "run.branch", f"{run}@{at} {name}", reason):
+        origin = branch_run(operator_ledger(objects, run, time.time), at, child)
     if as_json:
         print_json(origin)
         return
@@ -190,11 +191,8 @@ def _order(
     from coordinator.runs.operating import order
 
     about = " ".join(str(word) for word in (ledger.run, rounds, site) if word is not None)
-
-    def first() -> None:
-        put_on_record(ledger.store, store, DEEDS[action], about, reason)
-
-    record = order(ledger, action, reason, first, rounds=rounds, site=site)
+    around = partial(on_record, ledger.store, store, DEEDS[action], about, reason)
+    record = order(ledger, action, reason, around, rounds=rounds, site=site)
     if as_json:
         print_json(record)
         return False

@@ -19,6 +19,7 @@ from participant.audit.report import AuditReport, Finding
 from participant.audit.verdict import judge
 from participant.model.batches import by_length, scored_tokens
 from shared.errors import InterruptedRunError
+from shared.failpoints import failpoint
 from shared.protocol.manifest import AuditFigures
 from shared.seeds import derive_seed
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from participant.audit.patterns import Patterns
     from participant.data import SiteData, TokenisedExample
     from participant.model import LocalModel
+    from participant.model.surprise import Surprises
     from shared.config import SitePrivacySection
 
 AT_ONCE = 32  # rows that are continued together
@@ -56,6 +58,7 @@ class Audit:
         """All tests. Raises InterruptedRunError when ``should_stop()`` turns true."""
         began = time.monotonic()
         hits, figures = self._extraction()
+        failpoint("audit.extracted")
         self.report(1, 3)
         figures.update(self._membership())
         self.report(2, 3)
@@ -119,15 +122,14 @@ class Audit:
             return {}
         members = [self.data.train[index] for index in inside]
         others = [self.data.held_out[index] for index in outside]
-        scores = self._gains([*members, *others])
-        first, second = scores[: len(members)], scores[len(members) :]
-        figures: dict[str, Any] = {
-            "members": len(members),
-            "held_out": len(others),
-            "auc": round(membership.area_under_curve(first, second), 6),
-        }
-        if len(others) >= membership.LEAST_FOR_TPR:
-            figures["tpr"] = membership.found_at(first, second, membership.FALSE_ALARMS)
+        gains, deviations = self._scores([*members, *others])
+        figures: dict[str, Any] = {"members": len(members), "held_out": len(others)}
+        for name, scores in (("", gains), ("_min_k", deviations)):
+            first, second = scores[: len(members)], scores[len(members) :]
+            figures[f"auc{name}"] = round(membership.area_under_curve(first, second), 6)
+            if len(others) >= membership.LEAST_FOR_TPR:
+                found = membership.found_at(first, second, membership.FALSE_ALARMS)
+                figures[f"tpr{name}"] = found
         return figures
 
     def _canaries(self) -> dict[str, Any]:
@@ -135,28 +137,28 @@ class Audit:
         count = len(inside) + len(outside)
         if not count:
             return {}
-        scores = self._gains([*inside, *outside])
+        scores, _ = self._scores([*inside, *outside])
         right = guessed_rightly(scores[: len(inside)], scores[len(inside) :])
         bound = round(epsilon_lower(right, count), 6)
         return {"canaries": count, "canaries_right": right, "epsilon_lower": bound}
 
-    def _gains(self, examples: Sequence[TokenisedExample]) -> list[float]:
-        """By example: loss of the base less that of the tuned model, nats per answer token."""
-        base, tuned = self._losses(self.base, examples), self._losses(self.tuned, examples)
-        return [before - after for before, after in zip(base, tuned, strict=True)]
+    def _scores(self, examples: Sequence[TokenisedExample]) -> tuple[list[float], list[float]]:
+        """By example: loss of the base less the tuned model's, nats a token; Min-K%++ of it."""
+        base, tuned = self._read(self.base, examples), self._read(self.tuned, examples)
+        gains = [float(b.nats.mean() - t.nats.mean()) for b, t in zip(base, tuned, strict=True)]
+        return gains, [membership.min_k(one.deviations) for one in tuned]
 
-    def _losses(
+    def _read(
         self, load: Callable[[], None], examples: Sequence[TokenisedExample]
-    ) -> list[float]:
+    ) -> list[Surprises]:
         load()
-        losses = []
+        read = []
         for batch in by_length(examples):
             self._check_stop()
-            nlls = self.model.answer_nlls(batch)
-            losses += [nll / scored_tokens(one) for one, nll in zip(batch, nlls, strict=True)]
+            read += self.model.answer_surprises(batch)
         # Batches come in the order of this sort, which keeps equal lengths as they were.
         order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
-        found = dict(zip(order, losses, strict=True))
+        found = dict(zip(order, read, strict=True))
         return [found[place] for place in range(len(examples))]
 
     def _continued(

@@ -2,15 +2,31 @@
 
 The score is how much lower the loss is than the base model's. A reference takes away how easy a
 text is by itself, and the base is one that every attacker has (LoRA-Leak, arXiv:2507.18302).
+A second score needs no reference: Min-K%++ (arXiv:2404.02936).
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FALSE_ALARMS = 0.01
 LEAST_FOR_TPR = 100  # with fewer, 1 % of them is none
+LEAST_LIKELY = 0.2  # the share of a text's tokens that Min-K%++ looks at
 LEAST = 16  # with fewer on a side, chance alone has areas above .75
+
+
+def min_k(deviations: NDArray[np.float32]) -> float:
+    """The mean of the lowest fifth (at least one) of a text's deviations, float32 [n > 0].
+
+    What was trained on has no token that is much less likely than others in its place.
+    """
+    count = max(1, int(LEAST_LIKELY * len(deviations)))
+    return float(np.sort(deviations)[:count].mean(dtype=np.float64))
 
 
 def area_under_curve(members: list[float], others: list[float]) -> float:

@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from shared.protocol.events import RoundStarted
     from shared.protocol.manifest import Manifest, TensorSpec
 
+    _Read = Callable[[str], NDArray[Any]]  # an adapter's tensor by its name, float32
+
 
 @dataclass(frozen=True)
 class Sent:
     """A delta on disk: its file, the tensors in it, and the adapter that it is added to.
 
-    ``source(name)``: float32 of the shape in ``manifest``, which is the whole adapter's.
+    ``source(name)``: float32, of any of the adapter's tensors.
     """
 
     path: Path
     trained: Manifest
-    manifest: Manifest
-    source: Callable[[str], NDArray[Any]]
+    source: _Read
 
 
 class Auditor:
@@ -103,6 +104,13 @@ class Auditor:
         if makes_bases:
             get_logger().warning("audit.not_made", site=self._site, reason="a gradient is no model")
 
+    def _limits(self, declared: float | None) -> SitePrivacySection:
+        """The settings; of the epsilon in them and the one that a delta claims, the smaller."""
+        known = [one for one in (declared, self._settings.epsilon_block) if one is not None]
+        if not (known and self._settings.canaries):
+            return self._settings
+        return self._settings.model_copy(update={"epsilon_block": min(known)})
+
     def audit(
         self,
         task: RoundStarted,
@@ -111,41 +119,90 @@ class Auditor:
         sent: Sent,
         should_stop: Callable[[], bool],
         report: Callable[[Progress], None],
+        declared: float | None = None,
     ) -> AuditReport:
         """What the delta in ``sent`` gives away of ``data``; leaves another adapter in ``model``.
 
-        Raises InterruptedRunError when ``should_stop()`` turns true.
+        ``declared``: epsilon that the delta claims, which canaries may disprove. Raises
+        InterruptedRunError when ``should_stop()`` turns true.
         """
         specs = {spec.name: spec for spec in sent.trained.tensors}
-        begins = {spec.name: spec for spec in sent.manifest.tensors}
         with DeltaFile(sent.path, sent.trained) as delta:
 
             def tuned(name: str) -> NDArray[Any]:
                 before = sent.source(name)
                 return before + delta.read(specs[name]) if name in specs else before
 
-            found = Audit(
+            found = self._audit(
                 model,
-                lambda: model.load_adapter(tuned),
-                lambda: model.load_adapter(lambda name: _none(begins[name], sent.source)),
+                (tuned, sent.source),
                 data,
-                self._settings,
-                self.patterns,
+                task.training,
                 (task.run, task.round),
                 should_stop,
-                lambda done, of: report(Progress("evaluate", done, of)),
-                self.canaries(model, task.training),
-            ).run()
-        figures = found.figures
-        told = figures.model_dump(exclude_none=True, exclude={"limits", "seed"})
-        level = "info" if figures.verdict == "passed" else "warning"
-        getattr(get_logger(), level)(
-            "delta.audited", site=self._site, run=task.run, round=task.round, **told
-        )
+                report,
+                self._limits(declared),
+            )
+        self._tell("delta.audited", found, run=task.run, round=task.round)
         return found
 
+    def audit_global(
+        self,
+        place: tuple[str, str],
+        model: LocalModel,
+        data: SiteData,
+        source: _Read,
+        training: TrainingSection,
+        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None],
+    ) -> None:
+        """Log what a global adapter gives away of ``data``, where the site asks for it.
 
-def _none(spec: TensorSpec, source: Callable[[str], NDArray[Any]]) -> NDArray[Any]:
+        ``place``: the run, and which of its adapters. It is what all sites' deltas came to, and
+        nobody else can test it on this text. Leaves another adapter in ``model``. Raises as
+        ``audit`` does.
+        """
+        if not (self.is_on and self._settings.global_adapter):
+            return
+        found = self._audit(
+            model, (source, source), data, training, place, should_stop, report, self._settings
+        )
+        self._tell("adapter.audited", found, run=place[0], adapter=place[1])
+
+    def _audit(
+        self,
+        model: LocalModel,
+        adapters: tuple[_Read, _Read],
+        data: SiteData,
+        training: TrainingSection,
+        place: tuple[str | int, ...],
+        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None],
+        limits: SitePrivacySection,
+    ) -> AuditReport:
+        """``adapters``: what is tested, and what it began from."""
+        begins = {spec.name: spec for spec in model.manifest().tensors}
+        tuned, source = adapters
+        return Audit(
+            model,
+            lambda: model.load_adapter(tuned),
+            lambda: model.load_adapter(lambda name: _none(begins[name], source)),
+            data,
+            limits,
+            self.patterns,
+            place,
+            should_stop,
+            lambda done, of: report(Progress("evaluate", done, of)),
+            self.canaries(model, training),
+        ).run()
+
+    def _tell(self, event: str, found: AuditReport, **what: str | int) -> None:
+        told = found.figures.model_dump(exclude_none=True, exclude={"limits", "seed"})
+        level = "info" if found.figures.verdict == "passed" else "warning"
+        getattr(get_logger(), level)(event, site=self._site, **what, **told)
+
+
+def _none(spec: TensorSpec, source: _Read) -> NDArray[Any]:
     """A tensor of an adapter that does nothing: each kind has tensors that begin so."""
     match spec.init:
         case "zeros":

@@ -154,9 +154,13 @@ class TorchLearner:
             last = steps_in_round(len(data.train), task.training) if audited else None
             course = Resumable(model, only, checkpoints, basis, kept, last)
             read = _reader(adapter, announced)
+            is_new = bool(data.held_out) and not (course.is_evaluated or mode.makes_bases)
+            if is_new and task.round > 1:
+                which, settings = (task.run, task.source_sha), task.training
+                self._auditor.audit_global(which, model, data, read, settings, should_stop, report)
             model.load_adapter(read)
             clock.lap("load")
-            if data.held_out and not (course.is_evaluated or mode.makes_bases):
+            if is_new:
                 course.evaluated(evaluate_held_out(model, data.held_out, should_stop, report))
             clock.lap("evaluate")
             if mode.makes_bases:
@@ -187,8 +191,10 @@ class TorchLearner:
             clock.lap("encode")
             audit = None
             if audited:
-                sent = Sent(folder / DELTA_FILE, trained, model.manifest(), read)
-                audit = self._auditor.audit(task, model, data, sent, should_stop, report)
+                sent = Sent(folder / DELTA_FILE, trained, read)
+                spent = private.spent if private is not None else None
+                claim = spent.epsilon if spent is not None else None
+                audit = self._auditor.audit(task, model, data, sent, should_stop, report, claim)
                 clock.lap("audit")
         learned = Learned(
             delta=delta,
@@ -210,8 +216,12 @@ class TorchLearner:
             data = self._data(model, announced.training)
             if not data.held_out:
                 return None
-            model.load_adapter(_reader(adapter, announced))
-            return evaluate_held_out(model, data.held_out, lambda: False, report)
+            read, settings = _reader(adapter, announced), announced.training
+            model.load_adapter(read)
+            found = evaluate_held_out(model, data.held_out, lambda: False, report)
+            which = (run, "result")
+            self._auditor.audit_global(which, model, data, read, settings, lambda: False, report)
+            return found
 
     def rehearse(self, announced: RunAnnounced, report: Callable[[Progress], None]) -> Rehearsal:
         """Prepare, train two steps and measure a little held-out text, and keep nothing of it."""

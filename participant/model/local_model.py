@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from participant.model.libraries import offline
 from participant.model.loading import int8_layers, load_base, quantisation_facts
 from participant.model.merging import adapted_layers, merged
 from participant.model.numerics import describe_numerics, pick_compute_dtype
+from participant.model.surprise import Surprises, surprises
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -147,24 +148,25 @@ class LocalModel:
         Logits are computed at answer positions only. No attention mask is needed: padding is on
         the right and attention is causal, so no answer sees it.
         """
-        return self._answer_losses(examples, "sum")
+        logits, targets = self._answer_logits(examples)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
-    def answer_nlls(self, examples: Sequence[TokenisedExample]) -> list[float]:
-        """The same sum for each example alone."""
+    def answer_surprises(self, examples: Sequence[TokenisedExample]) -> list[Surprises]:
+        """For each example alone, how surprising each of its answer tokens is."""
         with torch.inference_mode():
-            losses = self._answer_losses(examples, "none")
-        parts = torch.split(losses, [scored_tokens(example) for example in examples])
-        return [float(part.sum()) for part in parts]
+            logits, targets = self._answer_logits(examples)
+            found = surprises(logits, targets)
+        parts = torch.split(found, [scored_tokens(example) for example in examples], dim=1)
+        return [Surprises(*part.cpu().numpy()) for part in parts]
 
-    def _answer_losses(
-        self, examples: Sequence[TokenisedExample], reduction: Literal["sum", "none"]
-    ) -> torch.Tensor:
+    def _answer_logits(
+        self, examples: Sequence[TokenisedExample]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """At all answer positions: logits, float32 [n, vocabulary], and tokens, int64 [n]."""
         batch = pad(examples, self.device)
         with self._head_sees(batch.rows), self._autocast():
             logits = self._network(input_ids=batch.input_ids, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, -2).float(), batch.targets, reduction=reduction
-        )
+        return logits.flatten(0, -2).float(), batch.targets
 
     def replies(
         self,

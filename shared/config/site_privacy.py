@@ -29,6 +29,10 @@ class SitePrivacySection(Section):
     """At most this many training records, and as many held-out ones, are drawn for the tests."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Which ones. It is the site's own, not the run's."""
+    global_adapter: bool = False
+    """Test the global adapter, too, as each round begins with it and at the run's end. What that
+    finds stays in this site's log.
+    """
     patterns: tuple[Literal["email", "phone", "date", "id"], ...] = ("email", "phone", "date", "id")
     """Personal data that is looked for in reproduced text."""
     names_file: str | None = None
@@ -50,8 +54,8 @@ class SitePrivacySection(Section):
     bound epsilon from below. They are trained on: only for runs whose result is thrown away.
     """
     epsilon_block: Annotated[float, Field(gt=0)] | None = None
-    """Lower bound of epsilon, from the canaries, above which a delta is blocked: what the run
-    declares.
+    """Lower bound of epsilon, from the canaries, above which a delta is blocked. In a run with
+    differential privacy it need not be set: there it is what the delta itself declares.
     """
 
     def rules(self) -> tuple[Callable[[], Iterator[str]], ...]:

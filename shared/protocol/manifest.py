@@ -196,6 +196,10 @@ class AuditFigures(Schema):
     """Area under the ROC curve of telling one from the other by the loss; 0.5 is chance."""
     tpr: Figure | None = None
     """Share of members found at 1 % false alarms; none with fewer than 100 held-out ones."""
+    auc_min_k: Figure | None = None
+    """The same area by a score that needs no base model: Min-K%++ (arXiv:2404.02936)."""
+    tpr_min_k: Figure | None = None
+    """The same share by that score."""
     canaries: Amount | None = None
     """Canaries, in the training text and not."""
     canaries_right: Amount | None = None

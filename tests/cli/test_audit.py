@@ -8,8 +8,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from coordinator.audit_log import AuditLog
 from gradualdiff.cli.main import app
-from shared.errors import LedgerDamagedError, RunNotFoundError
+from shared.errors import (
+    ConfigError,
+    LedgerDamagedError,
+    RunNotFoundError,
+    StoreUnavailableError,
+)
 from shared.topology import audit_key
 from tests import federations
 from tests.steering import store_of
@@ -86,6 +92,39 @@ def test_orders_to_an_open_run_are_logged_and_those_that_change_nothing_are_not(
     ]
 
 
+def outcomes(store):
+    """Deed and exit code of every entry."""
+    found = json.loads(gradualdiff(store, "audit", "list", "--json").stdout)
+    return [(entry["what"], entry["exit_code"]) for entry in found]
+
+
+def test_what_became_of_a_deed_is_on_record_and_in_the_chain(store, tmp_path, monkeypatch):
+    """Done, failed by an error of ours or by another one, or cut off: then nothing is known."""
+    words = ("runs", "export", "test", "--to")
+    gradualdiff(store, *words, str(tmp_path / "adapter"), "--reason", "for the ward")
+    with pytest.raises(ConfigError):
+        gradualdiff(store, *words, str(tmp_path / "adapter"))
+    monkeypatch.setattr(AuditLog, "write", cut_off_after_one(AuditLog.write))
+    gradualdiff(store, "runs", "branch", "test", "--at", "1", "--name", "next")
+    assert outcomes(store) == [("run.export", 0), ("run.export", 10), ("run.branch", None)]
+    assert logged(store)[0] == ("run.export", "test@2", "for the ward")
+    shown = gradualdiff(store, "audit", "list").stdout
+    assert all(word in shown for word in ("done", "failed (10)", "not known"))
+    assert "3 of 3 are not signed" in shown
+    assert "5 entries" in gradualdiff(store, "audit", "verify").stdout
+
+
+def cut_off_after_one(write):
+    """A log that loses its store once the deed is on record."""
+
+    def written(log, *words, ended=None, **more):
+        if ended is not None:
+            raise StoreUnavailableError("the store went away")
+        return write(log, *words, **more)
+
+    return written
+
+
 def test_an_export_can_be_verified_without_the_store(store, tmp_path):
     """Line by line each names the sha256 of the one before; an edit of a line is found."""
     for at in ("0", "1", "2"):
@@ -101,7 +140,7 @@ def test_an_export_can_be_verified_without_the_store(store, tmp_path):
     head = hashlib.sha256(lines[-1]).hexdigest()
     elsewhere = tmp_path / "no-store"
     said = gradualdiff(elsewhere, "audit", "verify", "--file", str(file), "--head", head).stdout
-    assert f"3 entries, 0 of them signed, each in its place; head sha256 {head}" in said
+    assert f"6 entries, 0 of them signed, each in its place; head sha256 {head}" in said
     file.write_bytes(file.read_bytes().replace(b"from-1", b"from-9"))
-    with pytest.raises(LedgerDamagedError, match=audit_key(3)):
+    with pytest.raises(LedgerDamagedError, match=audit_key(4)):
         gradualdiff(elsewhere, "audit", "verify", "--file", str(file))

@@ -23,16 +23,23 @@ from urllib.parse import quote
 
 from gradualdiff.cli.kits import declare_sites, open_servers
 from gradualdiff.embedded.federation import Embedding, run_embedded
+from participant.held import AuditedDeltas
 from shared.brokers.port import Message
 from shared.brokers.rabbitmq import connect
-from shared.config import load_federation
+from shared.config import load_federation, load_site
 from shared.credentials import broker_address
 from shared.protocol.ledger import Ledger
-from shared.protocol.records import ClosingRecord, FinishedRecord
+from shared.protocol.records import AcceptedRecord, ClosingRecord, FinishedRecord
 from shared.stores.directory import DirectoryStore
-from shared.topology import SITES_EXCHANGE, coordinator_queue, site_queue
+from shared.topology import (
+    SITES_EXCHANGE,
+    coordinator_queue,
+    delta_key,
+    deltas_prefix,
+    site_queue,
+)
 from tests.crash.armed import Orders, run_forked
-from tests.crash.table import LORA, OF_COORDINATOR, UNDISTURBED
+from tests.crash.table import LORA, OF_COORDINATOR, SECURE, UNDISTURBED
 from tests.crash.tiny_trainer import STEPS, TinyTrainer
 from tests.patience import wait_until
 from tests.servers.deployment import Deployment
@@ -42,11 +49,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from shared.protocol.manifest import AuditFigures
     from tests.crash.table import Row
     from tests.servers.rabbitmq import RabbitServer
     from tests.servers.seaweedfs import S3Server
 
 ROUNDS = 2
+HELD_OUT = "held_out_fraction = 0.25"  # in a site's file
+OFF = 'audit = "off"'
+# What a site passes when something of a delta leaves.
+SENDING = {"publish.sent:UploadRequested", "upload.before", "publish.sent:DeltaSubmitted"}
 SITES = ("a", "b")  # of most rows; Row.sites says whose a row is
 # Loaded by the server that processes are forked from.
 PRELOAD = [
@@ -126,14 +138,16 @@ class Ground:
             extra='optimizer_state = "keep"\n[codec]\nname = "uniform4"\ndown = "int4"\n'
             '[server]\noptimizer = "nesterov"\n',
         )
-        self._wanted: dict[tuple[str, bool], str] = {}
+        self._wanted: dict[tuple[str, bool, bool], str] = {}
+        self.audited: dict[int, AcceptedRecord] = {}  # of a site with a gate that nobody disturbed
 
     def wanted(self, row: Row) -> str:
         """The digest of the undisturbed federation: in one process, but where a site is late."""
-        key = (row.settings, row.real)
+        gate = row.fault == "gate"
+        key = (row.settings, row.real, gate)
         if key not in self._wanted:
-            late = row.fault == "late"
-            find = self._drilled if late else self._simulated if row.real else self._embedded
+            alive = gate or row.fault == "late"
+            find = self._drilled if alive else self._simulated if row.real else self._embedded
             self._wanted[key] = find(row)
         return self._wanted[key]
 
@@ -143,7 +157,7 @@ class Ground:
         text = text.replace('name = "tiny"', f'name = "{run}"', 1)
         assert LORA in text
         text = text.replace(LORA, row.settings, 1)
-        if row.fault == "secure":
+        if row.settings == SECURE:
             text = text.replace('name = "uniform4"', 'name = "int8"')
         everybody, files = (json.dumps([f"{s}{end}" for s in "abc"]) for end in ("", ".toml"))
         assert everybody in text
@@ -156,6 +170,8 @@ class Ground:
         with self.drill(row) as drill:
             _start_all(drill, row, "coordinator")
             _finish(drill, row)
+            if row.is_gated:
+                self.audited = drill.accepted("a")
             return drill.finished()
 
     def _simulated(self, row: Row) -> str:
@@ -228,6 +244,7 @@ class Drill:
     run: str
     row: Row
     lives: list[Life] = field(default_factory=list)
+    released: list[tuple[int, str]] = field(default_factory=list)  # round, delta; at site a
 
     def __post_init__(self) -> None:
         base = self.ground.deployment
@@ -243,9 +260,23 @@ class Drill:
             toml = self.folder / site / "site.toml"
             often = "[site]\ncheckpoint_seconds = 0.000001"
             toml.write_text(toml.read_text().replace("[site]", often, 1))
+        if self.row.fault == "gate":
+            self._set_gate(self.folder / "a")
         office = open_servers(self.federation)
         self.store = office.store
         declare_sites(office, list(self.row.sites))
+
+    def _set_gate(self, folder: Path) -> None:
+        """Audits that can measure something, and a limit that each delta crosses."""
+        toml = folder / "site.toml"
+        text = toml.read_text()
+        assert HELD_OUT in text
+        assert OFF in text
+        gate = 'audit = "gate"\nauc_warn = 0.0\nauc_block = 0.0'
+        rows = ({"prompt": f"count {i} at a", "answer": f"{i} and {i} and {i}"} for i in range(40))
+        (folder / "gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = text.replace(load_site(toml).data.path, "gate.jsonl")
+        toml.write_text(text.replace(HELD_OUT, "held_out_fraction = 0.5").replace(OFF, gate))
 
     def start(self, name: str, *, real: bool = False, **orders: Any) -> Life:
         """Start the coordinator or a site; ``orders`` as in ``Orders``."""
@@ -266,8 +297,26 @@ class Drill:
             broker.publish([Message(SITES_EXCHANGE, site, b"nobody can read this")])
 
     def wait(self, what: str, is_there: Callable[[], bool]) -> None:
-        """Wait for it, or fail with what everybody said last."""
-        wait_until(is_there, lambda: f"{what}\n{self.tails()}")
+        """Wait for it, or fail with what everybody said last; release what a gate keeps."""
+
+        def looked() -> bool:
+            if self.row.is_gated:
+                self._release()
+            return is_there()
+
+        wait_until(looked, lambda: f"{what}\n{self.tails()}")
+
+    def _release(self) -> None:
+        """As the site's operator does; nothing of it left before."""
+        toml = self.folder / "a" / "site.toml"
+        deltas = AuditedDeltas(toml.parent / load_site(toml).site.workspace, time.time)
+        for kept in deltas.all():
+            if kept.state == "held":
+                points = self.points("a")
+                last = max(at for at, point in enumerate(points) if point == "learn.after")
+                assert not {*points[last:]} & SENDING, points
+                deltas.release(kept.submission.sha, "ward@north", "public text")
+                self.released.append((kept.submission.round, kept.submission.sha))
 
     def tails(self) -> str:
         """The end of every log."""
@@ -292,6 +341,11 @@ class Drill:
     def ledger(self) -> Ledger:
         """What is on record."""
         return Ledger(self.store, self.run, "reader", time.time)
+
+    def accepted(self, site: str) -> dict[int, AcceptedRecord]:
+        """A site's deltas on record, by round."""
+        found = (one for one in self.ledger().history() if isinstance(one, AcceptedRecord))
+        return {one.round: one for one in found if one.site == site}
 
     def finished(self) -> str:
         """Digest of the run's result."""
@@ -417,3 +471,27 @@ def check(drill: Drill) -> None:
             at_most = STEPS * (most if refused else len(rounds)) + disturbed
             assert fewest <= len(steps) <= at_most, f"{name}: {site}: {steps}"
             assert set(steps) == {f"{r} {s}" for r in rounds for s in range(STEPS)}, name
+    if row.is_gated:
+        _check_gate(drill)
+
+
+def _check_gate(drill: Drill) -> None:
+    """Each delta was kept, released once and counted; its audit is the undisturbed one.
+
+    That its values are follows from the adapter; a delta's header names its run.
+    """
+    name, sent = drill.row.name, drill.accepted("a")
+    assert drill.released == [(number, sent[number].sha) for number in (1, 2)], name
+    keys = {delta_key(drill.run, number, "a", sha) for number, sha in drill.released}
+    stored = {info.key for info in drill.store.list(deltas_prefix(drill.run))}
+    assert {key for key in stored if "/a-" in key} == keys, name  # nothing else ever left
+    for number, record in sent.items():
+        assert record.audit is not None, name
+        assert (record.audit.verdict, record.audit.released) == ("blocked", True), name
+        if drill.row.fault == "gate":
+            assert _timeless(record) == _timeless(drill.ground.audited[number]), name
+
+
+def _timeless(record: AcceptedRecord) -> AuditFigures:
+    assert record.audit is not None
+    return record.audit.model_copy(update={"seconds": 0.0})

@@ -2,9 +2,10 @@
 
 A row is a run of two sites over two rounds, whose codec leaves a residual, whose server's optimiser
 has a state and whose adapters travel as updates, in which one process dies at one point. Some
-rows train cores of a real model, in some a late delta is carried into the second round, and in some
-three sites mask their deltas. Points stand in the order in which a run reaches them. To add a
-point: a line in the right list, and where needed what is special about it in ``SPECIAL``.
+rows train cores of a real model, in some a late delta is carried into the second round, in some
+three sites mask their deltas, and in some a site's gate keeps each delta until it is released.
+Points stand in the order in which a run reaches them. To add a point: a line in the right list, and
+where needed what is special about it in ``SPECIAL``.
 """
 
 from __future__ import annotations
@@ -69,13 +70,18 @@ class Row:
     @property
     def settings(self) -> str:
         """What stands in the federation's file in place of ``LORA``."""
-        by_fault = {"late": CARRY, "private": PRIVATE, "secure": SECURE}
+        by_fault = {"late": CARRY, "private": PRIVATE, "secure": SECURE, "kept": SECURE}
         return by_fault.get(self.fault, CORE if self.core else LORA)
 
     @property
     def sites(self) -> str:
         """Whose run it is."""
-        return "abc" if self.fault == "secure" else "ab"
+        return "abc" if self.settings == SECURE else "ab"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether site a keeps each of its deltas until a person there releases it."""
+        return self.fault in ("gate", "kept")
 
     @property
     def counted(self) -> list[list[tuple[str, int]]]:
@@ -319,6 +325,28 @@ MASKED = {
         *around(RECORDED, "closed"),
     ],
 }
+# Site a's gate keeps each delta, and a person releases it: of a real model with its audit, and of
+# masked deltas.
+GATE = [
+    ("audit.extracted", 1),
+    ("audit.extracted", 2),
+    ("learn.after", 1),
+    ("commit.before", 2),
+    ("commit.renamed", 1),
+    ("publish.before:TrainingFailed", 1),
+    ("released.taken", 1),
+    ("publish.before:UploadRequested", 2),
+    ("upload.before", 1),
+    ("upload.after", 2),
+    ("publish.sent:DeltaSubmitted", 1),
+]
+KEPT = [
+    ("delta.masked", 1),
+    ("commit.renamed", 1),
+    ("released.taken", 1),
+    ("upload.after", 2),
+    ("answer.kept", 1),
+]
 # With [privacy]: the account is begun, then the seed, then the first training is paid for.
 PAID = [("participant", f"budget.{when}", hit) for hit in (1, 2, 3) for when in ("before", "after")]
 
@@ -377,6 +405,14 @@ def _rows() -> list[Row]:
         Row(role, point, fault="secure", **SPECIAL.get((role, point), {}))
         for role, points in MASKED.items()
         for point in points
+    ]
+    found += [
+        Row("participant", point, hit, "gate", real=True, **SPECIAL.get(("participant", point), {}))
+        for point, hit in GATE
+    ]
+    found += [
+        Row("participant", point, hit, "kept", **SPECIAL.get(("participant", point), {}))
+        for point, hit in KEPT
     ]
     found += [Row(role, point, hit, "private") for role, point, hit in PAID]
     return found + [Row(role, point, hit, "late") for role, point, hit in LATE]

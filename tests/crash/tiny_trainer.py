@@ -5,7 +5,8 @@ so that a test can count what was really trained. One fault may be ordered, whic
 site's life: ``failed`` (the first training raises), ``declined`` (the first preparation finds the
 wrong model), ``unfit`` (it finds another model than the other site has), ``spoilt`` (the first
 upload sends other bytes than were announced). Or one that lasts: ``undrawn`` (the site draws
-another first adapter than the coordinator), and ``late`` at both sites: a's first round ends when a
+another first adapter than the coordinator), ``kept`` (an audit blocks each delta), and ``late`` at
+both sites: a's first round ends when a
 has heard that it closed, and its second when the first delta may go; b's second never does.
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from gradualdiff.cli.serve import make_context, stopped_by_signal
 from participant import fetching
+from participant.audit.report import AuditReport
 from participant.checkpoints import Tensors, TrainingProgress
 from participant.daemon import serve
 from participant.learner.optimizer_state import load_optimizer, save_optimizer
@@ -29,7 +31,7 @@ from participant.privacy import Spend
 from shared.config import load_site
 from shared.errors import InterruptedRunError, ModelError
 from shared.log import configure
-from shared.protocol.manifest import HeldOut, LocalMetrics
+from shared.protocol.manifest import AuditFigures, HeldOut, LocalMetrics
 from shared.protocol.privacy import PrivacySpent
 from shared.seeds import derive_seed
 from shared.tensors.delta_file import DeltaHeader, write_delta
@@ -47,6 +49,7 @@ LATE = {
     ("a", 2): "acknowledge.after:UploadGranted",
     ("b", 2): None,
 }
+KEPT = AuditReport(figures=AuditFigures(verdict="blocked", gate=True, hits=3, records=16))
 
 
 class TinyTrainer:
@@ -120,7 +123,8 @@ class TinyTrainer:
             seconds={"train": 0.0},
         )
         known = "fresh" if state is None else "kept"
-        return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known, privacy=privacy)
+        audit = KEPT if self._fault == "kept" else None
+        return Learned(delta, EXAMPLES, EXAMPLES * 7, metrics, known, privacy=privacy, audit=audit)
 
     def _paid(self, task):
         """What a private round costs; the noise itself is left out, for it is each site's own."""

@@ -29,6 +29,13 @@ def test_a_run_waits_for_a_person_at_a_site_and_ends_as_any_other(deploy):
     assert "# approval = true" in text
     toml.write_text(text.replace("# approval = true", "approval = true"))
     deployment.start_coordinator()
+
+    def once():
+        """Whether a participant that leaves when there is nothing to do says what it waits for."""
+        assert deployment.start_participant("a", "--once").wait(PATIENCE_SECONDS) == 3
+        return "waiting for approval (gradualdiff site status): tiny" in deployment.log("a")
+
+    assert until(once)
     for site in "ab":
         deployment.start_participant(site)
     deployment.wait_for("run.awaits_approval", "a")

@@ -13,10 +13,10 @@ from coordinator.runs.model_card import model_card
 from gradualdiff.cli.main import app
 from participant.audit.report import AuditReport, Finding
 from participant.audit.verdict import judge
-from participant.held import LOG_FILE
+from participant.held import LOG_FILE, AuditedDeltas
 from shared import topology
 from shared.config import LoraSection, SitePrivacySection
-from shared.errors import RunStuckError
+from shared.errors import ConfigError, RunStuckError
 from shared.protocol.manifest import AuditFigures
 from shared.protocol.records import AcceptedRecord, FailedRecord
 from tests import federations
@@ -106,6 +106,50 @@ def test_a_round_does_not_wait_for_a_kept_delta(tmp_path):
     assert ("b", 1) not in sent
     assert ("b", 2) in sent
     assert SECRET.encode() not in everything(tmp_path)
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "masked"])
+def test_what_is_released_after_its_round_is_refused_by_name(tmp_path, secure):
+    """Nobody would count it, and masks fit no other round: it can be dropped, and is never sent."""
+    sections = {"aggregation": {"secure": True}, "codec": {"name": "int8"}} if secure else {}
+    config = federations.config("abcd", rounds=2, policy={**QUORUM, "quorum": 3}, **sections)
+    state = federations.run(config, tmp_path, sites(config, (3, 0)))
+    assert state.last_round == 2
+    (tmp_path / "site.toml").write_text(SITE)
+    site = ("--site", str(tmp_path / "site.toml"))
+    (row, _) = json.loads(cli("site", "audit", "list", *site, "--json"))
+    assert (row["state"], row["round"]) == ("over", 1)
+    assert "its round is over" in cli("site", "audit", "show", row["sha"], *site)
+    words = ("site", "audit", "release", row["sha"], "--reason", "public text", *site)
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, ConfigError)
+    assert "of round 1, which is over; drop it" in str(refused.exception)
+    assert not (tmp_path / "sites" / "b" / LOG_FILE).exists()
+    cli("site", "audit", "drop", row["sha"], "--reason", "too late", *site)
+    sent = {(one.site, one.round) for one in records(tmp_path, AcceptedRecord)}
+    assert sent == {(name, number) for name in "abcd" for number in (1, 2)} - {("b", 1)}
+    assert verify(tmp_path).findings == []
+
+
+def test_a_masked_delta_that_is_released_in_time_is_added_up(tmp_path):
+    """It was masked before it was kept: what a person lets go is those bytes, once."""
+    config = federations.config(
+        "abcd", rounds=2, aggregation={"secure": True}, codec={"name": "int8"}
+    )
+    wanted = federations.run(config, tmp_path / "undisturbed").adapter_sha
+    folder = tmp_path / "gate"
+    with pytest.raises(RunStuckError, match=r"b \(privacy\.audit: this site's gate keeps"):
+        federations.run(config, folder, sites(config, (3, 0)))
+    deltas = AuditedDeltas(folder / "sites" / "b", lambda: 1000.0)
+    (kept,) = deltas.all()
+    assert (kept.state, kept.submission.masked is None) == ("held", False)
+    deltas.release(kept.submission.sha, "ward@north", "public text")
+    again = sites(config, (3, 0))
+    assert federations.run(config, folder, again).adapter_sha == wanted
+    assert again["b"].trained == [2]
+    counted = {one.round: one for one in records(folder, AcceptedRecord) if one.site == "b"}
+    assert (counted[1].sha, counted[1].audit.released) == (kept.submission.sha, True)
+    assert verify(folder).findings == []
 
 
 @pytest.fixture

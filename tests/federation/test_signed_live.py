@@ -15,7 +15,9 @@ TRUST = '[trust]\nkey_file = "coordinator.key"\n'
 
 def enrol(deployment, site):
     """What both sides do for a site's key, but for the phone; its fingerprint."""
-    made = deployment.command("site", "init", str(deployment.site_toml(site)), "--json").stdout
+    made = deployment.command(
+        "site", "init", "--site", str(deployment.site_toml(site)), "--json"
+    ).stdout
     key = json.loads(made)
     place = ("--federation", str(deployment.federation))
     deployment.command("sites", "key", site, "--key", key["key"], *place)
@@ -42,7 +44,7 @@ def test_a_site_without_an_enrolled_key_is_waited_for_until_it_has_one(deploy):
     """It says who it is in vain; once the operator enrols its key, nothing is started again."""
     deployment = deploy(extra=TRUST)
     enrol(deployment, "a")
-    deployment.command("site", "init", str(deployment.site_toml("b")))
+    deployment.command("site", "init", "--site", str(deployment.site_toml("b")))
     deployment.start_coordinator()
     for site in "ab":
         deployment.start_participant(site)

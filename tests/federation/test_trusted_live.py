@@ -70,7 +70,9 @@ def test_all_protections_together_survive_kills_verify_and_are_attested(deploy, 
     file, export = tmp_path / "tiny.attest", tmp_path / "adapter"
     deployment.command("runs", "attest", "tiny", "--to", str(file), *place)
     deployment.command("runs", "export", "tiny", "--to", str(export), *place)
-    told = deployment.command("site", "heads", str(deployment.site_toml("c")), "--json").stdout
+    told = deployment.command(
+        "site", "heads", "--site", str(deployment.site_toml("c")), "--json"
+    ).stdout
     against = json.loads(told)[0]["head"]
     deployment.close()  # from here on there is neither a store nor a coordinator to ask
     checked = deployment.command(

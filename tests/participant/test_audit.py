@@ -6,7 +6,9 @@ import json
 import shutil
 import stat
 
+import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 torch = pytest.importorskip("torch")
 
@@ -14,6 +16,7 @@ from participant.audit.report import AUDIT_FILE  # noqa: E402  # after the skip
 from participant.held import LOG_FILE, AuditedDeltas  # noqa: E402
 from participant.learner.model_pool import ModelPool  # noqa: E402
 from participant.learner.torch_learner import TorchLearner  # noqa: E402
+from participant.privacy.noise import SecretStream  # noqa: E402
 from shared import failpoints  # noqa: E402
 from shared.config import AcceptSection, DataSection, SitePrivacySection  # noqa: E402
 from shared.errors import ConfigError, InterruptedRunError  # noqa: E402
@@ -22,6 +25,7 @@ from shared.protocol.events import (  # noqa: E402
     RunDeclined,
     TrainingFailed,
     UploadRequested,
+    WirePrivacy,
 )
 from tests.red_team.conftest import HostileCoordinator  # noqa: E402
 from tests.tiny_audit import LORA, SETTINGS, SITES, make_confident_model, write_text  # noqa: E402
@@ -120,7 +124,7 @@ def test_an_overfitted_site_is_blocked_and_a_normal_one_passes(at_site, seed):
     assert (kept.state, figures.verdict) == ("held", "blocked")
     assert {"hits_block", "auc_block"} <= set(figures.crossed)
     assert figures.hits >= 3
-    assert figures.auc > 0.75
+    assert min(figures.auc, figures.auc_min_k) > 0.75
     assert bad.submitted == bad.uploads == bad.said(UploadRequested) == []
     (delta,) = good.submitted
     assert delta.audit.verdict in ("passed", "warned")
@@ -300,6 +304,40 @@ def test_canaries_bound_epsilon_of_a_training_without_noise(at_site):
     assert figures.epsilon_lower > 0.5
     assert "epsilon_block" in figures.crossed
     assert kept.submission.examples > 16
+
+
+def test_canaries_disprove_the_epsilon_that_a_delta_declares(at_site, monkeypatch):
+    """Noise that is left out by mistake is found, with no limit in the site's file."""
+    monkeypatch.setattr(SecretStream, "normal", lambda _, count: np.zeros(count))
+    site = at_site("overfitted", canaries=64)
+    site.training["local_steps"] = 150
+    private = WirePrivacy(clip=100.0, noise_multiplier=20.0)
+    announce(site, privacy=private, rounds=1)
+    start(site, privacy=private)
+    (kept,) = deltas(site).all()
+    figures, declared = kept.report.figures, kept.submission.privacy.epsilon
+    assert figures.limits["epsilon_block"] == declared < figures.epsilon_lower
+    assert "epsilon_block" in figures.crossed
+    assert kept.submission.audit is None  # no number leaves that no noise was added to
+
+
+def test_a_site_tests_the_global_adapter_for_itself(at_site):
+    """As a round begins with it and at the end: numbers in its own log, and no byte is another."""
+    shas = []
+    for wanted in (False, True):
+        site = at_site("normal", audit="report", global_adapter=wanted)
+        announce(site)
+        first = site.draw(site.manifest)
+        with capture_logs() as logs:
+            start(site)
+            site.start(first, number=2, training=site.training, seed=1)
+            site.learner.evaluate("r", site.adapters[first], lambda _: None)
+        found = [line for line in logs if line["event"] == "adapter.audited"]
+        assert [line["adapter"] for line in found] == [first, "result"] * wanted
+        assert all({"hits", "auc", "auc_min_k"} <= line.keys() for line in found)
+        shas.append([sent.sha for sent in site.submitted])
+    assert len(shas[0]) == 2
+    assert shas[0] == shas[1]
 
 
 def test_gradients_are_not_sent_unaudited(at_site):

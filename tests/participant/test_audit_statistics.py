@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from participant.audit.binomial import at_least, upper_bound
 from participant.audit.canaries import epsilon_lower, guessed_rightly, make_canaries
 from participant.audit.extraction import Cut, cut_record, find_hits, longest_run
-from participant.audit.membership import area_under_curve, found_at
+from participant.audit.membership import area_under_curve, found_at, min_k
 from participant.audit.patterns import Patterns, read_names
 from participant.audit.verdict import judge
 from participant.data import TokenisedExample
@@ -226,3 +228,25 @@ def test_a_warning_stands_at_or_below_its_block():
         SitePrivacySection(auc_block=0.55)
     with pytest.raises(ValueError, match="epsilon_block: expected canaries"):
         SitePrivacySection(epsilon_block=1.0)
+
+
+def test_min_k_of_a_softmax_worked_out_by_hand():
+    """Of p = (1/2, 1/4, 1/4): mean -1.5 ln 2, standard deviation ln 2 / 2, so z = 1 or -1.
+
+    And p = (1/3, 1/3, 1/3, 0) and (1, 0, 0, 0): nothing is more likely than the rest, z = 0.
+    """
+    torch = pytest.importorskip("torch")
+    from participant.model.surprise import surprises
+
+    third, never = -math.log(3), -math.inf
+    halves = [math.log(1 / 2), math.log(1 / 4), math.log(1 / 4), never]
+    logits = torch.tensor([halves, halves, [third] * 3 + [never], [0.0, never, never, never]]) + 7
+    nats, deviations = surprises(logits, torch.tensor([0, 1, 2, 0])).numpy()
+    assert nats == pytest.approx([math.log(2), math.log(4), math.log(3), 0.0], abs=1e-6)
+    assert deviations == pytest.approx([1.0, -1.0, 0.0, 0.0], abs=0.02)
+
+
+def test_min_k_is_the_mean_of_the_lowest_fifth():
+    """Of eleven tokens two, of four one."""
+    assert min_k(np.array([3, -4, 9, 9, 9, 9, 9, 9, 9, 9, 1.0], np.float32)) == -1.5
+    assert min_k(np.array([3, 2, 1, 4.0], np.float32)) == 1.0

@@ -72,7 +72,7 @@ def test_the_command_says_the_newest_of_each_run(finished, tmp_path):
         f'[site]\nname = "a"\nworkspace = "{finished / "sites" / "a"}"\n'
         '[data]\npath = "x.jsonl"\ntext = "text"\n'
     )
-    done = CliRunner().invoke(app, ["site", "heads", str(site), "--json"])
+    done = CliRunner().invoke(app, ["site", "heads", "--site", str(site), "--json"])
     assert done.exit_code == 0, done.output
     (row,) = json.loads(done.stdout)
     (newest,) = newest_heads(finished / "sites" / "a")
