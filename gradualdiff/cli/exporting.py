@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,10 @@ from gradualdiff.cli.output import (
     StoreOption,
     console,
     print_json,
+    say,
 )
 from shared.base_model import hub_id
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StoreError
 
 
 def export(
@@ -49,10 +51,9 @@ def export(
 
     if best and round_number is not None:
         raise ConfigError("--best and --round are both given; give one of them")
-    whole = open_store(store, writable=True)
-    opened = whole.run(run)
+    opened = open_store(store).run(run)
     adapter = opened.adapter(opened.best_round if best else round_number)
-    with on_record(whole.objects, store, "run.export", f"{run}@{adapter.round}", reason):
+    with _on_record(store, f"{run}@{adapter.round}", reason):
         saved = adapter.save(to, base=base, merge=merge)
     if as_json:
         print_json({"round": saved.round, "sha": saved.sha, "path": saved.path})
@@ -70,3 +71,16 @@ def export(
     lines.append(f"{to / 'README.md'} says how to load it")
     for line in lines:
         console().print(line, soft_wrap=True)
+
+
+def _on_record(store: Path, about: str, reason: str) -> contextlib.AbstractContextManager[object]:
+    """A copy that nobody can write into is exported from all the same; that is said."""
+    from gradualdiff.store import open_store
+
+    with contextlib.ExitStack() as stack:
+        try:
+            objects = open_store(store, writable=True).objects
+            stack.enter_context(on_record(objects, store, "run.export", about, reason))
+        except StoreError as error:
+            say(f"this export is not on the log of operators' doings: {error}", stderr=True)
+        return stack.pop_all()

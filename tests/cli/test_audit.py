@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from shared.errors import (
 )
 from shared.topology import audit_key
 from tests import federations
+from tests.contracts.test_directory_store import small_disk  # noqa: F401 - a fixture
 from tests.steering import store_of
 
 
@@ -144,3 +146,16 @@ def test_an_export_can_be_verified_without_the_store(store, tmp_path):
     file.write_bytes(file.read_bytes().replace(b"from-1", b"from-9"))
     with pytest.raises(LedgerDamagedError, match=audit_key(4)):
         gradualdiff(elsewhere, "audit", "verify", "--file", str(file))
+
+
+def test_a_copy_that_nobody_can_write_into_is_exported_from(store, tmp_path, small_disk):  # noqa: F811
+    """What is left out of the log is said; elsewhere the export is in it."""
+    disk, make_read_only = small_disk
+    shutil.copytree(store, disk / "store")
+    make_read_only()
+    done = gradualdiff(disk / "store", "runs", "export", "test", "--to", str(tmp_path / "out"))
+    assert "this export is not on the log" in done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    again = gradualdiff(store, "runs", "export", "test", "--to", str(tmp_path / "again"))
+    assert "not on the log" not in again.stderr
+    assert ("run.export", "test@2", "no reason given") in logged(store)
