@@ -44,13 +44,13 @@ def chat(
     ] = None,
     temperature: Annotated[
         float, typer.Option(callback=finite, help="0 takes the most probable word each time.")
-    ] = 0.7,
+    ] = 0.5,
     top_p: Annotated[
         float, typer.Option(callback=finite, help="Draw from the likeliest words only, up to this.")
     ] = 0.9,
     repetition_penalty: Annotated[
         float, typer.Option(callback=finite, help="Above 1: what was said becomes less likely.")
-    ] = 1.2,
+    ] = 1.1,
     most_tokens: Annotated[int, typer.Option(help="Of one reply.")] = 120,
     seed: Annotated[int, typer.Option(help="The same seed gives the same replies.")] = 0,
     model: Annotated[

@@ -19,6 +19,10 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> Any:
     was made for another model.
     """
     with offline(), warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
         # Otherwise a layer that got no weights would compute as the base does, and say no more.
         warnings.filterwarnings("error", message=".*adapter keys")
         try:

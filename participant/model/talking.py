@@ -35,9 +35,9 @@ class Sampling:
     2019, arXiv 1909.05858). Raises ConfigError.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.5
     top_p: float = 0.9
-    repetition_penalty: float = 1.2
+    repetition_penalty: float = 1.1
     max_new_tokens: int = 120
     seed: int = 0
 

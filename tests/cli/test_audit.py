@@ -32,7 +32,7 @@ def store(tmp_path):
 
 def gradualdiff(store, *arguments, exit_code=0):
     """Run a command on this store; its result."""
-    result = CliRunner().invoke(app, [*arguments, "--store", str(store)], terminal_width=300)
+    result = CliRunner().invoke(app, [*arguments, "--store", str(store)], env={"COLUMNS": "300"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == exit_code, result.output

@@ -75,7 +75,9 @@ def test_the_demo_over_servers_is_signed_and_runs(servers, tmp_path):
     federation = home / "federation.toml"
     gradualdiff("setup", federation)
     for name in SITES:
-        made = json.loads(gradualdiff("site", "init", home / "sites" / f"{name}.toml", "--json"))
+        made = json.loads(
+            gradualdiff("site", "init", "--site", home / "sites" / f"{name}.toml", "--json")
+        )
         gradualdiff("sites", "key", name, "--key", made["key"], "--federation", federation)
     roles = [("coordinator", federation)]
     roles += [("participant", home / "sites" / f"{name}.toml") for name in SITES]
