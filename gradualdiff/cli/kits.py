@@ -127,10 +127,16 @@ class Certificate:
 
 
 def prepare_kit(
-    servers: Servers, name: str, kit: Path | None, certificate: Certificate | None = None
+    servers: Servers,
+    name: str,
+    kit: Path | None,
+    certificate: Certificate | None = None,
+    *,
+    hospital: bool = False,
 ) -> Path:
     """Make the folder and all in it but the password; files that are there stay as they are.
 
+    ``hospital``: a person there approves each run, and looks at each delta that may tell of text.
     All that can go wrong with the folder goes wrong here, before the site's account is touched.
     """
     from shared.credentials import existing_file
@@ -144,7 +150,7 @@ def prepare_kit(
         pass  # it can be written to
     authority = existing_file(servers.folder, servers.broker.ca_file, "broker.ca_file")
     files = {
-        "site.toml": _site_toml(servers, name, certificate).encode(),
+        "site.toml": _site_toml(servers, name, certificate, hospital=hospital).encode(),
         "README.txt": _readme(name, signs=servers.config.trust is not None).encode(),
     }
     if authority is not None:
@@ -204,7 +210,9 @@ def site_url(broker: OperatedBrokerSection, name: str) -> str:
     return url
 
 
-def _site_toml(servers: Servers, name: str, certificate: Certificate | None) -> str:
+def _site_toml(
+    servers: Servers, name: str, certificate: Certificate | None, *, hospital: bool
+) -> str:
     from shared.config import AcceptSection
 
     config = servers.config
@@ -235,6 +243,8 @@ def _site_toml(servers: Servers, name: str, certificate: Certificate | None) -> 
         participants=len(config.run.participants),
         least=AcceptSection(),
         metrics=METRICS_KEPT,
+        approval="approval = true" if hospital else "# approval = true",
+        audit="gate" if hospital else "off",
     )
 
 
@@ -309,7 +319,7 @@ min_held_out = {least.min_held_out}
 # modules = ["q_proj", "v_proj"]
 # runs = [{run}]
 # Hospitals switch this on: no run begins here until a person says gradualdiff site approve RUN.
-# approval = true
+{approval}
 # privacy = "required"          # a run without differential privacy is declined
 # max_epsilon = 8.0             # and one that would cost more, counted over all runs on this text
 # send_metrics = true
@@ -318,5 +328,5 @@ min_held_out = {least.min_held_out}
 [privacy]
 # Before a delta leaves: was text learnt by heart? "report" sends the numbers along, "gate" also
 # keeps a bad one here until you say what becomes of it (gradualdiff site audit).
-audit = "off"
+audit = "{audit}"
 """

@@ -75,6 +75,13 @@ def add(
             help="Its private key: a copy. Without it the site puts its own into the kit."
         ),
     ] = None,
+    hospital: Annotated[
+        bool,
+        typer.Option(
+            "--hospital",
+            help="A kit with accept.approval and the gate of [privacy] on: a person decides there.",
+        ),
+    ] = False,
     reason: ReasonOption = NO_REASON,
     federation: FederationOption = DEFAULT_FEDERATION,
     as_json: JsonOption = False,
@@ -94,7 +101,7 @@ def add(
         with on_servers_record(servers, federation, "key.enrol", _told_key(name, key), reason):
             enrol_key(servers, name, PublicKey(key), "added")
     with on_servers_record(servers, federation, "kit.write", name, reason):
-        folder = prepare_kit(servers, name, kit, certificate)
+        folder = prepare_kit(servers, name, kit, certificate, hospital=hospital)
     # The queue first: whatever fails here, the same command can be given again.
     declare_sites(servers, [name])
     with on_servers_record(servers, federation, "account.add", name, reason):

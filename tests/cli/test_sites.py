@@ -138,6 +138,17 @@ def test_a_kit_is_all_that_a_site_needs(office):
     assert shown["may_publish_as"] in sites("show", office.name).stdout  # brackets and all
 
 
+@one_way
+def test_a_hospitals_kit_waits_for_a_person_and_looks_at_each_delta(office):
+    """All else in it is as in any kit."""
+    sites("add", office.name, "--hospital")
+    config = kit_config(office)
+    assert config.accept.approval
+    assert config.privacy.audit == "gate"
+    assert config.accept.models == ("some/model",)
+    assert config.accept.privacy == AcceptSection().privacy
+
+
 def test_a_password_is_in_one_file_that_only_its_owner_can_read(office):
     """Mode 0600 in a folder 0700; in no output, no other file of the kit, and not in the store."""
     told = [sites("add", office.name)]
