@@ -3,7 +3,7 @@
 Two sites train one round each, alike but for their text: one goes over few records again and again,
 the other takes many records once. Both are audited as ``[privacy] audit = "gate"`` does it.
 
-    python benchmarks/audit_gate.py [--preset tiny] [--seeds 1 2 3] [--json FILE]
+    python benchmarks/audit_gate.py [--preset tiny] [--seeds 1 2 3] [--rate R] [--json FILE]
 
 ``tiny``: the tests' Llama with random weights over records of random words (a CPU minute for three
 seeds). ``smollm2``: SmolLM2-135M-Instruct over the demo's conversations (a few CPU minutes a seed).
@@ -92,7 +92,7 @@ def smollm2(kind: str, seed: int, folder: Path) -> Case:
             "local_epochs": epochs,
             "batch_size": 4,
             "gradient_accumulation": 1,
-            "learning_rate": 0.001,
+            "learning_rate": 0.0002,
             "max_prompt_tokens": 64,
             "max_answer_tokens": 64,
             "gradient_checkpointing": False,
@@ -163,8 +163,8 @@ def audited(case: Case, folder: Path, seed: int) -> tuple[AuditFigures, float, f
     return learned.audit.figures, at["train"][-1] - before, time.process_time() - at["train"][-1]
 
 
-def measure(preset: str, seeds: list[int]) -> list[dict[str, Any]]:
-    """Both sites for every seed."""
+def measure(preset: str, seeds: list[int], rate: float | None) -> list[dict[str, Any]]:
+    """Both sites for every seed. ``rate``: of learning, instead of the preset's."""
     from shared.log import configure
 
     configure(level="error")
@@ -173,6 +173,8 @@ def measure(preset: str, seeds: list[int]) -> list[dict[str, Any]]:
         for seed in seeds:
             for kind in WANTED:
                 case = PRESETS[preset](kind, seed, Path(name))
+                if rate is not None:
+                    case.training["learning_rate"] = rate
                 figures, train, audit = audited(case, Path(name) / f"{kind}-{seed}", seed)
                 found.append(
                     {
@@ -203,13 +205,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rate", type=float, help="of learning (default: the preset's)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     columns = ("site", "seed", "verdict", "reproduced", "at most", "AUC", "Min-K%++")
     columns = (*columns, "training, CPU s", "audit, CPU s", "cost")
     print(f"| {' | '.join(columns)} |")
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-    found = measure(options.preset, options.seeds)
+    found = measure(options.preset, options.seeds, options.rate)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     wrong = [row for row in found if row["verdict"] not in WANTED[row["site"]]]
