@@ -82,7 +82,7 @@ class Adapter:
         try:
             from participant.model import attach_adapter
         except ImportError as error:
-            raise _missing("load_into", error) from None
+            raise missing_package("load_into", error) from None
         with tempfile.TemporaryDirectory(prefix="gradualdiff-adapter-") as scratch:
             folder = Path(scratch) / "adapter"
             found = located(self.run.history.config.base.model, self.run.path.resolve().parent)
@@ -102,7 +102,7 @@ class Adapter:
         try:
             from participant.model import write_bases
         except ImportError as error:
-            raise _missing("a core adapter's export", error) from None
+            raise missing_package("a core adapter's export", error) from None
         section = history.config.base.model_copy(update={"model": base})
         member = next(iter(history.members.values()))
         known = {one.bases.sha for one in history.members.values() if one.bases}
@@ -112,14 +112,15 @@ class Adapter:
         try:
             from participant.model import save_merged
         except ImportError as error:
-            raise _missing("merging", error) from None
+            raise missing_package("merging", error) from None
         history = self.run.history
         section = history.config.base.model_copy(update={"model": base})
         save_merged(section, next(iter(history.members.values())).fingerprint, adapter, to)
         shutil.copyfile(adapter / "README.md", to / "README.md")
 
 
-def _missing(what: str, error: ImportError) -> MissingPackageError:
+def missing_package(what: str, error: ImportError) -> MissingPackageError:
+    """What to say where the participant's packages are not here."""
     return MissingPackageError(
         f"{what} needs the package {error.name}; run: pip install 'gradualdiff-fed[participant]'"
     )

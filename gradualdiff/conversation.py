@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradualdiff.adapter import missing_package
 from shared.base_model import located
-from shared.errors import MissingPackageError, ModelError
+from shared.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ def _load(run: Run, model: str | None) -> Talker:
     try:
         from participant.model import Talker, pick_device
     except ImportError as error:
-        raise needs(error) from None
+        raise missing_package("a conversation", error) from None
     base = run.config.base
     found = located(model, Path.cwd()) if model else located(base.model, _folder(run))
     talker = Talker(base.model_copy(update={"model": found}), pick_device("auto"))
@@ -107,14 +108,6 @@ def _load(run: Run, model: str | None) -> Talker:
             f"{talker.fingerprint} of {found}; name the folder or hub id of that model by --model"
         )
     return talker
-
-
-def needs(error: ImportError) -> MissingPackageError:
-    """What to say where the participant's packages are missing."""
-    return MissingPackageError(
-        f"a conversation needs the package {error.name}; "
-        "run: pip install 'gradualdiff-fed[participant]'"
-    )
 
 
 def _folder(run: Run) -> Path:

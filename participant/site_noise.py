@@ -101,7 +101,8 @@ def begin_noise(
     Raises what the budget raises.
     """
     steps, privacy = ready.privacy, task.privacy
-    assert steps is not None and privacy is not None  # noqa: PT018 - see steps_of
+    assert steps is not None  # see steps_of
+    assert privacy is not None
     grid = grid_in(task, ready, steps)
     place = [task.run, task.round, site.name, learned.delta.sha256]
     asked = [steps.clip, steps.noise.multiplier, steps.fewest, grid.step if grid else None]

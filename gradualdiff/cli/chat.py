@@ -67,9 +67,9 @@ def chat(
     try:
         from participant.model import Sampling
     except ImportError as error:
-        from gradualdiff.conversation import needs
+        from gradualdiff.adapter import missing_package
 
-        raise needs(error) from None
+        raise missing_package("a conversation", error) from None
     from gradualdiff.conversation import Conversation
     from gradualdiff.store import open_store
 
@@ -81,7 +81,7 @@ def chat(
         _answer(conversation, prompts, as_json=as_json)
         return
     say("/help says what else may be typed")
-    with_person(conversation)
+    _with_person(conversation)
 
 
 def _answer(conversation: Conversation, prompts: Sequence[str], *, as_json: bool) -> None:
@@ -96,7 +96,7 @@ def _answer(conversation: Conversation, prompts: Sequence[str], *, as_json: bool
         print_json(told)
 
 
-def with_person(conversation: Conversation) -> None:
+def _with_person(conversation: Conversation) -> None:
     """Until the end of standard input, or /quit."""
     while True:
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradualdiff.cli.output import DEFAULT_STORE, StoreOption, say
+from gradualdiff.cli.output import DEFAULT_STORE, INTERRUPTED, StoreOption, say
 from shared.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def dashboard(
 
     It reads the store and writes nothing. Ctrl-C ends it, with exit code 130.
     """
-    from gradualdiff.cli.follow import INTERRUPTED
     from gradualdiff.store import open_store
 
     server = open_server(open_store(store), host, port, token_file)

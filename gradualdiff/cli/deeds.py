@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradualdiff.cli.output import INTERRUPTED
 from shared.errors import GradualDiffError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 ReasonOption = Annotated[str, typer.Option("--reason", help="The reason, which stays on record.")]
 NO_REASON = "no reason given"
-INTERRUPTED = 130
 
 
 @contextlib.contextmanager

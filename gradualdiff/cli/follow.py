@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from gradualdiff.cli.output import say
+from gradualdiff.cli.output import INTERRUPTED, say
 from shared.errors import RunNotFoundError, StoreMissingError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from gradualdiff.run import Run
 
 REFRESH_SECONDS = 1.0
-INTERRUPTED = 130
 
 
 def follow(path: Path, run: str, number: int | None, *, as_json: bool) -> None:

@@ -33,6 +33,7 @@ PIPE_COLUMNS = 1000
 Number = TypeVar("Number", int | None, float | None)
 DEFAULT_STORE = Path("gradualdiff-demo/store")
 DEFAULT_SITE = Path("site.toml")
+INTERRUPTED = 130  # the exit code of what Ctrl-C ends
 
 SiteOption = Annotated[
     Path, typer.Option("--site", envvar="GRADUALDIFF_SITE", help="The site's site.toml.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from participant.model.libraries import offline, peft
+from participant.model.libraries import adapting, offline, peft
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
@@ -18,11 +18,7 @@ def attach_adapter(model: Any, adapter: Path, name: str) -> Any:
     A model that is none yet is wrapped and changed in place. Raises ModelError where the adapter
     was made for another model.
     """
-    with offline(), warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with offline(), adapting():
         # Otherwise a layer that got no weights would compute as the base does, and say no more.
         warnings.filterwarnings("error", message=".*adapter keys")
         try:

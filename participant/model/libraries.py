@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import huggingface_hub
@@ -55,6 +56,16 @@ import transformers  # noqa: E402
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def adapting() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated: not inside this."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield
 
 
 @contextlib.contextmanager

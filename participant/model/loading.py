@@ -130,6 +130,14 @@ def _quantisation(
     return transformers.BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]
 
 
+def end_tokens(network: Any, tokenizer: Any) -> set[int]:
+    """The model's own end tokens (there may be several) and the tokenizer's."""
+    ends: set[int] = set()
+    for end in (network.generation_config.eos_token_id, tokenizer.eos_token_id):
+        ends.update(end if isinstance(end, list) else [end] if end is not None else [])
+    return ends
+
+
 def int8_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers whose ``training`` flag must stay on, on the CPU, for one arithmetic throughout.
 

@@ -26,7 +26,7 @@ from participant.model.fingerprint import fingerprint_of
 from participant.model.greedy import greedy_tokens
 from participant.model.kinds.core import frozen_in
 from participant.model.libraries import offline
-from participant.model.loading import int8_layers, load_base, quantisation_facts
+from participant.model.loading import end_tokens, int8_layers, load_base, quantisation_facts
 from participant.model.merging import adapted_layers, merged
 from participant.model.numerics import describe_numerics, pick_compute_dtype
 from participant.model.surprise import Surprises, surprises
@@ -208,11 +208,8 @@ class LocalModel:
         return [found[index] for index in range(len(rows))]
 
     def end_tokens(self) -> set[int]:
-        """The model's own end tokens (there may be several) and the tokenizer's."""
-        ends: set[int] = set()
-        for end in (self._network.generation_config.eos_token_id, self.tokenizer.eos_token_id):
-            ends.update(end if isinstance(end, list) else [end] if end is not None else [])
-        return ends
+        """Where a reply ends: any of them."""
+        return end_tokens(self._network, self.tokenizer)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

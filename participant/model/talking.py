@@ -14,7 +14,7 @@ import torch
 from participant.data import prompt_ids
 from participant.model.fingerprint import fingerprint_of
 from participant.model.libraries import offline, transformers
-from participant.model.loading import load_base, quantisation_facts
+from participant.model.loading import end_tokens, load_base, quantisation_facts
 from participant.model.numerics import pick_compute_dtype
 from shared.errors import ConfigError
 
@@ -90,8 +90,8 @@ class Talker:
             repetition_penalty=sampling.repetition_penalty,
             max_new_tokens=sampling.max_new_tokens,
             use_cache=True,
-            eos_token_id=self.network.generation_config.eos_token_id,
-            pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
+            eos_token_id=sorted(end_tokens(self.network, self._tokenizer)),
+            pad_token_id=self._tokenizer.eos_token_id,  # of one row, so that nothing is padded
             **(drawn if sampling.temperature > 0 else {}),
         )
         torch.manual_seed(sampling.seed)

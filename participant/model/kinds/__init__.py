@@ -10,10 +10,9 @@ ModelError for bases that do not fit.
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from participant.model.libraries import peft, transformers
+from participant.model.libraries import adapting, peft, transformers
 from shared.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,11 +28,7 @@ def wrap(
     """By the kind that the settings name. Raises ModelError."""
     put = importlib.import_module(f"{__name__}.{settings.kind}").wrap
     targets = settings.target_modules
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 in a way that the latter calls deprecated.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with adapting():
         try:
             wrapped, found = put(network, settings, bases)
         except ValueError as error:
