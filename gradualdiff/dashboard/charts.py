@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +22,7 @@ MOST_BARS = 60
 MOST_DOTS = 60
 
 Points = dict[int, float]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _step(span: float) -> float:
     return next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
 
 
-def _finite(points: Mapping[int, float] | Mapping[str, float]) -> dict:  # type: ignore[type-arg]
+def _finite(points: Mapping[Key, float]) -> dict[Key, float]:
     return {key: value for key, value in points.items() if math.isfinite(value)}
 
 
